@@ -1,0 +1,209 @@
+"""What to build and how to train it: two frozen dataclasses, a docstring under each field."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, get_args, get_origin
+
+
+class ConfigurationError(ValueError):
+    """A setting that cannot work. The message says what is wrong, what was expected and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig:
+    """The shape of a decoder-only transformer.
+
+    The defaults are GPT-2 124M (Radford et al. 2019); :meth:`llama` turns the same model into the
+    shape of Touvron et al. 2023 (https://arxiv.org/abs/2302.13971).
+
+    Raises:
+        ConfigurationError: if the numbers do not fit each other.
+    """
+
+    vocab_size: int = 50304
+    """Rows of the embedding and columns of the logits. 50304 is GPT-2's 50257, padded to a multiple of 64."""
+    block_size: int = 1024
+    """Longest sequence, in tokens, that the model can see."""
+    n_layer: int = 12
+    """Number of transformer blocks."""
+    n_head: int = 12
+    """Number of query heads."""
+    n_kv_head: int | None = None
+    """Number of key/value heads (grouped-query attention, https://arxiv.org/abs/2305.13245). None: as many as n_head."""
+    n_embd: int = 768
+    """Width of the residual stream."""
+    intermediate_size: int | None = None
+    """Hidden width of the MLP. None: 4 n_embd for GELU, 8/3 n_embd rounded up to a multiple of 32 for SwiGLU."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Kind of normalisation, before each sublayer and before the head."""
+    norm_eps: float = 1e-5
+    """Added to the variance (or mean square) inside the norms."""
+    position: Literal["learned", "rotary"] = "learned"
+    """Learned absolute positions, or rotary ones (https://arxiv.org/abs/2104.09864)."""
+    rope_theta: float = 10000.0
+    """Base of the rotary wavelengths."""
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    """GELU (tanh form, as in GPT-2) or SwiGLU (https://arxiv.org/abs/2002.05202)."""
+    bias: bool = True
+    """Biases in the linear layers and LayerNorms. The head never has one."""
+    tie_embeddings: bool = True
+    """The head shares the embedding's weight (https://arxiv.org/abs/1608.05859)."""
+    dropout: float = 0.0
+    """Probability of dropping an activation: after the embedding, in the attention, after each sublayer."""
+    init_std: float = 0.02
+    """Standard deviation of the normal that linear and embedding weights are drawn from."""
+    scale_residual_init: bool = True
+    """Draw the projections that feed the residual stream with init_std / sqrt(2 n_layer), as GPT-2 does."""
+
+    def __post_init__(self) -> None:
+        check_literals(self)
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"{name} is {getattr(self, name)}, but must be at least 1.")
+        if self.n_embd % self.n_head:
+            raise ConfigurationError(
+                f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: choose n_embd as a multiple of it."
+            )
+        if self.n_head % self.kv_heads:
+            raise ConfigurationError(
+                f"n_head {self.n_head} is not divisible by n_kv_head {self.kv_heads}: "
+                "every key/value head must serve the same number of query heads."
+            )
+        if self.position == "rotary" and self.head_size % 2:
+            raise ConfigurationError(
+                f"rotary positions turn pairs of channels, so n_embd / n_head must be even, not {self.head_size}."
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigurationError(f"dropout is {self.dropout}, but must be in [0, 1).")
+        if self.init_std <= 0.0:
+            raise ConfigurationError(f"init_std is {self.init_std}, but must be positive.")
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key/value heads, resolved."""
+        return self.n_head if self.n_kv_head is None else self.n_kv_head
+
+    @property
+    def head_size(self) -> int:
+        """Width of one head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def hidden_size(self) -> int:
+        """Hidden width of the MLP, resolved."""
+        if self.intermediate_size is not None:
+            return self.intermediate_size
+        return 4 * self.n_embd if self.mlp == "gelu" else -(-8 * self.n_embd // 3 // 32) * 32
+
+    @classmethod
+    def gpt2(cls, **changes: Any) -> "GPTConfig":
+        """GPT-2 124M, with any field changed by keyword."""
+        return cls(**changes)
+
+    @classmethod
+    def llama(cls, **changes: Any) -> "GPTConfig":
+        """Llama's shape: RMSNorm, rotary positions, SwiGLU, no biases, head of its own; 1.2B by default."""
+        shape: dict[str, Any] = {
+            "vocab_size": 32000,
+            "block_size": 2048,
+            "n_layer": 24,
+            "n_head": 16,
+            "n_embd": 2048,
+            "norm": "rmsnorm",
+            "position": "rotary",
+            "mlp": "swiglu",
+            "bias": False,
+            "tie_embeddings": False,
+        }
+        return cls(**(shape | changes))
+
+    @classmethod
+    def tiny(cls, **changes: Any) -> "GPTConfig":
+        """A GPT of some 30k parameters over bytes: for tests and for a first look."""
+        shape: dict[str, Any] = {"vocab_size": 256, "block_size": 64, "n_layer": 2, "n_head": 2, "n_embd": 32}
+        return cls(**(shape | changes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How to train. Every field is used, and every decision taken for the user is logged in one line.
+
+    Raises:
+        ConfigurationError: if the settings do not fit each other.
+    """
+
+    updates: int = 1000
+    """Number of optimizer updates."""
+    microbatches: int = 1
+    """Batches whose gradients are accumulated, per rank, into one update."""
+    optimizer: str = "torch.optim.AdamW"
+    """Class path of the optimizer, e.g. ``bitsandbytes.optim.AdamW8bit`` or ``grokadamw.GrokAdamW``."""
+    optimizer_args: Mapping[str, Any] = field(default_factory=dict)
+    """Its keyword arguments (lr, betas, weight_decay, ...), handed over exactly. A misspelt one is an error."""
+    decay: Literal["role", "ndim", "all"] = "role"
+    """Which tensors decay. role: matrices that multiply activations, so no norms, biases, embeddings or memory
+    tokens; ndim: tensors of two and more dimensions, as nanoGPT does; all: everything."""
+    warmup: int = 0
+    """Updates of linear warm-up, before the peak."""
+    min_lr: float | None = None
+    """Learning rate of the last update (cosine). None: constant after the warm-up."""
+    clip: float | None = 1.0
+    """Largest global gradient norm. None: not clipped."""
+    precision: Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true"] = "32-true"
+    """Fabric's precision: ``-mixed`` keeps float32 weights and computes in 16 bits, ``-true`` keeps 16 bits."""
+    logits: Literal["float32", "compute"] = "float32"
+    """Dtype in which the model's logits come out: float32, or the dtype they were computed in (saves memory).
+    The loss is computed in float32 either way."""
+    stable_embedding: bool = False
+    """Train with bitsandbytes' StableEmbedding instead of nn.Embedding, if the optimizer is from bitsandbytes.
+    Adds a LayerNorm behind the lookup, so it is for runs that start fresh. Exported models have plain embeddings."""
+    initialization: Literal["auto", "eager", "meta"] = "auto"
+    """auto: on the meta device under FSDP, eager elsewhere. meta: built without memory, materialised afterwards."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    seed: int = 1337
+    """Seeds the weights (the same on every rank) and the dropout (another on every rank and update)."""
+    accelerator: str = "auto"
+    """Fabric's accelerator: auto, cpu, cuda, mps."""
+    devices: int = 1
+    """Processes per node."""
+    num_nodes: int = 1
+    """Number of nodes."""
+    strategy: str = "auto"
+    """Fabric's strategy: auto, ddp, fsdp, ..."""
+    evaluate_every: int | None = None
+    """Updates between evaluations, and one after the last update. None: never."""
+    save_every: int | None = None
+    """Updates between checkpoints, and one after the last update. None: never."""
+    log_every: int = 10
+    """Updates between log lines (the first and the last are always logged)."""
+
+    def __post_init__(self) -> None:
+        check_literals(self)
+        for name in ("updates", "microbatches", "devices", "num_nodes", "log_every"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"{name} is {getattr(self, name)}, but must be at least 1.")
+        for name in ("evaluate_every", "save_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigurationError(f"{name} is {value}: give a number of updates, or None for never.")
+        if not 0 <= self.warmup <= self.updates:
+            raise ConfigurationError(f"warmup is {self.warmup}, but must lie between 0 and updates ({self.updates}).")
+        if self.clip is not None and self.clip <= 0.0:
+            raise ConfigurationError(f"clip is {self.clip}: give a positive norm, or None for no clipping.")
+
+
+def check_literals(config: Any) -> None:
+    """Raise ConfigurationError if a field annotated with a Literal holds anything else.
+
+    Dataclasses do not check their annotations; without this, ``norm="rms"`` would fail far from its cause.
+    """
+    for entry in fields(config):
+        if get_origin(entry.type) is Literal and getattr(config, entry.name) not in get_args(entry.type):
+            choices = ", ".join(repr(choice) for choice in get_args(entry.type))
+            raise ConfigurationError(f"{entry.name} is {getattr(config, entry.name)!r}, but must be one of {choices}.")
+
+
+def as_plain(config: GPTConfig | TrainConfig) -> dict[str, Any]:
+    """The configuration as a dictionary of plain values, as it is written beside a checkpoint."""
+    return {key: dict(value) if isinstance(value, Mapping) else value for key, value in asdict(config).items()}

@@ -1,0 +1,415 @@
+"""The training loop, on Lightning Fabric: build, accumulate, clip, step, evaluate, save, resume."""
+
+import itertools
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from reference import checkpoint
+from reference.config import ConfigurationError, GPTConfig, TrainConfig, as_plain
+from reference.embedding import restore_embeddings, swap_embeddings, swap_wanted
+from reference.initialize import build, choose_strategy, derive_seed
+from reference.model import GPT
+from reference.optimizer import build_optimizer, find_class, load_optimizer_state, optimizer_state
+from reference.schedule import learning_rate
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+logger = logging.getLogger("reference")
+
+IGNORE = -100  # a target with this value counts neither in the loss nor in its mean
+Callback = Callable[["Record"], None]
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on: the message names the update, what happened and what to do."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one update did."""
+
+    update: int
+    """Updates done, this one included."""
+    loss: float
+    """Mean cross entropy in nats per token over all microbatches and ranks of the update."""
+    learning_rate: float
+    """Of this update, in the first parameter group."""
+    gradient_norm: float | None
+    """Global L2 norm before clipping. None where clipping is off."""
+    tokens: int
+    """Target tokens of this update, over all ranks."""
+    validation_loss: float | None = None
+    """Mean cross entropy over the validation batches, if they were evaluated after this update."""
+
+
+@dataclass
+class FitResult:
+    """What a run leaves: the trained module, its optimizer, and one Record per update."""
+
+    model: nn.Module
+    """The module as it was trained, without Fabric's and torch.compile's wrappers."""
+    optimizer: torch.optim.Optimizer
+    records: list[Record] = field(default_factory=list)
+
+    def for_inference(self) -> nn.Module:
+        """A copy in eval mode with plain embeddings."""
+        return restore_embeddings(self.model)
+
+
+class Trainer:
+    """Trains any module that maps token ids (B, T) to logits (B, T, V).
+
+    Args:
+        model: a GPTConfig; or a function that builds a module, so that it is built on the right device, in the
+            right dtype and after seeding; or a module, which is taken as it is.
+        config: how to train.
+        directory: where checkpoints go.
+        callbacks: functions called with the Record of every update.
+    """
+
+    def __init__(
+        self,
+        model: GPTConfig | Callable[[], nn.Module] | nn.Module,
+        config: TrainConfig | None = None,
+        directory: str | Path = "out",
+        callbacks: Iterable[Callback] = (),
+    ) -> None:
+        self.model = model
+        self.config = config or TrainConfig()
+        self.directory = Path(directory)
+        self.callbacks = tuple(callbacks)
+
+    def fit(
+        self,
+        train: Iterable[Tensor],
+        validation: Iterable[Tensor] | None = None,
+        resume: bool | Literal["auto"] | str | Path = False,
+    ) -> FitResult:
+        """Train to the last update.
+
+        Args:
+            train: batches of token ids (B, T + 1), or pairs of ids and targets (B, T) where a target of -100 is
+                ignored. Read from its start again when it ends; on several ranks, each gives its own.
+            validation: batches of the same kind; all of them are evaluated each time.
+            resume: False, True (newest checkpoint in ``directory``), ``auto`` (newest, if any) or a path. The
+                batches that were consumed before are skipped.
+
+        Raises:
+            ConfigurationError: settings that cannot work.
+            CheckpointError: a checkpoint that is missing, damaged or of another model.
+            TrainingError: a loss or gradient that is not finite, or a source of batches that gives none.
+        """
+        config = self.config
+        folder = checkpoint.find(resume, self.directory)
+        optimizer_class = find_class(config.optimizer)
+        fabric = launch(config)
+        module = self.build_module(fabric)
+        if swap_wanted(config.stable_embedding, optimizer_class):
+            swap_embeddings(module)  # before the optimizer, which must own the tensors that are trained
+        wrapped = fabric.setup_module(torch.compile(module) if config.compile else module)
+        bare = build_optimizer(config.optimizer, config.optimizer_args, module, fabric.device, config.decay)
+        peaks = [group["lr"] for group in bare.param_groups]
+        optimizer = fabric.setup_optimizers(bare)
+        done = restore(folder, fabric, module, bare) if folder is not None else 0
+        warn_about_rounding(config)
+
+        result = FitResult(module, bare)
+        batches = itertools.islice(repeat(train), done * config.microbatches, None)
+        for update in range(done, config.updates):
+            for group, peak in zip(bare.param_groups, peaks, strict=True):
+                group["lr"] = learning_rate(
+                    update, peak=peak, updates=config.updates, warmup=config.warmup, minimum=config.min_lr
+                )
+            # Dropout is a function of seed, update and rank, so a resumed run draws what it would have drawn.
+            torch.manual_seed(derive_seed(config.seed, update, fabric.global_rank))
+            started = time.perf_counter()
+            micro = list(itertools.islice(batches, config.microbatches))
+            loss, tokens = accumulate(fabric, wrapped, micro)
+            norm = clip(fabric, wrapped, optimizer, config.clip, update)
+            optimizer.step()
+            optimizer.zero_grad()
+            last = update + 1 == config.updates
+            validation_loss = None
+            if validation is not None and is_due(update, config.evaluate_every, last):
+                validation_loss = evaluate(fabric, wrapped, validation)
+            record = Record(update + 1, loss, bare.param_groups[0]["lr"], norm, tokens, validation_loss)
+            result.records.append(record)
+            for callback in self.callbacks:
+                callback(record)
+            if is_due(update, config.log_every, last) or update == done:
+                log(record, config.updates, time.perf_counter() - started)
+            if is_due(update, config.save_every, last):
+                self.save(fabric, module, bare, update + 1)
+        return result
+
+    def build_module(self, fabric: "Fabric") -> nn.Module:
+        """The module, built and initialised as environment and configuration want it."""
+        if isinstance(self.model, nn.Module):
+            logger.info("initialization: the module came initialised and is taken as it is")
+            return self.model
+        sharded = is_sharded(fabric)
+        strategy = choose_strategy(self.config.initialization, sharded)
+        factory = gpt_factory(self.model, self.config.seed) if isinstance(self.model, GPTConfig) else self.model
+        fabric.seed_everything(self.config.seed, verbose=False)  # the same on every rank: they build the same module
+        # NOTE a footgun: not empty_init=True. It skips the constructor's initialisation on one device (litgpt#689).
+        with fabric.init_module(empty_init=False) if strategy == "eager" else fabric.init_tensor():
+            return build(factory, strategy, fabric.device, sharded)
+
+    def save(self, fabric: "Fabric", module: nn.Module, optimizer: torch.optim.Optimizer, update: int) -> None:
+        """Write a checkpoint after ``update`` updates, from rank 0, and wait for it on every rank."""
+        if is_sharded(fabric):
+            raise ConfigurationError(
+                "checkpoints of sharded parameters are not written by this trainer: "
+                "set save_every=None under FSDP, or use strategy='ddp'."
+            )
+        if fabric.global_rank == 0:
+            state = {
+                "update": update,
+                "optimizer": optimizer_state(optimizer),
+                "precision": fabric.strategy.precision.state_dict(),
+                "stable_embedding": any(type(m).__name__ == "StableEmbedding" for m in module.modules()),
+            }
+            model_config = getattr(module, "config", None)
+            plain = {"train": as_plain(self.config)}
+            if isinstance(model_config, GPTConfig):
+                plain["model"] = as_plain(model_config)
+            folder = checkpoint.step_folder(self.directory, update)
+            checkpoint.save(folder, module, state, plain)
+            logger.info("checkpoint: %s", folder)
+        fabric.barrier()
+
+
+def gpt_factory(config: GPTConfig, seed: int) -> Callable[[], nn.Module]:
+    """A function that builds the GPT."""
+    return lambda: GPT(config, seed)
+
+
+def launch(config: TrainConfig) -> "Fabric":
+    """Start Fabric with the precision that was asked for, or refuse.
+
+    Raises:
+        ConfigurationError: if the device cannot compute in that precision.
+    """
+    from lightning.fabric import Fabric
+
+    fabric = Fabric(
+        accelerator=config.accelerator,
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        strategy=config.strategy,
+        precision=config.precision,
+    )
+    if config.precision == "16-mixed" and fabric.device.type == "cpu":
+        # Fabric would go on in bf16-mixed with a warning: a precision that nobody asked for.
+        raise ConfigurationError("precision='16-mixed' needs a GPU: on the CPU choose 'bf16-mixed' or '32-true'.")
+    fabric.launch()
+    if config.logits == "compute":
+        # Fabric's wrapper turns every floating output into float32. The loss below does that by itself, and under
+        # torch.compile without writing the float32 logits to memory.
+        fabric.strategy.precision.convert_output = keep_dtype  # type: ignore[method-assign] # of this instance
+    logger.info("logits: leave the model in %s", "float32" if config.logits == "float32" else "the computing dtype")
+    return fabric
+
+
+def keep_dtype(output: Any) -> Any:
+    """Fabric's conversion of the model's output, switched off."""
+    return output
+
+
+def is_sharded(fabric: "Fabric") -> bool:
+    """Whether the strategy shards parameters over ranks, told without importing its module."""
+    return type(fabric.strategy).__name__ in ("FSDPStrategy", "ModelParallelStrategy")
+
+
+def repeat(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The batches over and over.
+
+    Raises:
+        TrainingError: if a pass gives none.
+    """
+    while True:
+        empty = True
+        for batch in batches:
+            empty = False
+            yield batch
+        if empty:
+            raise TrainingError(
+                "the training batches ended: give a list, a DataLoader or another iterable that can be read again."
+            )
+
+
+def split_targets(batch: Tensor | tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    """A batch as token ids (B, T) and targets (B, T), int64, on ``device``.
+
+    Raises:
+        TrainingError: if the batch has another form.
+    """
+    if isinstance(batch, Tensor) and batch.ndim == 2 and batch.size(1) >= 2:
+        batch = batch.to(device=device, dtype=torch.long, non_blocking=True)
+        return batch[:, :-1], batch[:, 1:]
+    if isinstance(batch, tuple | list) and len(batch) == 2 and batch[0].shape == batch[1].shape:
+        ids, targets = (part.to(device=device, dtype=torch.long, non_blocking=True) for part in batch)
+        return ids, targets
+    form = tuple(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
+    raise TrainingError(f"a batch has the form {form}: expected token ids (B, T + 1), or a pair of ids and targets.")
+
+
+def accumulate(fabric: "Fabric", model: Any, batches: list[Tensor]) -> tuple[float, int]:
+    """Forward and backward over the microbatches of one update.
+
+    Each loss is a sum divided by the number of target tokens of the whole update, over all microbatches and ranks.
+    So k microbatches give the gradient of one large batch also where they have different numbers of targets; the
+    mean of their means does not (transformers#34191).
+
+    Returns:
+        The loss in nats per token and the number of target tokens, over all ranks.
+    """
+    pairs = [split_targets(batch, fabric.device) for batch in batches]
+    count = torch.stack([(targets != IGNORE).sum() for _, targets in pairs]).sum()
+    if fabric.world_size > 1:
+        count = fabric.all_reduce(count, reduce_op="sum")
+    # DDP averages gradients over ranks; we want their sum over the common count.
+    scale = fabric.world_size / count.clamp(min=1)
+    total = torch.zeros((), device=fabric.device)
+    for index, (ids, targets) in enumerate(pairs):
+        # NOTE a footgun: both forward and backward must be inside, DDP decides at forward (build-nanogpt#30).
+        with fabric.no_backward_sync(model, enabled=index + 1 < len(pairs)):
+            loss = token_loss(model(ids), targets) * scale
+            fabric.backward(loss)
+        total += loss.detach()
+    if fabric.world_size > 1:
+        total = fabric.all_reduce(total, reduce_op="mean")
+    return total.item(), int(count)
+
+
+def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum of the cross entropies in nats, in float32 whatever the logits' dtype.
+
+    In bfloat16 the loss itself would be rounded, to steps of 0.06 around 11 (Modalities#464).
+
+    Args:
+        logits: (B, T, V), floating.
+        targets: (B, T), int64; -100 is ignored.
+    """
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+
+
+def clip(fabric: "Fabric", model: Any, optimizer: Any, limit: float | None, update: int) -> float | None:
+    """Clip the global gradient norm and return what it was.
+
+    Raises:
+        TrainingError: if it is not finite. The parameters are untouched then.
+    """
+    if limit is None:
+        return None
+    norm = fabric.clip_gradients(model, optimizer, max_norm=limit, error_if_nonfinite=False)
+    assert norm is not None
+    value = norm.item()
+    # A loss scaler (16-mixed) meets such gradients on purpose and skips the step by itself.
+    if not math.isfinite(value) and getattr(fabric.strategy.precision, "scaler", None) is None:
+        raise TrainingError(
+            f"the gradient norm is {value} at update {update + 1} on rank {fabric.global_rank}; the parameters are "
+            "those of the update before. Lower the learning rate or lengthen the warm-up, and resume."
+        )
+    return value
+
+
+@torch.no_grad()
+def evaluate(fabric: "Fabric", model: Any, batches: Iterable[Tensor]) -> float:
+    """Mean cross entropy in nats per target token over all batches and ranks, in eval mode.
+
+    Raises:
+        TrainingError: if there are no batches.
+    """
+    with evaluation_mode(model):
+        sums = torch.zeros(2, dtype=torch.float64, device="cpu" if fabric.device.type == "mps" else fabric.device)
+        for batch in batches:
+            ids, targets = split_targets(batch, fabric.device)
+            sums[0] += token_loss(model(ids), targets)
+            sums[1] += (targets != IGNORE).sum()
+    if fabric.world_size > 1:
+        sums = fabric.all_reduce(sums, reduce_op="sum")
+    if sums[1] == 0:
+        raise TrainingError("there are no validation batches: give some, or set evaluate_every=None.")
+    return float(sums[0] / sums[1])
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside, and afterwards the mode that was there before."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def restore(folder: Path, fabric: "Fabric", module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Load a checkpoint into module and optimizer; the number of updates it has done."""
+    state = checkpoint.load_state(folder)
+    checkpoint.load_model(folder, module)
+    load_optimizer_state(optimizer, state["optimizer"])
+    fabric.strategy.precision.load_state_dict(state["precision"])
+    logger.info("resume: from %s, after update %d", folder, state["update"])
+    return int(state["update"])
+
+
+def load_for_inference(folder: str | Path) -> nn.Module:
+    """The GPT of a checkpoint, in eval mode on the CPU, with plain embeddings.
+
+    Raises:
+        CheckpointError: if the checkpoint is missing, damaged, or of a module that is no GPT of ours.
+    """
+    path = checkpoint.find(folder, Path(folder).parent)
+    assert path is not None
+    config = checkpoint.load_config(path)
+    if "model" not in config:
+        raise checkpoint.CheckpointError(
+            f"{path} holds a module that is not reference.GPT: build it yourself and use checkpoint.load_model."
+        )
+    state = checkpoint.load_state(path)
+    model: nn.Module = GPT(GPTConfig(**config["model"]))
+    if config["train"]["precision"].endswith("-true"):
+        model.to({"32-true": torch.float32, "bf16-true": torch.bfloat16}.get(config["train"]["precision"], torch.half))
+    if state["stable_embedding"]:
+        swap_embeddings(model)
+    checkpoint.load_model(path, model)
+    return restore_embeddings(model)
+
+
+def warn_about_rounding(config: TrainConfig) -> None:
+    """Say what bfloat16 weights cost, where there is no float32 copy of them."""
+    if config.precision.endswith("-true") and config.precision != "32-true":
+        logger.warning(
+            "precision %s keeps no float32 weights: an update smaller than half a unit in the last place of a weight "
+            "(bfloat16: 1/512 of it) is lost to rounding. Use %s unless memory forbids.",
+            config.precision,
+            config.precision.replace("-true", "-mixed"),
+        )
+
+
+def is_due(update: int, every: int | None, last: bool) -> bool:
+    """Whether something that happens ``every`` so many updates is due after ``update`` (from 0)."""
+    return every is not None and (last or (update + 1) % every == 0)
+
+
+def log(record: Record, updates: int, seconds: float) -> None:
+    """One line on an update."""
+    norm = "" if record.gradient_norm is None else f", gradient norm {record.gradient_norm:.3f}"
+    validation = "" if record.validation_loss is None else f", validation {record.validation_loss:.4f}"
+    logger.info(
+        f"update {record.update}/{updates}: loss {record.loss:.4f}{validation}, "
+        f"lr {record.learning_rate:.3g}{norm}, {record.tokens / seconds:,.0f} tokens/s"
+    )
