@@ -1,0 +1,19 @@
+"""The rules: plain functions on tensors, modules and optimizers, one file per chapter, without pytest.
+
+Each raises :class:`conformance.clause.Violation`, an AssertionError that says what was expected and what was seen,
+so they can be called in anybody's own tests.
+"""
+
+from conformance.checks.decay import decay_groups_cover
+from conformance.checks.embedding import embedding_swap_lossless
+from conformance.checks.initialization import initialised
+from conformance.checks.optimizer import accepts_only_supported_keywords
+from conformance.checks.precision import loss_in_float32
+
+__all__ = [
+    "accepts_only_supported_keywords",
+    "decay_groups_cover",
+    "embedding_swap_lossless",
+    "initialised",
+    "loss_in_float32",
+]

@@ -1,0 +1,110 @@
+"""Rules of parameter groups and weight decay."""
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from conformance.checks.optimizer import trainable_ids
+from conformance.clause import Violation, quoted
+
+# One rounding of the product and one of the stored result, relative to the value. Healthy runs on the CPU in
+# float32 show at most 1.2e-7; L2 regularisation through Adam's moments, the weakest mutant, is off by 4e-3.
+DECAY_BOUND = 2.5e-7
+
+
+def covered_once(groups: Sequence[Collection[str]], trainable: Collection[str]) -> None:
+    """Each trainable tensor is in exactly one group, exactly once.
+
+    Args:
+        groups: names of the tensors in each group; a tied tensor has one name.
+        trainable: names of the tensors that shall be trained.
+
+    Raises:
+        Violation: naming tensors that are missing or there more than once.
+    """
+    count = Counter(name for group in groups for name in group)
+    missing = [name for name in trainable if count[name] == 0]
+    repeated = [f"{name} ({times} times)" for name, times in count.items() if times > 1]
+    if missing or repeated:
+        raise Violation(
+            f"each of {len(trainable)} trainable tensors is in exactly one parameter group, once",
+            f"missing: {quoted(missing) or 'none'}; more than once: {quoted(repeated) or 'none'}",
+        )
+
+
+def only_these(groups: Sequence[Collection[str]], trainable: Collection[str]) -> None:
+    """The groups hold nothing but trainable tensors of the model.
+
+    Raises:
+        Violation: naming frozen tensors and tensors that the model does not use.
+    """
+    strangers = [name for group in groups for name in group if name not in trainable]
+    if strangers:
+        raise Violation(
+            "only trainable tensors of the model are in the optimizer", f"also there: {quoted(strangers)}"
+        )
+
+
+def decay_acts(
+    before: Mapping[str, Tensor], after: Mapping[str, Tensor], factors: Mapping[str, float]
+) -> None:
+    """One step with zero gradients multiplies each tensor by its factor: 1 - lr * weight_decay, or exactly 1.
+
+    Raises:
+        Violation: naming tensors and the factors seen.
+    """
+    wrong = []
+    for name, factor in factors.items():
+        expected = before[name].double() * factor
+        error = (after[name].double() - expected).abs()
+        limit = 0.0 if factor == 1.0 else DECAY_BOUND
+        if not bool((error <= limit * expected.abs()).all()):
+            used = before[name].double().abs() > 1e-6
+            ratio = (after[name].double()[used] / before[name].double()[used]).median().item() if used.any() else 0.0
+            wrong.append(f"{name} by {ratio:.7g} instead of {factor:.7g}")
+    if wrong:
+        raise Violation(
+            "a step without gradients multiplies decayed tensors by 1 - lr * weight_decay and leaves the others as "
+            "they are",
+            f"{len(wrong)} of {len(factors)} tensors: {quoted(wrong)}",
+        )
+
+
+def moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor], names: Collection[str]) -> None:
+    """Every tensor named has changed.
+
+    Raises:
+        Violation: naming those that are as they were.
+    """
+    still = [name for name in names if torch.equal(before[name], after[name])]
+    if still:
+        raise Violation("every trainable tensor moves", f"{len(still)} of {len(names)} did not: {quoted(still)}")
+
+
+def unmoved(before: Mapping[str, Tensor], after: Mapping[str, Tensor], names: Collection[str]) -> None:
+    """No tensor named has changed.
+
+    Raises:
+        Violation: naming those that have.
+    """
+    changed = [name for name in names if not torch.equal(before[name], after[name])]
+    if changed:
+        raise Violation("frozen tensors stay as they are", f"changed: {quoted(changed)}")
+
+
+def decay_groups_cover(model: nn.Module, optimizer: Optimizer) -> None:
+    """Each trainable tensor of ``model`` is in exactly one group of ``optimizer``, once, and nothing else is.
+
+    >>> model = nn.Linear(2, 2)
+    >>> decay_groups_cover(model, torch.optim.AdamW(model.parameters()))
+
+    Raises:
+        Violation: naming tensors that are missing, repeated, frozen or foreign.
+    """
+    names = trainable_ids(model)
+    groups = [[names.get(id(p), f"a tensor {tuple(p.shape)}") for p in g["params"]] for g in optimizer.param_groups]
+    covered_once(groups, list(names.values()))
+    only_these(groups, list(names.values()))

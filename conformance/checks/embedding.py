@@ -1,0 +1,70 @@
+"""Rules of the swap from nn.Embedding to StableEmbedding and back."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from conformance.clause import Violation, quoted
+from conformance.trace import EmbeddingInfo, TensorInfo
+
+STABLE = "StableEmbedding"
+SMALLEST_8_BIT = 4096  # elements; bitsandbytes keeps 32-bit state for smaller tensors
+OPTIONS = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+
+
+def embedding_swap_lossless(before: nn.Embedding, after: nn.Embedding) -> None:
+    """A swapped embedding has the weight of the old one, bit for bit, its options, device and dtype.
+
+    >>> table = nn.Embedding(8, 4, padding_idx=1)
+    >>> embedding_swap_lossless(table, nn.Embedding(8, 4, padding_idx=1, _weight=table.weight.detach()))
+
+    Raises:
+        Violation: with what differs.
+    """
+    if before.weight.dtype != after.weight.dtype or before.weight.device != after.weight.device:
+        raise Violation(
+            f"a weight in {before.weight.dtype} on {before.weight.device}",
+            f"in {after.weight.dtype} on {after.weight.device}",
+        )
+    if before.weight.shape != after.weight.shape or not torch.equal(before.weight, after.weight):
+        raise Violation("the same weight, bit for bit", "another")
+    same_options({o: getattr(before, o) for o in OPTIONS}, {o: getattr(after, o) for o in OPTIONS}, "the embedding")
+
+
+def same_options(before: Mapping[str, object], after: Mapping[str, object], name: str) -> None:
+    """The options of an embedding survive the swap.
+
+    Raises:
+        Violation: naming the options that were lost or changed.
+    """
+    changed = [f"{key}={after.get(key)!r}" for key in before if before[key] != after.get(key)]
+    if changed:
+        wanted = ", ".join(f"{key}={value!r}" for key, value in before.items())
+        raise Violation(f"{name} keeps {wanted}", f"after the swap: {quoted(changed, limit=5)}")
+
+
+def swapped(embeddings: Iterable[EmbeddingInfo]) -> list[str]:
+    """Names of the StableEmbeddings."""
+    return [info.name for info in embeddings if info.kind.endswith(f".{STABLE}")]
+
+
+def state_bits(state: Mapping[str, Mapping[str, object]], tensors: Mapping[str, TensorInfo], wide: set[str]) -> None:
+    """Optimizer state has 32 bits for the tensors in ``wide``, and 8 bits for every other one that is large enough.
+
+    Raises:
+        Violation: naming tensors with the wrong width.
+    """
+    wrong = []
+    for name, info in tensors.items():
+        elements = torch.Size(info.shape).numel()
+        if not info.trainable or elements < SMALLEST_8_BIT:
+            continue
+        moments = [v for v in state.get(name, {}).values() if isinstance(v, Tensor) and v.numel() == elements]
+        expected = torch.float32 if name in wide else torch.uint8
+        if not moments or any(moment.dtype != expected for moment in moments):
+            found = ", ".join(str(moment.dtype).removeprefix("torch.") for moment in moments) or "no state"
+            wrong.append(f"{name} has {found}")
+    if wrong:
+        listed = ", ".join(sorted(wide)) or "no tensor"
+        raise Violation(f"32-bit state for {listed}, 8-bit state for every other large tensor", quoted(wrong))

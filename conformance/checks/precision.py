@@ -1,0 +1,84 @@
+"""Rules of precision."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from conformance.clause import Violation, quoted
+
+# Relative. Healthy runs show at most 2e-7 (the order of summation); a loss computed in bfloat16, 2e-4 and more.
+LOSS_BOUND = 1e-5
+# Absolute, on cos and sin: one rounding of a finished table to bfloat16 is at most 2^-9. A phase computed in
+# bfloat16 is off by 0.06 and more at 64 positions.
+TABLE_BOUND = 2.0**-8
+MOVEMENT_BOUND = 0.5  # of the float32 run's movement; healthy 0.98 to 1.02, lost to rounding below 0.05
+
+
+def loss_in_float32(logits: Tensor, targets: Tensor, loss: Tensor) -> None:
+    """A loss is the float32 cross entropy of the logits it was computed from, in value and dtype.
+
+    >>> logits, targets = torch.randn(1, 3, 8), torch.tensor([[1, 2, 3]])
+    >>> loss_in_float32(logits, targets, F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
+
+    Args:
+        logits: (B, T, V), any floating dtype.
+        targets: (B, T), int64; -100 is ignored.
+        loss: scalar, the mean over the targets.
+
+    Raises:
+        Violation: with both values.
+    """
+    if loss.dtype not in (torch.float32, torch.float64):
+        raise Violation("a loss in float32", f"{loss.dtype}")
+    expected = F.cross_entropy(logits.double().flatten(0, 1), targets.flatten()).item()
+    if not abs(loss.item() - expected) <= LOSS_BOUND * abs(expected):
+        raise Violation(
+            f"the loss {expected:.6f}, the float32 cross entropy of the logits (relative bound {LOSS_BOUND:g})",
+            f"{loss.item():.6f}, off by {abs(loss.item() - expected) / abs(expected):.1e} of it",
+        )
+
+
+def content_is(logits: Sequence[Tensor], rounded: bool) -> None:
+    """Logits carry the content of float32, not that of bfloat16 in a float32 coat.
+
+    Raises:
+        Violation: if every value of every tensor is a bfloat16 number (or, with ``rounded``, if any is not).
+    """
+    coarse = all(torch.equal(t.float(), t.bfloat16().float()) for t in logits)
+    if coarse and not rounded:
+        raise Violation("logits with the content of float32", "every value is a bfloat16 number: computed in bfloat16")
+    if rounded and not coarse:
+        raise Violation("logits computed in bfloat16", "values that no bfloat16 number has: computed in float32")
+
+
+def dtypes_are(dtypes: Mapping[str, torch.dtype], expected: torch.dtype, what: str) -> None:
+    """All tensors have one dtype.
+
+    Raises:
+        Violation: naming those that have another.
+    """
+    wrong = [f"{name} in {dtype}" for name, dtype in dtypes.items() if dtype != expected]
+    if wrong:
+        raise Violation(f"{what} in {expected}", quoted(wrong))
+
+
+def tables_close(exact: Mapping[str, Tensor], seen: Mapping[str, Tensor]) -> None:
+    """Tables of a 16-bit model are those of the float32 model, rounded once.
+
+    Raises:
+        Violation: naming the table and its largest error.
+    """
+    for name, table in exact.items():
+        if table.is_floating_point() and name in seen and table.shape == seen[name].shape:
+            error = (seen[name].double() - table.double()).abs().max().item()
+            if not error <= TABLE_BOUND:
+                raise Violation(
+                    f"the table {name} of the bfloat16 model within 2^-8 of the float32 one", f"off by {error:.3g}"
+                )
+
+
+def movement(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float:
+    """Sum over all elements of how far they moved."""
+    return float(sum((after[name].double() - before[name].double()).abs().sum().item() for name in before))

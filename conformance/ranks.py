@@ -1,0 +1,110 @@
+"""A recipe on several processes, each recorded: started as torchrun starts them, so any stack finds its rank."""
+
+import contextlib
+import dataclasses
+import multiprocessing
+import os
+import pickle
+import socket
+import sys
+import warnings
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from conformance.recipe import Recipe
+from conformance.session import RunFailed, describe_error
+from conformance.subject import Subject
+
+if TYPE_CHECKING:
+    from conformance.trace import Trace
+
+TIMEOUT = 120.0  # seconds for the whole run; a rank that waits for a dead one would wait forever
+
+
+def run_on_ranks(subject: Subject, recipe: Recipe, directory: Path) -> "list[Trace]":
+    """Train ``recipe`` on ``recipe.world_size`` processes and give back their traces, by rank.
+
+    Raises:
+        RunFailed: if a rank raised or did not end in time.
+    """
+    import torch
+
+    # Forking spares each rank the imports, some seconds. A process that has used CUDA cannot be forked.
+    method = "spawn" if sys.platform != "linux" or torch.cuda.is_initialized() else "fork"
+    context = multiprocessing.get_context(method)
+    port = free_port()
+    ranks = []
+    with warnings.catch_warnings():
+        # Python 3.12 warns that a forked process may deadlock on locks held by other threads. Ours compute with one.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for rank in range(recipe.world_size):
+            ours, theirs = context.Pipe(duplex=False)
+            # mypy: the contexts of multiprocessing share no base class that has Process
+            process = context.Process(target=run_rank, args=(rank, subject, recipe, directory, port, theirs))  # type: ignore[attr-defined]
+            process.start()
+            theirs.close()
+            ranks.append((process, ours))
+    try:
+        return [receive(rank, pipe) for rank, (_, pipe) in enumerate(ranks)]
+    finally:
+        for process, pipe in ranks:
+            pipe.close()
+            process.join(5.0)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def run_rank(rank: int, subject: Subject, recipe: Recipe, directory: Path, port: int, pipe: Connection) -> None:
+    """What one process does: find its place by torchrun's variables, train, send the trace."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "GROUP_RANK": "0",
+        "WORLD_SIZE": str(recipe.world_size),
+        "LOCAL_WORLD_SIZE": str(recipe.world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "conformance",
+    }
+    import torch
+
+    from conformance.trace import record
+
+    failure = ""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        with record(directory, recipe.zero_gradients, rank) as trace:
+            try:
+                subject.train(dataclasses.replace(recipe, directory=directory))
+            except BaseException as error:
+                failure = f"rank {rank} raised {describe_error(error)}"
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    # As bytes: a tensor sent as an object would be passed by a file descriptor that dies with this process.
+    pipe.send_bytes(pickle.dumps((trace, failure)))
+    pipe.close()
+
+
+def receive(rank: int, pipe: Connection) -> "Trace":
+    """The trace that a rank sends.
+
+    Raises:
+        RunFailed: if the rank raised, died, or did not end in time.
+    """
+    try:
+        if not pipe.poll(TIMEOUT):
+            raise RunFailed(f"rank {rank} did not end within {TIMEOUT:.0f} s")
+        trace, failure = pickle.loads(pipe.recv_bytes())
+    except EOFError:
+        raise RunFailed(f"rank {rank} died without sending its trace") from None
+    if failure:
+        raise RunFailed(failure)
+    return trace  # type: ignore[no-any-return] # what run_rank sent
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

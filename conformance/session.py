@@ -1,0 +1,232 @@
+"""One sitting with one subject: runs each recipe once, keeps the traces, and turns clauses into outcomes."""
+
+import dataclasses
+import inspect
+import linecache
+import shutil
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+from conformance.clause import Clause, NotApplicable, Violation
+from conformance.recipe import Recipe
+from conformance.subject import Subject
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from conformance.trace import Checkpoint, Trace
+
+Outcome = Literal["pass", "fail", "deviates", "fixed", "n/a", "error"]
+OUTCOMES: tuple[Outcome, ...] = ("pass", "fail", "deviates", "fixed", "n/a", "error")
+BAD: tuple[Outcome, ...] = ("fail", "fixed", "error")
+"""Outcomes that make the exit code 1."""
+
+
+class RunFailed(Exception):
+    """A run that a clause needed did not end; its cause is what the stack or the adapter raised."""
+
+
+class AdapterFailed(RunFailed):
+    """The adapter itself raised: this says nothing about the stack."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A run that was allowed to fail."""
+
+    trace: "Trace"
+    """What was recorded until then."""
+    error: BaseException | None
+    """What the stack raised; None if the run ended."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """The outcome of one clause."""
+
+    clause: Clause
+    outcome: Outcome
+    expected: str = ""
+    seen: str = ""
+    reason: str = ""
+    seconds: float = 0.0
+    traceback: str = field(default="", compare=False)
+
+
+class Session:
+    """Runs recipes on a subject. Use as a context manager: its runs write into a folder that is removed at the end."""
+
+    def __init__(self, subject: Subject, deviations: Mapping[str, str] | None = None) -> None:
+        self.subject = subject
+        self.deviations = dict(deviations or {})
+        self.attempts: dict[Recipe, Attempt] = {}
+        self.groups: dict[Recipe, list[Trace]] = {}
+        self.directory = Path(tempfile.mkdtemp(prefix="conformance-"))
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove what the runs wrote."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    # what clauses ask for --------------------------------------------------------------------------------------
+
+    def attempt(self, recipe: Recipe) -> Attempt:
+        """Run a recipe that the stack may refuse, or take the earlier run of an equal one.
+
+        Raises:
+            AdapterFailed: if the adapter's own code raised.
+        """
+        from conformance.trace import record
+
+        if recipe not in self.attempts:
+            folder = self.directory / f"run-{len(self.attempts):03d}"
+            folder.mkdir(parents=True)
+            error: BaseException | None = None
+            with record(folder, recipe.zero_gradients) as trace:
+                try:
+                    self.subject.train(dataclasses.replace(recipe, directory=folder))
+                except KeyboardInterrupt:
+                    raise
+                except BaseException as raised:  # SystemExit too: a stack that quits has not trained
+                    error = raised
+            self.attempts[recipe] = Attempt(trace, error)
+        attempt = self.attempts[recipe]
+        if attempt.error is not None and raised_by_adapter(attempt.error, self.subject):
+            raise AdapterFailed(describe_error(attempt.error)) from attempt.error
+        return attempt
+
+    def trace(self, recipe: Recipe) -> "Trace":
+        """The trace of a run that must end.
+
+        Raises:
+            RunFailed: if it did not, or nothing was seen in it.
+        """
+        attempt = self.attempt(recipe)
+        if attempt.error is not None:
+            raise RunFailed(describe_error(attempt.error)) from attempt.error
+        if not attempt.trace.forwards or not attempt.trace.updates:
+            raise AdapterFailed(
+                f"{type(self.subject).__name__}.train() ended, but {len(attempt.trace.forwards)} forwards with token "
+                f"ids and logits and {len(attempt.trace.updates)} optimizer steps were seen: it must run the stack."
+            )
+        return attempt.trace
+
+    def ranks(self, recipe: Recipe) -> "list[Trace]":
+        """The traces of all ranks of a run on several processes.
+
+        Raises:
+            RunFailed: if a rank raised.
+        """
+        from conformance.ranks import run_on_ranks
+
+        if recipe not in self.groups:
+            folder = self.directory / f"ranks-{len(self.groups):03d}"
+            folder.mkdir(parents=True)
+            self.groups[recipe] = run_on_ranks(self.subject, recipe, folder)
+        return self.groups[recipe]
+
+    def load(self, checkpoint: "Checkpoint") -> "nn.Module":
+        """The plain eager module in a checkpoint."""
+        from conformance.trace import quiet_and_deterministic
+
+        with quiet_and_deterministic():
+            module: nn.Module = self.subject.load(checkpoint)  # type: ignore[attr-defined] # claimed by not lacking it
+        return module
+
+    def offers(self) -> dict[str, Any]:
+        """What a clause may name as its arguments."""
+        return {
+            "subject": self.subject,
+            "trace": self.trace,
+            "attempt": self.attempt,
+            "ranks": self.ranks,
+            "load": self.load,
+        }
+
+    # judging ---------------------------------------------------------------------------------------------------
+
+    def judge(self, clause: Clause) -> Result:
+        """Judge one clause, handing it what its arguments name."""
+        offers = self.offers()
+        arguments = {name: offers[name] for name in inspect.signature(clause.function).parameters}
+        return self.judge_call(clause, lambda: clause.function(**arguments))
+
+    def judge_call(self, clause: Clause, call: Callable[[], None]) -> Result:
+        """Judge one clause by calling its test."""
+        lacking = [f"{need}: {self.subject.lacks[need]}" for need in clause.needs if need in self.subject.lacks]
+        if lacking:
+            return Result(clause, "n/a", reason="lacks " + "; ".join(lacking))
+        declared = self.deviations.get(clause.id)
+        started = time.perf_counter()
+        outcome: Outcome
+        expected = seen = reason = trail = ""
+        try:
+            call()
+            outcome = "pass"
+            if declared is not None:
+                outcome, reason = "fixed", f"declared as a deviation ({declared}), but it passes: remove the entry."
+        except NotApplicable as error:
+            outcome, reason = "n/a", str(error)
+        except Violation as error:
+            outcome, expected, seen = "fail", error.expected, error.seen
+            trail = "".join(traceback.format_exception(error))
+            if declared is not None:
+                outcome, reason = "deviates", declared
+        except KeyboardInterrupt:
+            raise
+        except RunFailed as error:
+            outcome, reason, trail = "error", str(error), "".join(traceback.format_exception(error))
+            if adapter_line := line_in_adapter(error.__cause__, self.subject):
+                reason += f" [adapter: {adapter_line}]"
+        except BaseException as error:
+            outcome, reason = "error", f"the suite itself broke: {describe_error(error)}"
+            trail = "".join(traceback.format_exception(error))
+        return Result(clause, outcome, expected, seen, reason, time.perf_counter() - started, trail)
+
+
+def describe_error(error: BaseException) -> str:
+    """An exception in one line: its class and the first line of its message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:400]}" if lines else type(error).__name__
+
+
+def adapter_file(subject: Subject) -> str | None:
+    """The file that the adapter's code lies in."""
+    return getattr(getattr(type(subject).train, "__code__", None), "co_filename", None)
+
+
+def frames(error: BaseException | None) -> list[tuple[str, int]]:
+    """File and line of each frame of an exception's traceback, outermost first."""
+    found, step = [], error.__traceback__ if error is not None else None
+    while isinstance(step, TracebackType):
+        found.append((step.tb_frame.f_code.co_filename, step.tb_lineno))
+        step = step.tb_next
+    return found
+
+
+def raised_by_adapter(error: BaseException, subject: Subject) -> bool:
+    """Whether the innermost frame is the adapter's, or the suite's on its behalf: then the fault is not the stack's."""
+    from conformance import recipe, trace
+
+    trail = frames(error)
+    return bool(trail) and trail[-1][0] in (adapter_file(subject), recipe.__file__, trace.__file__)
+
+
+def line_in_adapter(error: BaseException | None, subject: Subject) -> str:
+    """The innermost line of the adapter that an exception passed through: ``file:line: code``."""
+    file = adapter_file(subject)
+    for path, line in reversed(frames(error)):
+        if path == file:
+            return f"{Path(path).name}:{line}: {linecache.getline(path, line).strip()}"
+    return ""

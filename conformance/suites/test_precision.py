@@ -1,0 +1,186 @@
+"""PREC: computed in the precision that was asked for, and the loss in float32 whatever that is."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from conformance.checks import precision
+from conformance.clause import NotApplicable, Violation, clause
+from conformance.recipe import OptimizerChoice, Recipe
+from conformance.subject import Subject
+from conformance.trace import Forward, Trace
+
+WEIGHTS = {
+    "32-true": torch.float32,
+    "bf16-mixed": torch.float32,
+    "16-mixed": torch.float32,
+    "bf16-true": torch.bfloat16,
+}
+COMPUTE = {
+    "32-true": torch.float32,
+    "bf16-mixed": torch.bfloat16,
+    "16-mixed": torch.float16,
+    "bf16-true": torch.bfloat16,
+}
+
+
+def claimed(subject: Subject) -> list[str]:
+    """The precisions that the subject has."""
+    return [name for name in WEIGHTS if name not in subject.lacks]
+
+
+def training_forwards(run: Trace) -> list[Forward]:
+    """Forwards that lead to a loss."""
+    return [forward for forward in run.forwards if forward.training and forward.grad_enabled]
+
+
+@clause(
+    "PREC-1",
+    why="Softmax, sampling and losses computed from 16-bit logits lose two of three decimal digits.",
+    mend="Convert the logits on leaving the model, as Fabric's wrapper does.",
+    source="Lightning-AI/litgpt#1508, Fabric's Precision.convert_output",
+    bound="dtype",
+)
+def test_logits_float32(subject: Subject, trace: Any) -> None:
+    """Logits leave the model in float32, in every precision that the stack offers."""
+    for name in claimed(subject):
+        run = trace(Recipe(precision=name, evaluate="evaluate" not in subject.lacks))  # type: ignore[arg-type] # a name of the Literal
+        found = {f"logits of forward {i} under {name}": f.logits.dtype for i, f in enumerate(run.forwards)}
+        precision.dtypes_are(found, torch.float32, "logits")
+
+
+@clause(
+    "PREC-2",
+    needs=("logits-opt-out",),
+    level="should",
+    why="Float32 logits of a large vocabulary are the largest tensor of the step: 3.3 GB at 16 x 1024 x 50304.",
+    mend="Offer a switch that leaves the logits as they were computed, and convert inside the loss.",
+    source="Lightning-AI/litgpt#1508, pytorch#124480",
+    bound="dtype",
+)
+def test_logits_opt_out(subject: Subject, trace: Any) -> None:
+    """Opted out, logits leave in the dtype they were computed in."""
+    for name in claimed(subject):
+        run = trace(Recipe(precision=name, logits="compute"))  # type: ignore[arg-type] # a name of the Literal
+        found = {f"logits of forward {i} under {name}": f.logits.dtype for i, f in enumerate(run.forwards)}
+        precision.dtypes_are(found, COMPUTE[name], "logits")
+
+
+@clause(
+    "PREC-3",
+    why="A loss in bfloat16 moves in steps of 0.06 around 11, and so do its gradients.",
+    mend="logits.float() before cross_entropy.",
+    source="Modalities/modalities#464, marin-community/marin#8217",
+    bound="1e-5 relative against the cross entropy in float64 of the logits seen (healthy: 2e-7; in bfloat16: 2e-4)",
+)
+def test_loss_float32(subject: Subject, trace: Any) -> None:
+    """The loss is computed in float32: its value, not only its dtype."""
+    opt_outs = ["float32"] + ([] if "logits-opt-out" in subject.lacks else ["compute"])
+    for name in claimed(subject):
+        for logits in opt_outs:
+            recipe = Recipe(precision=name, logits=logits, updates=4)  # type: ignore[arg-type] # names of the Literals
+            run = trace(recipe)
+            forwards = training_forwards(run)
+            if len(forwards) != len(run.losses):
+                raise NotApplicable(f"{len(forwards)} training forwards, but {len(run.losses)} losses: cannot pair them")
+            for forward, loss in zip(forwards, run.losses, strict=True):
+                precision.loss_in_float32(*with_targets(recipe, forward), loss.value)
+
+
+def with_targets(recipe: Recipe, forward: Forward) -> tuple[torch.Tensor, torch.Tensor]:
+    """The logits of a forward that have a next token in the data, and that token.
+
+    Raises:
+        Violation: if the ids are not from the recipe.
+    """
+    for batch in recipe.batches():
+        if forward.ids.shape[1] == recipe.block_size and torch.equal(forward.ids.long(), batch[:, :-1]):
+            return forward.logits, batch[:, 1:]
+        if torch.equal(forward.ids.long(), batch):  # stacks that shift inside the model see all tokens
+            return forward.logits[:, :-1], batch[:, 1:]
+    raise Violation("the model is fed the training data in order", "token ids that are in no batch of the recipe")
+
+
+@clause(
+    "PREC-4",
+    why="A run in another precision than the one in its configuration: slower, or with less accuracy, than believed.",
+    mend="Raise where a precision is not available; do not replace it.",
+    source="litgpt#1802, #1814; nanoGPT on CPU; Fabric turns 16-mixed into bf16-mixed on the CPU",
+    bound="dtypes; and logits under 32-true are not all bfloat16 numbers",
+)
+def test_precision_asked_for(subject: Subject, trace: Any) -> None:
+    """Weights have the declared dtype, before and after training, and the forward computes in the declared one."""
+    for name in claimed(subject):
+        run = trace(Recipe(precision=name))  # type: ignore[arg-type] # a name of the Literal
+        precision.dtypes_are({n: info.dtype for n, info in run.tensors.items()}, WEIGHTS[name], f"weights under {name}")
+        after = {n: t.dtype for n, t in run.updates[-1].after.items()}
+        precision.dtypes_are(after, WEIGHTS[name], f"weights after training under {name}")
+        autocast = COMPUTE[name] if name.endswith("-mixed") else None
+        found = {f.autocast for f in training_forwards(run)}
+        if found != {autocast}:
+            raise Violation(f"autocast inside the forward under {name}: {autocast}", f"{sorted(map(str, found))}")
+        precision.content_is([f.logits for f in training_forwards(run)], rounded=name.startswith("bf16"))
+
+
+@clause(
+    "PREC-5",
+    why="Backward and optimizer steps inside autocast compute in 16 bits what must be in 32.",
+    mend="Close the autocast context after the forward (and the loss).",
+    source="pytorch#120376, luyug/GradCache#17",
+    bound="off",
+)
+def test_autocast_only_in_forward(subject: Subject, trace: Any) -> None:
+    """Autocast is off when backward and the optimizer step begin."""
+    for name in claimed(subject):
+        run = trace(Recipe(precision=name))  # type: ignore[arg-type] # a name of the Literal
+        if any(loss.autocast for loss in run.losses):
+            raise Violation("autocast off when backward begins", f"it is on, under {name}")
+        if any(update.autocast for update in run.updates):
+            raise Violation("autocast off when the optimizer steps", f"it is on, under {name}")
+
+
+@clause(
+    "PREC-6",
+    needs=("bf16-true",),
+    why="Updates below half a unit in the last place vanish: norms and large weights stop learning at small rates.",
+    mend="Keep float32 master weights or round stochastically; or warn the user that small updates are lost.",
+    source="pytorch/ao#1124, torchtune#2254, NVIDIA/Model-Optimizer#2322",
+    bound="movement of at least half the float32 run's (healthy: 0.98; lost: below 0.05), or a message about rounding",
+)
+def test_small_updates(trace: Any) -> None:
+    """Small updates are not lost to the rounding of bfloat16 weights, or the trainer says so."""
+    choice = OptimizerChoice.of("torch.optim.AdamW", lr=1e-6, weight_decay=0.0)
+    recipe = Recipe(precision="bf16-true", optimizer=choice, updates=4)
+    coarse, exact = trace(recipe), trace(replace(recipe, precision="32-true"))
+    ratio = precision.movement(coarse.initial, coarse.updates[-1].after) / precision.movement(
+        exact.initial, exact.updates[-1].after
+    )
+    told = [line for line in coarse.messages if ("bf16" in line or "bfloat16" in line) and mentions_rounding(line)]
+    if ratio < precision.MOVEMENT_BOUND and not told:
+        raise Violation(
+            "weights that move at least half as far as in float32, or a warning",
+            f"they move {ratio:.1%} as far, and none of {len(coarse.messages)} messages speaks of rounding",
+        )
+
+
+def mentions_rounding(line: str) -> bool:
+    """Whether a message is about updates that get lost."""
+    return any(word in line for word in ("round", "lost", "master weights", "stochastic"))
+
+
+@clause(
+    "PREC-7",
+    needs=("bf16-true", "llama-shape"),
+    why="With phases in bfloat16, positions beyond 256 collide: the model cannot tell tokens apart by place.",
+    mend="Compute the phase in float32 and round only the finished cos and sin.",
+    source="transformers#25681, #29285, EleutherAI/gpt-neox#1003, KellerJordan/modded-nanogpt#39",
+    bound="2^-8 (healthy: at most 2^-9, one rounding; a phase in bfloat16: 0.06 and more at 64 positions)",
+)
+def test_rotary_tables(trace: Any) -> None:
+    """Position tables of a bfloat16 model are those of the float32 model, rounded once."""
+    recipe = Recipe(shape="llama", block_size=64, updates=1)
+    exact, coarse = trace(recipe), trace(replace(recipe, precision="bf16-true"))
+    if not any(table.is_floating_point() for table in exact.buffers.values()):
+        raise NotApplicable("the model keeps no floating buffers; it computes positions anew in each forward")
+    precision.tables_close(exact.buffers, coarse.buffers)
