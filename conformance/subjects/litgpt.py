@@ -19,6 +19,27 @@ from conformance.subject import Constant, Distribution, Normal
 from conformance.trace import Checkpoint, TensorInfo
 
 
+class Loader(DataLoader[torch.Tensor]):
+    """A DataLoader with a position, as litdata's StreamingDataLoader, LitGPT's usual one, has it.
+
+    A plain DataLoader would be pickled whole into the checkpoint, and torch >= 2.6 refuses to load that.
+    """
+
+    position = 0
+
+    def __iter__(self) -> Any:
+        start, self.position = self.position, 0
+        for self.position, batch in enumerate(super().__iter__(), start=1):
+            if self.position > start:
+                yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+
 class Tokens(DataModule):
     """The recipe's token ids, in order."""
 
@@ -29,11 +50,11 @@ class Tokens(DataModule):
     def connect(self, tokenizer: Any = None, batch_size: int = 1, max_seq_length: int | None = None) -> None:
         self.batch_size = batch_size
 
-    def train_dataloader(self) -> DataLoader[torch.Tensor]:
-        return DataLoader(torch.cat(self.train), batch_size=self.batch_size)  # type: ignore[arg-type] # a map-style set
+    def train_dataloader(self) -> Loader:
+        return Loader(torch.cat(self.train), batch_size=self.batch_size)  # type: ignore[arg-type] # has getitem and len
 
-    def val_dataloader(self) -> DataLoader[torch.Tensor]:
-        return DataLoader(torch.cat(self.validation), batch_size=self.batch_size)  # type: ignore[arg-type] # as above
+    def val_dataloader(self) -> Loader:
+        return Loader(torch.cat(self.validation), batch_size=self.batch_size)  # type: ignore[arg-type] # as above
 
 
 class LitGPTPolicy:

@@ -1,0 +1,41 @@
+"""The deviations file: which clauses a stack breaks knowingly, and why.
+
+    [OPT-11]
+    reason = "the class's own error message is passed on"
+    link = "https://github.com/..."
+"""
+
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+
+from conformance.subject import UsageError
+
+
+def load_deviations(path: Path, known: Iterable[str]) -> dict[str, str]:
+    """Reasons by clause id.
+
+    Raises:
+        UsageError: if the file cannot be read, names a clause that does not exist, or gives no reason.
+    """
+    try:
+        entries = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"the deviations file {path} cannot be read: {error.strerror or error}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"the deviations file {path} is not TOML: {error}.") from error
+    known = set(known)
+    deviations = {}
+    for identity, entry in entries.items():
+        if identity not in known:
+            raise UsageError(f"the deviations file {path} names {identity!r}, which is no clause: remove or correct it.")
+        reason = entry.get("reason") if isinstance(entry, dict) else None
+        if not isinstance(reason, str) or not reason.strip():
+            raise UsageError(f'the deviations file {path} gives no reason for {identity}: add reason = "...".')
+        unknown = set(entry) - {"reason", "link"}
+        if unknown:
+            raise UsageError(
+                f"the deviations file {path} has {', '.join(sorted(unknown))} for {identity}: only reason and link count."
+            )
+        deviations[identity] = f"{reason} ({entry['link']})" if "link" in entry else reason
+    return deviations

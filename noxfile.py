@@ -1,0 +1,84 @@
+"""The manual: ``nox -l`` lists what can be done, ``nox -s NAME`` does it.
+
+All sessions share one environment, made by the session ``environment`` on first use, so torch is installed once.
+With ``--no-venv`` they use the Python that runs nox, and install nothing.
+"""
+
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.5.1"
+nox.options.sessions = ["conformance"]
+nox.options.reuse_venv = "yes"
+nox.options.error_on_external_run = True
+
+HERE = Path(__file__).parent
+LATEST = HERE / "reports" / "latest"  # ignored by git: a second run leaves the checkout clean
+PEERS = {"litgpt"}  # subjects that are installed by an extra of the same name
+
+# One thread: the models are tiny, and threads only wait for each other. Warnings and progress need no buffering.
+VARIABLES = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "BNB_DISABLE_KERNELS_WARNING": "1"}
+
+_python = sys.executable
+
+
+def run(session: nox.Session, *arguments: str, success: tuple[int, ...] = (0,)) -> None:
+    """Run Python in the shared environment."""
+    session.run(_python, *arguments, env=VARIABLES, external=True, success_codes=list(success))
+
+
+@nox.session(default=False)
+def environment(session: nox.Session) -> None:
+    """Install the package and its tools once, for all other sessions (they call this by themselves)."""
+    global _python
+    if session.virtualenv.is_sandboxed is False:  # --no-venv: whatever is installed is used
+        _python = sys.executable
+        return
+    _python = str(Path(session.bin) / "python")
+    extras = sorted(PEERS.intersection(session.posargs))
+    stamp = Path(session.virtualenv.location) / "installed"
+    installed = stamp.read_text().split() if stamp.exists() else []
+    files = [HERE / "pyproject.toml", HERE / "constraints.txt"]
+    wanted = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+    if installed[:1] == [wanted] and set(extras) <= set(installed[1:]):
+        return  # nothing changed: pip would take seconds to find that out
+    extras = sorted(set(extras).union(installed[1:]))
+    target = f".[{','.join(extras)}]" if extras else "."
+    session.run("python", "-m", "pip", "install", "--quiet", "--upgrade", "pip>=25.1", silent=True)  # knows --group
+    groups = ("--group", "lint", "--group", "build")
+    session.install("--quiet", "--constraint", "constraints.txt", "--editable", target, *groups)
+    stamp.write_text(" ".join([wanted, *extras]))
+
+
+@nox.session(venv_backend="none", requires=["environment"])
+def conformance(session: nox.Session) -> None:
+    """Judge a training stack: the reference, or `-- --subject litgpt`, or `-- --subject your.module:Adapter`."""
+    LATEST.mkdir(parents=True, exist_ok=True)
+    arguments = list(session.posargs)
+    if not any(argument.startswith("--report") for argument in arguments):
+        arguments += ["--report", os.path.relpath(LATEST / "conformance.json")]
+    run(session, "-m", "pytest", "--pyargs", "conformance.suites", *arguments)
+
+
+@nox.session(venv_backend="none", requires=["environment"], default=False)
+def tests(session: nox.Session) -> None:
+    """Run this project's own tests; `-- tests/test_trace.py -k hooks` selects, `-- -m slow` runs the long ones."""
+    run(session, "-m", "pytest", *session.posargs)
+
+
+@nox.session(venv_backend="none", requires=["environment"], default=False)
+def mutants(session: nox.Session) -> None:
+    """Print the kill matrix: every planted fault against every clause (some three minutes)."""
+    run(session, "-m", "tests.kill_matrix", *session.posargs)
+
+
+@nox.session(venv_backend="none", requires=["environment"], default=False)
+def lint(session: nox.Session) -> None:
+    """Check style, formatting and types with ruff and mypy."""
+    run(session, "-m", "ruff", "check", ".")
+    run(session, "-m", "ruff", "format", "--check", ".")
+    run(session, "-m", "mypy")
