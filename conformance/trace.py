@@ -30,7 +30,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from conformance.recipe import remember_configs
 
-WRAPPER_PARTS = ("_forward_module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+WRAPPER_PARTS = ("_forward_module", "_original_module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 WRAPPER_CLASSES = ("DistributedDataParallel", "DataParallel")  # these call what they wrap ``module``
 
 
@@ -269,8 +269,8 @@ class _Recorder:
         self.calls: list[nn.Module] = []  # modules whose forward is running
         self.inner_autocast: torch.dtype | None = None
         self.before_forward: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
-        self.pending: dict[int, dict[str, Any]] = {}  # by optimizer: what step_begins saw
-        self.foreign: dict[int, tuple[str, Tensor]] = {}
+        self.pending: dict[int, tuple[dict[str, Tensor], dict[str, Any]]] = {}  # by optimizer: what step_begins saw
+        self.foreign: dict[int, tuple[str, Tensor]] = {}  # kept alive, or another tensor might get the same id
         self.seen: dict[Path, tuple[int, int]] = {}
         self.look_for_files(first=True)
 
@@ -325,32 +325,30 @@ class _Recorder:
     def step_begins(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.look_for_files()
         tensors = self.watched(optimizer)
+        names = {id(tensor): name for name, tensor in tensors.items()}
         if self.zero_gradients:
             for tensor in tensors.values():
                 if tensor.grad is not None:
                     tensor.grad.zero_()
         device = next((t.device.type for t in tensors.values()), "cpu")
-        self.pending[id(optimizer)] = {
+        begun = {
             "optimizer": class_path(optimizer),
-            "groups": tuple(self.describe_group(group) for group in optimizer.param_groups),
+            "groups": tuple(describe_group(group, names) for group in optimizer.param_groups),
             "gradients": {name: None if t.grad is None else copy_of(t.grad) for name, t in tensors.items()},
             "before": copied(tensors),
-            "state_before": self.state(optimizer),
+            "state_before": describe_state(optimizer, names),
             "autocast": torch.is_autocast_enabled(device),
         }
+        self.pending[id(optimizer)] = (tensors, begun)
 
     def step_ends(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        begun = self.pending.pop(id(optimizer), None)
-        if begun is not None:
-            after, state = copied(self.watched(optimizer)), self.state(optimizer)
-            self.trace.updates.append(Update(after=after, state_after=state, **begun))
-
-    def names(self) -> dict[int, str]:
-        """Names of the module's parameters by identity, as they are now."""
-        return {} if self.root is None else {id(t): name for name, t in named_tensors(self.root).items()}
+        if id(optimizer) in self.pending:
+            tensors, begun = self.pending.pop(id(optimizer))
+            state = describe_state(optimizer, {id(tensor): name for name, tensor in tensors.items()})
+            self.trace.updates.append(Update(after=copied(tensors), state_after=state, **begun))
 
     def watched(self, optimizer: Optimizer) -> dict[str, Tensor]:
-        """All parameters of the module, and whatever else the optimizer holds."""
+        """All parameters of the module as it is now, and whatever else the optimizer holds."""
         tensors = {} if self.root is None else named_tensors(self.root)
         known = {id(tensor) for tensor in tensors.values()}
         for group in optimizer.param_groups:
@@ -359,29 +357,6 @@ class _Recorder:
                     name, _ = self.foreign.setdefault(id(tensor), (f"foreign-{len(self.foreign) + 1}", tensor))
                     tensors[name] = tensor
         return tensors
-
-    def describe_group(self, group: dict[str, Any]) -> Group:
-        names = self.names()
-        members = tuple(names.get(id(t)) or self.foreign[id(t)][0] for t in group["params"])
-        settings = {
-            key: plain_value(value)
-            for key, value in group.items()
-            if key != "params" and not (isinstance(value, dict) and any(isinstance(k, Tensor) for k in value))
-        }
-        return Group(members, settings)
-
-    def state(self, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
-        """Optimizer state by name: from ``optimizer.state``, and from dictionaries by tensor inside the groups."""
-        names = self.names() | {key: name for key, (name, _) in self.foreign.items()}
-        places = [optimizer.state]
-        for group in optimizer.param_groups:
-            places += [v for v in group.values() if isinstance(v, dict) and any(isinstance(k, Tensor) for k in v)]
-        return {
-            names[id(tensor)]: {key: plain_value(value) for key, value in entry.items()}
-            for place in places
-            for tensor, entry in place.items()
-            if isinstance(tensor, Tensor) and id(tensor) in names and entry
-        }
 
     # files -----------------------------------------------------------------------------------------------------
 
@@ -403,6 +378,28 @@ class _Recorder:
                 self.trace.checkpoints.remove(earlier)
                 written = [*earlier.files, *(path for path in written if path not in earlier.files)]
             self.trace.checkpoints.append(Checkpoint(update, tuple(written)))
+
+
+def describe_group(group: dict[str, Any], names: dict[int, str]) -> Group:
+    """A parameter group as plain data; state that its class keeps inside is left to describe_state."""
+    settings = {k: plain_value(v) for k, v in group.items() if k != "params" and not keyed_by_tensor(v)}
+    return Group(tuple(names[id(tensor)] for tensor in group["params"]), settings)
+
+
+def describe_state(optimizer: Optimizer, names: dict[int, str]) -> dict[str, dict[str, Any]]:
+    """Optimizer state by name: from ``optimizer.state``, and from dictionaries by tensor inside the groups."""
+    places = [optimizer.state, *(v for group in optimizer.param_groups for v in group.values() if keyed_by_tensor(v))]
+    return {
+        names[id(tensor)]: {key: plain_value(value) for key, value in entry.items()}
+        for place in places
+        for tensor, entry in place.items()
+        if isinstance(tensor, Tensor) and id(tensor) in names and entry
+    }
+
+
+def keyed_by_tensor(value: Any) -> bool:
+    """Whether this is a dictionary with tensors as keys, as grokadamw 0.1.2 keeps its state in a group."""
+    return isinstance(value, dict) and any(isinstance(key, Tensor) for key in value)
 
 
 def find_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -1,5 +1,6 @@
 """Rules of optimizers and their keyword arguments."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -41,13 +42,14 @@ def config_untouched(changed: Sequence[tuple[Mapping[str, Any], Mapping[str, Any
         raise Violation(f"the user's configuration stays {given}", f"after the run it is {found}")
 
 
-def names_nearest(message: str, nearest: str) -> None:
-    """An error about a misspelt keyword names the right one.
+def names_nearest(message: str, nearest: str, accepted: Sequence[str]) -> None:
+    """An error about a misspelt keyword names the right one, and before any other: a list of all is no hint.
 
     Raises:
         Violation: with the message.
     """
-    if nearest not in message:
+    places = {key: match.start() for key in accepted if (match := re.search(rf"\b{key}\b", message))}
+    if nearest not in places or min(places, key=lambda key: places[key]) != nearest:
         raise Violation(f"the error names the nearest accepted keyword, {nearest!r}", message)
 
 

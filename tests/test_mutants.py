@@ -1,0 +1,42 @@
+"""The suite can fail: every mutant is killed by the clauses beside it, and harmless variants by none."""
+
+import pytest
+
+from conformance.clause import catalogue
+from conformance.session import Session
+from conformance.subjects.reference import Reference
+from tests.mutants import HARMLESS, MUTANTS, Harmless, Mutant, planted
+
+CLAUSES = catalogue()
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_mutant_is_killed(mutant: Mutant) -> None:
+    with planted(mutant.edits), Session(Reference()) as session:
+        outcomes = {identity: session.judge(CLAUSES[identity]) for identity in mutant.killers}
+    survived = {identity: (r.outcome, r.reason) for identity, r in outcomes.items() if r.outcome != "fail"}
+    assert not survived, f"{mutant.name} survives {survived}"
+
+
+@pytest.mark.parametrize("variant", HARMLESS, ids=lambda variant: variant.name)
+def test_harmless_variant_survives(variant: Harmless) -> None:
+    with planted(variant.edits), Session(variant.subject()) as session:
+        results = [session.judge(clause) for clause in CLAUSES.values()]
+    killed = {r.clause.id: r.seen or r.reason for r in results if r.outcome not in ("pass", "n/a")}
+    assert not killed, f"{variant.name} is killed by {killed}"
+
+
+def test_every_clause_kills_a_mutant() -> None:
+    named = {identity for mutant in MUTANTS for identity in mutant.killers}
+    assert set(CLAUSES) == named
+
+
+def test_mutants_are_told_apart() -> None:
+    names = [mutant.name for mutant in MUTANTS] + [variant.name for variant in HARMLESS]
+    assert len(names) == len(set(names))
+    assert len({mutant.edits for mutant in MUTANTS}) == len(MUTANTS)
+
+
+def test_an_edit_that_does_not_fit_is_an_error() -> None:
+    with pytest.raises(ValueError, match="stands 0 times"), planted((MUTANTS[0].edits[0].__class__("reference.schedule:learning_rate", "no such text", ""),)):
+        pass
