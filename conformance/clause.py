@@ -10,9 +10,9 @@ from typing import Any, Literal
 from conformance.subject import CAPABILITIES, UsageError
 
 CHAPTERS = {
-    "INIT": "weight initialisation",
-    "OPT": "optimizer and its keyword arguments",
-    "DECAY": "weight decay and coverage of the parameters",
+    "INIT": "initial weights",
+    "OPT": "optimizer keywords",
+    "DECAY": "groups and weight decay",
     "PREC": "precision",
     "EMB": "StableEmbedding",
 }

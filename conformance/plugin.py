@@ -157,7 +157,8 @@ def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] 
     outcome = getattr(report, "conformance", None)
     if outcome is None or report.when != "call":
         return None
-    return outcome, LETTERS[outcome], outcome.upper()
+    # "error" and "failed" are pytest's own: it would print these reports a second time, in its own way.
+    return "no verdict" if outcome == "error" else outcome, LETTERS[outcome], outcome.upper()
 
 
 @pytest.hookimpl(trylast=True)
@@ -190,7 +191,8 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
 
     from conformance.report import print_letter
 
-    console = Console(file=terminalreporter._tw._file, highlight=False, soft_wrap=False)
+    file = terminalreporter._tw._file
+    console = Console(file=file, highlight=False, width=None if file.isatty() else 100)
     verbose = config.get_verbosity() > 0
     print_letter(console, run.session.subject, run.spec, ordered(run), run.partial, verbose)
     if run.report is not None:

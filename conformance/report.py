@@ -124,10 +124,11 @@ def print_letter(
     console.print(f"[bold]{escape(subject.name)} {escape(subject.version)}[/], judged by {len(results)} clauses")
     console.print(
         f"[dim]gpt-conformance {facts['gpt-conformance']}, Python {facts['python']}, torch {facts['torch']}, "
-        f"{escape(facts['processor'])}, {facts['cores']} cores, GPU: {escape(facts['gpu'])}[/]"
+        f"{escape(facts['processor'])}, {facts['cores']} cores, GPU: {escape(facts['gpu'])}[/]",
+        soft_wrap=True,
     )
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("chapter")
+    table.add_column("chapter", no_wrap=True)
     for outcome in OUTCOMES:
         table.add_column(outcome, justify="right")
     for chapter, title in CHAPTERS.items():
@@ -168,11 +169,12 @@ def print_finding(console: "Console", spec: str, result: Result, verbose: bool) 
         ("Why it matters", clause.why if result.outcome != "error" else ""),
         ("How to mend it", clause.mend if result.outcome == "fail" else ""),
         ("Seen before", clause.source if result.outcome == "fail" else ""),
-        ("Repeat", repeat_command(spec, result)),
     ]
     for label, text in lines:
         if text:
             line = Text(f"{label}: ", style="dim").append(text, style="default")
-            console.print(Padding(line, (0, 0, 0, 2)), soft_wrap=label == "Repeat")
+            console.print(Padding(line, (0, 0, 0, 2)))
+    # In one piece, to be copied.
+    console.print(f"  [dim]Repeat:[/] {repeat_command(spec, result)}", soft_wrap=True)
     if verbose and result.traceback:
         console.print(Text(result.traceback, style="dim"))

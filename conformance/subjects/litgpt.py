@@ -25,19 +25,19 @@ class Loader(DataLoader[torch.Tensor]):
     A plain DataLoader would be pickled whole into the checkpoint, and torch >= 2.6 refuses to load that.
     """
 
-    position = 0
+    position, skip = 0, 0
 
     def __iter__(self) -> Any:
-        start, self.position = self.position, 0
+        skip, self.skip = self.skip, 0  # only the first pass after a load goes on in the middle
         for self.position, batch in enumerate(super().__iter__(), start=1):
-            if self.position > start:
+            if self.position > skip:
                 yield batch
 
     def state_dict(self) -> dict[str, int]:
         return {"position": self.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.position = state["position"]
+        self.skip = state["position"]
 
 
 class Tokens(DataModule):
@@ -90,6 +90,7 @@ class LitGPT:
         "fused": "pretrain.main asks for fused on CUDA only",
         "ndim-policy": "pretrain.main passes model.parameters(), without groups",
         "16-mixed": "pretrain.setup offers bf16-true, bf16-mixed and 32-true",
+        "16-true": "pretrain.setup offers bf16-true, bf16-mixed and 32-true",
         "logits-opt-out": "pretrain.setup has no setting for Fabric's conversion of outputs",
         "stable-embedding": "pretrain has none; only litgpt.finetune swaps embeddings",
         "meta-init": "on one device pretrain.main initialises at once; the meta device is used by FSDP only",
