@@ -78,7 +78,7 @@ class Recipe:
     """The head shares the weight of the embedding."""
     seed: int = 1
     """Decides the weights."""
-    precision: Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true"] = "32-true"
+    precision: Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed"] = "32-true"
     """Fabric's names: -mixed keeps float32 weights and computes in 16 bits, -true keeps 16-bit weights."""
     optimizer: OptimizerChoice = field(default_factory=OptimizerChoice)
     microbatch_size: int = 2

@@ -24,7 +24,6 @@ CAPABILITIES = {
     "load": "has load(checkpoint), which gives back a plain eager module",
     "bf16-mixed": "computes in bfloat16 with float32 weights",
     "bf16-true": "keeps weights in bfloat16",
-    "16-true": "keeps weights in float16",
     "16-mixed": "computes in float16 with float32 weights",
     "logits-opt-out": "can be told to leave logits in the dtype they were computed in",
     "stable-embedding": "can train with bitsandbytes' StableEmbedding",

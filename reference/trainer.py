@@ -136,6 +136,7 @@ class Trainer:
             started = time.perf_counter()
             micro = list(itertools.islice(batches, config.microbatches))
             loss, tokens = accumulate(fabric, wrapped, micro)
+            require_finite("loss", loss, fabric, update)
             norm = clip(fabric, wrapped, optimizer, config.clip, update)
             optimizer.step()
             optimizer.zero_grad()
@@ -315,14 +316,20 @@ def clip(fabric: "Fabric", model: Any, optimizer: Any, limit: float | None, upda
         return None
     norm = fabric.clip_gradients(model, optimizer, max_norm=limit, error_if_nonfinite=False)
     assert norm is not None
-    value = norm.item()
-    # A loss scaler (16-mixed) meets such gradients on purpose and skips the step by itself.
+    require_finite("gradient norm", norm.item(), fabric, update)
+    return norm.item()
+
+
+def require_finite(what: str, value: float, fabric: "Fabric", update: int) -> None:
+    """Raise TrainingError, before the step, if a value is NaN or infinite.
+
+    Not under a loss scaler (16-mixed): it meets such gradients on purpose, and skips the step by itself.
+    """
     if not math.isfinite(value) and getattr(fabric.strategy.precision, "scaler", None) is None:
         raise TrainingError(
-            f"the gradient norm is {value} at update {update + 1} on rank {fabric.global_rank}; the parameters are "
-            "those of the update before. Lower the learning rate or lengthen the warm-up, and resume."
+            f"the {what} is {value} at update {update + 1} on rank {fabric.global_rank}; the parameters are those of "
+            "the update before. Lower the learning rate or lengthen the warm-up, and resume."
         )
-    return value
 
 
 @torch.no_grad()
@@ -381,8 +388,8 @@ def load_for_inference(folder: str | Path) -> nn.Module:
         )
     state = checkpoint.load_state(path)
     model: nn.Module = GPT(GPTConfig(**config["model"]))
-    if config["train"]["precision"].endswith("-true"):
-        model.to({"32-true": torch.float32, "bf16-true": torch.bfloat16}.get(config["train"]["precision"], torch.half))
+    if config["train"]["precision"] == "bf16-true":
+        model.to(torch.bfloat16)
     if state["stable_embedding"]:
         swap_embeddings(model)
     checkpoint.load_model(path, model)
@@ -391,12 +398,10 @@ def load_for_inference(folder: str | Path) -> nn.Module:
 
 def warn_about_rounding(config: TrainConfig) -> None:
     """Say what bfloat16 weights cost, where there is no float32 copy of them."""
-    if config.precision.endswith("-true") and config.precision != "32-true":
+    if config.precision == "bf16-true":
         logger.warning(
-            "precision %s keeps no float32 weights: an update smaller than half a unit in the last place of a weight "
-            "(bfloat16: 1/512 of it) is lost to rounding. Use %s unless memory forbids.",
-            config.precision,
-            config.precision.replace("-true", "-mixed"),
+            "precision bf16-true keeps no float32 weights: an update smaller than half a unit in the last place of a "
+            "weight (1/512 of it) is lost to rounding. Use bf16-mixed unless memory forbids."
         )
 
 

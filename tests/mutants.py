@@ -393,7 +393,7 @@ MUTANTS = [
         "bf16-update-lost",
         "PREC-6",
         "pytorch/ao#1124, torchtune#2254",
-        ("reference.trainer:warn_about_rounding", 'if config.precision.endswith("-true")', "if False"),
+        ("reference.trainer:warn_about_rounding", 'if config.precision == "bf16-true"', "if False"),
     ),
     mutant(
         "rope-phase-bf16",

@@ -90,7 +90,6 @@ class LitGPT:
         "fused": "pretrain.main asks for fused on CUDA only",
         "ndim-policy": "pretrain.main passes model.parameters(), without groups",
         "16-mixed": "pretrain.setup offers bf16-true, bf16-mixed and 32-true",
-        "16-true": "pretrain.setup offers bf16-true, bf16-mixed and 32-true",
         "logits-opt-out": "pretrain.setup has no setting for Fabric's conversion of outputs",
         "stable-embedding": "pretrain has none; only litgpt.finetune swaps embeddings",
         "meta-init": "on one device pretrain.main initialises at once; the meta device is used by FSDP only",

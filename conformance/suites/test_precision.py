@@ -16,14 +16,12 @@ WEIGHTS = {
     "bf16-mixed": torch.float32,
     "16-mixed": torch.float32,
     "bf16-true": torch.bfloat16,
-    "16-true": torch.float16,
 }
 COMPUTE = {
     "32-true": torch.float32,
     "bf16-mixed": torch.bfloat16,
     "16-mixed": torch.float16,
     "bf16-true": torch.bfloat16,
-    "16-true": torch.float16,
 }
 
 
