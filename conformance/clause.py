@@ -95,9 +95,7 @@ def clause(
         requirement = " ".join((inspect.getdoc(function) or "").split("\n\n")[0].split())
         if not requirement:
             raise ValueError(f"{identity} has no docstring, but a clause's docstring is its requirement")
-        _CLAUSES[identity] = Clause(
-            identity, requirement, why, mend, source, bound, level, needs, function
-        )
+        _CLAUSES[identity] = Clause(identity, requirement, why, mend, source, bound, level, needs, function)
         function.clause_id = identity  # type: ignore[attr-defined] # how the plugin knows a clause among tests
         return function
 

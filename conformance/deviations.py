@@ -1,8 +1,8 @@
 """The deviations file: which clauses a stack breaks knowingly, and why.
 
-    [OPT-11]
-    reason = "the class's own error message is passed on"
-    link = "https://github.com/..."
+[OPT-11]
+reason = "the class's own error message is passed on"
+link = "https://github.com/..."
 """
 
 import tomllib
@@ -28,14 +28,14 @@ def load_deviations(path: Path, known: Iterable[str]) -> dict[str, str]:
     deviations = {}
     for identity, entry in entries.items():
         if identity not in known:
-            raise UsageError(f"the deviations file {path} names {identity!r}, which is no clause: remove or correct it.")
+            raise UsageError(f"the deviations file {path} names {identity!r}, which is no clause: correct it.")
         reason = entry.get("reason") if isinstance(entry, dict) else None
         if not isinstance(reason, str) or not reason.strip():
             raise UsageError(f'the deviations file {path} gives no reason for {identity}: add reason = "...".')
         unknown = set(entry) - {"reason", "link"}
         if unknown:
             raise UsageError(
-                f"the deviations file {path} has {', '.join(sorted(unknown))} for {identity}: only reason and link count."
+                f"the deviations file {path} has {', '.join(sorted(unknown))} for {identity}: use reason and link."
             )
         deviations[identity] = f"{reason} ({entry['link']})" if "link" in entry else reason
     return deviations

@@ -12,7 +12,7 @@ import pytest
 
 if TYPE_CHECKING:
     from conformance.clause import Clause
-    from conformance.session import Result, Session
+    from conformance.session import Result
 
 LETTERS = {"pass": ".", "fail": "F", "deviates": "d", "fixed": "X", "n/a": "-", "error": "E"}
 USAGE = 2  # exit code of a mistake in the command line; pytest's own would be 4, and 5 for an empty selection
@@ -146,7 +146,7 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     if isinstance(item, ClauseItem) and call.when == "call" and item.result is not None:
-        report.conformance = item.result.outcome
+        report.conformance = item.result.outcome  # type: ignore[attr-defined] # read in report_teststatus
         if item.result.outcome == "n/a":
             report.outcome = "skipped"
             report.longrepr = (str(item.path), 0, item.result.reason)

@@ -152,7 +152,9 @@ def print_letter(
     total = ", ".join(f"[{COLORS[o]}]{n} {o}[/]" for o, n in zip(OUTCOMES, count(results).values(), strict=True) if n)
     console.print(f"\n[bold]Result:[/] {total}, {sum(result.seconds for result in results):.1f} s")
     if partial:
-        console.print("[yellow]Partial: not all clauses were judged, so this says nothing about the stack as a whole.[/]")
+        console.print(
+            "[yellow]Partial: not all clauses were judged, so this says nothing about the stack as a whole.[/]"
+        )
 
 
 def print_finding(console: "Console", spec: str, result: Result, verbose: bool) -> None:

@@ -122,6 +122,15 @@ class Session:
             )
         return attempt.trace
 
+    def start(self, recipe: Recipe) -> "Trace":
+        """The trace of a run that must get as far as its first forward; what happens later does not matter.
+
+        Raises:
+            RunFailed: if it did not.
+        """
+        attempt = self.attempt(recipe)
+        return attempt.trace if attempt.trace.forwards else self.trace(recipe)
+
     def ranks(self, recipe: Recipe) -> "list[Trace]":
         """The traces of all ranks of a run on several processes.
 
@@ -149,6 +158,7 @@ class Session:
         return {
             "subject": self.subject,
             "trace": self.trace,
+            "start": self.start,
             "attempt": self.attempt,
             "ranks": self.ranks,
             "load": self.load,

@@ -85,13 +85,21 @@ class Policy(Protocol):
 class Subject(Protocol):
     """The adapter. ``load(checkpoint) -> nn.Module`` may be added; without it ``lacks`` must name ``load``."""
 
-    name: str
-    """Of the stack, as its users call it."""
-    version: str
-    """Of the stack, not of the adapter."""
-    lacks: Mapping[str, str]
-    """Capabilities that the stack does not have, each with a reason that can be checked in its source."""
-    policy: Policy
+    @property
+    def name(self) -> str:
+        """Of the stack, as its users call it. (A plain attribute does, here and below.)"""
+
+    @property
+    def version(self) -> str:
+        """Of the stack, not of the adapter."""
+
+    @property
+    def lacks(self) -> Mapping[str, str]:
+        """Capabilities that the stack does not have, each with a reason that can be checked in its source."""
+
+    @property
+    def policy(self) -> Policy:
+        """What the stack declares."""
 
     def train(self, recipe: "Recipe") -> None:
         """Run the stack's own entry point on the recipe, to the end."""
@@ -116,9 +124,7 @@ def load_subject(spec: str) -> Subject:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise UsageError(
-            f"the subject {spec!r} cannot be imported: {error}. {install_hint(spec, error)}"
-        ) from error
+        raise UsageError(f"the subject {spec!r} cannot be imported: {error}. {install_hint(spec, error)}") from error
     except Exception as error:
         raise UsageError(f"importing the subject {spec!r} raised {type(error).__name__}: {error}.") from error
     found = getattr(module, attribute, None)

@@ -30,7 +30,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from conformance.recipe import remember_configs
 
-WRAPPER_PARTS = ("_forward_module", "_original_module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+WRAPPER_PARTS = (
+    "_forward_module",
+    "_original_module",
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+)
 WRAPPER_CLASSES = ("DistributedDataParallel", "DataParallel")  # these call what they wrap ``module``
 
 
@@ -501,10 +507,10 @@ def on_meta(module: nn.Module) -> bool:
 
 def device_type(module: nn.Module) -> str:
     """``cpu``, ``cuda``, ... of the module's first parameter or buffer; ``cpu`` if it has none."""
-    tensor = next(module.parameters(), None)
-    if tensor is None:
-        tensor = next(module.buffers(), None)
-    return "cpu" if tensor is None or tensor.is_meta else tensor.device.type
+    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        return "cpu" if tensor.is_meta else tensor.device.type
+    first = next(module.parameters(), None)
+    return "cpu" if first is None or first.is_meta else first.device.type
 
 
 def copy_of(tensor: Tensor) -> Tensor:

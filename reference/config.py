@@ -29,7 +29,7 @@ class GPTConfig:
     n_head: int = 12
     """Number of query heads."""
     n_kv_head: int | None = None
-    """Number of key/value heads (grouped-query attention, https://arxiv.org/abs/2305.13245). None: as many as n_head."""
+    """Key/value heads (grouped-query attention, https://arxiv.org/abs/2305.13245). None: as many as n_head."""
     n_embd: int = 768
     """Width of the residual stream."""
     intermediate_size: int | None = None

@@ -47,9 +47,7 @@ def initialize(model: "GPT", seed: int) -> None:
     bind_reset_parameters(model, seed)
     for module in model.modules():
         if owns_tensors(module):
-            reset = module.reset_parameters
-            assert callable(reset)
-            reset()
+            module.reset_parameters()  # type: ignore[operator] # every module of a GPT that owns tensors has it
 
 
 def bind_reset_parameters(model: "GPT", seed: int) -> None:
@@ -162,9 +160,7 @@ def materialize(model: nn.Module, device: torch.device) -> None:
             setattr(model.get_submodule(owner), attribute, tensor)
     for module in model.modules():
         if owns_tensors(module):
-            reset = module.reset_parameters
-            assert callable(reset)
-            reset()
+            module.reset_parameters()  # type: ignore[operator] # require_reset_parameters() has looked
 
 
 def tied_names(model: nn.Module) -> dict[str, list[str]]:

@@ -159,7 +159,7 @@ def decay_groups(model: nn.Module, decay: str = "role") -> list[dict[str, Any]]:
             verdict = decay == "all" or (parameter.ndim >= 2 if decay == "ndim" else is_decayed(name, parameter, owner))
             tensors[id(parameter)] = parameter
             decayed[id(parameter)] = decayed.get(id(parameter), True) and verdict
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [tensor for key, tensor in tensors.items() if decayed[key]]},
         {"params": [tensor for key, tensor in tensors.items() if not decayed[key]], "weight_decay": 0.0},
     ]

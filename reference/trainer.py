@@ -117,10 +117,11 @@ class Trainer:
         module = self.build_module(fabric)
         if swap_wanted(config.stable_embedding, optimizer_class):
             swap_embeddings(module)  # before the optimizer, which must own the tensors that are trained
-        wrapped = fabric.setup_module(torch.compile(module) if config.compile else module)
+        compiled: Any = torch.compile(module) if config.compile else module
+        wrapped = fabric.setup_module(compiled)
         bare = build_optimizer(config.optimizer, config.optimizer_args, module, fabric.device, config.decay)
         peaks = [group["lr"] for group in bare.param_groups]
-        optimizer = fabric.setup_optimizers(bare)
+        optimizer: Any = fabric.setup_optimizers(bare)
         done = restore(folder, fabric, module, bare) if folder is not None else 0
         warn_about_rounding(config)
 
@@ -218,7 +219,7 @@ def launch(config: TrainConfig) -> "Fabric":
     if config.logits == "compute":
         # Fabric's wrapper turns every floating output into float32. The loss below does that by itself, and under
         # torch.compile without writing the float32 logits to memory.
-        fabric.strategy.precision.convert_output = keep_dtype  # type: ignore[method-assign] # of this instance
+        fabric.strategy.precision.convert_output = keep_dtype  # type: ignore[method-assign, assignment] # of this instance
     logger.info("logits: leave the model in %s", "float32" if config.logits == "float32" else "the computing dtype")
     return fabric
 
@@ -278,8 +279,7 @@ def accumulate(fabric: "Fabric", model: Any, batches: list[Tensor]) -> tuple[flo
     """
     pairs = [split_targets(batch, fabric.device) for batch in batches]
     count = torch.stack([(targets != IGNORE).sum() for _, targets in pairs]).sum()
-    if fabric.world_size > 1:
-        count = fabric.all_reduce(count, reduce_op="sum")
+    count = reduce(fabric, count, "sum")
     # DDP averages gradients over ranks; we want their sum over the common count.
     scale = fabric.world_size / count.clamp(min=1)
     total = torch.zeros((), device=fabric.device)
@@ -289,9 +289,15 @@ def accumulate(fabric: "Fabric", model: Any, batches: list[Tensor]) -> tuple[flo
             loss = token_loss(model(ids), targets) * scale
             fabric.backward(loss)
         total += loss.detach()
-    if fabric.world_size > 1:
-        total = fabric.all_reduce(total, reduce_op="mean")
+    total = reduce(fabric, total, "mean")
     return total.item(), int(count)
+
+
+def reduce(fabric: "Fabric", tensor: Tensor, operation: Literal["sum", "mean"]) -> Tensor:
+    """A tensor summed or averaged over all ranks; as it is on a single one."""
+    reduced = fabric.all_reduce(tensor, reduce_op=operation) if fabric.world_size > 1 else tensor
+    assert isinstance(reduced, Tensor)
+    return reduced
 
 
 def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -345,8 +351,7 @@ def evaluate(fabric: "Fabric", model: Any, batches: Iterable[Tensor]) -> float:
             ids, targets = split_targets(batch, fabric.device)
             sums[0] += token_loss(model(ids), targets)
             sums[1] += (targets != IGNORE).sum()
-    if fabric.world_size > 1:
-        sums = fabric.all_reduce(sums, reduce_op="sum")
+    sums = reduce(fabric, sums, "sum")
     if sums[1] == 0:
         raise TrainingError("there are no validation batches: give some, or set evaluate_every=None.")
     return float(sums[0] / sums[1])

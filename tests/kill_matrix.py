@@ -37,7 +37,9 @@ def diff(mutant: Mutant) -> list[str]:
     for edit in mutant.edits:
         source = textwrap.dedent(inspect.getsource(resolve(edit.function)))
         changed = source.replace(edit.old, edit.new)
-        delta = difflib.unified_diff(source.splitlines(), changed.splitlines(), edit.function, "mutant", n=0, lineterm="")
+        delta = difflib.unified_diff(
+            source.splitlines(), changed.splitlines(), edit.function, "mutant", n=0, lineterm=""
+        )
         lines += [line for line in delta if not line.startswith(("+++", "@@"))]
     return lines
 

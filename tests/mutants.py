@@ -75,7 +75,11 @@ def edited_code(function: FunctionType, edit: Edit) -> Any:
         raise ValueError(f"{edit.old!r} stands {source.count(edit.old)} times in {edit.function}, not once")
     namespace: dict[str, Any] = {}
     # Registered code of this repository, from the table below; nothing from outside.
-    exec(compile(source.replace(edit.old, edit.new), f"<mutant of {edit.function}>", "exec"), function.__globals__, namespace)
+    exec(
+        compile(source.replace(edit.old, edit.new), f"<mutant of {edit.function}>", "exec"),
+        function.__globals__,
+        namespace,
+    )
     code = inspect.unwrap(namespace[function.__name__]).__code__
     if code.co_freevars != function.__code__.co_freevars:
         raise ValueError(f"{edit.function} closes over {function.__code__.co_freevars}; edit another function")
@@ -109,13 +113,13 @@ MUTANTS = [
         "INIT-1",
         "litgpt#689, #759, #1150",
         (BUILD_MODULE, "empty_init=False", "empty_init=True"),
-        ("reference.initialize:initialize", "            reset()", "            pass"),
+        ("reference.initialize:initialize", "module.reset_parameters()", "pass"),
     ),
     mutant(
         "init-skipped-fresh-run",
         "INIT-2",
         "litgpt#1150",
-        ("reference.initialize:initialize", "            reset()", "            pass"),
+        ("reference.initialize:initialize", "module.reset_parameters()", "pass"),
     ),
     mutant(
         "init-residual-scale-never-applied",
@@ -141,7 +145,9 @@ MUTANTS = [
         "PyTorch's default init where another was declared",
         (DRAW, "noise.normal_(0.0, std, ", "noise.uniform_(-std * 3**0.5, std * 3**0.5, "),
     ),
-    mutant("init-unseeded", "INIT-3", "-", (DRAW, "generator(seed, name)", "generator(__import__('time').time_ns(), name)")),
+    mutant(
+        "init-unseeded", "INIT-3", "-", (DRAW, "generator(seed, name)", "generator(__import__('time').time_ns(), name)")
+    ),
     mutant("init-seed-ignored", "INIT-4", "litgpt#1425", (DRAW, "generator(seed, name)", "generator(0, name)")),
     mutant("init-std-one", "INIT-5", "-", (STD, "    return init_std\n", "    return 1.0\n")),
     mutant(
@@ -154,9 +160,7 @@ MUTANTS = [
             "checkpoint.load_model(folder, module); module.blocks[0].mlp.fc.reset_parameters()",
         ),
     ),
-    mutant(
-        "weights-not-loaded", "INIT-6", "marin, many", (RESTORE, "checkpoint.load_model(folder, module)", "pass")
-    ),
+    mutant("weights-not-loaded", "INIT-6", "marin, many", (RESTORE, "checkpoint.load_model(folder, module)", "pass")),
     mutant(
         "master-weights-rounded-on-resume",
         "INIT-6",
@@ -167,7 +171,11 @@ MUTANTS = [
         "resume-missing-starts-random",
         "INIT-7",
         "torchtitan#1311",
-        ("reference.checkpoint:find", "if not is_complete(folder):\n", "if not is_complete(folder):\n        return None\n"),
+        (
+            "reference.checkpoint:find",
+            "if not is_complete(folder):\n",
+            "if not is_complete(folder):\n        return None\n",
+        ),
     ),
     mutant(
         "meta-buffers-lost",
@@ -185,7 +193,11 @@ MUTANTS = [
         "meta-init-lost",
         "INIT-9",
         "litgpt#1150",
-        ("reference.initialize:bind_reset_parameters", "nn.Linear | nn.Embedding)", "nn.Linear | nn.Embedding) and not module.weight.is_meta"),
+        (
+            "reference.initialize:bind_reset_parameters",
+            "nn.Linear | nn.Embedding)",
+            "nn.Linear | nn.Embedding) and not module.weight.is_meta",
+        ),
     ),
     mutant(
         "adapter-init-skipped",
@@ -194,15 +206,19 @@ MUTANTS = [
         ("reference.initialize:require_reset_parameters", "if lost:", "if False:"),
         (
             "reference.initialize:materialize",
-            "reset = module.reset_parameters",
-            "reset = getattr(module, 'reset_parameters', lambda: None)",
+            "module.reset_parameters()",
+            "getattr(module, 'reset_parameters', lambda: None)()",
         ),
     ),
     mutant(
         "init-differs-per-rank",
         "INIT-11",
         "litgpt#269, torchtitan#166, llm-foundry#830",
-        (FIT, PEAKS, "torch.manual_seed(config.seed + fabric.global_rank); nn.init.normal_(next(module.parameters())); " + PEAKS),
+        (
+            FIT,
+            PEAKS,
+            "torch.manual_seed(config.seed + fabric.global_rank); nn.init.normal_(next(module.parameters())); " + PEAKS,
+        ),
     ),
     # OPT -------------------------------------------------------------------------------------------------------------
     mutant(
@@ -243,7 +259,11 @@ MUTANTS = [
         "OPT-8",
         "litgpt instantiate_torch_optimizer",
         (ADDED, 'if "fused" in arguments:', "if False:"),
-        (BUILD, "added_keywords(optimizer_class, arguments, device) | dict(arguments)", "dict(arguments) | added_keywords(optimizer_class, arguments, device)"),
+        (
+            BUILD,
+            "added_keywords(optimizer_class, arguments, device) | dict(arguments)",
+            "dict(arguments) | added_keywords(optimizer_class, arguments, device)",
+        ),
     ),
     mutant(
         "user-config-mutated",
@@ -304,7 +324,11 @@ MUTANTS = [
         "decay-coupled",
         "DECAY-4",
         "joennlae/tensorli#1, pytorch#4429",
-        (BUILD, "optimizer_class(groups, **keywords)", "(torch.optim.Adam if optimizer_class is torch.optim.AdamW else optimizer_class)(groups, **keywords)"),
+        (
+            BUILD,
+            "optimizer_class(groups, **keywords)",
+            "(torch.optim.Adam if optimizer_class is torch.optim.AdamW else optimizer_class)(groups, **keywords)",
+        ),
     ),
     mutant(
         "decay-tied-ambiguous",
@@ -312,12 +336,21 @@ MUTANTS = [
         "nanoGPT 7c828855",
         (GROUPS, "decayed.get(id(parameter), True) and verdict", "decayed.get(id(parameter), False) or verdict"),
     ),
-    mutant("decay-embeddings", "DECAY-4", "nanoGPT before 7fe4a099", (DECAYED, "isinstance(owner, nn.Embedding) or EMBEDDING.search(kind)", "False")),
+    mutant(
+        "decay-embeddings",
+        "DECAY-4",
+        "nanoGPT before 7fe4a099",
+        (DECAYED, "isinstance(owner, nn.Embedding) or EMBEDDING.search(kind)", "False"),
+    ),
     mutant(
         "decay-none",
         "DECAY-4",
         "-",
-        (GROUPS, '[tensor for key, tensor in tensors.items() if decayed[key]]}', '[tensor for key, tensor in tensors.items() if decayed[key]], "weight_decay": 0.0}'),
+        (
+            GROUPS,
+            "[tensor for key, tensor in tensors.items() if decayed[key]]}",
+            '[tensor for key, tensor in tensors.items() if decayed[key]], "weight_decay": 0.0}',
+        ),
     ),
     mutant(
         "group-without-learning-rate",
@@ -342,8 +375,16 @@ MUTANTS = [
         "decay-compile-prefix",
         "DECAY-8",
         "pytorch#101107, LLMs-from-scratch#580",
-        (FIT, "config.optimizer_args, module,", "config.optimizer_args, torch.compile(module) if config.compile else module,"),
-        (DECAYED, "isinstance(owner, nn.Embedding) or EMBEDDING.search(kind)", 'name.startswith(("embedding.", "position."))'),
+        (
+            FIT,
+            "config.optimizer_args, module,",
+            "config.optimizer_args, torch.compile(module) if config.compile else module,",
+        ),
+        (
+            DECAYED,
+            "isinstance(owner, nn.Embedding) or EMBEDDING.search(kind)",
+            'name.startswith(("embedding.", "position."))',
+        ),
     ),
     # PREC ------------------------------------------------------------------------------------------------------------
     mutant("logits-left-as-computed", "PREC-1", "litgpt#1508", (LAUNCH, 'if config.logits == "compute":', "if True:")),
@@ -361,7 +402,10 @@ MUTANTS = [
         ("reference.trainer:token_loss", "logits.float().flatten", "logits.flatten"),
     ),
     mutant(
-        "precision-ignored", "PREC-4", "litgpt#1802, #1814", (LAUNCH, "precision=config.precision,", 'precision="32-true",')
+        "precision-ignored",
+        "PREC-4",
+        "litgpt#1802, #1814",
+        (LAUNCH, "precision=config.precision,", 'precision="32-true",'),
     ),
     mutant(
         "precision-always-bf16",
@@ -416,7 +460,11 @@ MUTANTS = [
         "stableemb-rounded",
         "EMB-1",
         "litgpt#1770",
-        (STABLE, "stable.weight = plain.weight\n", "stable.weight = nn.Parameter(plain.weight.bfloat16().to(plain.weight.dtype))\n"),
+        (
+            STABLE,
+            "stable.weight = plain.weight\n",
+            "stable.weight = nn.Parameter(plain.weight.bfloat16().to(plain.weight.dtype))\n",
+        ),
     ),
     mutant(
         "stableemb-drops-padding-idx",
@@ -441,7 +489,11 @@ MUTANTS = [
             "swap_embeddings(module)  # before the optimizer, which must own the tensors that are trained",
             "pass",
         ),
-        (BUILD, "own_override_manager(optimizer)", "__import__('reference').swap_embeddings(model) if is_bitsandbytes(optimizer_class) else None"),
+        (
+            BUILD,
+            "own_override_manager(optimizer)",
+            "__import__('reference').swap_embeddings(model) if is_bitsandbytes(optimizer_class) else None",
+        ),
     ),
     mutant(
         "bnb-32bit-override-ignored",
@@ -475,7 +527,11 @@ MUTANTS = [
         "stableemb-not-exported",
         "EMB-8",
         "litgpt save_lora_checkpoint",
-        ("reference.embedding:folded", "weight = norm(table.to(norm.weight.dtype)).to(stable.weight.dtype)", "weight = table.clone()"),
+        (
+            "reference.embedding:folded",
+            "weight = norm(table.to(norm.weight.dtype)).to(stable.weight.dtype)",
+            "weight = table.clone()",
+        ),
     ),
     mutant(
         "stableemb-kept-for-inference",

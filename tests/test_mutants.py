@@ -38,5 +38,8 @@ def test_mutants_are_told_apart() -> None:
 
 
 def test_an_edit_that_does_not_fit_is_an_error() -> None:
-    with pytest.raises(ValueError, match="stands 0 times"), planted((MUTANTS[0].edits[0].__class__("reference.schedule:learning_rate", "no such text", ""),)):
+    with (
+        pytest.raises(ValueError, match="stands 0 times"),
+        planted((MUTANTS[0].edits[0].__class__("reference.schedule:learning_rate", "no such text", ""),)),
+    ):
         pass

@@ -12,7 +12,9 @@ def tensors_equal(expected: Mapping[str, Tensor], seen: Mapping[str, Tensor], wh
     """Raise Violation unless two sets of named tensors are the same, bit for bit, in names, shapes and dtypes."""
     if set(expected) != set(seen):
         lost, new = sorted(set(expected) - set(seen)), sorted(set(seen) - set(expected))
-        raise Violation(f"{what}: the same tensors", f"missing {quoted(lost) or 'none'}; additional {quoted(new) or 'none'}")
+        raise Violation(
+            f"{what}: the same tensors", f"missing {quoted(lost) or 'none'}; additional {quoted(new) or 'none'}"
+        )
     different = [name for name in expected if not same(expected[name], seen[name])]
     if different:
         first = different[0]
@@ -37,7 +39,9 @@ def largest_difference(first: Tensor, second: Tensor) -> str:
     return f"{(first.double() - second.double()).abs().max().item():.3g}"
 
 
-def states_equal(expected: Mapping[str, Mapping[str, object]], seen: Mapping[str, Mapping[str, object]], what: str) -> None:
+def states_equal(
+    expected: Mapping[str, Mapping[str, object]], seen: Mapping[str, Mapping[str, object]], what: str
+) -> None:
     """Raise Violation unless two optimizer states, by tensor and entry, are equal bit for bit."""
     lost = [name for name in expected if name not in seen]
     if lost:
@@ -49,4 +53,6 @@ def states_equal(expected: Mapping[str, Mapping[str, object]], seen: Mapping[str
         if key not in seen[name] or not equal_values(value, seen[name][key])
     ]
     if different:
-        raise Violation(f"{what}: equal bit for bit", f"{len(different)} entries differ or are gone: {quoted(different)}")
+        raise Violation(
+            f"{what}: equal bit for bit", f"{len(different)} entries differ or are gone: {quoted(different)}"
+        )

@@ -43,14 +43,10 @@ def only_these(groups: Sequence[Collection[str]], trainable: Collection[str]) ->
     """
     strangers = [name for group in groups for name in group if name not in trainable]
     if strangers:
-        raise Violation(
-            "only trainable tensors of the model are in the optimizer", f"also there: {quoted(strangers)}"
-        )
+        raise Violation("only trainable tensors of the model are in the optimizer", f"also there: {quoted(strangers)}")
 
 
-def decay_acts(
-    before: Mapping[str, Tensor], after: Mapping[str, Tensor], factors: Mapping[str, float]
-) -> None:
+def decay_acts(before: Mapping[str, Tensor], after: Mapping[str, Tensor], factors: Mapping[str, float]) -> None:
     """One step with zero gradients multiplies each tensor by its factor: 1 - lr * weight_decay, or exactly 1.
 
     Raises:

@@ -126,7 +126,7 @@ def test_every_tensor_moves(subject: Subject, trace: Any) -> None:
     bound="as DECAY-4",
 )
 def test_foreign_module_decays_as_declared(subject: Subject, trace: Any) -> None:
-    """In a module of somebody else's, norm gains, biases, embeddings, memory tokens and mem_k/mem_v decay as declared."""
+    """In a foreign module, norm gains, biases, embeddings, memory tokens and mem_k/mem_v decay as declared."""
     recipe = Recipe(module=MEMORY, optimizer=STRONG, zero_gradients=True)
     check_factors(subject, recipe, trace(recipe))
 

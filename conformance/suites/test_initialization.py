@@ -20,10 +20,10 @@ from conformance.suites import shapes
     source="Lightning-AI/litgpt#1150, litgpt#689",
     bound="no NaN: uninitialised memory is filled with NaN while the run is recorded",
 )
-def test_nothing_is_uninitialised(subject: Subject, trace: Any) -> None:
+def test_nothing_is_uninitialised(subject: Subject, start: Any) -> None:
     """On a fresh start no parameter and no buffer is left uninitialised."""
     for recipe in shapes(subject):
-        run = trace(recipe)
+        run = start(recipe)
         initialization.initialised(run.initial | run.buffers)
 
 
@@ -35,15 +35,15 @@ def test_nothing_is_uninitialised(subject: Subject, trace: Any) -> None:
     bound="3 standard errors; a tensor beyond them is pooled with the draws of three more seeds and must be within "
     "3 again (healthy: 0.3 % each time). The weakest mutant, no depth scaling, is off by a factor of 2.8",
 )
-def test_declared_distribution(subject: Subject, trace: Any) -> None:
+def test_declared_distribution(subject: Subject, start: Any) -> None:
     """Every parameter starts from the distribution that the stack declares, residual scaling by depth included."""
     wrong: dict[str, str] = {}
     for recipe in shapes(subject, n_layer=4, updates=1):
-        run = trace(recipe)
+        run = start(recipe)
         declared = {name: subject.policy.initial(recipe, info) for name, info in run.tensors.items()}
         suspects = [name for name in declared if initialization.deviation(run.initial[name], declared[name])]
         if suspects:  # one in a hundred is beyond 3 standard errors by chance: draw those again
-            more = [trace(replace(recipe, seed=seed)).initial for seed in (2, 3, 4)]
+            more = [start(replace(recipe, seed=seed)).initial for seed in (2, 3, 4)]
             for name in suspects:
                 pooled = torch.stack([run.initial[name], *(other[name] for other in more)])
                 if text := initialization.deviation(pooled, declared[name]):
@@ -60,10 +60,10 @@ def test_declared_distribution(subject: Subject, trace: Any) -> None:
     mend="Seed before the model is built, and draw from nothing that depends on time, process or hash order.",
     source="huggingface/transformers#46620 shows how such faults hide",
 )
-def test_same_seed_same_start(subject: Subject, trace: Any) -> None:
+def test_same_seed_same_start(subject: Subject, start: Any) -> None:
     """The same seed gives the same start, bit for bit."""
     for recipe in shapes(subject):
-        first, second = trace(recipe), trace(replace(recipe, repeat=1))
+        first, second = start(recipe), start(replace(recipe, repeat=1))
         tensors_equal(first.initial, second.initial, "the same seed twice")
 
 
@@ -73,10 +73,10 @@ def test_same_seed_same_start(subject: Subject, trace: Any) -> None:
     mend="Hand the configured seed to the generator that draws the weights.",
     source="Lightning-AI/litgpt#1425 (a seed that was not passed on)",
 )
-def test_other_seed_other_start(subject: Subject, trace: Any) -> None:
+def test_other_seed_other_start(subject: Subject, start: Any) -> None:
     """Another seed gives another start, in every tensor that is drawn at random."""
     for recipe in shapes(subject):
-        initialization.starts_differ(trace(recipe).initial, trace(replace(recipe, seed=2)).initial)
+        initialization.starts_differ(start(recipe).initial, start(replace(recipe, seed=2)).initial)
 
 
 @clause(
@@ -99,14 +99,14 @@ def test_first_loss(subject: Subject, trace: Any) -> None:
     mend="Initialise only on a fresh start, or before loading, and load every parameter and buffer.",
     source="huggingface/transformers#46620, #45591",
 )
-def test_resume_restores(subject: Subject, trace: Any) -> None:
+def test_resume_restores(trace: Any, start: Any) -> None:
     """A resumed run starts from the parameters that were saved, bit for bit, and initialises nothing again."""
     recipe = Recipe(updates=4, save_every=2)
     whole = trace(recipe)
     saved = whole.checkpoint(2)
     if saved is None:
         raise Violation("a checkpoint after update 2 of 4, with save_every=2", "no file was written there")
-    resumed = trace(replace(recipe, resume=saved))
+    resumed = start(replace(recipe, resume=saved))
     tensors_equal(whole.updates[1].after, resumed.initial, "parameters at the start of the resumed run")
     tensors_equal(whole.buffers, resumed.buffers, "buffers at the start of the resumed run")
 
@@ -132,10 +132,10 @@ def test_missing_checkpoint(subject: Subject, attempt: Any) -> None:
     mend="Recompute buffers when the model is materialised; to_empty() does not.",
     source="pytorch/torchtitan freqs_cis handling; transformers#25681",
 )
-def test_buffers_after_meta(subject: Subject, trace: Any) -> None:
+def test_buffers_after_meta(subject: Subject, start: Any) -> None:
     """Buffers of a model that was built on the meta device equal those of an eager build."""
     for recipe in shapes(subject):
-        eager, meta = trace(recipe), trace(replace(recipe, initialization="meta"))
+        eager, meta = start(recipe), start(replace(recipe, initialization="meta"))
         tensors_equal(eager.buffers, meta.buffers, "buffers, eager against meta")
 
 
@@ -146,13 +146,13 @@ def test_buffers_after_meta(subject: Subject, trace: Any) -> None:
     mend="Draw each tensor from the seed and its name, tie again after to_empty(), initialise what it left empty.",
     source="litgpt#1150, facebookresearch/lingua#75, verl#7834",
 )
-def test_parameters_after_meta(subject: Subject, trace: Any) -> None:
-    """Built on the meta device and materialised afterwards, as FSDP does, the model equals the eager one bit for bit."""
+def test_parameters_after_meta(subject: Subject, start: Any) -> None:
+    """Built on the meta device and materialised afterwards, as FSDP does, the model is bit-equal to the eager one."""
     variants = shapes(subject)
     if "tied" not in subject.lacks:
         variants += shapes(subject, tied=True)
     for recipe in variants:
-        eager, meta = trace(recipe), trace(replace(recipe, initialization="meta"))
+        eager, meta = start(recipe), start(replace(recipe, initialization="meta"))
         tensors_equal(eager.initial, meta.initial, "parameters, eager against meta")
 
 

@@ -171,7 +171,9 @@ def test_misspelt_keyword(attempt: Any) -> None:
     if tried.error is None:
         groups = tried.trace.updates[0].groups
         seen = {group.settings.get("weight_decay") for group in groups}
-        raise Violation("an error about wieght_decay=0.5", f"the run trained with weight_decay {sorted(map(str, seen))}")
+        raise Violation(
+            "an error about wieght_decay=0.5", f"the run trained with weight_decay {sorted(map(str, seen))}"
+        )
 
 
 @clause(

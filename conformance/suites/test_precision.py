@@ -83,7 +83,9 @@ def test_loss_float32(subject: Subject, trace: Any) -> None:
             run = trace(recipe)
             forwards = training_forwards(run)
             if len(forwards) != len(run.losses):
-                raise NotApplicable(f"{len(forwards)} training forwards, but {len(run.losses)} losses: cannot pair them")
+                raise NotApplicable(
+                    f"{len(forwards)} training forwards, but {len(run.losses)} losses: cannot pair them"
+                )
             for forward, loss in zip(forwards, run.losses, strict=True):
                 precision.loss_in_float32(*with_targets(recipe, forward), loss.value)
 
