@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from conformance.recipe import OptimizerChoice, Recipe
-    from conformance.subject import Constant, Normal, Subject, Uniform
+    from conformance.subject import Constant, Normal, Subject, Uniform, everything_but
     from conformance.trace import Checkpoint, TensorInfo, Trace, record
 
 _HOME = {
@@ -25,6 +25,7 @@ _HOME = {
     "TensorInfo": "trace",
     "Trace": "trace",
     "Uniform": "subject",
+    "everything_but": "subject",
     "record": "trace",
 }
 
@@ -38,6 +39,7 @@ __all__ = [
     "TensorInfo",
     "Trace",
     "Uniform",
+    "everything_but",
     "record",
 ]
 

@@ -174,9 +174,9 @@ class Session:
 
     def judge_call(self, clause: Clause, call: Callable[[], None]) -> Result:
         """Judge one clause by calling its test."""
-        lacking = [f"{need}: {self.subject.lacks[need]}" for need in clause.needs if need in self.subject.lacks]
-        if lacking:
-            return Result(clause, "n/a", reason="lacks " + "; ".join(lacking))
+        lacking = next((need for need in clause.needs if need in self.subject.lacks), None)
+        if lacking is not None:
+            return Result(clause, "n/a", reason=f"lacks {lacking}: {self.subject.lacks[lacking]}")
         declared = self.deviations.get(clause.id)
         started = time.perf_counter()
         outcome: Outcome

@@ -33,6 +33,18 @@ CAPABILITIES = {
 }
 """What a stack may lack, and what each name means. Everything that is not in a subject's ``lacks`` is claimed."""
 
+def everything_but(*claimed: str, reason: str) -> dict[str, str]:
+    """``lacks`` for a stack that has little: every capability but the claimed ones, all with one reason.
+
+    Raises:
+        ValueError: if a claimed capability does not exist.
+    """
+    unknown = set(claimed) - set(CAPABILITIES)
+    if unknown:
+        raise ValueError(f"{', '.join(sorted(unknown))} is no capability: choose from {', '.join(CAPABILITIES)}")
+    return {name: reason for name in CAPABILITIES if name not in claimed}
+
+
 BUILT_IN = {
     "reference": "conformance.subjects.reference:Reference",
     "litgpt": "conformance.subjects.litgpt:LitGPT",
