@@ -96,7 +96,7 @@ def clause(
         if not requirement:
             raise ValueError(f"{identity} has no docstring, but a clause's docstring is its requirement")
         _CLAUSES[identity] = Clause(identity, requirement, why, mend, source, bound, level, needs, function)
-        function.clause_id = identity  # type: ignore[attr-defined] # how the plugin knows a clause among tests
+        function.conformance_clause = identity  # type: ignore[attr-defined] # how the plugin knows a clause
         return function
 
     return decorate

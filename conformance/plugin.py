@@ -121,7 +121,7 @@ class ClauseItem(pytest.Item):
 
 
 def pytest_pycollect_makeitem(collector: pytest.Module | pytest.Class, name: str, obj: object) -> ClauseItem | None:
-    identity = getattr(obj, "clause_id", None)
+    identity = getattr(obj, "conformance_clause", None)
     if isinstance(identity, str):
         clause = sitting(collector.config).everything[identity]
         item: ClauseItem = ClauseItem.from_parent(collector, name=name, clause=clause)

@@ -7,14 +7,15 @@ import os
 import pickle
 import socket
 import sys
+import time
 import warnings
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from conformance.recipe import Recipe
-from conformance.session import RunFailed, describe_error
-from conformance.subject import Subject
+from conformance.session import RunFailed
+from conformance.subject import Subject, describe_error
 
 if TYPE_CHECKING:
     from conformance.trace import Trace
@@ -46,7 +47,7 @@ def run_on_ranks(subject: Subject, recipe: Recipe, directory: Path) -> "list[Tra
             theirs.close()
             ranks.append((process, ours))
     try:
-        return [receive(rank, pipe) for rank, (_, pipe) in enumerate(ranks)]
+        return receive_all({pipe: rank for rank, (_, pipe) in enumerate(ranks)})
     finally:
         for process, pipe in ranks:
             pipe.close()
@@ -72,35 +73,46 @@ def run_rank(rank: int, subject: Subject, recipe: Recipe, directory: Path, port:
 
     from conformance.trace import record
 
-    failure = ""
+    failure, moment = "", 0.0
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
         with record(directory, recipe.zero_gradients, rank) as trace:
             try:
                 subject.train(dataclasses.replace(recipe, directory=directory))
             except BaseException as error:
+                moment = time.time()
                 failure = f"rank {rank} raised {describe_error(error)}"
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     # As bytes: a tensor sent as an object would be passed by a file descriptor that dies with this process.
-    pipe.send_bytes(pickle.dumps((trace, failure)))
+    pipe.send_bytes(pickle.dumps((moment, trace, failure)))
     pipe.close()
 
 
-def receive(rank: int, pipe: Connection) -> "Trace":
-    """The trace that a rank sends.
+def receive_all(pipes: dict[Connection, int]) -> "list[Trace]":
+    """The traces that the ranks send, by rank.
 
     Raises:
-        RunFailed: if the rank raised, died, or did not end in time.
+        RunFailed: as soon as a rank raised or died, with the first to do so: the others only lose their peer.
     """
-    try:
-        if not pipe.poll(TIMEOUT):
-            raise RunFailed(f"rank {rank} did not end within {TIMEOUT:.0f} s")
-        trace, failure = pickle.loads(pipe.recv_bytes())
-    except EOFError:
-        raise RunFailed(f"rank {rank} died without sending its trace") from None
-    if failure:
-        raise RunFailed(failure)
-    return trace  # type: ignore[no-any-return] # what run_rank sent
+    traces: dict[int, Trace] = {}
+    waiting = dict(pipes)
+    while waiting:
+        ready = wait(list(waiting), TIMEOUT)
+        if not ready:
+            raise RunFailed(f"rank {min(waiting.values())} did not end within {TIMEOUT:.0f} s")
+        failures = []
+        for pipe in ready:
+            assert isinstance(pipe, Connection)
+            rank = waiting.pop(pipe)
+            try:
+                moment, traces[rank], failure = pickle.loads(pipe.recv_bytes())
+            except EOFError:
+                moment, failure = float("inf"), f"rank {rank} died without sending its trace"
+            if failure:
+                failures.append((moment, failure))
+        if failures:
+            raise RunFailed(min(failures)[1])
+    return [traces[rank] for rank in sorted(traces)]
 
 
 def free_port() -> int:

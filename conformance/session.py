@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import linecache
 import shutil
+import sys
 import tempfile
 import time
 import traceback
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from conformance.clause import Clause, NotApplicable, Violation
 from conformance.recipe import Recipe
-from conformance.subject import Subject
+from conformance.subject import POLICY_METHODS, Subject, describe_error
 
 if TYPE_CHECKING:
     from torch import nn
@@ -197,23 +198,26 @@ class Session:
             raise
         except RunFailed as error:
             outcome, reason, trail = "error", str(error), "".join(traceback.format_exception(error))
-            if adapter_line := line_in_adapter(error.__cause__, self.subject):
-                reason += f" [adapter: {adapter_line}]"
+            if line := line_in_adapter(error.__cause__, self.subject):
+                reason += f" [adapter: {line}]"
         except BaseException as error:
-            outcome, reason = "error", f"the suite itself broke: {describe_error(error)}"
-            trail = "".join(traceback.format_exception(error))
+            outcome, reason, trail = "error", describe_error(error), "".join(traceback.format_exception(error))
+            # Not a run but load(), or the policy: the adapter's, if the exception passed through it.
+            line = line_in_adapter(error, self.subject)
+            reason = f"{reason} [adapter: {line}]" if line else f"the suite itself broke: {reason}"
         return Result(clause, outcome, expected, seen, reason, time.perf_counter() - started, trail)
 
 
-def describe_error(error: BaseException) -> str:
-    """An exception in one line: its class and the first line of its message."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:400]}" if lines else type(error).__name__
-
-
-def adapter_file(subject: Subject) -> str | None:
-    """The file that the adapter's code lies in."""
-    return getattr(getattr(type(subject).train, "__code__", None), "co_filename", None)
+def adapter_files(subject: Subject) -> set[str]:
+    """The files that the adapter's code lies in: of its classes, their bases, its policy, and loose functions."""
+    files = set()
+    for thing in (subject, subject.policy):
+        for kind in type(thing).__mro__:
+            files.add(getattr(sys.modules.get(kind.__module__), "__file__", None))
+        for name in ("train", "load", *POLICY_METHODS):
+            function = inspect.unwrap(getattr(thing, name, None))  # type: ignore[arg-type] # None has no __wrapped__
+            files.add(getattr(getattr(function, "__code__", None), "co_filename", None))
+    return {file for file in files if file is not None and not file.endswith(("typing.py", "types.py"))}
 
 
 def frames(error: BaseException | None) -> list[tuple[str, int]]:
@@ -230,13 +234,13 @@ def raised_by_adapter(error: BaseException, subject: Subject) -> bool:
     from conformance import recipe, trace
 
     trail = frames(error)
-    return bool(trail) and trail[-1][0] in (adapter_file(subject), recipe.__file__, trace.__file__)
+    return bool(trail) and trail[-1][0] in {*adapter_files(subject), recipe.__file__, trace.__file__}
 
 
 def line_in_adapter(error: BaseException | None, subject: Subject) -> str:
     """The innermost line of the adapter that an exception passed through: ``file:line: code``."""
-    file = adapter_file(subject)
+    files = adapter_files(subject)
     for path, line in reversed(frames(error)):
-        if path == file:
+        if path in files:
             return f"{Path(path).name}:{line}: {linecache.getline(path, line).strip()}"
     return ""

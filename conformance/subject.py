@@ -33,6 +33,7 @@ CAPABILITIES = {
 }
 """What a stack may lack, and what each name means. Everything that is not in a subject's ``lacks`` is claimed."""
 
+
 def everything_but(*claimed: str, reason: str) -> dict[str, str]:
     """``lacks`` for a stack that has little: every capability but the claimed ones, all with one reason.
 
@@ -136,18 +137,26 @@ def load_subject(spec: str) -> Subject:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise UsageError(f"the subject {spec!r} cannot be imported: {error}. {install_hint(spec, error)}") from error
-    except Exception as error:
-        raise UsageError(f"importing the subject {spec!r} raised {type(error).__name__}: {error}.") from error
+        raise UsageError(
+            f"the subject {spec!r} cannot be imported: {describe_error(error)}. {install_hint(spec, error)}"
+        ) from error
+    except (Exception, SystemExit) as error:  # a script that is imported may parse a command line and quit
+        raise UsageError(f"importing the subject {spec!r} raised {describe_error(error)}.") from error
     found = getattr(module, attribute, None)
     if found is None:
         raise UsageError(f"the module {module_name} has no attribute {attribute!r} to be the subject.")
     try:
         subject = found() if isinstance(found, type) else found
-    except Exception as error:
-        raise UsageError(f"making the subject {spec!r} raised {type(error).__name__}: {error}.") from error
+    except (Exception, SystemExit) as error:
+        raise UsageError(f"making the subject {spec!r} raised {describe_error(error)}.") from error
     check_subject(subject, spec)
     return subject  # type: ignore[no-any-return] # check_subject has looked
+
+
+def describe_error(error: BaseException) -> str:
+    """An exception in one line: its class and the first line of its message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:400]}" if lines else type(error).__name__
 
 
 def install_hint(spec: str, error: ImportError) -> str:

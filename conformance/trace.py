@@ -17,7 +17,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -198,7 +198,7 @@ def record(directory: Path | None = None, zero_gradients: bool = False, rank: in
             register_optimizer_step_post_hook(recorder.step_ends),
         ):
             stack.callback(handle.remove)
-        stack.enter_context(wrapped_backward(recorder.backward_begins))
+        stack.enter_context(wrapped_backward(recorder))
         try:
             yield recorder.trace
         finally:
@@ -251,13 +251,19 @@ def collected_messages(messages: list[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def wrapped_backward(begins: Callable[[Any], None]) -> Iterator[None]:
-    """Call ``begins`` with the tensors on entry to torch.autograd.backward."""
+def wrapped_backward(recorder: "_Recorder") -> Iterator[None]:
+    """Tell the recorder of every call of torch.autograd.backward."""
     original = torch.autograd.backward
 
     def backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
-        begins(tensors)
-        original(tensors, *args, **kwargs)
+        # Activation checkpointing computes forwards again inside, and may call backward there: not the stack's own.
+        outermost, recorder.in_backward = not recorder.in_backward, True
+        try:
+            if outermost:
+                recorder.backward_begins(tensors)
+            original(tensors, *args, **kwargs)
+        finally:
+            recorder.in_backward = not outermost
 
     torch.autograd.backward = backward
     try:
@@ -273,6 +279,7 @@ class _Recorder:
         self.trace, self.directory, self.zero_gradients = trace, directory, zero_gradients
         self.root: nn.Module | None = None
         self.calls: list[nn.Module] = []  # modules whose forward is running
+        self.in_backward = False
         self.inner_autocast: torch.dtype | None = None
         self.before_forward: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
         self.pending: dict[int, tuple[dict[str, Tensor], dict[str, Any]]] = {}  # by optimizer: what step_begins saw
@@ -289,13 +296,14 @@ class _Recorder:
             if self.root is None and any(True for _ in module.parameters()) and not on_meta(module):
                 # Before the forward, since a lookup with max_norm changes the table.
                 self.before_forward = (copied(named_tensors(module)), copied(named_tensors(module, buffers=True)))
-        elif torch.is_autocast_enabled(device := device_type(module)):
+        if torch.is_autocast_enabled(device := device_type(module)):
             self.inner_autocast = torch.get_autocast_dtype(device)
 
-    def forward_ends(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def forward_ends(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
+        # NOTE a footgun: after an exception PyTorch calls this as (module, args, None), without the keywords.
         while self.calls and self.calls.pop() is not module:
             pass  # calls that an exception ended without their hook
-        if self.calls:
+        if self.calls or self.in_backward or output is None:
             return
         ids, logits = find_ids(args, kwargs), find_logits(output)
         if ids is None or logits is None or logits.is_meta or logits.shape[0] != ids.shape[0]:

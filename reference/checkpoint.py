@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 STEP = re.compile(r"step-(\d{8})")
+STATE = {"update", "optimizer", "precision", "stable_embedding"}  # what state.pt holds
 FILES = ("model.safetensors", "state.pt", "config.json")
 
 
@@ -39,6 +40,7 @@ def save(folder: Path, model: nn.Module, state: dict[str, Any], config: dict[str
     Raises:
         CheckpointError: if the disk does not take it. Earlier checkpoints are untouched.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_model
 
     partial = folder.with_name(f".{folder.name}.partial")
@@ -50,16 +52,36 @@ def save(folder: Path, model: nn.Module, state: dict[str, Any], config: dict[str
         (partial / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
         for path in (*partial.iterdir(), partial):
             flush(path)
-        if folder.exists():  # saved before, by the run that this one resumes
-            shutil.rmtree(folder)
-        partial.rename(folder)
-        flush(folder.parent)
-    except OSError as error:
+        replace_folder(partial, folder)
+    except (OSError, SafetensorError, RuntimeError) as error:  # a full disk is the last two to safetensors and torch
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
-            f"the checkpoint {folder} could not be written: {error}. Earlier checkpoints are complete; "
+            f"the checkpoint {folder} could not be written: {first_line(error)}. Earlier checkpoints are complete; "
             "make room or choose another directory, and resume from the newest."
         ) from error
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Give ``new`` the name ``folder``. One that is there (of a run that this one resumes) goes when that is done."""
+    previous = folder.with_name(f".{folder.name}.previous")
+    if folder.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+        folder.rename(previous)
+    try:
+        new.rename(folder)
+    except OSError:
+        recover(folder.parent)
+        raise
+    flush(folder.parent)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def recover(directory: Path) -> None:
+    """Put back checkpoints that a run set aside, and was killed before it had put the new one in their place."""
+    for previous in directory.glob(".step-*.previous"):
+        folder = directory / previous.name.removeprefix(".").removesuffix(".previous")
+        if not folder.exists():
+            previous.rename(folder)
 
 
 def flush(path: Path) -> None:
@@ -85,6 +107,7 @@ def find(resume: bool | Literal["auto"] | str | Path, directory: Path) -> Path |
     """
     if resume is False:
         return None
+    recover(directory)
     if resume is True or resume == "auto":
         found = [path for path in directory.glob("step-*") if STEP.fullmatch(path.name) and is_complete(path)]
         if found:
@@ -140,9 +163,12 @@ def load_state(folder: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the zip reader and the unpickler raise
+        # Without torch's own words: they advise to switch the protection against hostile files off.
         raise CheckpointError(
-            f"{path} cannot be read ({first_line(error)}): resume from an earlier checkpoint."
+            f"{path} cannot be read (damaged, or more than tensors and plain values): resume from an earlier checkpoint."
         ) from error
+    if not isinstance(state, dict) or not STATE.issubset(state):
+        raise CheckpointError(f"{path} was not written by this trainer: it lacks some of {', '.join(sorted(STATE))}.")
     return state
 
 

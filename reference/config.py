@@ -1,7 +1,7 @@
 """What to build and how to train it: two frozen dataclasses, a docstring under each field."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin
 
 
@@ -60,6 +60,8 @@ class GPTConfig:
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}, but must be at least 1.")
+        if self.n_kv_head is not None and self.n_kv_head < 1:
+            raise ConfigurationError(f"n_kv_head is {self.n_kv_head}, but must be at least 1, or None for n_head.")
         if self.n_embd % self.n_head:
             raise ConfigurationError(
                 f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: choose n_embd as a multiple of it."
@@ -207,4 +209,5 @@ def check_literals(config: Any) -> None:
 
 def as_plain(config: GPTConfig | TrainConfig) -> dict[str, Any]:
     """The configuration as a dictionary of plain values, as it is written beside a checkpoint."""
-    return {key: dict(value) if isinstance(value, Mapping) else value for key, value in asdict(config).items()}
+    values = {entry.name: getattr(config, entry.name) for entry in fields(config)}  # asdict() would copy any mapping
+    return {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}

@@ -9,6 +9,7 @@ those that it does. LitGPT's LoRA script swaps afterwards, and then trains neith
 
 import copy
 import logging
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -38,19 +39,19 @@ def swap_embeddings(model: nn.Module) -> list[str]:
     Raises:
         ConfigurationError: if an embedding asks for sparse gradients, which no bitsandbytes optimizer can use.
     """
-    names = [name for name, module in model.named_modules() if type(module) is nn.Embedding]
-    for name in names:
-        if model.get_submodule(name).sparse:
+    # Under all their names: some models reach one embedding by two (T5's ``shared``).
+    plain = {n: m for n, m in model.named_modules(remove_duplicate=False) if type(m) is nn.Embedding}
+    for name, module in plain.items():
+        if module.sparse:
             raise ConfigurationError(
                 f"the embedding {name!r} has sparse=True, but no bitsandbytes optimizer takes sparse gradients: "
                 "build it with sparse=False, or set stable_embedding=False."
             )
-    for name in names:
-        plain = model.get_submodule(name)
-        assert isinstance(plain, nn.Embedding)
-        set_submodule(model, name, stable_embedding(plain))
-    logger.info("embedding: %s trained as StableEmbedding", ", ".join(names) or "none found, nothing")
-    return names
+    stable = {id(module): stable_embedding(module) for module in plain.values()}
+    for name, module in plain.items():
+        set_submodule(model, name, stable[id(module)])
+    logger.info("embedding: %s trained as StableEmbedding", ", ".join(plain) or "none found, nothing")
+    return list(plain)
 
 
 def stable_embedding(plain: nn.Embedding) -> nn.Embedding:
@@ -75,6 +76,9 @@ def stable_embedding(plain: nn.Embedding) -> nn.Embedding:
     assert isinstance(norm, nn.LayerNorm)
     norm.to(plain.weight.dtype)
     norm.requires_grad_(plain.weight.requires_grad)
+    # On the meta device the weight is yet to be drawn, from the table of the model, not by StableEmbedding's own rule.
+    if isinstance(draw := vars(plain).get("reset_parameters"), partial):
+        stable.reset_parameters = partial(draw.func, stable, *draw.args[1:])  # type: ignore[method-assign] # the hook
     return stable.train(plain.training)
 
 
@@ -85,10 +89,12 @@ def restore_embeddings(model: nn.Module) -> nn.Module:
     tied to the table keeps the unfolded weight and is untied (logged, and ``config.tie_embeddings`` is set False).
     """
     restored = copy.deepcopy(model)
-    for name, module in list(restored.named_modules()):
+    plain: dict[int, nn.Embedding] = {}
+    for name, module in list(restored.named_modules(remove_duplicate=False)):
         if is_stable(module):
             assert isinstance(module, nn.Embedding)
-            set_submodule(restored, name, folded(module))
+            plain.setdefault(id(module), folded(module))
+            set_submodule(restored, name, plain[id(module)])
             shared = [other for other, p in restored.named_parameters() if p is module.weight]
             if shared:
                 logger.info("embedding: %s is folded and untied from %s", name, ", ".join(shared))

@@ -159,7 +159,7 @@ class GPT(nn.Module):
                 f"the sequence has {time} tokens, but block_size is {self.config.block_size}: "
                 "shorten it or build the model with a larger block_size."
             )
-        x = self.embedding(ids)  # (B, T, C)
+        x = self.embedding(ids.long())  # (B, T, C); token files are often 16 bits wide
         if self.position is not None:
             x = x + self.position(torch.arange(time, device=ids.device))
         x = self.dropout(x)

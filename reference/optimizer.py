@@ -25,6 +25,7 @@ def build_optimizer(
     model: nn.Module,
     device: torch.device,
     decay: str = "role",
+    scaled: bool = False,
 ) -> Optimizer:
     """Build an optimizer over all trainable parameters of ``model``.
 
@@ -34,20 +35,21 @@ def build_optimizer(
         model: its parameters are grouped by :func:`decay_groups`.
         device: where the parameters live; decides on ``fused``.
         decay: which tensors decay, see :func:`decay_groups`.
+        scaled: gradients come multiplied by a loss scaler (16-mixed); excludes ``fused``.
 
     Raises:
         ConfigurationError: no such class, a keyword that it does not accept, or one that it needs and lacks.
     """
     optimizer_class = find_class(class_path)
     check_keywords(optimizer_class, arguments)
-    keywords = added_keywords(optimizer_class, arguments, device) | dict(arguments)  # what the user said wins
+    keywords = added_keywords(optimizer_class, arguments, device, scaled) | dict(arguments)  # what the user said wins
     groups: Any = decay_groups(model, decay) if accepts(optimizer_class, "weight_decay") else trainable(model)
     optimizer: Optimizer
     try:
         optimizer = optimizer_class(groups, **keywords)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigurationError(f"{class_path} refused its arguments {keywords}: {error}") from error
-    own_override_manager(optimizer)
+    own_override_manager(optimizer, model)
     return optimizer
 
 
@@ -112,7 +114,7 @@ def check_keywords(optimizer_class: type[Optimizer], arguments: Mapping[str, Any
 
 
 def added_keywords(
-    optimizer_class: type[Optimizer], arguments: Mapping[str, Any], device: torch.device
+    optimizer_class: type[Optimizer], arguments: Mapping[str, Any], device: torch.device, scaled: bool = False
 ) -> dict[str, Any]:
     """What we add for the user: ``fused=True`` where class and device have it. Always logged."""
     name = optimizer_class.__name__
@@ -122,6 +124,9 @@ def added_keywords(
     # grokadamw and bitsandbytes do not know the keyword and would crash on it (litgpt#1743).
     if not accepts(optimizer_class, "fused"):
         logger.info("optimizer: %s without fused, which it does not accept", name)
+        return {}
+    if scaled:  # the fused kernel divides by the scale itself, and Fabric then refuses to clip
+        logger.info("optimizer: %s without fused, which cannot be clipped under a loss scaler", name)
         return {}
     if device.type not in FUSED_DEVICES:
         logger.info("optimizer: %s without fused, which has no kernel on %s", name, device.type)
@@ -200,27 +205,25 @@ def is_bitsandbytes(optimizer: Optimizer | type[Optimizer]) -> bool:
     return any(base.__module__.startswith("bitsandbytes.") for base in kind.__mro__)
 
 
-def own_override_manager(optimizer: Optimizer) -> None:
+def own_override_manager(optimizer: Optimizer, model: nn.Module) -> None:
     """Give a bitsandbytes optimizer an override manager of its own instead of the process-wide one.
 
-    StableEmbedding registers "keep my state in 32 bits" with a singleton, which remembers it by position (group
-    and index) and by ``id``: the next bitsandbytes optimizer of the process, for any other model, inherits it
-    (seen in bitsandbytes 0.50.2). The overrides of modules that this optimizer does not train stay behind.
+    bitsandbytes' embeddings register "keep my state in 32 bits" with a singleton, which remembers it by position
+    (group and index) and by ``id``: the next bitsandbytes optimizer of the process, for any other model, inherits it
+    (seen in bitsandbytes 0.50.2).
     """
     if not is_bitsandbytes(optimizer):
         return
     from bitsandbytes.optim import GlobalOptimManager
 
-    shared = GlobalOptimManager.get_instance()
+    wide = [module for module in model.modules() if type(module).__module__.startswith("bitsandbytes.nn.")]
+    wide = [module for module in wide if isinstance(module, nn.Embedding)]
     own = GlobalOptimManager.__new__(GlobalOptimManager)
     own.initialize()
-    tensors = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
-    registered = shared.module_weight_config_triple
-    own.module_weight_config_triple = [
-        (module, name, dict(config)) for module, name, config in registered if id(getattr(module, name)) in tensors
-    ]
+    own.module_weight_config_triple = [(module, "weight", {"optim_bits": 32}) for module in wide]
     # The singleton would also keep every module that was ever registered alive.
-    registered[:] = [entry for entry in registered if id(getattr(entry[0], entry[1])) not in tensors]
+    registered = GlobalOptimManager.get_instance().module_weight_config_triple
+    registered[:] = [entry for entry in registered if not any(entry[0] is module for module in wide)]
     optimizer.mng = own  # type: ignore[attr-defined] # bitsandbytes' own attribute, set in its constructor
 
 
@@ -247,8 +250,8 @@ def optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
 
 def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Undo :func:`optimizer_state`: restore a state into an optimizer built over the same parameters."""
-    misplaced = state.pop("state_in_groups", [])
-    optimizer.load_state_dict(state)
+    misplaced = state.get("state_in_groups", [])
+    optimizer.load_state_dict({key: value for key, value in state.items() if key != "state_in_groups"})
     for group, by_position in zip(optimizer.param_groups, misplaced, strict=False):
         for key, entries in by_position.items():
             group[key] = {group["params"][position]: dict(entry) for position, entry in entries.items()}

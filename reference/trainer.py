@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -45,8 +45,8 @@ class Record:
     """Mean cross entropy in nats per token over all microbatches and ranks of the update."""
     learning_rate: float
     """Of this update, in the first parameter group."""
-    gradient_norm: float | None
-    """Global L2 norm before clipping. None where clipping is off."""
+    gradient_norm: float
+    """Global L2 norm before clipping."""
     tokens: int
     """Target tokens of this update, over all ranks."""
     validation_loss: float | None = None
@@ -119,23 +119,26 @@ class Trainer:
             swap_embeddings(module)  # before the optimizer, which must own the tensors that are trained
         compiled: Any = torch.compile(module) if config.compile else module
         wrapped = fabric.setup_module(compiled)
-        bare = build_optimizer(config.optimizer, config.optimizer_args, module, fabric.device, config.decay)
+        scaled = config.precision == "16-mixed"
+        bare = build_optimizer(config.optimizer, config.optimizer_args, module, fabric.device, config.decay, scaled)
         peaks = [group["lr"] for group in bare.param_groups]
         optimizer: Any = fabric.setup_optimizers(bare)
         done = restore(folder, fabric, module, bare) if folder is not None else 0
         warn_about_rounding(config)
 
         result = FitResult(module, bare)
-        batches = itertools.islice(repeat(train), done * config.microbatches, None)
+        batches = itertools.islice(repeat(train, config.seed), done * config.microbatches, None)
+        wrapped.train()
         for update in range(done, config.updates):
             for group, peak in zip(bare.param_groups, peaks, strict=True):
                 group["lr"] = learning_rate(
                     update, peak=peak, updates=config.updates, warmup=config.warmup, minimum=config.min_lr
                 )
-            # Dropout is a function of seed, update and rank, so a resumed run draws what it would have drawn.
-            torch.manual_seed(derive_seed(config.seed, update, fabric.global_rank))
             started = time.perf_counter()
             micro = list(itertools.islice(batches, config.microbatches))
+            # Dropout is a function of seed, update and rank, so a resumed run draws what it would have drawn. After
+            # the batches, which may draw too: a DataLoader does, when a pass begins.
+            torch.manual_seed(derive_seed(config.seed, update, fabric.global_rank))
             loss, tokens = accumulate(fabric, wrapped, micro)
             require_finite("loss", loss, fabric, update)
             norm = clip(fabric, wrapped, optimizer, config.clip, update)
@@ -234,13 +237,14 @@ def is_sharded(fabric: "Fabric") -> bool:
     return type(fabric.strategy).__name__ in ("FSDPStrategy", "ModelParallelStrategy")
 
 
-def repeat(batches: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The batches over and over.
+def repeat(batches: Iterable[Tensor], seed: int) -> Iterator[Tensor]:
+    """The batches over and over. Each pass is seeded by its number: a shuffling DataLoader repeats its order.
 
     Raises:
         TrainingError: if a pass gives none.
     """
-    while True:
+    for epoch in itertools.count():
+        torch.manual_seed(derive_seed(seed, "epoch", epoch))
         empty = True
         for batch in batches:
             empty = False
@@ -257,14 +261,20 @@ def split_targets(batch: Tensor | tuple[Tensor, Tensor], device: torch.device) -
     Raises:
         TrainingError: if the batch has another form.
     """
-    if isinstance(batch, Tensor) and batch.ndim == 2 and batch.size(1) >= 2:
+    if is_tokens(batch) and batch.size(1) >= 2:
         batch = batch.to(device=device, dtype=torch.long, non_blocking=True)
         return batch[:, :-1], batch[:, 1:]
-    if isinstance(batch, tuple | list) and len(batch) == 2 and batch[0].shape == batch[1].shape:
+    if isinstance(batch, tuple | list) and len(batch) == 2 and all(map(is_tokens, batch)):
         ids, targets = (part.to(device=device, dtype=torch.long, non_blocking=True) for part in batch)
-        return ids, targets
+        if ids.shape == targets.shape:
+            return ids, targets
     form = tuple(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
     raise TrainingError(f"a batch has the form {form}: expected token ids (B, T + 1), or a pair of ids and targets.")
+
+
+def is_tokens(value: Any) -> TypeGuard[Tensor]:
+    """Whether this is a tensor of two dimensions."""
+    return isinstance(value, Tensor) and value.ndim == 2
 
 
 def accumulate(fabric: "Fabric", model: Any, batches: list[Tensor]) -> tuple[float, int]:
@@ -312,15 +322,15 @@ def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
-def clip(fabric: "Fabric", model: Any, optimizer: Any, limit: float | None, update: int) -> float | None:
-    """Clip the global gradient norm and return what it was.
+def clip(fabric: "Fabric", model: Any, optimizer: Any, limit: float | None, update: int) -> float:
+    """Clip the global gradient norm, if there is a limit, and return what it was.
 
     Raises:
         TrainingError: if it is not finite. The parameters are untouched then.
     """
-    if limit is None:
-        return None
-    norm = fabric.clip_gradients(model, optimizer, max_norm=limit, error_if_nonfinite=False)
+    # An infinite limit multiplies by exactly 1; the norm is wanted in any case, to stop a run that has gone wrong.
+    unlimited = float("inf")
+    norm = fabric.clip_gradients(model, optimizer, max_norm=limit or unlimited, error_if_nonfinite=False)
     assert norm is not None
     require_finite("gradient norm", norm.item(), fabric, update)
     return norm.item()
@@ -359,13 +369,14 @@ def evaluate(fabric: "Fabric", model: Any, batches: Iterable[Tensor]) -> float:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, and afterwards the mode that was there before."""
-    training = model.training
+    """Eval mode inside, and afterwards the mode that each submodule had before."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 def restore(folder: Path, fabric: "Fabric", module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -417,9 +428,9 @@ def is_due(update: int, every: int | None, last: bool) -> bool:
 
 def log(record: Record, updates: int, seconds: float) -> None:
     """One line on an update."""
-    norm = "" if record.gradient_norm is None else f", gradient norm {record.gradient_norm:.3f}"
     validation = "" if record.validation_loss is None else f", validation {record.validation_loss:.4f}"
     logger.info(
         f"update {record.update}/{updates}: loss {record.loss:.4f}{validation}, "
-        f"lr {record.learning_rate:.3g}{norm}, {record.tokens / seconds:,.0f} tokens/s"
+        f"lr {record.learning_rate:.3g}, gradient norm {record.gradient_norm:.3f}, "
+        f"{record.tokens / seconds:,.0f} tokens/s"
     )

@@ -261,8 +261,8 @@ MUTANTS = [
         (ADDED, 'if "fused" in arguments:', "if False:"),
         (
             BUILD,
-            "added_keywords(optimizer_class, arguments, device) | dict(arguments)",
-            "dict(arguments) | added_keywords(optimizer_class, arguments, device)",
+            "added_keywords(optimizer_class, arguments, device, scaled) | dict(arguments)",
+            "dict(arguments) | added_keywords(optimizer_class, arguments, device, scaled)",
         ),
     ),
     mutant(
@@ -271,8 +271,8 @@ MUTANTS = [
         "litgpt instantiate_torch_optimizer",
         (
             BUILD,
-            "keywords = added_keywords(optimizer_class, arguments, device) | dict(arguments)",
-            "keywords = arguments; keywords.update(added_keywords(optimizer_class, arguments, device))",
+            "keywords = added_keywords(optimizer_class, arguments, device, scaled) | dict(arguments)",
+            "keywords = arguments; keywords.update(added_keywords(optimizer_class, arguments, device, scaled))",
         ),
     ),
     mutant(
@@ -477,7 +477,7 @@ MUTANTS = [
         "stableemb-drops-sparse",
         "EMB-2",
         "litgpt finetune/lora.py",
-        ("reference.embedding:swap_embeddings", "if model.get_submodule(name).sparse:", "if False:"),
+        ("reference.embedding:swap_embeddings", "if module.sparse:", "if False:"),
         (STABLE, "sparse=plain.sparse,", ""),
     ),
     mutant(
@@ -491,7 +491,7 @@ MUTANTS = [
         ),
         (
             BUILD,
-            "own_override_manager(optimizer)",
+            "own_override_manager(optimizer, model)",
             "__import__('reference').swap_embeddings(model) if is_bitsandbytes(optimizer_class) else None",
         ),
     ),
@@ -499,11 +499,7 @@ MUTANTS = [
         "bnb-32bit-override-ignored",
         "EMB-4",
         "bitsandbytes#1269",
-        (
-            "reference.optimizer:own_override_manager",
-            "for module, name, config in registered if id(getattr(module, name)) in tensors",
-            "for module, name, config in registered if False",
-        ),
+        ("reference.optimizer:own_override_manager", '[(module, "weight", {"optim_bits": 32}) for module in wide]', "[]"),
     ),
     mutant(
         "bnb-override-leaks",

@@ -10,8 +10,7 @@ from conformance.checks import decay, embedding
 from conformance.checks.comparison import tensors_equal
 from conformance.clause import Violation, clause
 from conformance.recipe import OptimizerChoice, Recipe
-from conformance.session import describe_error
-from conformance.subject import Subject
+from conformance.subject import Subject, describe_error
 from conformance.suites import shapes
 from conformance.trace import Trace
 

@@ -7,8 +7,7 @@ from conformance.checks import optimizer
 from conformance.checks.comparison import states_equal
 from conformance.clause import NotApplicable, Violation, clause
 from conformance.recipe import OptimizerChoice, Recipe
-from conformance.session import describe_error
-from conformance.subject import Subject
+from conformance.subject import Subject, describe_error
 
 ADAMW, SGD, RMSPROP = "torch.optim.AdamW", "torch.optim.SGD", "torch.optim.RMSprop"
 GROK = "grokadamw.GrokAdamW"
