@@ -7,7 +7,6 @@ import os
 import pickle
 import socket
 import sys
-import time
 import warnings
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -48,13 +47,14 @@ def run_on_ranks(subject: Subject, recipe: Recipe, directory: Path) -> "list[Tra
             ranks.append((process, ours))
     try:
         return receive_all({pipe: rank for rank, (_, pipe) in enumerate(ranks)})
+    except BaseException:
+        for process, _ in ranks:
+            process.kill()  # the others wait for the one that failed
+        raise
     finally:
         for process, pipe in ranks:
             pipe.close()
-            process.join(5.0)
-            if process.is_alive():
-                process.kill()
-                process.join()
+            process.join()
 
 
 def run_rank(rank: int, subject: Subject, recipe: Recipe, directory: Path, port: int, pipe: Connection) -> None:
@@ -73,19 +73,19 @@ def run_rank(rank: int, subject: Subject, recipe: Recipe, directory: Path, port:
 
     from conformance.trace import record
 
-    failure, moment = "", 0.0
+    failure = ""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
         with record(directory, recipe.zero_gradients, rank) as trace:
             try:
                 subject.train(dataclasses.replace(recipe, directory=directory))
             except BaseException as error:
-                moment = time.time()
                 failure = f"rank {rank} raised {describe_error(error)}"
+        # Sent before the process group is left, which makes the others fail; so the first to arrive is the cause. As
+        # bytes: a tensor sent as an object would be passed by a file descriptor that dies with this process.
+        pipe.send_bytes(pickle.dumps((trace, failure)))
+        pipe.close()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-    # As bytes: a tensor sent as an object would be passed by a file descriptor that dies with this process.
-    pipe.send_bytes(pickle.dumps((moment, trace, failure)))
-    pipe.close()
 
 
 def receive_all(pipes: dict[Connection, int]) -> "list[Trace]":
@@ -100,18 +100,15 @@ def receive_all(pipes: dict[Connection, int]) -> "list[Trace]":
         ready = wait(list(waiting), TIMEOUT)
         if not ready:
             raise RunFailed(f"rank {min(waiting.values())} did not end within {TIMEOUT:.0f} s")
-        failures = []
         for pipe in ready:
             assert isinstance(pipe, Connection)
             rank = waiting.pop(pipe)
             try:
-                moment, traces[rank], failure = pickle.loads(pipe.recv_bytes())
+                traces[rank], failure = pickle.loads(pipe.recv_bytes())
             except EOFError:
-                moment, failure = float("inf"), f"rank {rank} died without sending its trace"
+                failure = f"rank {rank} died without sending its trace"
             if failure:
-                failures.append((moment, failure))
-        if failures:
-            raise RunFailed(min(failures)[1])
+                raise RunFailed(failure)
     return [traces[rank] for rank in sorted(traces)]
 
 

@@ -159,11 +159,12 @@ def print_letter(
 
 def print_finding(console: "Console", spec: str, result: Result, verbose: bool) -> None:
     """One clause that did not pass."""
+    from rich.markup import escape
     from rich.padding import Padding
     from rich.text import Text
 
     clause, color = result.clause, COLORS[result.outcome]
-    console.print(f"\n[{color}]{result.outcome.upper()} {clause.id}[/]  [bold]{clause.requirement}[/]", highlight=False)
+    console.print(f"\n[{color}]{result.outcome.upper()} {clause.id}[/]  [bold]{escape(clause.requirement)}[/]")
     lines = [
         ("Expected", result.expected),
         ("Seen", result.seen),
@@ -177,6 +178,6 @@ def print_finding(console: "Console", spec: str, result: Result, verbose: bool) 
             line = Text(f"{label}: ", style="dim").append(text, style="default")
             console.print(Padding(line, (0, 0, 0, 2)))
     # In one piece, to be copied.
-    console.print(f"  [dim]Repeat:[/] {repeat_command(spec, result)}", soft_wrap=True)
+    console.print(f"  [dim]Repeat:[/] {escape(repeat_command(spec, result))}", soft_wrap=True)
     if verbose and result.traceback:
         console.print(Text(result.traceback, style="dim"))

@@ -5,6 +5,7 @@ import inspect
 import linecache
 import shutil
 import sys
+import sysconfig
 import tempfile
 import time
 import traceback
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 Outcome = Literal["pass", "fail", "deviates", "fixed", "n/a", "error"]
 OUTCOMES: tuple[Outcome, ...] = ("pass", "fail", "deviates", "fixed", "n/a", "error")
+STANDARD_LIBRARY = sysconfig.get_paths()["stdlib"]
 BAD: tuple[Outcome, ...] = ("fail", "fixed", "error")
 """Outcomes that make the exit code 1."""
 
@@ -230,11 +232,21 @@ def frames(error: BaseException | None) -> list[tuple[str, int]]:
 
 
 def raised_by_adapter(error: BaseException, subject: Subject) -> bool:
-    """Whether the innermost frame is the adapter's, or the suite's on its behalf: then the fault is not the stack's."""
+    """Whether the innermost frame is the adapter's, or the suite's on its behalf: then the fault is not the stack's.
+
+    Frames of the standard library below it (a file that was not found, a module that was not there) do not count.
+    """
     from conformance import recipe, trace
 
-    trail = frames(error)
-    return bool(trail) and trail[-1][0] in {*adapter_files(subject), recipe.__file__, trace.__file__}
+    trail = [path for path, _ in frames(error)]
+    while trail and is_standard_library(trail[-1]):
+        trail.pop()
+    return bool(trail) and trail[-1] in {*adapter_files(subject), recipe.__file__, trace.__file__}
+
+
+def is_standard_library(path: str) -> bool:
+    """Whether a source file came with Python itself."""
+    return path.startswith("<frozen ") or (path.startswith(STANDARD_LIBRARY) and "site-packages" not in path)
 
 
 def line_in_adapter(error: BaseException | None, subject: Subject) -> str:

@@ -499,7 +499,11 @@ MUTANTS = [
         "bnb-32bit-override-ignored",
         "EMB-4",
         "bitsandbytes#1269",
-        ("reference.optimizer:own_override_manager", '[(module, "weight", {"optim_bits": 32}) for module in wide]', "[]"),
+        (
+            "reference.optimizer:own_override_manager",
+            '[(module, "weight", {"optim_bits": 32}) for module in wide]',
+            "[]",
+        ),
     ),
     mutant(
         "bnb-override-leaks",

@@ -1,0 +1,1 @@
+"""Tests of the reference trainer and of the suite itself."""
