@@ -165,7 +165,7 @@ def load_state(folder: Path) -> dict[str, Any]:
     except Exception as error:  # torch.load raises whatever the zip reader and the unpickler raise
         # Without torch's own words: they advise to switch the protection against hostile files off.
         raise CheckpointError(
-            f"{path} cannot be read (damaged, or more than tensors and plain values): resume from an earlier checkpoint."
+            f"{path} cannot be read (damaged, or more than tensors and values): resume from an earlier checkpoint."
         ) from error
     if not isinstance(state, dict) or not STATE.issubset(state):
         raise CheckpointError(f"{path} was not written by this trainer: it lacks some of {', '.join(sorted(STATE))}.")
