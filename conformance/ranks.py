@@ -30,8 +30,9 @@ def run_on_ranks(subject: Subject, recipe: Recipe, directory: Path) -> "list[Tra
     """
     import torch
 
-    # Forking spares each rank the imports, some seconds. A process that has used CUDA cannot be forked.
-    method = "spawn" if sys.platform != "linux" or torch.cuda.is_initialized() else "fork"
+    # Forking spares each rank the imports, some seconds. Where there is a GPU, autograd keeps a thread for it from the
+    # first backward on, also of a run on the CPU, and refuses to work in a fork.
+    method = "spawn" if sys.platform != "linux" or torch.cuda.is_available() else "fork"
     context = multiprocessing.get_context(method)
     port = free_port()
     ranks = []

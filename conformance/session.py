@@ -93,8 +93,7 @@ class Session:
         from conformance.trace import record
 
         if recipe not in self.attempts:
-            folder = self.directory / f"run-{len(self.attempts):03d}"
-            folder.mkdir(parents=True)
+            folder = Path(tempfile.mkdtemp(prefix="run-", dir=self.directory))
             error: BaseException | None = None
             with record(folder, recipe.zero_gradients) as trace:
                 try:
@@ -143,8 +142,7 @@ class Session:
         from conformance.ranks import run_on_ranks
 
         if recipe not in self.groups:
-            folder = self.directory / f"ranks-{len(self.groups):03d}"
-            folder.mkdir(parents=True)
+            folder = Path(tempfile.mkdtemp(prefix="ranks-", dir=self.directory))
             self.groups[recipe] = run_on_ranks(self.subject, recipe, folder)
         return self.groups[recipe]
 

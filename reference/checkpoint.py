@@ -10,6 +10,7 @@ It is written under another name, flushed to the disk and then renamed, so a run
 the previous checkpoint as the newest.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -21,7 +22,7 @@ import torch
 from torch import nn
 
 STEP = re.compile(r"step-(\d{8})")
-STATE = {"update", "optimizer", "precision", "stable_embedding"}  # what state.pt holds
+STATE = {"update", "optimizer", "optimizer_class", "precision", "stable_embedding"}  # what state.pt holds
 FILES = ("model.safetensors", "state.pt", "config.json")
 
 
@@ -81,7 +82,8 @@ def recover(directory: Path) -> None:
     for previous in directory.glob(".step-*.previous"):
         folder = directory / previous.name.removeprefix(".").removesuffix(".previous")
         if not folder.exists():
-            previous.rename(folder)
+            with contextlib.suppress(OSError):  # another rank was quicker, or the folder is only to be read
+                previous.rename(folder)
 
 
 def flush(path: Path) -> None:

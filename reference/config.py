@@ -75,6 +75,12 @@ class GPTConfig:
             raise ConfigurationError(
                 f"rotary positions turn pairs of channels, so n_embd / n_head must be even, not {self.head_size}."
             )
+        if self.intermediate_size is not None and self.intermediate_size < 1:
+            raise ConfigurationError(f"intermediate_size is {self.intermediate_size}: give a width, or None.")
+        if self.norm_eps <= 0.0 or self.rope_theta <= 0.0:
+            raise ConfigurationError(
+                f"norm_eps is {self.norm_eps} and rope_theta {self.rope_theta}, but both must be positive."
+            )
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigurationError(f"dropout is {self.dropout}, but must be in [0, 1).")
         if self.init_std <= 0.0:
@@ -104,7 +110,7 @@ class GPTConfig:
 
     @classmethod
     def llama(cls, **changes: Any) -> "GPTConfig":
-        """Llama's shape: RMSNorm, rotary positions, SwiGLU, no biases, head of its own; 1.2B by default."""
+        """Llama's shape: RMSNorm, rotary positions, SwiGLU, no biases, head of its own; 1.3B by default."""
         shape: dict[str, Any] = {
             "vocab_size": 32000,
             "block_size": 2048,

@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from reference.config import ConfigurationError
 from reference.optimizer import is_bitsandbytes
@@ -40,7 +41,7 @@ def swap_embeddings(model: nn.Module) -> list[str]:
         ConfigurationError: if an embedding asks for sparse gradients, which no bitsandbytes optimizer can use.
     """
     # Under all their names: some models reach one embedding by two (T5's ``shared``).
-    plain = {n: m for n, m in model.named_modules(remove_duplicate=False) if type(m) is nn.Embedding}
+    plain = {n: m for n, m in model.named_modules(remove_duplicate=False) if n and type(m) is nn.Embedding}
     for name, module in plain.items():
         if module.sparse:
             raise ConfigurationError(
@@ -124,8 +125,10 @@ def folded(stable: nn.Embedding) -> nn.Embedding:
 
 def renormed(embedding: nn.Embedding) -> Tensor:
     """The table as a lookup with ``max_norm`` sees it: rows longer than max_norm are shortened to it."""
-    assert embedding.max_norm is not None
-    return torch.renorm(embedding.weight, p=embedding.norm_type, dim=0, maxnorm=embedding.max_norm)
+    table = embedding.weight.detach().clone()
+    rows = torch.arange(embedding.num_embeddings, device=table.device)
+    functional.embedding(rows, table, max_norm=embedding.max_norm, norm_type=embedding.norm_type)  # shortens in place
+    return table
 
 
 def is_stable(module: nn.Module) -> bool:

@@ -52,13 +52,21 @@ def initialize(model: "GPT", seed: int) -> None:
 
 def bind_reset_parameters(model: "GPT", seed: int) -> None:
     """Give every linear layer and embedding a ``reset_parameters`` that draws from the table."""
-    config, drawn = model.config, set()
+    config = model.config
+    first: dict[int, str] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding):
-            std = declared_std(name, config.init_std, config.n_layer, config.scale_residual_init)
-            first = id(module.weight) not in drawn  # a tied weight is drawn once, under its first name
-            drawn.add(id(module.weight))
-            module.reset_parameters = partial(draw, module, name, std, seed, first)  # type: ignore[assignment] # the hook
+            if (owner := first.setdefault(id(module.weight), name)) != name:
+                reset = partial(tie, module, model, owner)
+            else:
+                std = declared_std(name, config.init_std, config.n_layer, config.scale_residual_init)
+                reset = partial(draw, module, name, std, seed)
+            module.reset_parameters = reset  # type: ignore[assignment] # the hook that FSDP calls
+
+
+def tie(module: nn.Linear | nn.Embedding, model: nn.Module, owner: str) -> None:
+    """Share the weight of the submodule called ``owner``, again: materialising one module after the other unties."""
+    module.weight = model.get_submodule(owner).weight  # type: ignore[assignment] # a Parameter
 
 
 def declared_std(name: str, init_std: float, n_layer: int, scale_residual: bool) -> float:
@@ -69,9 +77,9 @@ def declared_std(name: str, init_std: float, n_layer: int, scale_residual: bool)
 
 
 @torch.no_grad()
-def draw(module: nn.Linear | nn.Embedding, name: str, std: float, seed: int, owns_weight: bool) -> None:
+def draw(module: nn.Linear | nn.Embedding, name: str, std: float, seed: int) -> None:
     """Draw the weight from normal(0, std), zero the bias. A tensor on the meta device is left alone."""
-    if owns_weight and not module.weight.is_meta:
+    if not module.weight.is_meta:
         # NOTE a footgun: filling in place on the parameter's own device would draw other numbers on CUDA than on
         # the CPU, and other numbers in bfloat16 than in float32.
         noise = torch.empty(module.weight.shape, dtype=torch.float32, device="cpu")

@@ -66,7 +66,7 @@ def find_class(class_path: str) -> type[Optimizer]:
         )
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except (ImportError, TypeError, ValueError) as error:  # the last two from a path like "..AdamW"
         raise ConfigurationError(
             f"the optimizer {class_path!r} cannot be imported ({error}): install its package or correct the path."
         ) from error
@@ -101,7 +101,7 @@ def check_keywords(optimizer_class: type[Optimizer], arguments: Mapping[str, Any
     takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(optimizer_class).parameters.values())
     for key in arguments:
         if key not in named and not takes_any:
-            nearest = difflib.get_close_matches(key, named, n=1, cutoff=0.4)
+            nearest = difflib.get_close_matches(key, named, n=1)
             hint = f"did you mean {nearest[0]!r}? " if nearest else ""
             raise ConfigurationError(
                 f"{optimizer_class.__name__} does not accept {key!r}: {hint}It accepts {', '.join(named)}."
@@ -218,12 +218,17 @@ def own_override_manager(optimizer: Optimizer, model: nn.Module) -> None:
 
     wide = [module for module in model.modules() if type(module).__module__.startswith("bitsandbytes.nn.")]
     wide = [module for module in wide if isinstance(module, nn.Embedding)]
+    shared = GlobalOptimManager.get_instance()
+    tensors = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
+    registered = [entry for entry in shared.module_weight_config_triple if id(getattr(entry[0], entry[1])) in tensors]
     own = GlobalOptimManager.__new__(GlobalOptimManager)
     own.initialize()
-    own.module_weight_config_triple = [(module, "weight", {"optim_bits": 32}) for module in wide]
-    # The singleton would also keep every module that was ever registered alive.
-    registered = GlobalOptimManager.get_instance().module_weight_config_triple
-    registered[:] = [entry for entry in registered if not any(entry[0] is module for module in wide)]
+    own.module_weight_config_triple = [(module, "weight", {"optim_bits": 32}) for module in wide] + registered
+    own.pid2config = {key: dict(config) for key, config in shared.pid2config.items() if key in tensors}
+    own.uses_config_override = shared.uses_config_override
+    # The singleton would also keep every embedding that was ever swapped alive.
+    left = [entry for entry in shared.module_weight_config_triple if not any(entry[0] is module for module in wide)]
+    shared.module_weight_config_triple[:] = left
     optimizer.mng = own  # type: ignore[attr-defined] # bitsandbytes' own attribute, set in its constructor
 
 

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("reference")
 
 IGNORE = -100  # a target with this value counts neither in the loss nor in its mean
+Batch = Tensor | tuple[Tensor, Tensor]
+"""Token ids (B, T + 1), or ids (B, T) and targets (B, T)."""
 Callback = Callable[["Record"], None]
 
 
@@ -92,8 +94,8 @@ class Trainer:
 
     def fit(
         self,
-        train: Iterable[Tensor],
-        validation: Iterable[Tensor] | None = None,
+        train: Iterable[Batch],
+        validation: Iterable[Batch] | None = None,
         resume: bool | Literal["auto"] | str | Path = False,
     ) -> FitResult:
         """Train to the last update.
@@ -123,11 +125,13 @@ class Trainer:
         bare = build_optimizer(config.optimizer, config.optimizer_args, module, fabric.device, config.decay, scaled)
         peaks = [group["lr"] for group in bare.param_groups]
         optimizer: Any = fabric.setup_optimizers(bare)
-        done = restore(folder, fabric, module, bare) if folder is not None else 0
+        done = restore(folder, fabric, module, bare, config) if folder is not None else 0
         warn_about_rounding(config)
+        if validation is not None and config.evaluate_every is None:
+            logger.info("validation: batches were given, but evaluate_every is None: they are not evaluated")
 
         result = FitResult(module, bare)
-        batches = itertools.islice(repeat(train, config.seed), done * config.microbatches, None)
+        batches = itertools.islice(repeat(train, config.seed, fabric.global_rank), done * config.microbatches, None)
         wrapped.train()
         for update in range(done, config.updates):
             for group, peak in zip(bare.param_groups, peaks, strict=True):
@@ -182,6 +186,7 @@ class Trainer:
             state = {
                 "update": update,
                 "optimizer": optimizer_state(optimizer),
+                "optimizer_class": self.config.optimizer,
                 "precision": fabric.strategy.precision.state_dict(),
                 "stable_embedding": any(type(m).__name__ == "StableEmbedding" for m in module.modules()),
             }
@@ -237,14 +242,14 @@ def is_sharded(fabric: "Fabric") -> bool:
     return type(fabric.strategy).__name__ in ("FSDPStrategy", "ModelParallelStrategy")
 
 
-def repeat(batches: Iterable[Tensor], seed: int) -> Iterator[Tensor]:
+def repeat(batches: Iterable[Batch], seed: int, rank: int) -> Iterator[Batch]:
     """The batches over and over. Each pass is seeded by its number: a shuffling DataLoader repeats its order.
 
     Raises:
         TrainingError: if a pass gives none.
     """
     for epoch in itertools.count():
-        torch.manual_seed(derive_seed(seed, "epoch", epoch))
+        torch.manual_seed(derive_seed(seed, "epoch", epoch, rank))
         empty = True
         for batch in batches:
             empty = False
@@ -255,7 +260,7 @@ def repeat(batches: Iterable[Tensor], seed: int) -> Iterator[Tensor]:
             )
 
 
-def split_targets(batch: Tensor | tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+def split_targets(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     """A batch as token ids (B, T) and targets (B, T), int64, on ``device``.
 
     Raises:
@@ -269,15 +274,17 @@ def split_targets(batch: Tensor | tuple[Tensor, Tensor], device: torch.device) -
         if ids.shape == targets.shape:
             return ids, targets
     form = tuple(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
-    raise TrainingError(f"a batch has the form {form}: expected token ids (B, T + 1), or a pair of ids and targets.")
+    raise TrainingError(
+        f"a batch has the form {form}: expected integer token ids (B, T + 1), or a pair of ids and targets."
+    )
 
 
 def is_tokens(value: Any) -> TypeGuard[Tensor]:
-    """Whether this is a tensor of two dimensions."""
-    return isinstance(value, Tensor) and value.ndim == 2
+    """Whether this is a tensor of integers with two dimensions."""
+    return isinstance(value, Tensor) and value.ndim == 2 and not value.is_floating_point()
 
 
-def accumulate(fabric: "Fabric", model: Any, batches: list[Tensor]) -> tuple[float, int]:
+def accumulate(fabric: "Fabric", model: Any, batches: list[Batch]) -> tuple[float, int]:
     """Forward and backward over the microbatches of one update.
 
     Each loss is a sum divided by the number of target tokens of the whole update, over all microbatches and ranks.
@@ -349,7 +356,7 @@ def require_finite(what: str, value: float, fabric: "Fabric", update: int) -> No
 
 
 @torch.no_grad()
-def evaluate(fabric: "Fabric", model: Any, batches: Iterable[Tensor]) -> float:
+def evaluate(fabric: "Fabric", model: Any, batches: Iterable[Batch]) -> float:
     """Mean cross entropy in nats per target token over all batches and ranks, in eval mode.
 
     Raises:
@@ -379,11 +386,32 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def restore(folder: Path, fabric: "Fabric", module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Load a checkpoint into module and optimizer; the number of updates it has done."""
+def restore(
+    folder: Path, fabric: "Fabric", module: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig
+) -> int:
+    """Load a checkpoint into module and optimizer; the number of updates it has done.
+
+    Raises:
+        CheckpointError: if it does not fit them.
+    """
     state = checkpoint.load_state(folder)
+    if state["optimizer_class"] != config.optimizer:
+        raise checkpoint.CheckpointError(
+            f"{folder} was trained with {state['optimizer_class']}, not {config.optimizer}: "
+            "resume with the same optimizer, or start afresh."
+        )
     checkpoint.load_model(folder, module)
-    load_optimizer_state(optimizer, state["optimizer"])
+    given = [{key: group[key] for key in config.optimizer_args if key in group} for group in optimizer.param_groups]
+    try:
+        load_optimizer_state(optimizer, state["optimizer"])
+    except ValueError as error:  # other groups: another decay policy, or tensors that were frozen since
+        raise checkpoint.CheckpointError(f"the optimizer state in {folder} does not fit: {error}.") from error
+    for group, settings in zip(optimizer.param_groups, given, strict=True):
+        for key, value in settings.items():
+            # The saved values would replace the configured ones. The learning rate follows the schedule anyway.
+            if key != "lr" and group[key] != value:
+                logger.info("resume: %s is %s, as configured now, not %s, as saved", key, value, group[key])
+                group[key] = value
     fabric.strategy.precision.load_state_dict(state["precision"])
     logger.info("resume: from %s, after update %d", folder, state["update"])
     return int(state["update"])
@@ -395,7 +423,7 @@ def load_for_inference(folder: str | Path) -> nn.Module:
     Raises:
         CheckpointError: if the checkpoint is missing, damaged, or of a module that is no GPT of ours.
     """
-    path = checkpoint.find(folder, Path(folder).parent)
+    path = checkpoint.find(Path(folder), Path(folder).parent)
     assert path is not None
     config = checkpoint.load_config(path)
     if "model" not in config:

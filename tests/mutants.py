@@ -188,6 +188,11 @@ MUTANTS = [
         "INIT-9",
         "facebookresearch/lingua#75, verl#7834",
         ("reference.initialize:materialize", "for other in others:", "for other in ():"),
+        (
+            "reference.initialize:tie",
+            "module.weight = model.get_submodule(owner).weight",
+            "pass",
+        ),
     ),
     mutant(
         "meta-init-lost",
@@ -501,7 +506,7 @@ MUTANTS = [
         "bitsandbytes#1269",
         (
             "reference.optimizer:own_override_manager",
-            '[(module, "weight", {"optim_bits": 32}) for module in wide]',
+            '[(module, "weight", {"optim_bits": 32}) for module in wide] + registered',
             "[]",
         ),
     ),

@@ -1,5 +1,6 @@
 """Rules of precision."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -16,7 +17,7 @@ TABLE_BOUND = 2.0**-8
 MOVEMENT_BOUND = 0.5  # of the float32 run's movement; healthy 0.98 to 1.02, lost to rounding below 0.05
 
 
-def loss_in_float32(logits: Tensor, targets: Tensor, loss: Tensor) -> None:
+def loss_in_float32(logits: Tensor, targets: Tensor, loss: Tensor, scaled: bool = False) -> None:
     """A loss is the float32 cross entropy of the logits it was computed from, in value and dtype.
 
     >>> logits, targets = torch.randn(1, 3, 8), torch.tensor([[1, 2, 3]])
@@ -26,6 +27,7 @@ def loss_in_float32(logits: Tensor, targets: Tensor, loss: Tensor) -> None:
         logits: (B, T, V), any floating dtype.
         targets: (B, T), int64; -100 is ignored.
         loss: scalar, the mean over the targets.
+        scaled: the loss went through a loss scaler: any power of two times the mean is right.
 
     Raises:
         Violation: with both values.
@@ -33,6 +35,8 @@ def loss_in_float32(logits: Tensor, targets: Tensor, loss: Tensor) -> None:
     if loss.dtype not in (torch.float32, torch.float64):
         raise Violation("a loss in float32", f"{loss.dtype}")
     expected = F.cross_entropy(logits.double().flatten(0, 1), targets.flatten()).item()
+    if scaled and loss.item() > 0 and expected > 0:
+        loss = loss / 2.0 ** round(math.log2(loss.item() / expected))
     if not abs(loss.item() - expected) <= LOSS_BOUND * abs(expected):
         raise Violation(
             f"the loss {expected:.6f}, the float32 cross entropy of the logits (relative bound {LOSS_BOUND:g})",
