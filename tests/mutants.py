@@ -160,7 +160,7 @@ MUTANTS = [
             "checkpoint.load_model(folder, module); module.blocks[0].mlp.fc.reset_parameters()",
         ),
     ),
-    mutant("weights-not-loaded", "INIT-6", "marin, many", (RESTORE, "checkpoint.load_model(folder, module)", "pass")),
+    mutant("weights-not-loaded", "INIT-6", "-", (RESTORE, "checkpoint.load_model(folder, module)", "pass")),
     mutant(
         "master-weights-rounded-on-resume",
         "INIT-6",

@@ -72,7 +72,7 @@ def test_logits_opt_out(subject: Subject, trace: Any) -> None:
     why="A loss in bfloat16 moves in steps of 0.06 around 11, and so do its gradients.",
     mend="logits.float() before cross_entropy.",
     source="Modalities/modalities#464, marin-community/marin#8217",
-    bound="1e-5 relative against the cross entropy in float64 of the logits seen (healthy: 2e-7; in bfloat16: 2e-4)",
+    bound="1e-5 relative against the cross entropy in float64 of the logits seen (healthy: 1e-7; in bfloat16: 5e-5 to 1e-2)",
 )
 def test_loss_float32(subject: Subject, trace: Any) -> None:
     """The loss is computed in float32: its value, not only its dtype."""
@@ -149,7 +149,7 @@ def test_autocast_only_in_forward(subject: Subject, trace: Any) -> None:
     why="Updates below half a unit in the last place vanish: norms and large weights stop learning at small rates.",
     mend="Keep float32 master weights or round stochastically; or warn the user that small updates are lost.",
     source="pytorch/ao#1124, torchtune#2254, NVIDIA/Model-Optimizer#2322",
-    bound="movement of at least half the float32 run's (healthy: 0.98; lost: below 0.05), or a message about rounding",
+    bound="movement of at least half the float32 run's (healthy: 0.99; lost: 0.05), or a message about rounding",
 )
 def test_small_updates(trace: Any) -> None:
     """Small updates are not lost to the rounding of bfloat16 weights, or the trainer says so."""
@@ -178,7 +178,7 @@ def mentions_rounding(line: str) -> bool:
     why="With phases in bfloat16, positions beyond 256 collide: the model cannot tell tokens apart by place.",
     mend="Compute the phase in float32 and round only the finished cos and sin.",
     source="transformers#25681, #29285, EleutherAI/gpt-neox#1003, KellerJordan/modded-nanogpt#39",
-    bound="2^-8 (healthy: at most 2^-9, one rounding; a phase in bfloat16: 0.06 and more at 64 positions)",
+    bound="2^-8 (healthy: at most 2^-9, one rounding; a phase in bfloat16: 0.04 at 64 positions)",
 )
 def test_rotary_tables(trace: Any) -> None:
     """Position tables of a bfloat16 model are those of the float32 model, rounded once."""
