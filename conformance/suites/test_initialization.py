@@ -33,7 +33,8 @@ def test_nothing_is_uninitialised(subject: Subject, start: Any) -> None:
     mend="Compare the table of initial distributions with what the code applies to the tensors named here.",
     source="huggingface/transformers#47458, stanford-crfm/mistral#30; litgpt initialize_weights (GptNeoxMLP)",
     bound="3 standard errors; a tensor beyond them is pooled with the draws of three more seeds and must be within "
-    "3 again (healthy: 0.3 % each time). The weakest mutant, scaling for a fixed depth, is off by a factor of 1.4, 64 standard errors at 4096 elements",
+    "3 again (healthy: 0.3 % each time). The weakest mutant, scaling for a fixed depth, is off by a factor of 1.4: "
+    "36 standard errors at 4096 elements",
 )
 def test_declared_distribution(subject: Subject, start: Any) -> None:
     """Every parameter starts from the distribution that the stack declares, residual scaling by depth included."""

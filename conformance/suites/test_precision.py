@@ -72,7 +72,8 @@ def test_logits_opt_out(subject: Subject, trace: Any) -> None:
     why="A loss in bfloat16 moves in steps of 0.06 around 11, and so do its gradients.",
     mend="logits.float() before cross_entropy.",
     source="Modalities/modalities#464, marin-community/marin#8217",
-    bound="1e-5 relative against the cross entropy in float64 of the logits seen (healthy: 1e-7; in bfloat16: 5e-5 to 1e-2)",
+    bound="1e-5 relative against the cross entropy in float64 of the logits seen (healthy: 1e-7; "
+    "in bfloat16: 5e-5 to 1e-2)",
 )
 def test_loss_float32(subject: Subject, trace: Any) -> None:
     """The loss is computed in float32: its value, not only its dtype."""
