@@ -1,9 +1,7 @@
 """Adapter of LitGPT's pretraining: Recipe -> litgpt.pretrain.setup. Installed by the extra ``litgpt``."""
 
 import importlib.metadata
-import math
 import sys
-from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -11,80 +9,32 @@ from litgpt import pretrain
 from litgpt.args import EvalArgs, TrainArgs
 from litgpt.config import Config
 from litgpt.data import DataModule
-from torch import nn
-from torch.utils.data import DataLoader
 
-from conformance.recipe import Recipe
-from conformance.subject import Constant, Distribution, Normal
-from conformance.trace import Checkpoint, TensorInfo
+from conformance import Checkpoint, Constant, Normal, Recipe, TensorInfo
+from conformance.subjects.loader import ResumableLoader
 
 
-class Loader(DataLoader[torch.Tensor]):
-    """A DataLoader with a position, as litdata's StreamingDataLoader, LitGPT's usual one, has it.
+class Policy:
+    """What litgpt/pretrain.py declares: initialize_weights (GPT-NeoX's design), plain parameters(), get_lr."""
 
-    A plain DataLoader would be pickled whole into the checkpoint, and torch >= 2.6 refuses to load that.
-    """
-
-    position, skip = 0, 0
-
-    def __iter__(self) -> Any:
-        skip, self.skip = self.skip, 0  # only the first pass after a load goes on in the middle
-        for self.position, batch in enumerate(super().__iter__(), start=1):
-            if self.position > skip:
-                yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        return {"position": self.position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.skip = state["position"]
-
-
-class Tokens(DataModule):
-    """The recipe's token ids, in order."""
-
-    def __init__(self, train: list[torch.Tensor], validation: list[torch.Tensor]) -> None:
-        super().__init__()
-        self.train, self.validation = train, validation
-
-    def connect(self, tokenizer: Any = None, batch_size: int = 1, max_seq_length: int | None = None) -> None:
-        self.batch_size = batch_size
-
-    def train_dataloader(self) -> Loader:
-        return Loader(torch.cat(self.train), batch_size=self.batch_size)  # type: ignore[arg-type] # has getitem and len
-
-    def val_dataloader(self) -> Loader:
-        return Loader(torch.cat(self.validation), batch_size=self.batch_size)  # type: ignore[arg-type] # as above
-
-
-class LitGPTPolicy:
-    """What litgpt/pretrain.py declares: ``initialize_weights`` (GPT-NeoX's design), plain parameters(), ``get_lr``."""
-
-    def initial(self, recipe: Recipe, tensor: TensorInfo) -> Distribution:
-        if tensor.name.endswith(".bias"):
-            return Constant(0.0)
-        if "norm" in tensor.name or "ln_f" in tensor.name:
-            return Constant(1.0)
-        if tensor.name.endswith(".proj.weight"):
-            return Normal(0.0, 1 / math.sqrt(recipe.n_embd) / recipe.n_layer)
-        return Normal(0.0, math.sqrt(2.0 / 5 / recipe.n_embd))
+    def initial(self, recipe: Recipe, tensor: TensorInfo) -> Constant | Normal:
+        if tensor.owner.endswith("Norm") or tensor.name.endswith(".bias"):
+            return Constant(0.0 if tensor.name.endswith(".bias") else 1.0)
+        residual = tensor.name.endswith(".proj.weight")
+        return Normal(0.0, recipe.n_embd**-0.5 / recipe.n_layer if residual else (2.0 / 5 / recipe.n_embd) ** 0.5)
 
     def decays(self, recipe: Recipe, tensor: TensorInfo) -> bool:
-        return True  # pretrain.main passes model.parameters(): everything decays
+        return True
 
-    def learning_rate(self, recipe: Recipe, update: int) -> float:
-        peak: float = dict(recipe.optimizer.arguments).get("lr", 1e-3)
-        # Set for each microbatch from the iterations done before; the last one of an update counts.
-        iteration, warmup = (update + 1) * recipe.microbatches - 1, recipe.warmup * recipe.microbatches
-        return peak * min(1.0, iteration / warmup) if warmup else peak
+    def learning_rate(self, recipe: Recipe, update: int) -> float:  # set for each microbatch; an update's last counts
+        iteration, warmup = (update + 1) * recipe.microbatches - 1, max(1, recipe.warmup * recipe.microbatches)
+        return dict(recipe.optimizer.arguments).get("lr", 1e-3) * (min(1.0, iteration / warmup) if recipe.warmup else 1)
 
 
 class LitGPT:
     """litgpt.pretrain.setup."""
 
-    name = "LitGPT"
-    version = importlib.metadata.version("litgpt")
-    policy = LitGPTPolicy()
+    name, version, policy = "LitGPT", importlib.metadata.version("litgpt"), Policy()
     lacks = {
         "foreign-module": "pretrain.setup builds litgpt.GPT from a Config",
         "fused": "pretrain.main asks for fused on CUDA only",
@@ -98,54 +48,27 @@ class LitGPT:
     }
 
     def train(self, recipe: Recipe) -> None:
-        llama = recipe.shape == "llama"
-        config = Config(
-            name="conformance",
-            n_layer=recipe.n_layer,
-            n_head=recipe.n_head,
-            n_embd=recipe.n_embd,
-            block_size=recipe.block_size,
-            vocab_size=recipe.vocab_size,
-            padded_vocab_size=recipe.vocab_size,
-            bias=not llama,
-            parallel_residual=not llama,
-            norm_class_name="RMSNorm" if llama else "LayerNorm",
-            mlp_class_name="LLaMAMLP" if llama else "GptNeoxMLP",
-            intermediate_size=3 * recipe.n_embd if llama else None,
-            rotary_percentage=1.0,
-        )
-        peak = dict(recipe.optimizer.arguments).get("lr", 1e-3)
-        sequences = recipe.microbatch_size * recipe.microbatches
-        train = TrainArgs(
-            save_interval=recipe.save_every,
-            global_batch_size=sequences,
-            micro_batch_size=recipe.microbatch_size,
-            max_tokens=recipe.updates * sequences * recipe.block_size,
-            lr_warmup_steps=recipe.warmup,
-            max_norm=1e9 if recipe.clip is None else recipe.clip,
-            min_lr=peak if recipe.minimum_lr is None else recipe.minimum_lr,
-            tie_embeddings=recipe.tied,
-        )
-        # save_checkpoint() records the command line by parsing sys.argv, which here is pytest's.
-        with patch.object(sys, "argv", ["litgpt", "pretrain", "conformance"]):
-            pretrain.setup(
-                model_name="conformance",
-                model_config=config,
-                out_dir=recipe.directory,
-                precision=recipe.precision,
-                resume=recipe.resume.find("lit_model.pth") if recipe.resume else False,
-                data=Tokens(recipe.batches(), recipe.validation_batches()),
-                train=train,
-                eval=EvalArgs(interval=10**9, max_iters=2, final_validation=recipe.evaluate),
-                optimizer=recipe.optimizer.config(),
-                devices=1,
-                logger_name="csv",
-                seed=recipe.seed,
-            )
+        shape = {"n_layer": recipe.n_layer, "n_head": recipe.n_head, "n_embd": recipe.n_embd, "head_size": None}
+        size = {"block_size": recipe.block_size, "padded_vocab_size": recipe.vocab_size, "n_query_groups": None}
+        name = "pythia-14m" if recipe.shape == "gpt" else "tiny-llama-1.1b"
+        config = Config.from_name(name, **shape, **size, vocab_size=recipe.vocab_size, intermediate_size=96)
+        batch, lr = recipe.microbatch_size * recipe.microbatches, dict(recipe.optimizer.arguments).get("lr", 1e-3)
+        train = TrainArgs(save_interval=recipe.save_every, micro_batch_size=recipe.microbatch_size)
+        train.global_batch_size, train.max_tokens = batch, recipe.updates * batch * recipe.block_size
+        train.lr_warmup_steps, train.min_lr = recipe.warmup, lr if recipe.minimum_lr is None else recipe.minimum_lr
+        train.max_norm, train.tie_embeddings = 1e9 if recipe.clip is None else recipe.clip, recipe.tied
+        data, evaluation = DataModule(), EvalArgs(10**9, max_iters=2, final_validation=recipe.evaluate)
+        data.connect = lambda **_: None
+        data.train_dataloader = lambda: ResumableLoader(torch.cat(recipe.batches()), recipe.microbatch_size)
+        data.val_dataloader = lambda: ResumableLoader(torch.cat(recipe.validation_batches()), recipe.microbatch_size)
+        resume = recipe.resume.find("lit_model.pth") if recipe.resume else False
+        rest = {"devices": 1, "logger_name": "csv", "seed": recipe.seed, "optimizer": recipe.optimizer.config()}
+        rest |= {"precision": recipe.precision, "resume": resume, "data": data, "train": train, "eval": evaluation}
+        with patch.object(sys, "argv", ["litgpt", "pretrain", name]):  # save_hyperparameters parses the command line
+            pretrain.setup(name, config, recipe.directory, **rest)
 
-    def load(self, checkpoint: Checkpoint) -> nn.Module:
+    def load(self, checkpoint: Checkpoint) -> torch.nn.Module:
         path = checkpoint.find("lit_model.pth")
-        model = pretrain.GPT(Config.from_file(path.parent / "model_config.yaml"))
-        # The file holds a pickled DataLoader beside the weights; it was written by this run.
-        model.load_state_dict(torch.load(path, weights_only=False)["model"])
+        model: torch.nn.Module = pretrain.GPT(Config.from_file(path.parent / "model_config.yaml"))
+        model.load_state_dict(torch.load(path, weights_only=True)["model"])
         return model.eval()

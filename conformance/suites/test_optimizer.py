@@ -211,10 +211,14 @@ def survives(trace: Any, choice: OptimizerChoice) -> None:
     mend="Save optimizer.state_dict(), and load it after the optimizer is built over the same groups.",
     source="EvolvingLMMs-Lab/OneVision-Encoder#65, DeepSpeed#7786; the first loss after a resume shows nothing",
 )
-def test_state_survives(trace: Any) -> None:
+def test_state_survives(trace: Any, attempt: Any) -> None:
     """The state of AdamW and AdamW8bit survives save and resume, bit for bit."""
-    for class_path in (ADAMW, ADAMW_8BIT):
-        survives(trace, OptimizerChoice.of(class_path, lr=1e-3))
+    choices = [OptimizerChoice.of(class_path, lr=1e-3) for class_path in (ADAMW, ADAMW_8BIT)]
+    training = [choice for choice in choices if attempt(Recipe(optimizer=choice)).error is None]
+    if not training:
+        raise NotApplicable("neither AdamW nor AdamW8bit trains: see OPT-1 and OPT-2")
+    for choice in training:
+        survives(trace, choice)
 
 
 @clause(
@@ -230,6 +234,8 @@ def test_misplaced_state_survives(trace: Any, attempt: Any) -> None:
     choice = OptimizerChoice.of(GROK, lr=1e-3)
     recipe = Recipe(updates=4, save_every=2, optimizer=choice)
     first = attempt(recipe)
+    if first.error is not None and not first.trace.updates:
+        raise NotApplicable("GrokAdamW does not train: see OPT-2")
     if first.error is not None and "GrokAdamW" in str(first.error):
         return  # refused when saving, by name
     saved = trace(recipe).checkpoint(2)
