@@ -19,7 +19,15 @@ nox.options.error_on_external_run = True
 
 HERE = Path(__file__).parent
 LATEST = HERE / "reports" / "latest"  # ignored by git: a second run leaves the checkout clean
-PEERS = {"litgpt"}  # subjects that are installed by an extra of the same name
+EXTRAS = {"litgpt", "transformers", "x-transformers"}  # subjects that are installed by an extra of the same name
+PEERS = {  # the stacks of the matrix: subject, and what pip installs for it beside this package
+    "litgpt-0.4.12": ("litgpt", ["jsonargparse[signatures]", "requests", "tokenizers", "tqdm"]),
+    "litgpt-0.5.13": ("litgpt", ["litgpt==0.5.13", "requests"]),
+    "transformers": ("transformers", ["transformers", "accelerate"]),
+    "x-transformers": ("x-transformers", ["x-transformers"]),
+    "plain-loop": ("examples.plain_loop_adapter:PlainLoop", []),
+    "reference": ("reference", []),
+}
 
 # One thread: the models are tiny, and threads only wait for each other. Warnings and progress need no buffering.
 VARIABLES = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -44,14 +52,14 @@ def environment(session: nox.Session) -> None:
         _python = sys.executable
         return
     _python = str(Path(session.bin) / "python")
-    extras = sorted(PEERS.intersection(session.posargs))
+    # One at a time: litgpt and transformers want different releases of huggingface-hub.
+    extras = sorted(EXTRAS.intersection(session.posargs))[:1]
     stamp = Path(session.virtualenv.location) / "installed"
     installed = stamp.read_text().split() if stamp.exists() else []
     files = [HERE / "pyproject.toml", HERE / "constraints.txt"]
     wanted = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
-    if installed[:1] == [wanted] and set(extras) <= set(installed[1:]):
+    if installed[:1] == [wanted] and (not extras or extras == installed[1:]):
         return  # nothing changed: pip would take seconds to find that out
-    extras = sorted(set(extras).union(installed[1:]))
     target = f".[{','.join(extras)}]" if extras else "."
     session.run("python", "-m", "pip", "install", "--quiet", "--upgrade", "pip>=25.1", silent=True)  # knows --group
     groups = ("--group", "lint", "--group", "build")
@@ -84,6 +92,28 @@ def tests(session: nox.Session) -> None:
 def mutants(session: nox.Session) -> None:
     """Print the kill matrix: every planted fault against every clause (some three minutes)."""
     run(session, "-m", "tests.kill_matrix", *session.posargs, **NO_GPU)
+
+
+@nox.session(default=False)
+@nox.parametrize("peer", list(PEERS), ids=list(PEERS))
+def peers(session: nox.Session, peer: str) -> None:
+    """Judge each stack of the matrix in an environment of its own (they pin different releases), into reports/latest."""
+    subject, packages = PEERS[peer]
+    session.install("--quiet", "--constraint", "constraints.txt", "--editable", ".", *packages)
+    if peer == "litgpt-0.4.12":  # pins a Lightning and a numpy of its time; it runs with today's
+        session.install("--quiet", "--no-deps", "litgpt==0.4.12")
+    LATEST.mkdir(parents=True, exist_ok=True)
+    report = os.path.relpath(LATEST / f"{peer}.json")
+    command = ["python", "-m", "pytest", "--pyargs", "conformance.suites", "--subject", subject, "--report", report]
+    session.run(*command, *session.posargs, env=VARIABLES, success_codes=[0, 1])  # a finding is no failure of ours
+
+
+@nox.session(venv_backend="none", requires=["environment"], default=False)
+def report(session: nox.Session) -> None:
+    """Turn result files (default: those in reports/conformance) into one page: reports/latest/page/index.html."""
+    files = session.posargs or [os.path.relpath(path) for path in sorted((HERE / "reports/conformance").glob("*.json"))]
+    target = ["--kill-matrix", "reports/kill-matrix.json", "--out", os.path.relpath(LATEST / "page")]
+    run(session, "-m", "conformance", "report", *files, *target)
 
 
 @nox.session(venv_backend="none", requires=["environment"], default=False)

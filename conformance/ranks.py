@@ -1,6 +1,5 @@
 """A recipe on several processes, each recorded: started as torchrun starts them, so any stack finds its rank."""
 
-import contextlib
 import dataclasses
 import multiprocessing
 import os
@@ -75,7 +74,9 @@ def run_rank(rank: int, subject: Subject, recipe: Recipe, directory: Path, port:
     from conformance.trace import record
 
     failure = ""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+    with open(os.devnull, "w") as nowhere:
+        for stream in (1, 2):  # by number: handlers of loggers and native code keep the streams they once had
+            os.dup2(nowhere.fileno(), stream)
         with record(directory, recipe.zero_gradients, rank) as trace:
             try:
                 subject.train(dataclasses.replace(recipe, directory=directory))

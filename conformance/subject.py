@@ -49,6 +49,8 @@ def everything_but(*claimed: str, reason: str) -> dict[str, str]:
 BUILT_IN = {
     "reference": "conformance.subjects.reference:Reference",
     "litgpt": "conformance.subjects.litgpt:LitGPT",
+    "transformers": "conformance.subjects.transformers:Transformers",
+    "x-transformers": "conformance.subjects.x_transformers:XTransformers",
 }
 
 

@@ -15,12 +15,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from reference.checkpoint import CheckpointError
+    from reference.checkpoint import CheckpointError, load_for_inference
     from reference.config import ConfigurationError, GPTConfig, TrainConfig
     from reference.embedding import restore_embeddings, swap_embeddings
     from reference.model import GPT
     from reference.optimizer import build_optimizer, decay_groups
-    from reference.trainer import FitResult, Trainer, TrainingError
+    from reference.trainer import FitResult, Trainer
+    from reference.update import TrainingError
 
 _HOME = {
     "CheckpointError": "checkpoint",
@@ -30,9 +31,10 @@ _HOME = {
     "GPTConfig": "config",
     "TrainConfig": "config",
     "Trainer": "trainer",
-    "TrainingError": "trainer",
+    "TrainingError": "update",
     "build_optimizer": "optimizer",
     "decay_groups": "optimizer",
+    "load_for_inference": "checkpoint",
     "restore_embeddings": "embedding",
     "swap_embeddings": "embedding",
 }
@@ -48,6 +50,7 @@ __all__ = [
     "TrainingError",
     "build_optimizer",
     "decay_groups",
+    "load_for_inference",
     "restore_embeddings",
     "swap_embeddings",
 ]

@@ -21,6 +21,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from reference.config import GPTConfig
+from reference.embedding import restore_embeddings, swap_embeddings
+from reference.model import GPT
+
 STEP = re.compile(r"step-(\d{8})")
 STATE = {"update", "optimizer", "optimizer_class", "precision", "stable_embedding"}  # what state.pt holds
 FILES = ("model.safetensors", "state.pt", "config.json")
@@ -186,6 +190,27 @@ def load_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}): resume from an earlier checkpoint.") from error
     return config
+
+
+def load_for_inference(folder: str | Path) -> nn.Module:
+    """The GPT of a checkpoint, in eval mode on the CPU, with plain embeddings.
+
+    Raises:
+        CheckpointError: if the checkpoint is missing, damaged, or of a module that is no GPT of ours.
+    """
+    path = find(Path(folder), Path(folder).parent)
+    assert path is not None
+    config = load_config(path)
+    if "model" not in config:
+        raise CheckpointError(f"{path} holds a module that is not reference.GPT: build it yourself and use load_model.")
+    state = load_state(path)
+    model: nn.Module = GPT(GPTConfig(**config["model"]))
+    if config["train"]["precision"] == "bf16-true":
+        model.to(torch.bfloat16)
+    if state["stable_embedding"]:
+        swap_embeddings(model)
+    load_model(path, model)
+    return restore_embeddings(model)
 
 
 def first_line(error: Exception) -> str:

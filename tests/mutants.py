@@ -398,13 +398,13 @@ MUTANTS = [
         "loss-in-bf16",
         "PREC-3",
         "modalities#464, marin#8217",
-        ("reference.trainer:token_loss", "logits.float()", "logits.bfloat16()"),
+        ("reference.update:token_loss", "logits.float()", "logits.bfloat16()"),
     ),
     mutant(
         "loss-not-upcast",
         "PREC-3",
         "modalities#464",
-        ("reference.trainer:token_loss", "logits.float().flatten", "logits.flatten"),
+        ("reference.update:token_loss", "logits.float().flatten", "logits.flatten"),
     ),
     mutant(
         "precision-ignored",
@@ -423,7 +423,7 @@ MUTANTS = [
         "PREC-5",
         "pytorch#120376, GradCache#17",
         (
-            "reference.trainer:accumulate",
+            "reference.update:accumulate",
             "        fabric.backward(loss)",
             "        with fabric.strategy.precision.forward_context():\n                fabric.backward(loss)",
         ),

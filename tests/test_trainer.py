@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from reference import trainer
+from reference import trainer, update
+from reference.checkpoint import load_for_inference
 from reference.config import ConfigurationError, GPTConfig, TrainConfig
 from reference.model import GPT
-from reference.trainer import FitResult, Record, Trainer, TrainingError, token_loss
+from reference.trainer import FitResult, Record, Trainer
+from reference.update import TrainingError, evaluate, token_loss
 
 GPT2 = GPTConfig.gpt2(vocab_size=16, block_size=8, n_layer=1, n_head=2, n_embd=8)
 DROPPING = replace(GPT2, dropout=0.1)
@@ -98,7 +100,7 @@ def test_evaluation_weighs_tokens_and_restores_the_mode_of_every_module(modes: t
     pairs: Any = [(ids[:1], targets[:1]), (ids[1:4], targets[1:4]), (ids[4:], targets[4:])]
     model = Bigram()
     model.training, model.dropout.training = modes
-    seen = trainer.evaluate(trainer.launch(TrainConfig(accelerator="cpu")), model, pairs)
+    seen = evaluate(trainer.launch(TrainConfig(accelerator="cpu")), model, pairs)
     assert (model.training, model.dropout.training) == modes
     assert seen == pytest.approx(token_mean(model.eval(), pairs), rel=1e-6)
     assert seen != pytest.approx(sum(token_mean(model, [pair]) for pair in pairs) / 3, rel=1e-3)
@@ -229,7 +231,7 @@ def test_logits(batches: list[Tensor], monkeypatch: pytest.MonkeyPatch, logits: 
         seen.append((output.dtype, loss.dtype))
         return loss
 
-    monkeypatch.setattr(trainer, "token_loss", spy)
+    monkeypatch.setattr(update, "token_loss", spy)
     fit(GPT2, batches, batches[:1], precision="bf16-mixed", logits=logits, evaluate_every=1)
     assert seen == [(dtype, torch.float32)] * 2
 
@@ -239,7 +241,7 @@ def test_logits(batches: list[Tensor], monkeypatch: pytest.MonkeyPatch, logits: 
 def test_load_for_inference(tmp_path: Path, batches: list[Tensor], precision: str, stable: bool) -> None:
     changes: dict[str, Any] = {"optimizer": "bitsandbytes.optim.AdamW8bit", "stable_embedding": stable}
     result = fit(GPT2, batches, updates=2, directory=tmp_path, save_every=2, precision=precision, **changes)
-    loaded = trainer.load_for_inference(tmp_path / "step-00000002")
+    loaded = load_for_inference(tmp_path / "step-00000002")
     ids = batches[0][:, :-1]
     assert not loaded.training
     assert torch.equal(loaded(ids), result.for_inference()(ids))

@@ -17,6 +17,8 @@ LOSS_MARGIN = 0.5  # nats above or below ln V
 def initialised(tensors: nn.Module | Mapping[str, Tensor]) -> None:
     """Every element of every floating tensor is finite.
 
+    >>> initialised(nn.Linear(2, 2))
+
     Build under ``torch.utils.deterministic.fill_uninitialized_memory`` (with deterministic algorithms on), and
     memory that nobody initialised is NaN.
 

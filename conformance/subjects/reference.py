@@ -95,6 +95,4 @@ class Reference:
         trainer.fit(recipe.batches(rank), recipe.validation_batches(), resume=resume)
 
     def load(self, checkpoint: Checkpoint) -> nn.Module:
-        from reference.trainer import load_for_inference
-
-        return load_for_inference(checkpoint.find("model.safetensors").parent)
+        return reference.load_for_inference(checkpoint.find("model.safetensors").parent)

@@ -1,0 +1,224 @@
+"""Live modules, optimizers and values as plain data: names without the prefixes of wrappers, copies on the CPU."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+WRAPPER_PARTS = (
+    "_forward_module",
+    "_original_module",
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+)
+WRAPPER_CLASSES = ("DistributedDataParallel", "DataParallel")  # these call what they wrap ``module``
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A parameter or buffer of the trained module."""
+
+    name: str
+    """Dotted name without the prefixes of wrappers; of a tied tensor the first."""
+    names: tuple[str, ...]
+    """All names of the same tensor."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: str
+    trainable: bool
+    owner: str
+    """Class name of the module that holds it (under its first name)."""
+
+
+@dataclass(frozen=True)
+class EmbeddingInfo:
+    """An nn.Embedding (or a subclass) of the trained module."""
+
+    name: str
+    kind: str
+    """Class path."""
+    shape: tuple[int, int]
+    options: tuple[tuple[str, Any], ...]
+    """padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse."""
+    dtype: torch.dtype
+    device: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """One parameter group, on entry to ``step``."""
+
+    tensors: tuple[str, ...]
+    """Names; a tensor that is not in the module is called ``foreign-<n>``."""
+    settings: dict[str, Any]
+    """lr, betas, weight_decay, ...: plain values; anything else as its repr."""
+
+
+def describe_group(group: dict[str, Any], names: dict[int, str]) -> Group:
+    """A parameter group as plain data; state that its class keeps inside is left to describe_state."""
+    settings = {k: plain_value(v) for k, v in group.items() if k != "params" and not keyed_by_tensor(v)}
+    return Group(tuple(names[id(tensor)] for tensor in group["params"]), settings)
+
+
+def describe_state(optimizer: Optimizer, names: dict[int, str]) -> dict[str, dict[str, Any]]:
+    """Optimizer state by name: from ``optimizer.state``, and from dictionaries by tensor inside the groups."""
+    places = [optimizer.state, *(v for group in optimizer.param_groups for v in group.values() if keyed_by_tensor(v))]
+    return {
+        names[id(tensor)]: {key: plain_value(value) for key, value in entry.items()}
+        for place in places
+        for tensor, entry in place.items()
+        if isinstance(tensor, Tensor) and id(tensor) in names and entry
+    }
+
+
+def keyed_by_tensor(value: Any) -> bool:
+    """Whether this is a dictionary with tensors as keys, as grokadamw 0.1.2 keeps its state in a group."""
+    return isinstance(value, dict) and any(isinstance(key, Tensor) for key in value)
+
+
+def find_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The token ids among the arguments: the first integer tensor of two dimensions."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.ndim == 2 and not value.is_floating_point() and not value.is_meta:
+            return value
+    return None
+
+
+def find_logits(output: Any) -> Tensor | None:
+    """The logits in a model's output: the first floating tensor of three dimensions, chunks along time joined."""
+    if isinstance(output, Tensor):
+        return output if output.ndim == 3 and output.is_floating_point() else None
+    if isinstance(output, dict):  # Hugging Face's ModelOutput is one
+        output = [output["logits"]] if "logits" in output else list(output.values())
+    if isinstance(output, list | tuple):
+        tensors = [t for t in output if isinstance(t, Tensor) and t.ndim == 3 and t.is_floating_point()]
+        if tensors and len(tensors) == len(output):
+            return torch.cat(tensors, dim=1)
+        return tensors[0] if tensors else None
+    return None
+
+
+def named_tensors(module: nn.Module, buffers: bool = False) -> dict[str, Tensor]:
+    """Parameters (or buffers) by their names without the prefixes of wrappers; tied ones under the first."""
+    pairs = module.named_buffers() if buffers else module.named_parameters()
+    wrappers = wrapper_prefixes(module)
+    return {clean_name(name, wrappers): tensor for name, tensor in pairs}
+
+
+def wrapper_prefixes(module: nn.Module) -> tuple[str, ...]:
+    """Names of modules inside ``module`` that only wrap another one and call it ``module``."""
+    return tuple(
+        f"{name}." if name else "" for name, child in module.named_modules() if type(child).__name__ in WRAPPER_CLASSES
+    )
+
+
+def clean_name(name: str, wrappers: tuple[str, ...]) -> str:
+    """A dotted name without the parts that Fabric, torch.compile, DDP, FSDP and checkpointing add."""
+    for prefix in sorted(wrappers, key=len, reverse=True):
+        if name.startswith(f"{prefix}module."):
+            name = prefix + name[len(prefix) + len("module.") :]
+    return ".".join(part for part in name.split(".") if part not in WRAPPER_PARTS)
+
+
+def describe_tensors(module: nn.Module) -> dict[str, TensorInfo]:
+    """What there is to know about each parameter, by its first name."""
+    owners, wrappers = dict(module.named_modules()), wrapper_prefixes(module)
+    names: dict[int, list[str]] = {}
+    first: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(tensor), [])
+        if (clean := clean_name(name, wrappers)) not in names[id(tensor)]:
+            names[id(tensor)].append(clean)
+        first.setdefault(id(tensor), (name, tensor))
+    infos = [
+        TensorInfo(
+            name=names[key][0],
+            names=tuple(names[key]),
+            shape=tuple(tensor.shape),
+            dtype=tensor.dtype,
+            device=str(tensor.device),
+            trainable=tensor.requires_grad,
+            owner=type(owners[name.rpartition(".")[0]]).__name__,
+        )
+        for key, (name, tensor) in first.items()
+    ]
+    return {info.name: info for info in infos}
+
+
+def describe_embeddings(module: nn.Module) -> tuple[EmbeddingInfo, ...]:
+    """What there is to know about each embedding."""
+    options = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+    wrappers = wrapper_prefixes(module)
+    return tuple(
+        EmbeddingInfo(
+            name=clean_name(name, wrappers),
+            kind=class_path(child),
+            shape=(child.num_embeddings, child.embedding_dim),
+            options=tuple((option, getattr(child, option)) for option in options),
+            dtype=child.weight.dtype,
+            device=str(child.weight.device),
+        )
+        for name, child in module.named_modules()
+        if isinstance(child, nn.Embedding)
+    )
+
+
+def class_path(thing: Any) -> str:
+    """``module.Class`` of an object."""
+    return f"{type(thing).__module__}.{type(thing).__qualname__}"
+
+
+def on_meta(module: nn.Module) -> bool:
+    """Whether the module has parameters without memory, as stacks build them to count operations."""
+    return any(parameter.is_meta for parameter in module.parameters())
+
+
+def device_type(module: nn.Module) -> str:
+    """``cpu``, ``cuda``, ... of the module's first parameter or buffer; ``cpu`` if it has none."""
+    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        return "cpu" if tensor.is_meta else tensor.device.type
+    first = next(module.parameters(), None)
+    return "cpu" if first is None or first.is_meta else first.device.type
+
+
+def copy_of(tensor: Tensor) -> Tensor:
+    """A copy on the CPU, without history."""
+    with torch.no_grad():
+        dense = tensor.detach().to_dense() if tensor.is_sparse else tensor.detach()
+        return dense.to("cpu", copy=True)
+
+
+def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of named tensors."""
+    return {name: copy_of(tensor) for name, tensor in tensors.items() if not tensor.is_meta}
+
+
+def plain_value(value: Any) -> Any:
+    """A value that can be kept: tensors copied, numbers, text and tuples of them as they are, the rest as repr."""
+    if isinstance(value, Tensor):
+        return copy_of(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, tuple | list):
+        return tuple(plain_value(item) for item in value)
+    return repr(value)
+
+
+def equal_values(first: Any, second: Any) -> bool:
+    """Bit equality of two plain values, with NaN equal to itself."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return first.dtype == second.dtype and first.shape == second.shape and bits_equal(first, second)
+    if isinstance(first, tuple) and isinstance(second, tuple):
+        return len(first) == len(second) and all(map(equal_values, first, second))
+    if isinstance(first, float) and isinstance(second, float) and math.isnan(first) and math.isnan(second):
+        return True
+    return type(first) is type(second) and bool(first == second)
+
+
+def bits_equal(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors of one dtype and shape hold the same values; NaN equals NaN, 0.0 equals -0.0."""
+    return bool(((first == second) | ((first != first) & (second != second))).all())

@@ -1,0 +1,90 @@
+"""python -m conformance: run, list, explain, report."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from conformance.__main__ import escape_annotation, main
+from conformance.clause import catalogue
+from tests.mutants import MUTANTS, planted
+
+FUSED = next(mutant for mutant in MUTANTS if mutant.name == "fused-kwarg-injected")
+
+
+def test_json_goes_to_stdout_and_to_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "out.json"
+    assert main(["run", "--clause", "DECAY-1", "--format", "json", "--report", str(file)]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads(file.read_text(encoding="utf-8"))
+    assert (printed["partial"], printed["summary"]["pass"], printed["clauses"][0]["id"]) == (True, 1, "DECAY-1")
+
+
+def test_failures_are_annotations(capsys: pytest.CaptureFixture[str]) -> None:
+    with planted(FUSED.edits):
+        assert main(["run", "--clause", "OPT-1", "--clause", "OPT-4", "--format", "github"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("::error title=OPT-1 fail::AdamW, SGD and RMSprop of torch.optim train.%0Aexpected: ")
+    assert "%0Arepeat: python -m pytest --pyargs conformance.suites --subject reference --clause OPT-1" in lines[0]
+    assert sum(line.startswith("::") for line in lines) == len(lines) - 1
+
+
+def test_annotations_stay_in_one_line() -> None:
+    assert escape_annotation("100 %\r\nof it") == "100 %25%0D%0Aof it"
+
+
+def test_text_is_the_letter(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--clause", "PREC-1"]) == 0
+    printed = capsys.readouterr().out
+    assert "judged by 1 clauses" in printed
+    assert "Partial:" in printed
+
+
+def test_list_has_every_clause(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    printed = capsys.readouterr().out
+    assert all(clause.id in printed and clause.source in printed for clause in catalogue().values())
+    assert main(["list", "--format", "json"]) == 0
+    assert [entry["id"] for entry in json.loads(capsys.readouterr().out)] == list(catalogue())
+
+
+def test_explain_shows_the_mutants(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "opt-10"]) == 0
+    printed = capsys.readouterr().out
+    assert "A keyword that the class does not accept is an error." in printed
+    assert "kwarg-typo-swallowed" in printed
+    assert main(["explain", "OPT-10", "--format", "json"]) == 0
+    assert [m["mutant"] for m in json.loads(capsys.readouterr().out)["mutants"]] == ["kwarg-typo-swallowed"]
+
+
+def test_every_clause_can_be_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    for identity in catalogue():
+        assert main(["explain", identity, "--format", "json"]) == 0
+        assert json.loads(capsys.readouterr().out)["mutants"], identity
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["run", "--subject", "litgtp"], "There is no subject 'litgtp'"),
+        (["run", "--clause", "DECOY-1"], "There is no clause 'DECOY-1'; the nearest is DECAY-1."),
+        (["run", "--deviations", "missing.toml"], "The deviations file missing.toml cannot be read"),
+        (["run", "--report", "no/such/folder.json"], "The report no/such/folder.json cannot be written"),
+        (["explain", "DECAY"], "DECAY is a chapter of 8 clauses: give one of DECAY-1"),
+        (["report", "missing.json"], "missing.json"),
+        (["report", "pyproject.toml", "--kill-matrix", "missing.json"], "The kill matrix missing.json cannot be read"),
+    ],
+)
+def test_mistakes_are_one_sentence(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert sentence in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_help_teaches_by_example(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["--help"])
+    assert left.value.code == 0
+    assert "python -m conformance explain DECAY-4" in capsys.readouterr().out
