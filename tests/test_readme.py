@@ -37,7 +37,7 @@ def test_table_is_the_catalogue() -> None:
 
 
 def test_own_stack_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loop, adapter, _ = python_blocks()
+    loop, adapter, *_ = python_blocks()
     (tmp_path / "my_loop.py").write_text(loop, encoding="utf-8")
     (tmp_path / "my_adapter.py").write_text(adapter, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
@@ -49,9 +49,13 @@ def test_own_stack_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert len(adapter_lines) <= 16
 
 
+def test_rules_alone() -> None:
+    exec(compile(python_blocks()[2], "README.md", "exec"), {})
+
+
 def test_reference_learns(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    exec(compile(python_blocks()[2], "README.md", "exec"), {})
+    exec(compile(python_blocks()[3], "README.md", "exec"), {})
     first, last = map(float, re.findall(r"\d\.\d\d", capsys.readouterr().out))
     assert first > 5.4, "a model over 256 bytes that knows nothing loses ln 256 = 5.55 nats"
     assert last < 3.5
