@@ -88,6 +88,10 @@ def restore_embeddings(model: nn.Module) -> nn.Module:
 
     Row by row the norm is a fixed function, so it folds into the table: ``weight := norm(weight)``. A head that was
     tied to the table keeps the unfolded weight and is untied (logged, and ``config.tie_embeddings`` is set False).
+
+    Raises:
+        ConfigurationError: if the logits change, because the model reads the table in another place as well, such as
+            a head that multiplies by ``embedding.weight`` without owning it.
     """
     restored = copy.deepcopy(model)
     plain: dict[int, nn.Embedding] = {}
@@ -100,7 +104,33 @@ def restore_embeddings(model: nn.Module) -> nn.Module:
             if shared:
                 logger.info("embedding: %s is folded and untied from %s", name, ", ".join(shared))
                 untie_config(restored)
-    return restored.eval()
+    restored.eval()
+    if plain:
+        require_equal_logits(model, restored)
+    return restored
+
+
+@torch.no_grad()
+def require_equal_logits(model: nn.Module, restored: nn.Module) -> None:
+    """Raise ConfigurationError if two models of token ids differ in what they give for a few of them."""
+    weight = next(module.weight for module in model.modules() if is_stable(module))
+    assert isinstance(weight, Tensor)
+    ids = torch.arange(min(4, weight.size(0)), device=weight.device).unsqueeze(0)
+    modes = [(module, module.training) for module in model.modules()]
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(weight.dtype)  # StableEmbedding computes its norm in the default dtype
+    try:
+        expected, seen = model.eval()(ids), restored(ids)
+    finally:
+        torch.set_default_dtype(default)
+        for module, training in modes:
+            module.training = training
+    error = ((seen - expected).norm() / expected.norm()).item()
+    if not error <= max(1e-3, 4 * torch.finfo(weight.dtype).eps):  # 0 on the CPU; a table read elsewhere gives 0.1 to 2
+        raise ConfigurationError(
+            f"without StableEmbedding the logits change by {error:.1%}: the model reads the embedding's table in "
+            "another place too, such as a head tied by a function. Give the head a weight of its own, and train again."
+        )
 
 
 def folded(stable: nn.Embedding) -> nn.Embedding:

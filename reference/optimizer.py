@@ -177,7 +177,10 @@ def decay_groups(model: nn.Module, decay: str = "role") -> list[dict[str, Any]]:
 NORM = re.compile(r"norm", re.IGNORECASE)  # LayerNorm, RMSNorm, ScaleNorm, AdaptiveLayerNorm, ... of any library
 EMBEDDING = re.compile(r"embed", re.IGNORECASE)
 EMBEDDING_NAME = re.compile(r"(^|_)(emb|embed|embedding|embeddings|wte|wpe)(_|$)")
-MEMORY_NAME = re.compile(r"^(memory_tokens|mem_k|mem_v|mem_kv|null_k|null_v|null_kv|registers?|register_tokens)$")
+MEMORY_NAME = re.compile(
+    r"^((memory|register|cls|mask|pooled)_tokens?|mem_k|mem_v|mem_kv|null_k|null_v|null_kv|registers?|queries)$"
+)
+GAIN_NAME = re.compile(r"(^|_)(scale|gain|gamma|gate|logit)(_params?)?$")  # of several dimensions in some libraries
 
 
 def is_decayed(name: str, parameter: Tensor, owner: nn.Module) -> bool:
@@ -194,7 +197,7 @@ def is_decayed(name: str, parameter: Tensor, owner: nn.Module) -> bool:
     kind = type(owner).__name__
     if isinstance(owner, nn.Embedding) or EMBEDDING.search(kind) or EMBEDDING_NAME.search(last):
         return False
-    if NORM.search(kind) or MEMORY_NAME.match(last):
+    if NORM.search(kind) or MEMORY_NAME.match(last) or GAIN_NAME.search(last):
         return False
     return parameter.ndim >= 2 and not last.endswith("bias")
 

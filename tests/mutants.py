@@ -367,7 +367,7 @@ MUTANTS = [
         "decay-memory-tokens",
         "DECAY-6",
         "x-transformers#230",
-        (DECAYED, "NORM.search(kind) or MEMORY_NAME.match(last)", "NORM.search(kind)"),
+        (DECAYED, " or MEMORY_NAME.match(last)", ""),
     ),
     mutant(
         "decay-name-mismatch",
@@ -375,6 +375,7 @@ MUTANTS = [
         "transformers#16908, #35927, DeepSpeedExamples#755",
         (DECAYED, "NORM.search(kind)", 'kind == "LayerNorm"'),
     ),
+    mutant("decay-biases", "DECAY-4", "MEDS_EIC_AR#30", (DECAYED, 'return last != "bias"', "return True")),
     mutant("decay-ndim-off-by-one", "DECAY-7", "-", (GROUPS, "parameter.ndim >= 2 if", "parameter.ndim >= 1 if")),
     mutant(
         "decay-compile-prefix",
@@ -537,6 +538,7 @@ MUTANTS = [
             "weight = norm(table.to(norm.weight.dtype)).to(stable.weight.dtype)",
             "weight = table.clone()",
         ),
+        ("reference.embedding:restore_embeddings", "if plain:", "if False:"),
     ),
     mutant(
         "stableemb-kept-for-inference",

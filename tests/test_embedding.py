@@ -222,3 +222,19 @@ def test_swap_on_the_meta_device_keeps_the_table_of_initial_weights() -> None:
 )
 def test_swap_wanted(requested: bool, path: str, wanted: bool) -> None:
     assert swap_wanted(requested, find_class(path)) is wanted
+
+
+def test_a_table_that_is_read_elsewhere_is_no_silent_change_of_function() -> None:
+    class TiedByFunction(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(16, 8)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return nn.functional.linear(self.table(ids), self.table.weight)
+
+    model = TiedByFunction()
+    swap_embeddings(model)
+    with pytest.raises(ConfigurationError, match="the model reads the embedding's table in another place too"):
+        restore_embeddings(model)
+    assert model.training

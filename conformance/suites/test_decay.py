@@ -101,6 +101,11 @@ def check_factors(subject: Subject, recipe: Recipe, run: Trace) -> None:
         for name in trainable(run)
     }
     decay.decay_acts(update.before, update.after, factors)
+    # A tensor of zeros (a fresh bias, a gain stored as its offset from 1) shows nothing: there its group must do.
+    acting = {name: group.settings.get("weight_decay", 0.0) != 0 for group in update.groups for name in group.tensors}
+    wrong = [n for n in factors if not update.before[n].any() and acting.get(n, False) != (factors[n] != 1.0)]
+    if wrong:
+        raise Violation("tensors of zeros in groups that decay as declared", f"otherwise: {quoted(wrong)}")
 
 
 @clause(
