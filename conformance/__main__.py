@@ -96,7 +96,7 @@ def run_command(options: argparse.Namespace) -> int:
         results = [session.judge(clause) for clause in progress]
         subject = session.subject
     partial = set(chosen) != set(everything)
-    report = as_json(subject, results, partial)
+    report = as_json(subject, options.subject, results, partial)
     if options.report is not None:
         write_json(options.report, report)
     if options.format == "json":
@@ -182,14 +182,9 @@ def mutants_of(identity: str) -> list[dict[str, Any]]:
 
 def report_command(options: argparse.Namespace) -> int:
     """Render the page."""
-    from conformance.page import read_results, render
+    from conformance.page import read_kill_matrix, read_results, render
 
-    kill_matrix = None
-    if options.kill_matrix is not None:
-        try:
-            kill_matrix = json.loads(options.kill_matrix.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UsageError(f"the kill matrix {options.kill_matrix} cannot be read: {error}.") from error
+    kill_matrix = read_kill_matrix(options.kill_matrix) if options.kill_matrix else None
     render(read_results(options.results), kill_matrix, options.out)
     print(f"Written: {options.out / 'index.html'}")
     return 0

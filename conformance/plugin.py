@@ -171,7 +171,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if run.report is not None and run.results:
         from conformance.report import as_json, write_json
 
-        write_json(run.report, as_json(run.session.subject, ordered(run), run.partial))
+        write_json(run.report, as_json(run.session.subject, run.spec, ordered(run), run.partial))
 
 
 def ordered(run: Sitting) -> "list[Result]":

@@ -66,12 +66,12 @@ def count(results: Iterable[Result]) -> dict[str, int]:
     return {outcome: counted[outcome] for outcome in OUTCOMES}
 
 
-def as_json(subject: Subject, results: Sequence[Result], partial: bool) -> dict[str, Any]:
+def as_json(subject: Subject, spec: str, results: Sequence[Result], partial: bool) -> dict[str, Any]:
     """The report as plain data. The form is kept stable: a new field is an addition, a change a new schema."""
     return {
         "schema": SCHEMA,
         "subject": {"name": subject.name, "version": subject.version},
-        "environment": environment(),
+        "environment": environment() | {"judged as": spec},
         "partial": partial,
         "summary": count(results),
         "clauses": [

@@ -161,7 +161,7 @@ def test_a_small_report(judge: Judge, tmp_path: Path) -> None:
         assert (entry["level"], entry["outcome"], entry["expected"], entry["reason"]) == ("must", "pass", "", "")
         assert entry["requirement"] == catalogue()[entry["id"]].requirement
     packages = {"gpt-conformance", "torch", "lightning", "bitsandbytes", "grokadamw"}
-    assert set(report["environment"]) == {"python", "platform", "processor", "cores", "gpu"} | packages
+    assert set(report["environment"]) == {"python", "platform", "processor", "cores", "gpu", "judged as"} | packages
     assert report["environment"]["torch"] == torch.__version__
 
 

@@ -41,7 +41,7 @@ class LitGPT:
         "ndim-policy": "pretrain.main passes model.parameters(), without groups",
         "16-mixed": "pretrain.setup offers bf16-true, bf16-mixed and 32-true",
         "logits-opt-out": "pretrain.setup has no setting for Fabric's conversion of outputs",
-        "stable-embedding": "pretrain has none; litgpt.finetune swaps under quantisation, which Fabric offers on CUDA only",
+        "stable-embedding": "pretrain has none; litgpt.finetune swaps only with quantisation, Fabric's on CUDA",
         "meta-init": "on one device pretrain.main initialises at once; the meta device is used by FSDP only",
         "compile": "pretrain.main always compiles",
         "two-ranks": "several devices mean FSDP, which Fabric offers on GPUs only",
