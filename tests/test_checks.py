@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from conformance import Constant, Normal, Uniform, checks
-from conformance.checks import initialization
+from conformance.checks import initialization, precision
 from conformance.clause import Violation
 
 MODULES = [f"conformance.checks.{entry.name}" for entry in pkgutil.iter_modules(checks.__path__)]
@@ -90,9 +90,20 @@ def test_losses_in_bfloat16_are_seen_by_dtype_and_by_value() -> None:
     with pytest.raises(Violation, match="relative bound 1e-05"):
         checks.loss_in_float32(logits, targets, coarse.float())
     exact = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-    checks.loss_in_float32(logits, targets, exact * 2.0**16, scaled=True)
+    checks.loss_in_float32(logits, targets, exact)
     with pytest.raises(Violation, match="the loss"):
-        checks.loss_in_float32(logits, targets, exact * 2.0**16)
+        checks.loss_in_float32(logits, targets, exact * 16 / 17)
+
+
+def test_a_factor_that_losses_share_is_found() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, targets = torch.randn(4, 2, 8, 50, generator=generator), torch.arange(64).remainder(50).view(4, 2, 8)
+    losses = [F.cross_entropy(x.flatten(0, 1), t.flatten()) for x, t in zip(logits, targets, strict=True)]
+    for factor in (1.0, 16 / 17, 2.0**16):
+        pairs = [(x, t, loss * factor) for x, t, loss in zip(logits, targets, losses, strict=True)]
+        assert precision.shared_factor(pairs) == pytest.approx(factor, rel=1e-6)
+    coarse = [(x, t, loss.bfloat16().float()) for x, t, loss in zip(logits, targets, losses, strict=True)]
+    assert precision.shared_factor(coarse) == 1.0
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -1,6 +1,5 @@
 """Rules of precision."""
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -17,7 +16,7 @@ TABLE_BOUND = 2.0**-8
 MOVEMENT_BOUND = 0.5  # of the float32 run's movement; healthy 0.99 to 1.02, lost to rounding 0.05 and less
 
 
-def loss_in_float32(logits: Tensor, targets: Tensor, loss: Tensor, scaled: bool = False) -> None:
+def loss_in_float32(logits: Tensor, targets: Tensor, loss: Tensor) -> None:
     """A loss is the float32 cross entropy of the logits it was computed from, in value and dtype.
 
     >>> logits, targets = torch.randn(1, 3, 8), torch.tensor([[1, 2, 3]])
@@ -27,7 +26,6 @@ def loss_in_float32(logits: Tensor, targets: Tensor, loss: Tensor, scaled: bool 
         logits: (B, T, V), any floating dtype.
         targets: (B, T), int64; -100 is ignored.
         loss: scalar, the mean over the targets.
-        scaled: the loss went through a loss scaler: any power of two times the mean is right.
 
     Raises:
         Violation: with both values.
@@ -35,13 +33,23 @@ def loss_in_float32(logits: Tensor, targets: Tensor, loss: Tensor, scaled: bool 
     if loss.dtype not in (torch.float32, torch.float64):
         raise Violation("a loss in float32", f"{loss.dtype}")
     expected = F.cross_entropy(logits.double().flatten(0, 1), targets.flatten()).item()
-    if scaled and loss.item() > 0 and expected > 0:
-        loss = loss / 2.0 ** round(math.log2(loss.item() / expected))
     if not abs(loss.item() - expected) <= LOSS_BOUND * abs(expected):
         raise Violation(
             f"the loss {expected:.6f}, the float32 cross entropy of the logits (relative bound {LOSS_BOUND:g})",
             f"{loss.item():.6f}, off by {abs(loss.item() - expected) / abs(expected):.1e} of it",
         )
+
+
+def shared_factor(pairs: Sequence[tuple[Tensor, Tensor, Tensor]]) -> float:
+    """The factor between losses and the cross entropies of their logits that the losses share; 1 if it is as good.
+
+    Args:
+        pairs: logits (B, T, V), targets (B, T) and loss, at least two of each.
+    """
+    entropies = [F.cross_entropy(logits.double().flatten(0, 1), t.flatten()).item() for logits, t, _ in pairs]
+    factors = sorted(loss.item() / entropy for (_, _, loss), entropy in zip(pairs, entropies, strict=True))
+    middle = factors[len(factors) // 2]
+    return middle if abs(middle - 1) > 1e-2 else 1.0
 
 
 def content_is(logits: Sequence[Tensor], rounded: bool) -> None:

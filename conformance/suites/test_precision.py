@@ -87,9 +87,11 @@ def test_loss_float32(subject: Subject, trace: Any) -> None:
                 raise NotApplicable(
                     f"{len(forwards)} training forwards, but {len(run.losses)} losses: cannot pair them"
                 )
-            for forward, loss in zip(forwards, run.losses, strict=True):
-                scaled = name == "16-mixed"
-                precision.loss_in_float32(*with_targets(recipe, forward), loss.value, scaled)
+            pairs = [(*with_targets(recipe, f), loss.value) for f, loss in zip(forwards, run.losses, strict=True)]
+            # A factor that all updates share is no matter of precision: a loss scaler's, or another count of tokens.
+            factor = precision.shared_factor(pairs)
+            for scores, targets, loss in pairs:
+                precision.loss_in_float32(scores, targets, loss / factor)
 
 
 def with_targets(recipe: Recipe, forward: Forward) -> tuple[torch.Tensor, torch.Tensor]:
