@@ -97,7 +97,7 @@ def mutants(session: nox.Session) -> None:
 @nox.session(default=False)
 @nox.parametrize("peer", list(PEERS), ids=list(PEERS))
 def peers(session: nox.Session, peer: str) -> None:
-    """Judge each stack of the matrix in an environment of its own (they pin different releases), into reports/latest."""
+    """Judge each stack of the matrix in an environment of its own: they pin different releases."""
     subject, packages = PEERS[peer]
     session.install("--quiet", "--constraint", "constraints.txt", "--editable", ".", *packages)
     if peer == "litgpt-0.4.12":  # pins a Lightning and a numpy of its time; it runs with today's
