@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from conformance.clause import CHAPTERS, catalogue
+from conformance.page import SIGNS, read_results
 from conformance.session import Session
 from conformance.subject import load_subject
 
@@ -17,12 +18,21 @@ README = Path(__file__).parent.parent / "README.md"
 TABLE = re.compile(r"(<!-- clauses:.*?-->\n)(.*?)(<!-- /clauses -->)", re.DOTALL)
 
 
+RESULTS = ("reference-0.1.0", "litgpt-0.4.12", "litgpt-0.5.13", "transformers-5.23.0", "x-transformers-2.31.10")
+
+
 def clause_table() -> str:
-    """The catalogue as Markdown."""
-    lines = ["| | Requirement | Level |", "|---|---|---|"]
+    """The catalogue as Markdown, with what was found on the CPU."""
+    files = [README.parent / "reports" / "conformance" / f"{name}-cpu.json" for name in (*RESULTS, "plain-loop-1")]
+    reports = read_results(files)
+    heads = "".join(f" {report.name} {report.version} |" for report in reports)
+    lines = [f"| | Requirement |{heads}", f"|---|---|{':-:|' * len(reports)}"]
     for chapter, title in CHAPTERS.items():
-        lines.append(f"| **{chapter}** | **{title}** | |")
-        lines += [f"| {c.id} | {c.requirement} | {c.level} |" for c in catalogue().values() if c.chapter == chapter]
+        lines.append(f"| **{chapter}** | **{title}** |{' |' * len(reports)}")
+        for clause in (clause for clause in catalogue().values() if clause.chapter == chapter):
+            should = " (should)" if clause.level == "should" else ""
+            cells = "".join(f" {SIGNS[report.verdict(clause).outcome]} |" for report in reports)
+            lines.append(f"| {clause.id} | {clause.requirement}{should} |{cells}")
     return "\n".join(lines) + "\n"
 
 
