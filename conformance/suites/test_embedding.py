@@ -10,6 +10,7 @@ from conformance.checks import decay, embedding
 from conformance.checks.comparison import tensors_equal
 from conformance.clause import Violation, clause
 from conformance.recipe import OptimizerChoice, Recipe
+from conformance.snapshot import find_logits
 from conformance.subject import Subject, describe_error
 from conformance.suites import shapes
 from conformance.trace import Trace
@@ -190,6 +191,7 @@ def test_export_is_plain_and_equal(subject: Subject, trace: Any, load: Any) -> N
         if any(kind is not nn.Embedding for kind in kinds):
             raise Violation("plain nn.Embedding in the loaded model", ", ".join(kind.__name__ for kind in kinds))
         with torch.no_grad():
-            found = {f"batch {i}": module(f.ids.long()).float() for i, f in enumerate(evaluated)}
+            outputs = {f"batch {i}": find_logits(module(f.ids.long())) for i, f in enumerate(evaluated)}
+        found = {name: logits.float() for name, logits in outputs.items() if logits is not None}
         expected = {f"batch {i}": f.logits.float() for i, f in enumerate(evaluated)}
         tensors_equal(expected, found, "logits of the loaded model against the trained one")
