@@ -52,7 +52,8 @@ def environment(session: nox.Session) -> None:
         _python = sys.executable
         return
     _python = str(Path(session.bin) / "python")
-    # One at a time: litgpt and transformers want different releases of huggingface-hub.
+    # One at a time: litgpt and transformers want different releases of huggingface-hub, and what is left of one
+    # breaks the other.
     extras = sorted(EXTRAS.intersection(session.posargs))[:1]
     stamp = Path(session.virtualenv.location) / "installed"
     installed = stamp.read_text().split() if stamp.exists() else []
@@ -60,6 +61,8 @@ def environment(session: nox.Session) -> None:
     wanted = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
     if installed[:1] == [wanted] and (not extras or extras == installed[1:]):
         return  # nothing changed: pip would take seconds to find that out
+    if extras != installed[1:]:
+        session.run("python", "-m", "pip", "uninstall", "--quiet", "--yes", *sorted(EXTRAS), "accelerate", silent=True)
     target = f".[{','.join(extras)}]" if extras else "."
     session.run("python", "-m", "pip", "install", "--quiet", "--upgrade", "pip>=25.1", silent=True)  # knows --group
     groups = ("--group", "lint", "--group", "build")
