@@ -49,6 +49,8 @@ def build_optimizer(
         optimizer = optimizer_class(groups, **keywords)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigurationError(f"{class_path} refused its arguments {keywords}: {error}") from error
+    if any("lr" not in group for group in optimizer.param_groups):
+        raise ConfigurationError(f"{class_path} keeps no lr in its parameter groups, which the schedule must set.")
     own_override_manager(optimizer, model)
     return optimizer
 

@@ -247,3 +247,13 @@ def test_loading_leaves_the_given_state_alone(path: str) -> None:
     keys = set(state := optimizer_state(optimizer))
     load_optimizer_state(build_optimizer(path, {}, model, CPU), state)
     assert set(state) == keys
+
+
+class WithoutRate(torch.optim.Optimizer):
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {})
+
+
+def test_a_class_without_a_learning_rate_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="WithoutRate keeps no lr in its parameter groups"):
+        build_optimizer("tests.test_optimizer.WithoutRate", {}, gpt(), CPU)

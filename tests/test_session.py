@@ -310,3 +310,13 @@ def test_a_wrong_deviations_file(text: str | None, message: str, tmp_path: Path)
         load_deviations(file, ["OPT-1"])
     file.write_text("[OPT-1]\nreason = 'x'\nlink = 'https://b'")
     assert load_deviations(file, ["OPT-1"]) == {"OPT-1": "x (https://b)"}
+
+
+OUTCOMES_WITHOUT_TRAINING = {"OPT-1": "fail"} | dict.fromkeys(("OPT-2", "OPT-3", "OPT-4", "OPT-10", "INIT-7"), "error")
+
+
+def test_a_stack_that_never_trains_is_neither_blamed_nor_praised_for_refusing() -> None:
+    clauses = catalogue()
+    with Session(Fake(stack("json.loads('{')"))) as session:
+        outcomes = {key: session.judge(clauses[key]).outcome for key in OUTCOMES_WITHOUT_TRAINING}
+    assert outcomes == OUTCOMES_WITHOUT_TRAINING

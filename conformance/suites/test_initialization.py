@@ -119,8 +119,9 @@ def test_resume_restores(trace: Any, start: Any) -> None:
     mend="Raise if the checkpoint that the user named is not there.",
     source="pytorch/torchtitan#1311",
 )
-def test_missing_checkpoint(subject: Subject, attempt: Any) -> None:
+def test_missing_checkpoint(trace: Any, attempt: Any) -> None:
     """Resuming from a checkpoint that is not there is an error."""
+    trace(Recipe())  # a stack that always raises would raise here too
     tried = attempt(Recipe(resume=Recipe().missing_checkpoint()))
     if tried.error is None:
         raise Violation("an error", f"the run trained {len(tried.trace.updates)} updates from fresh weights")
