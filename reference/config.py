@@ -1,4 +1,4 @@
-"""What to build and how to train it: two frozen dataclasses, a docstring under each field."""
+"""What to build, on what and how to train it: frozen dataclasses, a docstring under each field."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -151,10 +151,15 @@ class TrainConfig:
     decay: Literal["role", "ndim", "all"] = "role"
     """Which tensors decay. role: matrices that multiply activations, so no norms, biases, embeddings or memory
     tokens; ndim: tensors of two and more dimensions, as nanoGPT does; all: everything."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After the warm-up: a cosine down to min_lr; the peak and then a cooldown (warmup-stable-decay); or the peak
+    throughout. See reference.schedule."""
     warmup: int = 0
     """Updates of linear warm-up, before the peak."""
+    cooldown: int | None = None
+    """Updates in which wsd decays to min_lr, at the end. None: a fifth of all updates."""
     min_lr: float | None = None
-    """Learning rate of the last update (cosine). None: constant after the warm-up."""
+    """Learning rate of the last update. None: a tenth of the peak."""
     clip: float | None = 1.0
     """Largest global gradient norm. None: not clipped."""
     precision: Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed"] = "32-true"
@@ -169,7 +174,13 @@ class TrainConfig:
     initialization: Literal["auto", "eager", "meta"] = "auto"
     """auto: on the meta device under FSDP, eager elsewhere. meta: built without memory, materialised afterwards."""
     compile: bool = False
-    """Compile the model with torch.compile."""
+    """Compile the model and its loss, as one graph, with torch.compile."""
+    capture_step: bool = False
+    """Capture the optimizer's step in a CUDA graph and replay it: spares the host's work of each step. Needs CUDA and
+    an optimizer that accepts ``capturable``."""
+    activation_checkpointing: bool = False
+    """Keep only the input of each transformer block for backward, and compute the block again there: less memory,
+    some 30 % more time. The gradients are the same, bit for bit."""
     seed: int = 1337
     """Seeds the weights (the same on every rank) and the dropout (another on every rank and update)."""
     accelerator: str = "auto"
@@ -182,8 +193,12 @@ class TrainConfig:
     """Fabric's strategy: auto, ddp, fsdp, ..."""
     evaluate_every: int | None = None
     """Updates between evaluations, and one after the last update. None: never."""
+    evaluate_batches: int | None = None
+    """Validation batches per evaluation and rank: always the first ones, so that evaluations compare. None: all."""
     save_every: int | None = None
     """Updates between checkpoints, and one after the last update. None: never."""
+    keep_last: int | None = None
+    """Checkpoints to keep; older ones of this directory are removed once a newer one is complete. None: all."""
     log_every: int = 10
     """Updates between log lines (the first and the last are always logged)."""
 
@@ -192,14 +207,39 @@ class TrainConfig:
         for name in ("updates", "microbatches", "devices", "num_nodes", "log_every"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}, but must be at least 1.")
-        for name in ("evaluate_every", "save_every"):
+        for name, none in (("evaluate_every", "never"), ("save_every", "never"), ("evaluate_batches", "all")):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ConfigurationError(f"{name} is {value}: give a number of updates, or None for never.")
+                raise ConfigurationError(f"{name} is {value}: give a number of at least 1, or None for {none}.")
+        if self.keep_last is not None and self.keep_last < 1:
+            raise ConfigurationError(f"keep_last is {self.keep_last}: keep at least 1, or None for all.")
+        if self.cooldown is not None and not 1 <= self.cooldown <= self.updates - self.warmup:
+            raise ConfigurationError(
+                f"cooldown is {self.cooldown}, but must lie between 1 and updates - warmup "
+                f"({self.updates - self.warmup}), or be None."
+            )
         if not 0 <= self.warmup <= self.updates:
             raise ConfigurationError(f"warmup is {self.warmup}, but must lie between 0 and updates ({self.updates}).")
         if self.clip is not None and self.clip <= 0.0:
             raise ConfigurationError(f"clip is {self.clip}: give a positive norm, or None for no clipping.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What to train on: a folder that ``python -m reference prepare`` wrote.
+
+    Raises:
+        ConfigurationError: if a number is out of range.
+    """
+
+    path: str = "data/standard-library"
+    """Folder with the token files of the training and the validation split."""
+    microbatch_size: int = 8
+    """Sequences per microbatch and rank; each has block_size tokens and one more as the last target."""
+
+    def __post_init__(self) -> None:
+        if self.microbatch_size < 1:
+            raise ConfigurationError(f"microbatch_size is {self.microbatch_size}, but must be at least 1.")
 
 
 def check_literals(config: Any) -> None:
@@ -213,7 +253,7 @@ def check_literals(config: Any) -> None:
             raise ConfigurationError(f"{entry.name} is {getattr(config, entry.name)!r}, but must be one of {choices}.")
 
 
-def as_plain(config: GPTConfig | TrainConfig) -> dict[str, Any]:
+def as_plain(config: GPTConfig | TrainConfig | DataConfig) -> dict[str, Any]:
     """The configuration as a dictionary of plain values, as it is written beside a checkpoint."""
     values = {entry.name: getattr(config, entry.name) for entry in fields(config)}  # asdict() would copy any mapping
     return {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}

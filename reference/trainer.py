@@ -127,7 +127,13 @@ class Trainer:
         for update in range(done, config.updates):
             for group, peak in zip(bare.param_groups, peaks, strict=True):
                 group["lr"] = learning_rate(
-                    update, peak=peak, updates=config.updates, warmup=config.warmup, minimum=config.min_lr
+                    update,
+                    peak=peak,
+                    updates=config.updates,
+                    schedule=config.schedule,
+                    warmup=config.warmup,
+                    minimum=config.min_lr,
+                    cooldown=config.cooldown,
                 )
             started = time.perf_counter()
             micro = list(itertools.islice(batches, config.microbatches))

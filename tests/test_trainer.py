@@ -210,7 +210,9 @@ def test_a_foreign_module_is_trained_as_it_is_and_a_factory_from_the_seed(batche
 
 def test_callbacks_get_every_record(batches: list[Tensor]) -> None:
     seen: list[Record] = []
-    result = fit(GPT2, batches, updates=3, callbacks=[seen.append], warmup=1, optimizer_args={"lr": 0.5})
+    result = fit(
+        GPT2, batches, updates=3, schedule="constant", callbacks=[seen.append], warmup=1, optimizer_args={"lr": 0.5}
+    )
     assert seen == result.records
     assert [(r.update, r.learning_rate, r.tokens) for r in seen] == [(1, 0.25, 16), (2, 0.5, 16), (3, 0.5, 16)]
 

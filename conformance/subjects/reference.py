@@ -59,6 +59,7 @@ class Reference:
             optimizer=optimizer["class_path"],
             optimizer_args=optimizer["init_args"],
             decay="ndim" if recipe.decay == "ndim" else "role",
+            schedule="constant" if recipe.minimum_lr is None else "cosine",
             min_lr=recipe.minimum_lr,
             save_every=recipe.save_every,
             accelerator="cuda" if recipe.precision == "16-mixed" else "cpu",
