@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from reference.capture import captured
 from reference.config import ConfigurationError
 
 logger = logging.getLogger("reference")
@@ -26,6 +27,8 @@ def build_optimizer(
     device: torch.device,
     decay: str = "role",
     scaled: bool = False,
+    capture: bool = False,
+    dimensions: Mapping[str, int] | None = None,
 ) -> Optimizer:
     """Build an optimizer over all trainable parameters of ``model``.
 
@@ -36,6 +39,8 @@ def build_optimizer(
         device: where the parameters live; decides on ``fused``.
         decay: which tensors decay, see :func:`decay_groups`.
         scaled: gradients come multiplied by a loss scaler (16-mixed); excludes ``fused``.
+        capture: let ``step`` replay a CUDA graph, see reference.capture.
+        dimensions: of the tensors by name, where sharding has flattened them.
 
     Raises:
         ConfigurationError: no such class, a keyword that it does not accept, or one that it needs and lacks.
@@ -43,7 +48,10 @@ def build_optimizer(
     optimizer_class = find_class(class_path)
     check_keywords(optimizer_class, arguments)
     keywords = added_keywords(optimizer_class, arguments, device, scaled) | dict(arguments)  # what the user said wins
-    groups: Any = decay_groups(model, decay) if accepts(optimizer_class, "weight_decay") else trainable(model)
+    decays = accepts(optimizer_class, "weight_decay")
+    groups: Any = decay_groups(model, decay, dimensions) if decays else trainable(model)
+    if capture:
+        optimizer_class = captured(optimizer_class)
     optimizer: Optimizer
     try:
         optimizer = optimizer_class(groups, **keywords)
@@ -147,13 +155,16 @@ def trainable(model: nn.Module) -> list[Tensor]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def decay_groups(model: nn.Module, decay: str = "role") -> list[dict[str, Any]]:
+def decay_groups(
+    model: nn.Module, decay: str = "role", dimensions: Mapping[str, int] | None = None
+) -> list[dict[str, Any]]:
     """Parameter groups: the tensors that decay, and with ``weight_decay`` 0 those that do not.
 
     Args:
         model: any module. Each trainable tensor lands in exactly one group; frozen ones in none.
         decay: ``role`` decides by what a tensor is for (:func:`is_decayed`), ``ndim`` decays tensors of two and
             more dimensions (nanoGPT's rule), ``all`` decays everything.
+        dimensions: of the tensors by name, where sharding has flattened them. None: as they are.
 
     A tied tensor decays only if it would under each of its names: an embedding stays one when the head shares it.
     """
@@ -163,7 +174,8 @@ def decay_groups(model: nn.Module, decay: str = "role") -> list[dict[str, Any]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.requires_grad:
             owner = owners[name.rpartition(".")[0]]
-            verdict = decay == "all" or (parameter.ndim >= 2 if decay == "ndim" else is_decayed(name, parameter, owner))
+            ndim = parameter.ndim if dimensions is None else dimensions[unsharded_name(name)]
+            verdict = decay == "all" or (ndim >= 2 if decay == "ndim" else is_decayed(name, ndim, owner))
             tensors[id(parameter)] = parameter
             decayed[id(parameter)] = decayed.get(id(parameter), True) and verdict
     groups: list[dict[str, Any]] = [
@@ -185,8 +197,8 @@ MEMORY_NAME = re.compile(
 GAIN_NAME = re.compile(r"(^|_)(scale|gain|gamma|gate|logit)(_params?)?$")  # of several dimensions in some libraries
 
 
-def is_decayed(name: str, parameter: Tensor, owner: nn.Module) -> bool:
-    """Whether weight decay is for this tensor: only for matrices that multiply activations.
+def is_decayed(name: str, ndim: int, owner: nn.Module) -> bool:
+    """Whether weight decay is for this tensor, of ``ndim`` dimensions: only for matrices that multiply activations.
 
     Decay pulls towards zero. For gains and biases zero is no neutral point, and rows of tables that are rarely
     looked up would fade without being used. So it leaves alone: norms of every kind (by the type of the module
@@ -201,7 +213,12 @@ def is_decayed(name: str, parameter: Tensor, owner: nn.Module) -> bool:
         return False
     if NORM.search(kind) or MEMORY_NAME.match(last) or GAIN_NAME.search(last):
         return False
-    return parameter.ndim >= 2 and not last.endswith("bias")
+    return ndim >= 2 and not last.endswith("bias")
+
+
+def unsharded_name(name: str) -> str:
+    """A parameter's name without what FSDP's wrappers add to it."""
+    return name.replace("_fsdp_wrapped_module.", "")
 
 
 def is_bitsandbytes(optimizer: Optimizer | type[Optimizer]) -> bool:

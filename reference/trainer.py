@@ -1,7 +1,7 @@
 """The training loop, on Lightning Fabric: build, accumulate, clip, step, evaluate, save, resume."""
 
-import itertools
 import logging
+import signal
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -12,13 +12,15 @@ import torch
 from torch import nn
 
 from reference import checkpoint
-from reference.config import ConfigurationError, GPTConfig, TrainConfig, as_plain
+from reference.config import ConfigurationError, GPTConfig, TrainConfig
 from reference.embedding import restore_embeddings, swap_embeddings, swap_wanted
-from reference.initialize import build, choose_strategy, derive_seed
+from reference.initialize import build, choose_strategy
+from reference.launch import is_sharded, launch
 from reference.model import GPT
-from reference.optimizer import build_optimizer, find_class, load_optimizer_state, optimizer_state
-from reference.schedule import learning_rate
-from reference.update import Batch, accumulate, clip, evaluate, repeat, require_finite
+from reference.optimizer import build_optimizer, find_class
+from reference.run import Run, TokenSource
+from reference.stopping import Stop, stop_on_signals
+from reference.update import Batch, TokenLoss
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -44,6 +46,10 @@ class Record:
     """Target tokens of this update, over all ranks."""
     validation_loss: float | None = None
     """Mean cross entropy over the validation batches, if they were evaluated after this update."""
+    seconds: float = field(default=0.0, compare=False)
+    """Wall time of the update: from one step of the optimizer to the next, without evaluation and saving."""
+    memory: int = field(default=0, compare=False)
+    """Most bytes allocated on this rank's GPU so far; 0 on the CPU."""
 
 
 @dataclass
@@ -54,6 +60,8 @@ class FitResult:
     """The module as it was trained, without Fabric's and torch.compile's wrappers."""
     optimizer: torch.optim.Optimizer
     records: list[Record] = field(default_factory=list)
+    stopped: signal.Signals | None = None
+    """The signal that ended the run before its last update, after a checkpoint was written."""
 
     def for_inference(self) -> nn.Module:
         """A copy in eval mode with plain embeddings."""
@@ -68,7 +76,7 @@ class Trainer:
             right dtype and after seeding; or a module, which is taken as it is.
         config: how to train.
         directory: where checkpoints go.
-        callbacks: functions called with the Record of every update.
+        callbacks: functions called with the Record of every update, on every rank.
     """
 
     def __init__(
@@ -85,16 +93,20 @@ class Trainer:
 
     def fit(
         self,
-        train: Iterable[Batch],
-        validation: Iterable[Batch] | None = None,
+        train: Iterable[Batch] | TokenSource,
+        validation: Iterable[Batch] | TokenSource | None = None,
         resume: bool | Literal["auto"] | str | Path = False,
     ) -> FitResult:
         """Train to the last update.
 
+        Ctrl-C or SIGTERM end the run after the update that is running, with a checkpoint, and ``stopped`` in the
+        result says so; a second one acts at once.
+
         Args:
-            train: batches of token ids (B, T + 1), or pairs of ids and targets (B, T) where a target of -100 is
-                ignored. Read from its start again when it ends; on several ranks, each gives its own.
-            validation: batches of the same kind; all of them are evaluated each time.
+            train: a reference.data.TokenData; or batches of token ids (B, T + 1), or pairs of ids and targets (B, T)
+                where a target of -100 is ignored, which are read from their start again when they end. TokenData
+                gives each rank its part; of other batches, each rank gives its own.
+            validation: the same; all of it, or the first ``evaluate_batches``, is evaluated each time.
             resume: False, True (newest checkpoint in ``directory``), ``auto`` (newest, if any) or a path. The
                 batches that were consumed before are skipped.
 
@@ -105,59 +117,91 @@ class Trainer:
         """
         config = self.config
         folder = checkpoint.find(resume, self.directory)
+        with stop_on_signals() as stop:
+            run = self.setup(stop)
+            require_vocabulary(run.module, train, validation)
+            done = run.restore(folder) if folder is not None else 0
+            if validation is not None and config.evaluate_every is None:
+                logger.info("validation: batches were given, but evaluate_every is None: they are not evaluated")
+            result = FitResult(run.module, run.bare)
+            batches = run.batches(train, done)
+            upcoming = run.fetch(batches) if done < config.updates else []
+            started = time.perf_counter()
+            for update in range(done, config.updates):
+                last = update + 1 == config.updates
+                did = run.update_once(update, upcoming, None if last else batches)
+                upcoming = did.following
+                now = time.perf_counter()
+                validation_loss = None
+                if validation is not None and is_due(update, config.evaluate_every, last):
+                    validation_loss = run.evaluate(validation)
+                record = Record(
+                    update=update + 1,
+                    loss=did.loss,
+                    learning_rate=float(run.bare.param_groups[0]["lr"]),
+                    gradient_norm=did.gradient_norm,
+                    tokens=did.tokens,
+                    validation_loss=validation_loss,
+                    seconds=now - started,
+                    memory=allocated(run.fabric.device),
+                )
+                result.records.append(record)
+                for callback in self.callbacks:
+                    callback(record)
+                if is_due(update, config.log_every, last) or update == done:
+                    log(record, config.updates)
+                stopped = run.stopping and not last
+                saves = stopped or is_due(update, config.save_every, last)
+                if saves:
+                    run.save(update + 1, getattr(train, "tokenizer_file", None) or getattr(train, "tokenizer", None))
+                if stopped:
+                    result.stopped = stop.signal or signal.SIGTERM  # another rank got it
+                    logger.warning("stopped by %s; %s", result.stopped.name, run.saved)
+                    break
+                started = time.perf_counter() if saves or validation_loss is not None else now
+        return result
+
+    def setup(self, stop: Stop | None = None) -> Run:
+        """Everything that training needs, built and started; ``fit`` does this by itself.
+
+        Args:
+            stop: tells the run that a signal asked for its end.
+
+        Raises:
+            ConfigurationError: settings that cannot work.
+        """
+        config = self.config
         optimizer_class = find_class(config.optimizer)
         fabric = launch(config)
+        if is_sharded(fabric) and not optimizer_class.__module__.startswith("torch."):
+            raise ConfigurationError(
+                f"{config.optimizer} keeps state that cannot be gathered from sharded parameters: under FSDP use an "
+                "optimizer of torch.optim, or use strategy='ddp'."
+            )
         module = self.build_module(fabric)
         if swap_wanted(config.stable_embedding, optimizer_class):
             swap_embeddings(module)  # before the optimizer, which must own the tensors that are trained
-        compiled: Any = torch.compile(module) if config.compile else module
+        if config.activation_checkpointing:
+            checkpoint_activations(module)
+        # FSDP flattens the tensors, and the decay policy asks for their dimensions.
+        dimensions = {name: tensor.ndim for name, tensor in module.named_parameters(remove_duplicate=False)}
+        compiled: Any = torch.compile(TokenLoss(module)) if config.compile else module
         wrapped = fabric.setup_module(compiled)
-        scaled = config.precision == "16-mixed"
-        bare = build_optimizer(config.optimizer, config.optimizer_args, module, fabric.device, config.decay, scaled)
+        bare = build_optimizer(
+            config.optimizer,
+            config.optimizer_args,
+            module,
+            fabric.device,
+            config.decay,
+            scaled=config.precision == "16-mixed",
+            capture=config.capture_step,
+            dimensions=dimensions,
+        )
         peaks = [group["lr"] for group in bare.param_groups]
         optimizer: Any = fabric.setup_optimizers(bare)
-        done = restore(folder, fabric, module, bare, config) if folder is not None else 0
         warn_about_rounding(config)
-        if validation is not None and config.evaluate_every is None:
-            logger.info("validation: batches were given, but evaluate_every is None: they are not evaluated")
-
-        result = FitResult(module, bare)
-        batches = itertools.islice(repeat(train, config.seed, fabric.global_rank), done * config.microbatches, None)
         wrapped.train()
-        for update in range(done, config.updates):
-            for group, peak in zip(bare.param_groups, peaks, strict=True):
-                group["lr"] = learning_rate(
-                    update,
-                    peak=peak,
-                    updates=config.updates,
-                    schedule=config.schedule,
-                    warmup=config.warmup,
-                    minimum=config.min_lr,
-                    cooldown=config.cooldown,
-                )
-            started = time.perf_counter()
-            micro = list(itertools.islice(batches, config.microbatches))
-            # Dropout is a function of seed, update and rank, so a resumed run draws what it would have drawn. After
-            # the batches, which may draw too: a DataLoader does, when a pass begins.
-            torch.manual_seed(derive_seed(config.seed, update, fabric.global_rank))
-            loss, tokens = accumulate(fabric, wrapped, micro)
-            require_finite("loss", loss, fabric, update)
-            norm = clip(fabric, wrapped, optimizer, config.clip, update)
-            optimizer.step()
-            optimizer.zero_grad()
-            last = update + 1 == config.updates
-            validation_loss = None
-            if validation is not None and is_due(update, config.evaluate_every, last):
-                validation_loss = evaluate(fabric, wrapped, validation)
-            record = Record(update + 1, loss, bare.param_groups[0]["lr"], norm, tokens, validation_loss)
-            result.records.append(record)
-            for callback in self.callbacks:
-                callback(record)
-            if is_due(update, config.log_every, last) or update == done:
-                log(record, config.updates, time.perf_counter() - started)
-            if is_due(update, config.save_every, last):
-                self.save(fabric, module, bare, update + 1)
-        return result
+        return Run(config, fabric, module, wrapped, bare, optimizer, peaks, self.directory, stop or Stop())
 
     def build_module(self, fabric: "Fabric") -> nn.Module:
         """The module, built and initialised as environment and configuration want it."""
@@ -172,102 +216,10 @@ class Trainer:
         with fabric.init_module(empty_init=False) if strategy == "eager" else fabric.init_tensor():
             return build(factory, strategy, fabric.device, sharded)
 
-    def save(self, fabric: "Fabric", module: nn.Module, optimizer: torch.optim.Optimizer, update: int) -> None:
-        """Write a checkpoint after ``update`` updates, from rank 0, and wait for it on every rank."""
-        if is_sharded(fabric):
-            raise ConfigurationError(
-                "checkpoints of sharded parameters are not written by this trainer: "
-                "set save_every=None under FSDP, or use strategy='ddp'."
-            )
-        if fabric.global_rank == 0:
-            state = {
-                "update": update,
-                "optimizer": optimizer_state(optimizer),
-                "optimizer_class": self.config.optimizer,
-                "precision": fabric.strategy.precision.state_dict(),
-                "stable_embedding": any(type(m).__name__ == "StableEmbedding" for m in module.modules()),
-            }
-            model_config = getattr(module, "config", None)
-            plain = {"train": as_plain(self.config)}
-            if isinstance(model_config, GPTConfig):
-                plain["model"] = as_plain(model_config)
-            folder = checkpoint.step_folder(self.directory, update)
-            checkpoint.save(folder, module, state, plain)
-            logger.info("checkpoint: %s", folder)
-        fabric.barrier()
-
 
 def gpt_factory(config: GPTConfig, seed: int) -> Callable[[], nn.Module]:
     """A function that builds the GPT."""
     return lambda: GPT(config, seed)
-
-
-def launch(config: TrainConfig) -> "Fabric":
-    """Start Fabric with the precision that was asked for, or refuse.
-
-    Raises:
-        ConfigurationError: if the device cannot compute in that precision.
-    """
-    from lightning.fabric import Fabric
-
-    fabric = Fabric(
-        accelerator=config.accelerator,
-        devices=config.devices,
-        num_nodes=config.num_nodes,
-        strategy=config.strategy,
-        precision=config.precision,
-    )
-    if config.precision == "16-mixed" and fabric.device.type == "cpu":
-        # Fabric would go on in bf16-mixed with a warning: a precision that nobody asked for.
-        raise ConfigurationError("precision='16-mixed' needs a GPU: on the CPU choose 'bf16-mixed' or '32-true'.")
-    fabric.launch()
-    if config.logits == "compute":
-        # Fabric's wrapper turns every floating output into float32. The loss below does that by itself, and under
-        # torch.compile without writing the float32 logits to memory.
-        fabric.strategy.precision.convert_output = keep_dtype  # type: ignore[method-assign, assignment] # of this instance
-    logger.info("logits: leave the model in %s", "float32" if config.logits == "float32" else "the computing dtype")
-    return fabric
-
-
-def keep_dtype(output: Any) -> Any:
-    """Fabric's conversion of the model's output, switched off."""
-    return output
-
-
-def is_sharded(fabric: "Fabric") -> bool:
-    """Whether the strategy shards parameters over ranks, told without importing its module."""
-    return type(fabric.strategy).__name__ in ("FSDPStrategy", "ModelParallelStrategy")
-
-
-def restore(
-    folder: Path, fabric: "Fabric", module: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig
-) -> int:
-    """Load a checkpoint into module and optimizer; the number of updates it has done.
-
-    Raises:
-        CheckpointError: if it does not fit them.
-    """
-    state = checkpoint.load_state(folder)
-    if state["optimizer_class"] != config.optimizer:
-        raise checkpoint.CheckpointError(
-            f"{folder} was trained with {state['optimizer_class']}, not {config.optimizer}: "
-            "resume with the same optimizer, or start afresh."
-        )
-    checkpoint.load_model(folder, module)
-    given = [{key: group[key] for key in config.optimizer_args if key in group} for group in optimizer.param_groups]
-    try:
-        load_optimizer_state(optimizer, state["optimizer"])
-    except ValueError as error:  # other groups: another decay policy, or tensors that were frozen since
-        raise checkpoint.CheckpointError(f"the optimizer state in {folder} does not fit: {error}.") from error
-    for group, settings in zip(optimizer.param_groups, given, strict=True):
-        for key, value in settings.items():
-            # The saved values would replace the configured ones. The learning rate follows the schedule anyway.
-            if key != "lr" and group[key] != value:
-                logger.info("resume: %s is %s, as configured now, not %s, as saved", key, value, group[key])
-                group[key] = value
-    fabric.strategy.precision.load_state_dict(state["precision"])
-    logger.info("resume: from %s, after update %d", folder, state["update"])
-    return int(state["update"])
 
 
 def warn_about_rounding(config: TrainConfig) -> None:
@@ -284,11 +236,42 @@ def is_due(update: int, every: int | None, last: bool) -> bool:
     return every is not None and (last or (update + 1) % every == 0)
 
 
-def log(record: Record, updates: int, seconds: float) -> None:
+def log(record: Record, updates: int) -> None:
     """One line on an update."""
     validation = "" if record.validation_loss is None else f", validation {record.validation_loss:.4f}"
     logger.info(
         f"update {record.update}/{updates}: loss {record.loss:.4f}{validation}, "
         f"lr {record.learning_rate:.3g}, gradient norm {record.gradient_norm:.3f}, "
-        f"{record.tokens / seconds:,.0f} tokens/s"
+        f"{record.tokens / record.seconds:,.0f} tokens/s"
     )
+
+
+def allocated(device: torch.device) -> int:
+    """Most bytes that tensors have taken on a GPU since the process began; 0 elsewhere."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def require_vocabulary(module: nn.Module, *sources: Any) -> None:
+    """Raise ConfigurationError if token files hold ids that a GPT has no row for."""
+    config = getattr(module, "config", None)
+    for source in sources:
+        size = getattr(source, "vocab_size", None)
+        if isinstance(config, GPTConfig) and size is not None and size > config.vocab_size:
+            raise ConfigurationError(
+                f"the data has a vocabulary of {size} tokens, but the model one of {config.vocab_size}: "
+                f"set vocab_size to {size} or more."
+            )
+
+
+def checkpoint_activations(module: nn.Module) -> None:
+    """Have a GPT compute its blocks again in backward instead of keeping what is inside them.
+
+    Raises:
+        ConfigurationError: if the module is none of ours.
+    """
+    if not isinstance(module, GPT):
+        raise ConfigurationError(
+            f"activation_checkpointing=True works on reference.GPT, not on {type(module).__name__}: wrap its blocks "
+            "with torch.utils.checkpoint yourself, and set it False."
+        )
+    module.checkpoint_blocks = True

@@ -49,10 +49,10 @@ def split_targets(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
         TrainingError: if the batch has another form.
     """
     if is_tokens(batch) and batch.size(1) >= 2:
-        batch = batch.to(device=device, dtype=torch.long, non_blocking=True)
+        batch = on_device(batch, device)
         return batch[:, :-1], batch[:, 1:]
     if isinstance(batch, tuple | list) and len(batch) == 2 and all(map(is_tokens, batch)):
-        ids, targets = (part.to(device=device, dtype=torch.long, non_blocking=True) for part in batch)
+        ids, targets = (on_device(part, device) for part in batch)
         if ids.shape == targets.shape:
             return ids, targets
     form = tuple(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
@@ -61,35 +61,73 @@ def split_targets(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     )
 
 
+def on_device(tokens: Tensor, device: torch.device) -> Tensor:
+    """Token ids as int64 on the device, without waiting for it."""
+    if device.type == "cuda" and tokens.device.type == "cpu":
+        # NOTE a footgun: a copy from pageable memory waits for all that the GPU has to do, non_blocking or not.
+        tokens = tokens.pin_memory()
+    return tokens.to(device=device, dtype=torch.long, non_blocking=True)
+
+
 def is_tokens(value: Any) -> TypeGuard[Tensor]:
     """Whether this is a tensor of integers with two dimensions."""
     return isinstance(value, Tensor) and value.ndim == 2 and not value.is_floating_point()
 
 
-def accumulate(fabric: "Fabric", model: Any, batches: list[Batch]) -> tuple[float, int]:
+def count_targets(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The number of targets that count, of this rank's microbatches: a scalar on their device, int64."""
+    return torch.stack([(targets != IGNORE).sum() for _, targets in pairs]).sum()
+
+
+def accumulate(fabric: "Fabric", model: Any, pairs: list[tuple[Tensor, Tensor]], count: Tensor) -> Tensor:
     """Forward and backward over the microbatches of one update.
 
     Each loss is a sum divided by the number of target tokens of the whole update, over all microbatches and ranks.
     So k microbatches give the gradient of one large batch also where they have different numbers of targets; the
     mean of their means does not (transformers#34191).
 
+    Args:
+        fabric: with the strategy and the precision.
+        model: as set up by Fabric; with a :class:`TokenLoss` inside where it was compiled.
+        pairs: token ids and targets, (B, T) each, one pair per microbatch.
+        count: targets of the whole update, over all microbatches and ranks.
+
     Returns:
-        The loss in nats per token and the number of target tokens, over all ranks.
+        This rank's share of the loss in nats per token, a scalar on the device; the mean over the ranks is the loss.
     """
-    pairs = [split_targets(batch, fabric.device) for batch in batches]
-    count = torch.stack([(targets != IGNORE).sum() for _, targets in pairs]).sum()
-    count = reduce(fabric, count, "sum")
     # DDP averages gradients over ranks; we want their sum over the common count.
     scale = fabric.world_size / count.clamp(min=1)
     total = torch.zeros((), device=fabric.device)
     for index, (ids, targets) in enumerate(pairs):
         # NOTE a footgun: both forward and backward must be inside, DDP decides at forward (build-nanogpt#30).
         with fabric.no_backward_sync(model, enabled=index + 1 < len(pairs)):
-            loss = token_loss(model(ids), targets) * scale
+            loss = batch_loss(model, ids, targets) * scale
             fabric.backward(loss)
         total += loss.detach()
-    total = reduce(fabric, total, "mean")
-    return total.item(), int(count)
+    return total
+
+
+class TokenLoss(nn.Module):
+    """A model and its loss as one module, (B, T) ids and targets to a scalar: for torch.compile.
+
+    With the loss inside the compiled graph the float32 logits are never written to memory: for GPT-2's vocabulary
+    they are 13 GB of a microbatch of 64 x 1024 tokens.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """See :func:`token_loss`."""
+        return token_loss(self.model(ids), targets)
+
+
+def batch_loss(model: Any, ids: Tensor, targets: Tensor) -> Tensor:
+    """Sum of the cross entropies of a batch, from a model with or without its loss inside."""
+    if isinstance(getattr(model, "module", model), TokenLoss):  # Fabric's wrapper shows the module it was given
+        return model(ids, targets)
+    return token_loss(model(ids), targets)
 
 
 def reduce(fabric: "Fabric", tensor: Tensor, operation: Literal["sum", "mean"]) -> Tensor:
@@ -111,30 +149,38 @@ def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
-def clip(fabric: "Fabric", model: Any, optimizer: Any, limit: float | None, update: int) -> float:
-    """Clip the global gradient norm, if there is a limit, and return what it was.
-
-    Raises:
-        TrainingError: if it is not finite. The parameters are untouched then.
-    """
+def clip(fabric: "Fabric", model: Any, optimizer: Any, limit: float | None) -> Tensor:
+    """Clip the global gradient norm, if there is a limit, and return what it was: a scalar on the device."""
     # An infinite limit multiplies by exactly 1; the norm is wanted in any case, to stop a run that has gone wrong.
-    unlimited = float("inf")
-    norm = fabric.clip_gradients(model, optimizer, max_norm=limit or unlimited, error_if_nonfinite=False)
+    norm = fabric.clip_gradients(model, optimizer, max_norm=limit or float("inf"), error_if_nonfinite=False)
     assert norm is not None
-    require_finite("gradient norm", norm.item(), fabric, update)
-    return norm.item()
+    return norm
 
 
-def require_finite(what: str, value: float, fabric: "Fabric", update: int) -> None:
-    """Raise TrainingError, before the step, if a value is NaN or infinite.
+def require_finite(fabric: "Fabric", update: int, values: list[float], share: Tensor, saved: str) -> None:
+    """Raise TrainingError if the loss or the gradient norm of an update is NaN or infinite.
 
     Not under a loss scaler (16-mixed): it meets such gradients on purpose, and skips the step by itself.
+
+    Args:
+        fabric: whose ranks all come here with the same values.
+        update: number of the update, from 0.
+        values: loss and gradient norm over all ranks; more is ignored.
+        share: this rank's own part of the loss, which tells where it went wrong.
+        saved: what there is to resume from, for the message.
     """
-    if not math.isfinite(value) and getattr(fabric.strategy.precision, "scaler", None) is None:
-        raise TrainingError(
-            f"the {what} is {value} at update {update + 1} on rank {fabric.global_rank}; the parameters are those of "
-            "the update before. Lower the learning rate or lengthen the warm-up, and resume."
-        )
+    loss, norm, *_ = values
+    if (math.isfinite(loss) and math.isfinite(norm)) or getattr(fabric.strategy.precision, "scaler", None) is not None:
+        return
+    what, value = ("gradient norm", norm) if math.isfinite(loss) else ("loss", loss)
+    shares = fabric.all_gather(share)
+    assert isinstance(shares, Tensor)
+    ranks = [str(rank) for rank, of_rank in enumerate(shares.flatten().tolist()) if not math.isfinite(of_rank)]
+    raise TrainingError(
+        f"the {what} is {value} at update {update + 1} on rank {', '.join(ranks) or fabric.global_rank}; the "
+        f"parameters are those of the update before, and {saved}. Lower the learning rate or lengthen the warm-up, "
+        "and resume."
+    )
 
 
 @torch.no_grad()
@@ -148,7 +194,7 @@ def evaluate(fabric: "Fabric", model: Any, batches: Iterable[Batch]) -> float:
         sums = torch.zeros(2, dtype=torch.float64, device="cpu" if fabric.device.type == "mps" else fabric.device)
         for batch in batches:
             ids, targets = split_targets(batch, fabric.device)
-            sums[0] += token_loss(model(ids), targets)
+            sums[0] += batch_loss(model, ids, targets)
             sums[1] += (targets != IGNORE).sum()
     sums = reduce(fabric, sums, "sum")
     if sums[1] == 0:

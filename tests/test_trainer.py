@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from reference import trainer, update
+from reference import update
 from reference.checkpoint import load_for_inference
 from reference.config import ConfigurationError, GPTConfig, TrainConfig
+from reference.launch import launch
 from reference.model import GPT
 from reference.trainer import FitResult, Record, Trainer
 from reference.update import TrainingError, evaluate, token_loss
@@ -39,7 +40,7 @@ class Bigram(nn.Module):  # somebody else's module, which notes in which mode it
 
 def fit(model: Any, train: Any, validation: Any = None, resume: Any = False, **changes: Any) -> FitResult:
     directory, callbacks = changes.pop("directory", "unused"), changes.pop("callbacks", [])
-    config = TrainConfig(**{"updates": 1, "accelerator": "cpu", **changes})
+    config = TrainConfig(**{"updates": 1, "accelerator": "cpu", "schedule": "constant", **changes})
     return Trainer(model, config, directory, callbacks).fit(train, validation, resume)
 
 
@@ -100,7 +101,7 @@ def test_evaluation_weighs_tokens_and_restores_the_mode_of_every_module(modes: t
     pairs: Any = [(ids[:1], targets[:1]), (ids[1:4], targets[1:4]), (ids[4:], targets[4:])]
     model = Bigram()
     model.training, model.dropout.training = modes
-    seen = evaluate(trainer.launch(TrainConfig(accelerator="cpu")), model, pairs)
+    seen = evaluate(launch(TrainConfig(accelerator="cpu")), model, pairs)
     assert (model.training, model.dropout.training) == modes
     assert seen == pytest.approx(token_mean(model.eval(), pairs), rel=1e-6)
     assert seen != pytest.approx(sum(token_mean(model, [pair]) for pair in pairs) / 3, rel=1e-3)
@@ -127,7 +128,14 @@ def test_resume_is_bit_equal(tmp_path: Path, batches: list[Tensor], optimizer: s
         if record.update == 4:  # before its checkpoint
             raise InterruptedError
 
-    settings: dict[str, Any] = {"updates": 5, "microbatches": 2, "warmup": 1, "min_lr": 1e-5, "save_every": 2}
+    settings: dict[str, Any] = {
+        "updates": 5,
+        "microbatches": 2,
+        "warmup": 1,
+        "schedule": "cosine",
+        "min_lr": 1e-5,
+        "save_every": 2,
+    }
     settings |= {"optimizer": optimizer, "optimizer_args": {"lr": 0.01}}
     whole = fit(DROPPING, batches, directory=tmp_path / "whole", **settings)
     with pytest.raises(InterruptedError):
@@ -210,9 +218,7 @@ def test_a_foreign_module_is_trained_as_it_is_and_a_factory_from_the_seed(batche
 
 def test_callbacks_get_every_record(batches: list[Tensor]) -> None:
     seen: list[Record] = []
-    result = fit(
-        GPT2, batches, updates=3, schedule="constant", callbacks=[seen.append], warmup=1, optimizer_args={"lr": 0.5}
-    )
+    result = fit(GPT2, batches, updates=3, callbacks=[seen.append], warmup=1, optimizer_args={"lr": 0.5})
     assert seen == result.records
     assert [(r.update, r.learning_rate, r.tokens) for r in seen] == [(1, 0.25, 16), (2, 0.5, 16), (3, 0.5, 16)]
 

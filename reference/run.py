@@ -1,0 +1,228 @@
+"""A run that is set up: the model, its optimizer and Fabric, one update at a time."""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from reference import checkpoint
+from reference.config import GPTConfig, TrainConfig, as_plain
+from reference.initialize import derive_seed
+from reference.launch import is_sharded
+from reference.optimizer import optimizer_state
+from reference.resume import gathered, restore
+from reference.schedule import learning_rate
+from reference.stopping import Stop
+from reference.update import (
+    Batch,
+    accumulate,
+    clip,
+    count_targets,
+    evaluate,
+    reduce,
+    repeat,
+    require_finite,
+    split_targets,
+)
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+Pairs = list[tuple[Tensor, Tensor]]
+
+
+@runtime_checkable
+class TokenSource(Protocol):
+    """Batches that can begin anywhere and are split over ranks, such as reference.data.TokenData."""
+
+    def batches_from(self, start: int, rank: int = 0, world_size: int = 1) -> Iterator[Tensor]:
+        """Token ids (B, T + 1) without end, from microbatch ``start`` of this rank on."""
+
+    def once(self, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """Ids and targets (B, T), each target once over all ranks, as many batches on each rank."""
+
+
+@dataclass
+class Run:
+    """What :meth:`reference.Trainer.setup` gives: all that one update needs."""
+
+    config: TrainConfig
+    fabric: "Fabric"
+    module: nn.Module
+    """The module that is trained, without Fabric's and torch.compile's wrappers."""
+    wrapped: Any
+    """The module as Fabric set it up, compiled together with its loss if so configured."""
+    bare: Optimizer
+    """The optimizer."""
+    optimizer: Any
+    """The optimizer as Fabric set it up."""
+    peaks: list[float]
+    """Learning rate of each parameter group, before the schedule."""
+    directory: Path
+    """Where checkpoints go."""
+    stop: Stop
+    """Whether a signal asked this process to stop."""
+    stopping: bool = False
+    """Whether one asked any rank to stop, agreed on by all ranks at the last update."""
+    saved: str = "there is no checkpoint yet"
+    """What there is to resume from, for messages."""
+
+    def batches(self, train: "Iterable[Batch] | TokenSource", done: int) -> Iterator[Batch]:
+        """This rank's microbatches, without end, from the first that ``done`` updates have not consumed."""
+        start = done * self.config.microbatches
+        if isinstance(train, TokenSource):
+            return train.batches_from(start, self.fabric.global_rank, self.fabric.world_size)
+        return itertools.islice(repeat(train, self.config.seed, self.fabric.global_rank), start, None)
+
+    def fetch(self, batches: Iterator[Batch]) -> Pairs:
+        """The microbatches of the next update, on their way to the device."""
+        return [split_targets(b, self.fabric.device) for b in itertools.islice(batches, self.config.microbatches)]
+
+    def update_once(self, update: int, pairs: Pairs, batches: Iterator[Batch] | None = None) -> "Done":
+        """Update number ``update`` (from 0): accumulate, clip, step.
+
+        Args:
+            update: decides learning rate and dropout.
+            pairs: its microbatches, ids and targets (B, T) each.
+            batches: where the next microbatches come from. They are fetched while the device computes.
+
+        Raises:
+            TrainingError: if loss or gradient is not finite; the parameters are untouched then.
+        """
+        config, fabric = self.config, self.fabric
+        for group, peak in zip(self.bare.param_groups, self.peaks, strict=True):
+            group["lr"] = learning_rate(
+                update,
+                peak=peak,
+                updates=config.updates,
+                schedule=config.schedule,
+                warmup=config.warmup,
+                minimum=config.min_lr,
+                cooldown=config.cooldown,
+            )
+        # Dropout is a function of seed, update and rank, so a resumed run draws what it would have drawn.
+        torch.manual_seed(derive_seed(config.seed, update, fabric.global_rank))
+        # All ranks must stop at the same update, whichever got the signal; the count of targets is shared anyway.
+        asked = torch.tensor(int(self.stop.signal is not None), device=fabric.device)
+        shared = reduce(fabric, torch.stack((count_targets(pairs), asked)), "sum")
+        share = accumulate(fabric, self.wrapped, pairs, shared[0])
+        following = [] if batches is None else self.fetch(batches)
+        norm = clip(fabric, self.wrapped, self.optimizer, config.clip)
+        loss = reduce(fabric, share.clone(), "mean")
+        wide = torch.float32 if fabric.device.type == "mps" else torch.float64  # MPS has no float64
+        seen = Seen(torch.cat((torch.stack((loss, norm.to(loss.dtype))).to(wide), shared.to(wide))))
+        guarded = guard(self.bare, seen.finite)
+        if not guarded:
+            require_finite(fabric, update, seen.values, share, self.saved)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if guarded:  # the host waits only now, when the device has the step to do, which did nothing if not finite
+            require_finite(fabric, update, seen.values, share, self.saved)
+        loss_value, norm_value, tokens, stopping = seen.values
+        self.stopping = stopping > 0 or (fabric.world_size == 1 and self.stop.signal is not None)
+        return Done(loss_value, norm_value, int(tokens), following)
+
+    def evaluate(self, validation: "Iterable[Batch] | TokenSource") -> float:
+        """Mean cross entropy in nats per token over the validation batches of all ranks."""
+        batches: Iterable[Batch]
+        if isinstance(validation, TokenSource):
+            batches = validation.once(self.fabric.global_rank, self.fabric.world_size)
+        else:
+            batches = validation
+        return evaluate(self.fabric, self.wrapped, itertools.islice(batches, self.config.evaluate_batches))
+
+    def save(self, update: int, tokenizer: str | Path | None = None) -> None:
+        """Write the checkpoint after ``update`` updates, from rank 0, and wait for it on every rank.
+
+        Args:
+            update: number of updates done.
+            tokenizer: that the tokens come from: ``bytes``, or its file, which is kept beside the weights.
+        """
+        weights: Any = self.module
+        packed: dict[str, Any] = {}
+        if is_sharded(self.fabric):
+            weights, packed = gathered(self.wrapped._forward_module, self.bare)
+        if self.fabric.global_rank == 0:
+            state = {
+                "update": update,
+                "optimizer": packed or optimizer_state(self.bare),
+                "optimizer_class": self.config.optimizer,
+                "precision": self.fabric.strategy.precision.state_dict(),
+                "stable_embedding": any(type(m).__name__ == "StableEmbedding" for m in self.module.modules()),
+            }
+            model_config = getattr(self.module, "config", None)
+            plain: dict[str, Any] = {"train": as_plain(self.config)}
+            if isinstance(model_config, GPTConfig):
+                plain["model"] = as_plain(model_config)
+            files = {}
+            if isinstance(tokenizer, Path):
+                files["tokenizer.json"] = tokenizer
+                tokenizer = "tokenizer.json"
+            plain["tokenizer"] = tokenizer
+            folder = checkpoint.step_folder(self.directory, update)
+            checkpoint.save(folder, weights, state, plain, files)
+            checkpoint.prune(self.directory, self.config.keep_last, folder)
+        self.saved = f"the newest checkpoint is {checkpoint.step_folder(self.directory, update)}"
+        self.fabric.barrier()
+
+    def restore(self, folder: Path) -> int:
+        """Load a checkpoint; the number of updates it has done."""
+        root = self.wrapped._forward_module if is_sharded(self.fabric) else None
+        done = restore(folder, self.fabric, self.module, self.bare, self.config, root)
+        self.saved = f"the newest checkpoint is {folder}"
+        return done
+
+
+class Seen:
+    """Numbers of an update, on their way to the host: loss, gradient norm, targets, and whether to stop."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        """Begin the copy.
+
+        Args:
+            numbers: the four, on the device.
+        """
+        self.finite = numbers[:2].isfinite().all()
+        self.event = torch.cuda.Event() if numbers.device.type == "cuda" else None
+        self.copy = numbers
+        if self.event is not None:
+            self.copy = torch.empty(4, dtype=numbers.dtype, pin_memory=True).copy_(numbers, non_blocking=True)
+            self.event.record()
+
+    @property
+    def values(self) -> list[float]:
+        """The numbers. Waits until the device has computed them, and for nothing that it was given to do since."""
+        if self.event is not None:
+            self.event.synchronize()
+        return self.copy.tolist()
+
+
+def guard(optimizer: Optimizer, finite: Tensor) -> bool:
+    """Have a fused CUDA optimizer do nothing if ``finite`` is false; whether it can.
+
+    Its kernels look at ``found_inf`` themselves, as they do for a loss scaler. So the step can be launched before the
+    host knows, and the device need not wait for the host.
+    """
+    if finite.device.type != "cuda" or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return False
+    optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined] # torch's own attribute, set by its scaler
+    return True
+
+
+@dataclass(frozen=True)
+class Done:
+    """What one update gave."""
+
+    loss: float
+    """Mean cross entropy in nats per token, over all microbatches and ranks."""
+    gradient_norm: float
+    """Global L2 norm before clipping."""
+    tokens: int
+    """Targets, over all ranks."""
+    following: Pairs
+    """The microbatches of the next update, if they were to be fetched."""
