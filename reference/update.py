@@ -173,9 +173,9 @@ def require_finite(fabric: "Fabric", update: int, values: list[float], share: Te
     if (math.isfinite(loss) and math.isfinite(norm)) or getattr(fabric.strategy.precision, "scaler", None) is not None:
         return
     what, value = ("gradient norm", norm) if math.isfinite(loss) else ("loss", loss)
-    shares = fabric.all_gather(share)
-    assert isinstance(shares, Tensor)
-    ranks = [str(rank) for rank, of_rank in enumerate(shares.flatten().tolist()) if not math.isfinite(of_rank)]
+    broken = torch.zeros(fabric.world_size, device=share.device)
+    broken[fabric.global_rank] = not share.isfinite()
+    ranks = [str(rank) for rank, here in enumerate(reduce(fabric, broken, "sum").tolist()) if here]
     raise TrainingError(
         f"the {what} is {value} at update {update + 1} on rank {', '.join(ranks) or fabric.global_rank}; the "
         f"parameters are those of the update before, and {saved}. Lower the learning rate or lengthen the warm-up, "

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from reference import update
-from reference.checkpoint import load_for_inference
+from reference.checkpoint import load_config, load_for_inference
 from reference.config import ConfigurationError, GPTConfig, TrainConfig
+from reference.data import TokenData, write_tokens
 from reference.launch import launch
 from reference.model import GPT
 from reference.trainer import FitResult, Record, Trainer
@@ -256,3 +257,74 @@ def test_load_for_inference(tmp_path: Path, batches: list[Tensor], precision: st
     if precision != "bf16-true":  # StableEmbedding computes in the default dtype
         assert torch.equal(loaded(ids), result.model.eval()(ids))
     assert type(loaded.get_submodule("embedding")) is nn.Embedding
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"strategy": "nonsense"}, "Fabric refuses .*strategy='nonsense'.*: "),
+        ({"accelerator": "cuda"}, "Fabric refuses accelerator='cuda'.*: "),
+        ({"capture_step": True}, "capture_step=True needs a CUDA device"),
+    ],
+)
+def test_what_cannot_be_launched_is_refused_in_one_sentence(
+    batches: list[Tensor], changes: dict[str, Any], message: str
+) -> None:
+    if changes.get("accelerator") == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        fit(GPT2, batches, **changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_record_tells_time_and_memory(batches: list[Tensor]) -> None:
+    records = fit(GPT2, batches, updates=3).records
+    assert all(0 < record.seconds < 10 for record in records)
+    assert [record.memory for record in records] == [0, 0, 0]  # there is no GPU memory on the CPU
+
+
+def test_the_loss_may_be_inside_the_model(batches: list[Tensor]) -> None:
+    with torch.compiler.set_stance("force_eager"):
+        compiled = fit(GPT2, batches, batches, updates=3, compile=True, evaluate_every=1)
+    eager = fit(GPT2, batches, batches, updates=3, evaluate_every=1)
+    assert compiled.records == eager.records
+    assert list(compiled.model.state_dict()) == list(eager.model.state_dict())
+
+
+def test_only_the_first_validation_batches_are_evaluated(batches: list[Tensor]) -> None:
+    first = fit(GPT2, batches, batches[:2], evaluate_every=1).records[-1].validation_loss
+    assert fit(GPT2, batches, batches, evaluate_every=1, evaluate_batches=2).records[-1].validation_loss == first
+    assert fit(GPT2, batches, batches, evaluate_every=1).records[-1].validation_loss != first
+
+
+def test_activation_checkpointing_changes_nothing(batches: list[Tensor]) -> None:
+    kept, again = (fit(DROPPING, batches, updates=3, activation_checkpointing=on) for on in (False, True))
+    assert torch.equal(flat(kept.model), flat(again.model))
+    with pytest.raises(ConfigurationError, match=r"works on reference\.GPT, not on Bigram"):
+        fit(Bigram, batches, activation_checkpointing=True)
+
+
+def test_a_vocabulary_that_is_too_small_is_refused(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"vocab_size": 257, "tokenizer": "bytes", "end_of_document": 256}
+    write_tokens(tmp_path, "train", [list(range(200))], **settings)
+    data = TokenData(tmp_path, "train", block_size=8, microbatch_size=2, seed=0)
+    with pytest.raises(ConfigurationError, match="vocabulary of 257 tokens, but the model one of 16: set vocab_size"):
+        fit(GPT2, data)
+
+
+def test_older_checkpoints_go_when_a_newer_one_is_complete(batches: list[Tensor], tmp_path: Path) -> None:
+    fit(GPT2, batches, updates=5, save_every=1, keep_last=2, directory=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004", "step-00000005"]
+
+
+def test_a_checkpoint_keeps_the_tokenizer(batches: list[Tensor], tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"vocab_size": 16, "end_of_document": 15}
+    for kind in ("bytes", "tokenizer.json"):
+        folder = tmp_path / kind
+        write_tokens(folder, "train", [list(range(15)) * 4], tokenizer=kind, **settings)
+        (folder / "tokenizer.json").write_text("{}")
+        data = TokenData(folder, "train", block_size=8, microbatch_size=2, seed=0)
+        fit(GPT2, data, updates=1, save_every=1, directory=tmp_path / "out")
+        step = tmp_path / "out" / "step-00000001"
+        assert load_config(step)["tokenizer"] == kind
+        assert (step / "tokenizer.json").exists() == (kind == "tokenizer.json")
