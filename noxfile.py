@@ -92,6 +92,16 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none", requires=["environment"], default=False)
+def bench(session: nox.Session) -> None:
+    """Measure optimizers and training steps on a GPU; `-- --quick`, `-- --compare FILE`, `-- --device cpu` (CI)."""
+    code = subprocess.run([_python, "-m", "conformance.bench", *session.posargs], check=False).returncode
+    if code == 2:
+        sys.exit(code)
+    if code:
+        session.error("see above")
+
+
+@nox.session(venv_backend="none", requires=["environment"], default=False)
 def mutants(session: nox.Session) -> None:
     """Print the kill matrix: every planted fault against every clause (some three minutes)."""
     run(session, "-m", "tests.kill_matrix", *session.posargs, **NO_GPU)

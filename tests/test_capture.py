@@ -18,7 +18,7 @@ SHAPE = GPTConfig.gpt2(vocab_size=64, block_size=16, n_layer=2, n_head=2, n_embd
 
 
 def test_a_class_that_is_not_capturable_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="SGD does not accept 'capturable'.*: set capture_step=False"):
+    with pytest.raises(ConfigurationError, match=r"SGD does not accept 'capturable'.*: set capture_step=False"):
         captured(torch.optim.SGD)
 
 
@@ -33,7 +33,8 @@ def test_the_class_stays_the_one_it_was() -> None:
 
 def test_gradients_stay_where_they_are() -> None:
     model = nn.Linear(2, 2)
-    optimizer = captured(torch.optim.AdamW)(model.parameters())
+    captured_class: Any = captured(torch.optim.AdamW)
+    optimizer = captured_class(model.parameters())
     model(torch.ones(1, 2)).sum().backward()
     before = signature(optimizer)
     optimizer.zero_grad()
@@ -77,9 +78,10 @@ def test_a_replay_is_bit_equal_to_the_step(change: int | None) -> None:
 
 @needs_gpu
 def test_a_loaded_state_is_captured_anew() -> None:
-    _, optimizer = parameters_after(captured(torch.optim.AdamW), 3)
+    optimizer: Any = parameters_after(captured(torch.optim.AdamW), 3)[1]
     optimizer.load_state_dict(optimizer.state_dict())
-    assert optimizer.graph is None
+    forgotten = optimizer.graph is None
+    assert forgotten
     before = [tensor.clone() for group in optimizer.param_groups for tensor in group["params"]]
     optimizer.step()
     assert optimizer.graph is not None
