@@ -8,6 +8,7 @@ What a graph reads and writes is fixed at the time of its capture, by address. S
 """
 
 import inspect
+import operator
 from typing import Any
 
 import torch
@@ -40,8 +41,10 @@ def captured(optimizer_class: type[Optimizer]) -> type[Optimizer]:
             super().__init__(params, **(keywords | {"capturable": True}))
             self._warned_capturable_if_run_uncaptured = True  # the first step is meant to run without a graph
             self.graph: torch.cuda.CUDAGraph | None = None
-            self.signature: Any = None
-            self.rates: list[torch.Tensor] = []
+            self.gradients: list[torch.Tensor | None] = []  # what the graph was captured with
+            self.settings: list[dict[str, Any]] = []
+            self.rates: list[torch.Tensor] = []  # learning rates, where the graph reads them
+            self.written: list[float] = []  # what stands in them
             self.skip: torch.Tensor | None = None  # what the graph reads in place of found_inf
             self.register_load_state_dict_post_hook(forget)
 
@@ -54,18 +57,26 @@ def captured(optimizer_class: type[Optimizer]) -> type[Optimizer]:
             """One update."""
             if closure is not None:
                 raise ConfigurationError("a captured step takes no closure: set capture_step=False.")
-            if any(p.grad is not None and p not in self.state for p in parameters(self)):
-                plain_step(base)(self)
-                return
-            if self.graph is None or self.signature != signature(self):
+            if self.graph is None or not self.unchanged():
+                if any(p.grad is not None and p not in self.state for p in parameters(self)):
+                    plain_step(base)(self)  # creates the state
+                    return
                 self.capture()
-            for rate, group in zip(self.rates, self.param_groups, strict=True):
-                rate.fill_(group["lr"])
+            rates = [group["lr"] for group in self.param_groups]
+            if rates != self.written:
+                for tensor, rate in zip(self.rates, rates, strict=True):
+                    tensor.fill_(rate)
+                self.written = rates
             found_inf = getattr(self, "found_inf", None)
-            if self.skip is not None:
-                self.skip.fill_(0.0) if found_inf is None else self.skip.copy_(found_inf)
+            if self.skip is not None and found_inf is not None:
+                self.skip.copy_(found_inf)
             assert self.graph is not None
             self.graph.replay()
+
+        def unchanged(self) -> bool:
+            """Whether the graph is still right. Quick: the device may be waiting."""
+            gradients = (p.grad for group in self.param_groups for p in group["params"])
+            return all(map(operator.is_, gradients, self.gradients)) and self.settings == settings(self)
 
         def capture(self) -> None:
             """Record a graph of the step as it is now. Nothing is computed by that."""
@@ -86,7 +97,8 @@ def captured(optimizer_class: type[Optimizer]) -> type[Optimizer]:
                 for number, group in zip(numbers, self.param_groups, strict=True):
                     group["lr"] = number
                 self.found_inf = found_inf
-            self.graph, self.signature = graph, signature(self)
+            self.graph, self.written = graph, numbers
+            self.gradients, self.settings = [p.grad for p in parameters(self)], settings(self)
 
     Captured.__name__ = Captured.__qualname__ = f"Captured{optimizer_class.__name__}"
     return Captured
@@ -107,8 +119,6 @@ def parameters(optimizer: Optimizer) -> list[torch.Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def signature(optimizer: Optimizer) -> tuple[Any, ...]:
-    """What a graph depends on, beside the numbers in the tensors."""
-    addresses = tuple(0 if p.grad is None else p.grad.data_ptr() for p in parameters(optimizer))
-    settings = [(k, v) for group in optimizer.param_groups for k, v in group.items() if k not in ("params", "lr")]
-    return addresses, tuple(map(repr, settings))
+def settings(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """What is written into a graph of the step: all settings of the groups but the learning rates."""
+    return [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]

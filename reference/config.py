@@ -166,8 +166,8 @@ class TrainConfig:
     """Fabric's precision: ``-mixed`` keeps float32 weights and computes in 16 bits, ``bf16-true`` keeps 16 bits.
     Float16 weights (Fabric's 16-true) are not offered: AdamW's eps of 1e-8 is zero in float16, and 0 / 0 follows."""
     logits: Literal["float32", "compute"] = "float32"
-    """Dtype in which the model's logits come out: float32, or the dtype they were computed in (saves memory).
-    The loss is computed in float32 either way."""
+    """Dtype in which the model's logits come out: float32, or the dtype they were computed in. The loss is computed
+    in float32 either way, so this is for those who use the logits; inside a compiled graph it makes no difference."""
     stable_embedding: bool = False
     """Train with bitsandbytes' StableEmbedding instead of nn.Embedding, if the optimizer is from bitsandbytes.
     Adds a LayerNorm behind the lookup, so it is for runs that start fresh. Exported models have plain embeddings."""
@@ -175,6 +175,9 @@ class TrainConfig:
     """auto: on the meta device under FSDP, eager elsewhere. meta: built without memory, materialised afterwards."""
     compile: bool = False
     """Compile the model and its loss, as one graph, with torch.compile."""
+    tune_kernels: bool = False
+    """With ``compile``: measure more launch settings for each generated kernel (coordinate descent). Compiles some
+    20 s longer; reductions as long as the vocabulary run faster."""
     capture_step: bool = False
     """Capture the optimizer's step in a CUDA graph and replay it: spares the host's work of each step. Needs CUDA and
     an optimizer that accepts ``capturable``."""

@@ -7,9 +7,12 @@ attention (https://arxiv.org/abs/2305.13245).
 Shapes: B batch, T time, V vocabulary, C n_embd, H query heads, K key/value heads, D head size.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from reference.config import GPTConfig
 from reference.initialize import initialize
@@ -40,12 +43,47 @@ class Rotary(nn.Module):
         self.cos.copy_(phase.cos())
         self.sin.copy_(phase.sin())
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Turn (B, heads, T, D) by position."""
-        length = x.size(-2)
+    def forward(self, x: Tensor, start: int = 0) -> Tensor:
+        """Turn (B, heads, T, D) by position; the first of the T tokens stands at position ``start``."""
+        end = start + x.size(-2)
         first, second = x.chunk(2, dim=-1)
         turned = torch.cat((-second, first), dim=-1)
-        return x * self.cos[:length].to(x.dtype) + turned * self.sin[:length].to(x.dtype)
+        return x * self.cos[start:end].to(x.dtype) + turned * self.sin[start:end].to(x.dtype)
+
+
+class Cache:
+    """Keys and values that one attention has computed, so that the next tokens need not compute them again.
+
+    Memory is taken once, at the first tokens, in their batch size, device and dtype: (B, K, size, D) twice.
+    It is for use under ``torch.no_grad()``: writing in place would invalidate what backward needs.
+    """
+
+    def __init__(self, size: int) -> None:
+        """An empty cache.
+
+        Args:
+            size: tokens that it can hold.
+        """
+        self.size, self.length = size, 0
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the keys and values (B, K, T, D) of the next T tokens; those of all tokens so far.
+
+        Raises:
+            ValueError: if they do not fit in.
+        """
+        end = self.length + k.size(2)
+        if end > self.size:
+            raise ValueError(f"{end} tokens do not fit into a cache of {self.size}: start with a new one.")
+        if self.keys is None or self.values is None:
+            batch, heads, _, width = k.shape
+            self.keys, self.values = (part.new_empty(batch, heads, self.size, width) for part in (k, v))
+        self.keys[:, :, self.length : end] = k
+        self.values[:, :, self.length : end] = v
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
 
 
 class Attention(nn.Module):
@@ -59,20 +97,29 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, width, bias=config.bias)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor, rotary: Rotary | None) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
+    def forward(self, x: Tensor, rotary: Rotary | None, cache: Cache | None = None) -> Tensor:
+        """(B, T, C) -> (B, T, C). With a cache the T tokens follow those in it, and see them."""
         batch, time, width = x.shape
         heads = self.qkv(x).view(batch, time, -1, self.head_size).transpose(1, 2)  # (B, H + 2K, T, D)
         q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
+        past = 0 if cache is None else cache.length
         if rotary is not None:
-            q, k = rotary(q), rotary(k)
+            q, k = rotary(q, past), rotary(k, past)
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, K, past + T, D)
+        # NOTE a footgun: is_causal aligns the first query with the first key (pytorch#108108), which is wrong behind
+        # a past. One token sees everything and needs no mask.
+        mask = None
+        if past > 0 and time > 1:
+            mask = torch.ones(time, past + time, dtype=torch.bool, device=x.device).tril(past)
         y = F.scaled_dot_product_attention(
             q,
             k,
             v,
+            attn_mask=mask,
             # NOTE a footgun: SDPA drops whenever dropout_p > 0, also in eval mode (nanoGPT#240, pytorch#124464).
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=True,
+            is_causal=past == 0,
             enable_gqa=self.n_kv_head != self.n_head,
         )
         return self.proj(y.transpose(1, 2).reshape(batch, time, width))
@@ -116,14 +163,18 @@ class Block(nn.Module):
         self.mlp: nn.Module = GeluMLP(config) if config.mlp == "gelu" else SwigluMLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rotary: Rotary | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary | None, cache: Cache | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        x = x + self.dropout(self.attention(self.norm_attention(x), rotary))
+        x = x + self.dropout(self.attention(self.norm_attention(x), rotary, cache))
         return x + self.dropout(self.mlp(self.norm_mlp(x)))
 
 
 class GPT(nn.Module):
     """Decoder-only transformer: token ids (B, T) to logits (B, T, V)."""
+
+    checkpoint_blocks: bool = False
+    """In training, keep only each block's input, and compute the block again in backward: less memory, the same
+    gradients bit for bit (https://arxiv.org/abs/1604.06174)."""
 
     def __init__(self, config: GPTConfig, seed: int = 1337) -> None:
         """Build and initialise (reference.initialize holds the table).
@@ -147,25 +198,39 @@ class GPT(nn.Module):
             self.head.weight = self.embedding.weight
         initialize(self, seed)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, cache: Sequence[Cache] | None = None) -> Tensor:
         """Token ids (B, T), any integer dtype -> logits (B, T, V) in the dtype of the computation.
 
+        Args:
+            ids: the tokens; with a cache, those that follow the tokens in it.
+            cache: from :meth:`new_cache`, for decoding: it remembers these tokens too.
+
         Raises:
-            ValueError: if T exceeds config.block_size.
+            ValueError: if T, with the tokens in the cache, exceeds config.block_size or the cache's size.
         """
-        time = ids.size(1)
-        if time > self.config.block_size:
+        start = cache[0].length if cache else 0
+        end = start + ids.size(1)
+        if end > self.config.block_size:
             raise ValueError(
-                f"the sequence has {time} tokens, but block_size is {self.config.block_size}: "
+                f"the sequence has {end} tokens, but block_size is {self.config.block_size}: "
                 "shorten it or build the model with a larger block_size."
             )
         x = self.embedding(ids.long())  # (B, T, C); token files are often 16 bits wide
         if self.position is not None:
-            x = x + self.position(torch.arange(time, device=ids.device))
+            x = x + self.position(torch.arange(start, end, device=ids.device))
         x = self.dropout(x)
-        for block in self.blocks:
-            x = block(x, self.rotary)
+        caches: Sequence[Cache | None] = cache or [None] * len(self.blocks)
+        for block, kept in zip(self.blocks, caches, strict=True):
+            if self.checkpoint_blocks and self.training and kept is None:
+                # preserve_rng_state is the default: without it dropout differs when computed again (OLMo-core#828).
+                x = checkpoint(block, x, self.rotary, use_reentrant=False, preserve_rng_state=True)
+            else:
+                x = block(x, self.rotary, kept)
         return self.head(self.norm(x))
+
+    def new_cache(self, size: int | None = None) -> list[Cache]:
+        """An empty cache for each block, to hold ``size`` tokens (None: block_size)."""
+        return [Cache(self.config.block_size if size is None else size) for _ in self.blocks]
 
 
 def build_norm(config: GPTConfig) -> nn.Module:

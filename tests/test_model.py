@@ -1,6 +1,8 @@
-"""The model: shapes, causality, dropout, rotary tables, grouped-query attention, and what it refuses."""
+"""The model: shapes, causality, dropout, rotary tables, grouped-query attention, the cache, and what it refuses."""
 
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -130,6 +132,88 @@ def test_sequence_longer_than_block_size_is_refused() -> None:
         model(tokens(9))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("chunks", [(1,) * 8, (3, 1, 4)], ids=["one-by-one", "in-chunks"])
+@pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
+def test_logits_with_a_cache_are_those_without(config: GPTConfig, chunks: tuple[int, ...]) -> None:
+    model = GPT(config).eval()
+    ids = tokens(8)
+    cache = model.new_cache()
+    logits = torch.cat([model(part, cache) for part in ids.split(chunks, dim=1)], dim=1)
+    # 1.6e-6 at most over these shapes; a past that is masked, or a position off by one, gives 1e-1 and more
+    torch.testing.assert_close(logits, model(ids), rtol=0, atol=1.6e-5)
+    assert [kept.length for kept in cache] == [8, 8]
+    assert cache[0].keys is not None
+    assert cache[0].keys.shape == (2, config.kv_heads, 8, config.head_size)
+
+
+@torch.no_grad()
+def test_a_cache_that_is_full_is_refused() -> None:
+    model = GPT(SHAPES["llama"])
+    cache = model.new_cache()
+    model(tokens(8), cache)
+    with pytest.raises(ValueError, match=r"the sequence has 9 tokens, but block_size is 8: shorten it"):
+        model(tokens(1), cache)
+    small = model.new_cache(3)
+    model(tokens(2), small)
+    with pytest.raises(ValueError, match=r"4 tokens do not fit into a cache of 3: start with a new one\."):
+        model(tokens(2), small)
+
+
+@torch.no_grad()
+def test_a_cache_takes_the_dtype_of_the_computation() -> None:
+    model = GPT(SHAPES["llama"])
+    cache = model.new_cache()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(tokens(4), cache)
+    assert cache[0].values is not None
+    assert cache[0].values.dtype == torch.bfloat16
+
+
+def gradients(model: GPT, forward: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """The gradients of the logits' squares, with the dropout of one seed."""
+    torch.manual_seed(3)
+    forward(tokens(8)).square().sum().backward()
+    found = [p.grad for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_checkpointed_blocks_give_the_same_gradients(name: str) -> None:
+    model = GPT(replace(SHAPES[name], dropout=0.5))
+    calls: list[int] = []
+    model.blocks[1].get_submodule("mlp").register_forward_hook(lambda *_: calls.append(1))
+    expected = gradients(model, model)
+    assert len(expected) == len(list(model.parameters()))
+    assert len(calls) == 1
+    model.checkpoint_blocks = True
+    assert all(map(torch.equal, gradients(model, model), expected))
+    assert len(calls) == 3, "computed in forward, and again in backward"
+
+
+def test_checkpointed_blocks_compile_into_one_graph() -> None:
+    model = GPT(replace(SHAPES["gpt2"], dropout=0.5))
+    expected = gradients(model, model)
+    model.checkpoint_blocks = True
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for gradient, wanted in zip(gradients(model, compiled), expected, strict=True):
+        # 0 as measured, of gradients up to 54; another dropout in backward gives more than 1
+        torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-4)
+
+
+def test_checkpointed_blocks_in_eval_mode_are_computed_once() -> None:
+    model = GPT(SHAPES["gpt2"]).eval()
+    expected = model(tokens(8))
+    model.checkpoint_blocks = True
+    calls: list[int] = []
+    model.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    logits = model(tokens(8))
+    logits.sum().backward()
+    assert torch.equal(logits, expected)
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
 def test_ids_of_any_integer_dtype(dtype: torch.dtype) -> None:
     model = GPT(SHAPES["gpt2"])
@@ -231,7 +315,7 @@ def test_a_shape_that_cannot_work_is_refused(changes: dict[str, Any], sentence: 
         ({"updates": 0}, "updates is 0, but must be at least 1."),
         ({"precision": "bf16"}, "precision is 'bf16', but must be one of '32-true', 'bf16-mixed', "),
         ({"decay": "none"}, "decay is 'none', but must be one of 'role', 'ndim', 'all'."),
-        ({"save_every": 0}, "save_every is 0: give a number of updates, or None for never."),
+        ({"save_every": 0}, "save_every is 0: give a number of at least 1, or None for never."),
         ({"updates": 3, "warmup": 4}, "warmup is 4, but must lie between 0 and updates (3)."),
         ({"clip": 0.0}, "clip is 0.0: give a positive norm, or None for no clipping."),
     ],
