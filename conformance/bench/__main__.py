@@ -1,0 +1,254 @@
+"""The command line: ``python -m conformance.bench``."""
+
+import argparse
+import importlib
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from conformance.subject import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from conformance.bench.case import Case, Setting
+
+PUBLISHED = Path("reports/bench")  # complete runs, by card
+LATEST = Path("reports/latest")  # ignored by git: runs on the CPU, quick ones and parts
+
+# Each module has cases(device, quick) -> list[Case].
+SOURCES = ("optimizer_step", "training", "peers")
+
+EXAMPLES = """\
+examples:
+  python -m conformance.bench                                all rows, on the GPU (under 10 minutes on an H100)
+  python -m conformance.bench --quick                        few rounds, the small model only (under 2 minutes)
+  python -m conformance.bench --device cpu                   a small version, which says nothing about a GPU
+  python -m conformance.bench --only 8bit --only "fused, fp32"   some rows
+  python -m conformance.bench --compare old/summary.json     run, and compare with an earlier run
+  python -m conformance.bench --compare old.json new.json    compare two earlier runs
+
+exit code: 0 all is well, 1 a row is slower than before or broke, 2 the command line was wrong or there is no GPU
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code. A mistake of the user's is one sentence on stderr and 2."""
+    from conformance.bench.clock import ClockError
+
+    options = build_parser().parse_args(arguments)
+    try:
+        return compare_files(options) if len(options.compare) == 2 else run_bench(options)
+    except UsageError as error:
+        print(f"{str(error)[:1].upper()}{str(error)[1:]}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader (head, say) has seen enough; Python's exit must not write either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except ClockError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("Interrupted before the first row was measured.", file=sys.stderr)
+        return 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options."""
+    parser = argparse.ArgumentParser(
+        "python -m conformance.bench",
+        description="What optimizers, precision and StableEmbedding cost on this GPU, against what it can do at most.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
+    parser.add_argument("--quick", action="store_true", help="few rounds, few rows")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="TEXT", help="rows with it in 'group / size / name'; repeatable"
+    )
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help="do not begin a row that would end later")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help=f"default: {PUBLISHED}/CARD; for a part of the rows in {LATEST}"
+    )
+    parser.add_argument(
+        "--compare", nargs="+", default=[], type=Path, metavar="FILE", help="an earlier summary.json, or two of them"
+    )
+    parser.add_argument("--across", action="store_true", help="compare although card or versions differ")
+    return parser
+
+
+def make_console(stream: Any) -> "Console":
+    """Wide enough for the table where there is no terminal."""
+    from rich.console import Console
+
+    return Console(file=stream, highlight=False, width=None if stream.isatty() else 200)
+
+
+def compare_files(options: argparse.Namespace) -> int:
+    """Compare two runs that were written before."""
+    from conformance.bench.summary import read_summary
+
+    old, new = (read_summary(path) for path in options.compare)
+    return print_compared(old, new, options.across)
+
+
+def print_compared(old: dict[str, Any], new: dict[str, Any], across: bool) -> int:
+    """Print the comparison; 1 if a row became slower."""
+    from conformance.bench.compare import check_comparable, compare
+    from conformance.bench.summary import noise_floor
+    from conformance.bench.table import print_comparison
+
+    if not across:
+        check_comparable(old, new)
+    found = compare(old, new)
+    if not found:
+        raise UsageError("the two runs have no row in common: nothing can be compared.")
+    print_comparison(make_console(sys.stdout), found, max(noise_floor(old), noise_floor(new)))
+    return int(any(comparison.verdict == "slower" for comparison in found))
+
+
+def run_bench(options: argparse.Namespace) -> int:
+    """Measure, print, write, and compare if asked to."""
+    import torch
+
+    from conformance.bench.card import describe_environment
+    from conformance.bench.case import Setting
+    from conformance.bench.compare import check_comparable
+    from conformance.bench.summary import read_summary
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            "there is no CUDA device: run the bench on a machine with a GPU, or add `--device cpu` for a small version "
+            "that exercises the same code and says nothing about a GPU."
+        )
+    if len(options.compare) > 2:
+        raise UsageError(f"--compare takes one file, or two, not {len(options.compare)}.")
+    device = torch.device("cuda", torch.cuda.current_device()) if options.device == "cuda" else torch.device("cpu")
+    setting = Setting(device, options.quick)
+    old = read_summary(options.compare[0]) if options.compare else None
+    everything = collect(device, options.quick)
+    cases = choose(everything, options.only)
+    environment = describe_environment(device)
+    if old is not None and not options.across:
+        check_comparable(old, {"environment": environment, "label": setting.small})
+    check_folder(options.out or LATEST)
+
+    threads = torch.get_num_threads()
+    try:
+        if setting.small:  # threads would only wait for each other
+            torch.set_num_threads(1)
+        return measure_all(options, setting, everything, cases, environment, old)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def measure_all(
+    options: argparse.Namespace,
+    setting: "Setting",
+    everything: "list[Case]",
+    cases: "list[Case]",
+    environment: dict[str, str],
+    old: dict[str, Any] | None,
+) -> int:
+    """The run itself: the card, the cases, the card again, and what came out."""
+    from conformance.bench.card import doubts_about, drift_between, measure_card, slug
+    from conformance.bench.clock import Clock, ClockError, CudaDevice, HostDevice
+    from conformance.bench.measure import count_bytes
+    from conformance.bench.run import Run
+    from conformance.bench.suite import run_suite
+    from conformance.bench.summary import make_summary
+    from conformance.bench.table import print_summary
+    from conformance.report import write_json
+
+    progress = make_console(sys.stderr)
+    clock = Clock(HostDevice() if setting.small else CudaDevice(setting.device))
+    progress.print("Measuring what the card can do at most ...")
+    card, load = measure_card(clock, setting.device)
+    environment |= load
+    run = Run(
+        setting,
+        clock,
+        card,
+        cases,
+        environment=environment,
+        companions=everything,
+        limit=options.limit,
+        console=progress,
+    )
+    with tempfile.TemporaryDirectory() as temporary:
+        written = Path(temporary) / "pytest-benchmark.json"
+        if not run_suite(run, written):
+            return 1
+        if not run.rows:
+            raise KeyboardInterrupt
+        doubts = doubts_about(card)
+        if run.complete and not setting.small:
+            count_bytes(clock.device)  # frees the last case
+            try:
+                end, load = measure_card(clock, setting.device)
+                environment["throttle at the end"] = load["throttle"]
+                doubts += drift_between(card, end)
+            except ClockError as error:  # as for every row: what was measured is kept
+                doubts.append(f"at the end of the run: {error}")
+        summary = make_summary(environment, card, run.rows, setting, run.complete, doubts)
+        whole = run.complete and len(cases) == len(everything) and not setting.quick and not setting.small
+        name = "bench-cpu" if setting.small else f"bench-{slug(card.name)}"
+        folder = options.out or (PUBLISHED / slug(card.name) if whole else LATEST / name)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "summary.json", summary)
+        if written.exists():
+            shutil.copyfile(written, folder / "pytest-benchmark.json")
+    print_summary(make_console(sys.stdout), summary)
+    progress.print(f"Written: {folder}/summary.json", style="dim", soft_wrap=True)
+    if run.interrupted:
+        print(f"Interrupted: the {len(run.rows)} rows that were measured are kept.", file=sys.stderr)
+        return 1
+    slower = print_compared(old, summary, across=True) if old is not None else 0
+    return int(bool(slower or run.failed))
+
+
+def collect(device: Any, quick: bool) -> "list[Case]":
+    """All cases, in the order of the table."""
+    found: list[Case] = []
+    for source in SOURCES:
+        found += importlib.import_module(f"conformance.bench.{source}").cases(device, quick)
+    return found
+
+
+def choose(cases: "list[Case]", only: Sequence[str]) -> "list[Case]":
+    """The cases that were asked for, and always the one that gives the noise floor.
+
+    Raises:
+        UsageError: if a text is found in no case.
+    """
+    from conformance.bench.optimizer_step import AGAINST_ITSELF
+
+    for text in only:
+        if not any(text.lower() in " / ".join(case.key).lower() for case in cases):
+            raise UsageError(f"--only {text!r} is in no row's 'group / size / name': try 'optimizer step' or '8bit'.")
+    return [
+        case
+        for case in cases
+        if not only
+        or case.name.endswith(AGAINST_ITSELF)
+        or any(text.lower() in " / ".join(case.key).lower() for text in only)
+    ]
+
+
+def check_folder(folder: Path) -> None:
+    """Raise UsageError before the run if nothing could be written into the folder afterwards."""
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UsageError(f"the results cannot be written: {existing} is a file, not a folder.")
+    if not os.access(existing, os.W_OK):
+        raise UsageError(f"the results cannot be written into {folder}: permission denied.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,213 @@
+"""How one case is measured: warm-up, reset, interleaved rounds, and doubts about what came out."""
+
+import gc
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from conformance.bench.case import Case, Prepared
+from conformance.bench.clock import Clock, Device, Round
+
+SLOW = 1.0  # seconds of a step against which caches and first launches are small: two calls warm it up
+VERY_SLOW = 4.0  # one call does, if it compiled nothing
+MOST_WARM_UPS = 20
+OUTLIER = 10.0  # a round that took so many times the median did something else as well
+
+
+@dataclass
+class WarmUp:
+    """What the warm-up saw."""
+
+    calls: int = 0
+    seconds: float = 0.0
+    """Of the last call."""
+    settled: bool = False
+    """Whether the last calls compiled nothing and took the same time."""
+
+
+@dataclass
+class Measurement:
+    """What came out, in seconds and bytes."""
+
+    rounds: list[Round]
+    beside: list[Round] = field(default_factory=list)
+    """Of the case that it was interleaved with, round by round."""
+    warm_up: WarmUp = field(default_factory=WarmUp)
+    elapsed: float = 0.0
+    """From before the first round to after the last one, on the host."""
+    compiled: int = 0
+    """Graphs that were compiled during the rounds."""
+    peak_allocated: int = 0
+    """Bytes above what there was before the case was built."""
+    peak_reserved: int = 0
+
+
+# pytest-benchmark's benchmark.pedantic(target, setup=..., teardown=..., rounds=...), whose timer is a Clock's mark.
+Pedantic = Callable[..., object]
+
+
+def compilations() -> int:
+    """How many graphs torch.compile has compiled in this process so far."""
+    dynamo = sys.modules.get("torch._dynamo.utils")  # imported by whoever compiles; costs seconds otherwise
+    if dynamo is None:
+        return 0
+    # Frames that were looked at, also those that became no graph: each costs time.
+    counters = dynamo.counters
+    return int(counters["frames"]["total"] + counters["stats"]["unique_graphs"])
+
+
+def warm_up(step: Callable[[], object], clock: Clock, most: int = MOST_WARM_UPS) -> WarmUp:
+    """Call the step until nothing is compiled or tuned any more: three calls that take the same time, within 10 %."""
+    seen = WarmUp()
+    recent: list[float] = []
+    while seen.calls < most and not seen.settled:
+        before = compilations()
+        seen.seconds = clock.time(step).wall
+        seen.calls += 1
+        recent = [] if compilations() > before else [*recent, seen.seconds]
+        last = recent[-3:]
+        seen.settled = len(last) == 3 and max(last) < 1.1 * min(last)
+        if recent and (seen.seconds > VERY_SLOW or (seen.seconds > SLOW and seen.calls > 1)):
+            seen.settled = True
+    return seen
+
+
+def choose_rounds(case: Case, seconds: float, most: int) -> int:
+    """As many rounds as the budget allows: at least two."""
+    return max(2, min(case.rounds, most, int(case.budget / max(seconds, 1e-9))))
+
+
+def measure(
+    case: Case,
+    prepared: Prepared,
+    clock: Clock,
+    pedantic: Pedantic,
+    *,
+    beside: Prepared | None = None,
+    before: tuple[int, int] = (0, 0),
+    most: int = 1000,
+    most_warm_ups: int = MOST_WARM_UPS,
+) -> Measurement:
+    """Warm up, reset, and time the step round by round, interleaved with another if there is one.
+
+    Args:
+        case: what is measured.
+        prepared: its step.
+        clock: whose mark is the timer of ``pedantic``.
+        pedantic: runs the rounds.
+        beside: the step that is timed before or after each round of this one (A B B A).
+        before: bytes allocated and reserved before the case was built.
+        most: rounds at most, whatever the case says.
+        most_warm_ups: calls of the warm-up at most.
+
+    Raises:
+        ValueError: if an input is constant.
+    """
+    device = clock.device
+    check_inputs(prepared.inputs)
+    warmed = warm_up(prepared.step, clock, most_warm_ups)
+    if prepared.reset is not None:
+        prepared.reset()
+        if warmed.seconds < SLOW:
+            prepared.step()  # what the reset freed is created again
+    other = Clock(device)  # so that its rounds are kept apart
+    if beside is not None:
+        other.time(beside.step)
+        other.rounds.clear()
+    rounds = choose_rounds(case, warmed.seconds, most)
+    peaks = [0, 0]
+    clock.rounds.clear()
+
+    def other_round() -> None:
+        # A B B A: in A B A B the second is always the later one, and a card that slows down slows it down more.
+        if beside is not None and len(clock.rounds) % 2 == 0:
+            device.flush()
+            time_without_gc(other, beside.step)
+
+    def before_round() -> None:
+        other_round()
+        device.flush()
+        device.synchronize()
+        device.reset_peak()
+
+    def after_round() -> None:
+        for place, value in enumerate(device.peak()):
+            peaks[place] = max(peaks[place], value - before[place])
+        other_round()
+
+    compiled, started = compilations(), device.now()
+    pedantic(prepared.step, setup=before_round, teardown=after_round, rounds=rounds)
+    return Measurement(
+        rounds=list(clock.rounds),
+        beside=list(other.rounds),
+        warm_up=warmed,
+        elapsed=device.now() - started,
+        compiled=compilations() - compiled,
+        peak_allocated=peaks[0],
+        peak_reserved=peaks[1],
+    )
+
+
+def time_without_gc(clock: Clock, step: Callable[[], object]) -> None:
+    """One round as pytest-benchmark takes it with --benchmark-disable-gc."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        clock.time(step)
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def check_inputs(inputs: Sequence[Tensor]) -> None:
+    """Raise ValueError if an input is constant.
+
+    Zeros flip no bits, so a GPU draws less power and clocks higher: an A100's matrix product is 15 % faster with them.
+    """
+    for number, tensor in enumerate(inputs):
+        values = tensor.detach().flatten()[:4096]
+        if values.numel() > 1 and bool((values == values[0]).all()):
+            raise ValueError(f"input {number} of the step is {values[0].item()} throughout: fill it with random data.")
+
+
+def doubts_about(measurement: Measurement, floor: float | None) -> list[str]:
+    """Why the figures of a measurement should not be believed, in sentences; empty if all is well.
+
+    Args:
+        measurement: what came out.
+        floor: seconds that the memory alone needs; None where it is not known.
+    """
+    rounds, found = measurement.rounds, []
+    device = sorted(r.device for r in rounds)
+    median = device[len(device) // 2]
+    if any(r.wall < 0.95 * r.device for r in rounds):
+        found.append("the wall time is shorter than the device time: the clock did not wait for the device")
+    total = sum(r.wall for r in rounds)
+    if total > 1.01 * measurement.elapsed:
+        found.append(
+            f"the rounds add up to {total:.3g} s, but all of it took {measurement.elapsed:.3g} s: "
+            "a point in time was taken for a duration"
+        )
+    if floor is not None and median < 0.95 * floor:
+        found.append(
+            f"{median * 1e3:.3f} ms is less than the {floor * 1e3:.3f} ms that the memory needs: data came from the "
+            "cache, or the floor counts too many bytes"
+        )
+    if measurement.compiled:
+        found.append(f"torch.compile compiled {measurement.compiled} times during the rounds")
+    slow = sum(r.wall > OUTLIER * median for r in rounds)
+    if slow and len(rounds) >= 3:
+        found.append(f"{slow} of {len(rounds)} rounds took over {OUTLIER:.0f} times the median")
+    if not measurement.warm_up.settled:
+        found.append(f"the step had not settled after {measurement.warm_up.calls} calls of warm-up")
+    return found
+
+
+def count_bytes(device: Device) -> tuple[int, int]:
+    """Bytes allocated and reserved, with nothing cached."""
+    gc.collect()
+    device.synchronize()
+    device.release()
+    return device.allocated()

@@ -1,0 +1,157 @@
+"""From measurements to rows, and from rows to summary.json."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from conformance.bench.bootstrap import Interval, median_interval, paired_ratio
+from conformance.bench.card import Card
+from conformance.bench.case import Case, Setting
+from conformance.bench.measure import Measurement, doubts_about
+from conformance.subject import UsageError
+
+SCHEMA = 1
+SMALL = "CPU, small: no figure of this run says anything about a GPU"
+
+Row = dict[str, Any]
+
+
+def interval_ms(samples: Sequence[float]) -> dict[str, float]:
+    """Median and interval of seconds, in milliseconds."""
+    return asdict(median_interval(samples).scaled(1e3))
+
+
+def make_row(case: Case, measured: Measurement, facts: Mapping[str, float | str], card: Card) -> Row:
+    """One row of the summary.
+
+    ``device_ms`` and ``wall_ms`` are medians with their 95 % intervals, ``host_ms`` a median. ``floor_ms`` is
+    ``floor bytes`` over the copy bandwidth, ``share_of_floor`` that over the device time. ``interleaved`` is the ratio
+    of this row's time to that of the row it was interleaved with, paired round by round. The peaks are bytes above what
+    there was before the case was built.
+    """
+    device = [r.device for r in measured.rounds]
+    wall = [r.wall for r in measured.rounds]
+    row = empty_row(case)
+    row["device_ms"], row["wall_ms"] = interval_ms(device), interval_ms(wall)
+    row["host_ms"] = median(r.host for r in measured.rounds) * 1e3
+    row["rounds"], row["warm_up"] = len(measured.rounds), measured.warm_up.calls
+    row["facts"] = dict(facts)
+    row["peak_allocated"], row["peak_reserved"] = measured.peak_allocated, measured.peak_reserved
+    floor = None
+    if isinstance(moved := facts.get("floor bytes"), int | float):
+        floor = moved / card.copy_bandwidth
+        row["floor_ms"], row["share_of_floor"] = floor * 1e3, floor / median(device)
+    if measured.beside and case.beside is not None:
+        clock = HEADLINE.get(case.group, "device")
+        ratio = paired_ratio([getattr(r, clock) for r in measured.rounds], [getattr(r, clock) for r in measured.beside])
+        row["interleaved"] = {"with": case.beside, "ratio": ratio.median, "low": ratio.low, "high": ratio.high}
+    row["doubts"] = doubts_about(measured, floor)
+    if "tokens" in facts:
+        from conformance.bench.training import throughput
+
+        try:
+            row.update({name: value for name, value in throughput(row).items() if name in row})
+        except UsageError as error:
+            row["doubts"].append(str(error))
+    row["samples_ms"] = {
+        "device": [round(seconds * 1e3, 6) for seconds in device],
+        "wall": [round(seconds * 1e3, 6) for seconds in wall],
+    }
+    return row
+
+
+# Which time a row is judged by. A training step waits for its data and its host, so the wall counts; in an optimizer's
+# step the host usually runs ahead, so the device does.
+HEADLINE = {"training step": "wall"}
+
+
+def empty_row(case: Case, unavailable: str | None = None) -> Row:
+    """A row without figures: what could not be measured, and why."""
+    return {
+        "group": case.group,
+        "size": case.size,
+        "name": case.name,
+        "device_ms": None,
+        "wall_ms": None,
+        "host_ms": None,
+        "rounds": 0,
+        "warm_up": 0,
+        "facts": {},
+        "floor_ms": None,
+        "share_of_floor": None,
+        "tokens_per_second": None,
+        "mfu": None,
+        "peak_allocated": None,
+        "peak_reserved": None,
+        "interleaved": None,
+        "doubts": [],
+        "samples_ms": {"device": [], "wall": []},
+        "unavailable": unavailable,
+    }
+
+
+def make_summary(
+    environment: Mapping[str, str],
+    card: Card,
+    rows: Sequence[Row],
+    setting: Setting,
+    complete: bool,
+    doubts: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The whole run as plain data; a new field is an addition, a change is a new schema."""
+    return {
+        "schema": SCHEMA,
+        "label": SMALL if setting.small else None,
+        "environment": dict(environment),
+        "card": asdict(card) | {"noise": noise_of(rows), "doubts": list(doubts)},
+        "quick": setting.quick,
+        "complete": complete,
+        "rows": list(rows),
+    }
+
+
+def noise_of(rows: Sequence[Row]) -> dict[str, float] | None:
+    """The ratio of the row that measured a step against itself; None if it was not measured."""
+    from conformance.bench.optimizer_step import AGAINST_ITSELF
+
+    for row in rows:
+        if row["name"].endswith(AGAINST_ITSELF) and row["interleaved"]:
+            return {key: row["interleaved"][key] for key in ("ratio", "low", "high")}
+    return None
+
+
+def noise_floor(summary: Mapping[str, Any]) -> float:
+    """How far from 1 the ratio of equals may lie, at 95 %."""
+    noise = summary["card"]["noise"]
+    return 0.0 if noise is None else float(max(abs(noise["low"] - 1), abs(noise["high"] - 1)))
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """A summary that an earlier run wrote.
+
+    Raises:
+        UsageError: if the file is not one.
+    """
+    if path.is_dir():
+        path = path / "summary.json"
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"the summary {path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise UsageError(f"the file {path} is not JSON: give the summary.json that an earlier bench wrote.") from error
+    if not isinstance(summary, dict) or not {"schema", "environment", "card", "rows"} <= summary.keys():
+        raise UsageError(f"the file {path} is no summary of the bench: give the summary.json of an earlier run.")
+    if summary["schema"] != SCHEMA:
+        raise UsageError(
+            f"the summary {path} has schema {summary['schema']}, but this release reads {SCHEMA}: run the bench again."
+        )
+    return summary
+
+
+def as_interval(values: Mapping[str, float]) -> Interval:
+    """A row's ``{"median", "low", "high"}``."""
+    return Interval(values["median"], values["low"], values["high"])

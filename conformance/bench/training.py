@@ -1,0 +1,348 @@
+"""The reference's training step: optimizers, precisions, embedding, logits and compilation against each other.
+
+One step is what ``Trainer.fit`` does for one update: fetch the next batch, forward, backward, clip, look at loss and
+norm, step. What it gives is judged in tokens per second and in MFU, and :func:`throughput` refuses figures that cannot
+be. The libraries beside it are in conformance.bench.peers.
+"""
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from conformance.bench.case import Case, Prepared, Setting, Unavailable
+from conformance.bench.optimizer_step import clear_state, state_bytes
+from conformance.subject import UsageError
+from reference.config import ConfigurationError, GPTConfig, TrainConfig
+from reference.throughput import dense_peak, flops_per_token
+
+if TYPE_CHECKING:
+    from reference.run import Run
+
+GROUP = "training step"
+ADAMW: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
+FORMULA = (
+    "6 N + 12 L d T FLOPs per token, as PaLM counts (arXiv:2204.02311, appendix B); causal: 6 N + 6 L d T. "
+    "N weights of linear layers and head, L layers, d width, T tokens per sequence"
+)
+
+
+def settings(**changes: Any) -> TrainConfig:
+    """How the rows train, with what one of them has otherwise: bf16-mixed, fused AdamW, clipped at 1, compiled."""
+    common: dict[str, Any] = {"optimizer_args": ADAMW, "schedule": "constant", "precision": "bf16-mixed"}
+    return TrainConfig(**(common | {"logits": "compute", "compile": True} | changes))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to train."""
+
+    name: str
+    """Without the compilation, which the row's name gets from the settings and the device."""
+    train: TrainConfig = field(default_factory=settings)
+    microbatch: int = 32
+    """Sequences per step."""
+    beside: str | None = None
+    """The row that this one is interleaved with: one that runs the same compiled code, or none either."""
+    quick: bool = False
+    """Whether a quick run has it."""
+    seconds: float = 8.0
+    """For the whole row, on an H100."""
+
+
+EIGHT_BIT = "bitsandbytes.optim.AdamW8bit"
+PAGED = "bitsandbytes.optim.PagedAdamW8bit"
+TRUE = settings(precision="bf16-true")
+FUSED = "bf16-mixed, AdamW fused"
+FUSED_64 = "bf16-mixed, AdamW fused, microbatch 64"
+# Rows of the same precision, embedding and batch stand together: they run the same compiled code (compiler_for).
+GPT2_ROWS = (
+    Row(FUSED, quick=True, seconds=35),
+    Row("bf16-mixed, AdamW unfused", settings(optimizer_args=ADAMW | {"fused": False}), beside=FUSED, quick=True),
+    Row("bf16-mixed, AdamW8bit", settings(optimizer=EIGHT_BIT), beside=FUSED),
+    Row("bf16-mixed, PagedAdamW8bit", settings(optimizer=PAGED), beside=FUSED),
+    Row("bf16-mixed, AdamW8bit, StableEmbedding", settings(optimizer=EIGHT_BIT, stable_embedding=True), seconds=28),
+    Row("bf16-true, AdamW fused", TRUE, seconds=28),
+    Row(FUSED, settings(compile=False), quick=True),
+    Row("bf16-mixed, AdamW fused, float32 logits", settings(compile=False, logits="float32"), beside=FUSED),
+    Row(FUSED_64, microbatch=64, seconds=28),
+    Row("bf16-mixed, AdamW captured, microbatch 64", settings(capture_step=True), microbatch=64, beside=FUSED_64),
+)
+LLAMA_ROWS = (
+    Row("bf16-true, AdamW fused", TRUE, microbatch=16, seconds=45),
+    Row("bf16-true, AdamW8bit", replace(TRUE, optimizer=EIGHT_BIT), microbatch=16, beside="bf16-true, AdamW fused"),
+    Row("bf16-mixed, AdamW fused", microbatch=16, seconds=45),
+)
+
+
+def cases(device: torch.device, quick: bool) -> list[Case]:
+    """The reference's rows, in the order in which they share compiled code. On the CPU with tiny shapes, and eager."""
+    small = Setting(device, quick).small
+    table: dict[str, tuple[Row, ...]] = {"gpt2-tiny" if small else "gpt2-124m": GPT2_ROWS}
+    if not quick:
+        table["llama-tiny" if small else "llama-1.2b"] = LLAMA_ROWS
+
+    def full_name(name: str, row: Row) -> str:
+        return f"reference, {name}, {compilation(row.train.compile, device)}"
+
+    return [
+        Case(
+            GROUP,
+            size,
+            full_name(row.name, row),
+            partial(prepare, row, shape(size)),
+            beside=None if row.beside is None else full_name(row.beside, row),
+            budget=4.0 if size == "llama-1.2b" else 2.0,
+            seconds=row.seconds,
+        )
+        for size, rows in table.items()
+        for row in rows
+        if row.quick or not quick
+    ]
+
+
+def shape(size: str) -> GPTConfig:
+    """The model of a size: GPT-2 or Llama over 1024 tokens, or either of them tiny."""
+    tiny = {"vocab_size": 256, "block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 32}
+    make = GPTConfig.gpt2 if size.startswith("gpt2") else GPTConfig.llama
+    return make(**(tiny if size.endswith("tiny") else {"block_size": 1024}))
+
+
+def compiles(device: torch.device) -> bool:
+    """Whether rows that are to be compiled are: inductor takes minutes on a CPU, where no figure counts."""
+    return device.type == "cuda"
+
+
+def compilation(wanted: bool, device: torch.device) -> str:
+    """What is done about compilation, as the end of a row's name."""
+    if not wanted:
+        return "eager"
+    return "compiled" if compiles(device) else f"compilation off on the {device.type.upper()}"
+
+
+def prepare(row: Row, config: GPTConfig, setting: Setting) -> Prepared:
+    """One of the reference's rows, ready to step.
+
+    Raises:
+        Unavailable: if the optimizer, its package or the capture of its step is not to be had here.
+    """
+    from reference.trainer import Trainer
+
+    device = setting.device
+    paged = row.train.optimizer == PAGED
+    if paged and device.type != "cuda":
+        raise Unavailable("bitsandbytes pages an optimizer's state through CUDA's unified memory only.")
+    train = replace(row.train, accelerator=device.type, compile=row.train.compile and compiles(device))
+    microbatch = 2 if setting.small else row.microbatch
+    if train.compile:
+        compiler_for((config, train.precision, train.stable_embedding, microbatch))
+    try:
+        run = Trainer(partial(draw, config, device), train).setup()
+    except ConfigurationError as error:
+        raise Unavailable(str(error)) from error
+    updates = Updates(run, random_batches(config, microbatch, device))
+    facts = common_facts(config, microbatch, device, run.module) | {
+        "precision": train.precision,
+        "optimizer": optimizer_name(run.bare),
+        "compiled": compilation(row.train.compile, device),
+        "logits": "inside the compiled graph" if train.compile else f"{train.logits} dtype",
+        "embedding": type(run.module.embedding).__name__,
+        "host": "reads loss and gradient norm in each step",
+    }
+    if paged:
+        facts["note"] = "moments in managed memory, which the peak does not count"
+    return Prepared(
+        updates.step,
+        facts,
+        updates.reset,
+        forget_pages if paged else None,
+        updates.batches,
+        lambda: later_facts(updates.loss, run.bare),
+    )
+
+
+class Updates:
+    """Update after update of a run, as ``Trainer.fit`` does them."""
+
+    def __init__(self, run: "Run", batches: list[Tensor]) -> None:
+        """Begin with the first batch.
+
+        Args:
+            run: fresh from ``Trainer.setup``.
+            batches: token ids (B, T + 1) each, taken in turn.
+        """
+        self.run, self.batches = run, batches
+        self.back = rewind(run.module, run.bare)
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin with the first batch again."""
+        self.update, self.loss = 0, float("nan")
+        self.source = itertools.cycle(self.batches)
+        self.upcoming = self.run.fetch(self.source)
+
+    def step(self) -> None:
+        """One update; the next batch is fetched meanwhile."""
+        done = self.run.update_once(self.update, self.upcoming, self.source)
+        self.update, self.loss, self.upcoming = self.update + 1, done.loss, done.following
+
+    def reset(self) -> None:
+        """Back to the start."""
+        self.back()
+        self.begin()
+
+
+def optimizer_name(optimizer: Optimizer) -> str:
+    """Its class, and with which of PyTorch's implementations it steps where there is a choice."""
+    name = type(optimizer).__name__
+    if "fused" not in optimizer.defaults:
+        return name
+    return f"{name} ({'fused' if optimizer.defaults['fused'] else 'unfused'})"
+
+
+def forget_pages() -> None:
+    """Have bitsandbytes forget the paged state of all optimizers, which it keeps for the life of the process."""
+    from bitsandbytes.functional import GlobalPageManager
+
+    GlobalPageManager.get_instance().paged_tensors.clear()
+
+
+def draw(config: GPTConfig, device: torch.device) -> nn.Module:
+    """A GPT whose weights are drawn on the device, in the default dtype.
+
+    The reference draws on the CPU, so that a run starts the same everywhere, which takes ten seconds for 1.3 billion
+    weights. Speed does not depend on it.
+    """
+    from reference.model import GPT
+
+    with torch.device("meta"):
+        model = GPT(config)
+    model.to_empty(device=device)
+    if config.tie_embeddings:
+        model.head.weight = model.embedding.weight  # to_empty() gives every name memory of its own
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0.0, config.init_std, generator=generator)
+            else:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+    if model.rotary is not None:
+        model.rotary.reset_parameters()
+    return model
+
+
+@lru_cache(maxsize=1)
+def compiler_for(key: tuple[Any, ...]) -> None:
+    """Forget all compiled code, unless the last caller had the same key.
+
+    Rows with the same key, which are the same model on the same shapes in another instance, run the same compiled
+    code, and only the first waits for it. Others must not meet: another batch size alone has TorchDynamo compile for
+    any batch size, which is slower, and after eight versions it goes on eager with no more than a log line.
+    """
+    torch._dynamo.reset()
+
+
+def random_batches(config: GPTConfig, microbatch: int, device: torch.device, count: int = 8) -> list[Tensor]:
+    """Different batches of random token ids, (microbatch, T + 1) int64, on the CPU as data comes; pinned for a GPU."""
+    generator = torch.Generator().manual_seed(0)
+    size = (microbatch, config.block_size + 1)
+    batches = [torch.randint(config.vocab_size, size, generator=generator) for _ in range(count)]
+    return [batch.pin_memory() for batch in batches] if device.type == "cuda" else batches
+
+
+def rewind(module: nn.Module, optimizer: Optimizer) -> Callable[[], None]:
+    """A function that brings parameters and optimizer back to where they are now, in place.
+
+    In place, because compiled code and captured graphs know the tensors by address. The optimizer must be new. The
+    copy is on the CPU, so that it does not show in the GPU's memory.
+    """
+    start = [(parameter, parameter.detach().to("cpu", copy=True)) for parameter in module.parameters()]
+
+    @torch.no_grad()
+    def back() -> None:
+        for parameter, value in start:
+            parameter.copy_(value)
+        optimizer.zero_grad()
+        clear_state(optimizer)
+
+    return back
+
+
+def common_facts(config: GPTConfig, microbatch: int, device: torch.device, module: nn.Module) -> dict[str, float | str]:
+    """What is known of any row beforehand. FLOPs are those of the reference's shape, also where a peer's differs."""
+    facts: dict[str, float | str] = {
+        "tokens": microbatch * config.block_size,
+        "microbatch": microbatch,
+        "length": config.block_size,
+        "parameters": sum(parameter.numel() for parameter in module.parameters()),
+        "flops_per_token": flops_per_token(config, config.block_size),
+        "flops_per_token_causal": flops_per_token(config, config.block_size, causal=True),
+        "formula": FORMULA,
+        "batches": "random tokens, from pinned memory" if device.type == "cuda" else "random tokens",
+        "clip": 1.0,
+    }
+    if device.type == "cuda":
+        facts["card"] = torch.cuda.get_device_name(device)
+        peak = dense_peak(str(facts["card"]), torch.bfloat16)
+        if peak is not None:
+            facts["dense_peak"] = peak
+    return facts
+
+
+def later_facts(loss: Any, optimizer: Optimizer) -> dict[str, float | str]:
+    """What is known of any row after its steps."""
+    numbers = sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
+    return {"last loss": float(loss), "state bytes per parameter": state_bytes(optimizer) / numbers}
+
+
+# How many times longer than the other each of a row's clocks may be. On an H100 wall over device was 1.000 to 1.003;
+# a timestamp that is taken for a duration is off by thousands.
+AGREE = 2.0
+
+
+def throughput(row: Mapping[str, Any]) -> dict[str, float]:
+    """Tokens per second and MFU of a row of the result file; empty for one that was unavailable.
+
+    Returns:
+        ``tokens_per_second`` by the synchronised wall clock, ``tokens_per_second_device`` by the device's; and where
+        the card's peak is known ``mfu`` and ``mfu_causal``, both by the wall clock: see :data:`FORMULA`.
+
+    Raises:
+        UsageError: if the figures cannot be: clocks that contradict each other, a peak above the card's dense one
+            (data sheets print the rate with sparsity, double of it), or more FLOPs than the card can do.
+    """
+    if row["unavailable"]:
+        return {}
+    facts = row["facts"]
+    name = f"{row['size']}, {row['name']}"
+    device, wall = row["device_ms"]["median"] / 1e3, row["wall_ms"]["median"] / 1e3
+    host = row["host_ms"] / 1e3
+    if not 0.0 < device <= AGREE * wall <= AGREE * AGREE * (device + host):
+        raise UsageError(
+            f"{name}: a step of {device * 1e3:.3f} ms on the device, {wall * 1e3:.3f} ms on the wall clock and "
+            f"{host * 1e3:.3f} ms on the host cannot be: a duration is wrong, for example a timestamp. Measure again."
+        )
+    figures = {"tokens_per_second": facts["tokens"] / wall, "tokens_per_second_device": facts["tokens"] / device}
+    if "dense_peak" not in facts:
+        return figures
+    peak, known = facts["dense_peak"], dense_peak(facts["card"], torch.bfloat16)
+    if known is None or peak > known:
+        raise UsageError(
+            f"{name}: a peak of {peak / 1e12:.1f} TFLOP/s is not the dense one of {facts['card']}, "
+            f"{'which is unknown' if known is None else f'{known / 1e12:.1f}'}: see reference.throughput.CARDS."
+        )
+    for key in ("flops_per_token", "flops_per_token_causal"):
+        mfu = figures["tokens_per_second"] * facts[key] / peak
+        if mfu > 1.0:
+            raise UsageError(
+                f"{name}: an MFU of {mfu:.2f} is more than the card can do: {facts['tokens']:.0f} tokens in "
+                f"{wall * 1e3:.3f} ms. A duration or a count is wrong. Measure again."
+            )
+        figures[key.replace("flops_per_token", "mfu")] = mfu
+    return figures

@@ -1,0 +1,83 @@
+"""A device that lags its host, in virtual time: launches return at once, and the work is done later."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+
+class FakeEvent:
+    """A point in the device's time."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def seconds_until(self, later: "FakeEvent") -> float:
+        return later.seconds - self.seconds
+
+
+class FakeDevice:
+    """Host and device, each with a time of its own. Nothing takes any real time."""
+
+    kind = "fake"
+    launch_seconds = 5e-6
+    bandwidth, cache_bandwidth, cache_bytes = 1e12, 5e12, 50e6
+
+    def __init__(self, noise: float = 0.0, drift: float = 0.0) -> None:
+        self.host = 1000.0  # a host's clock begins anywhere
+        self.busy_until = 0.0
+        self.noise, self.drift = np.random.default_rng(0), drift
+        self.spread = noise
+        self.cached = False
+        self.tensors, self.peak_tensors = 0, 0
+
+    # what a step does
+
+    def work(self, seconds: float) -> None:
+        """Launch work of so many seconds; slower by ``drift`` for every second of the device's past."""
+        self.host += self.launch_seconds
+        begin = max(self.host, self.busy_until)
+        factor = (1 + self.drift * (begin - 1000.0)) * float(np.exp(self.noise.normal(0.0, self.spread)))
+        self.busy_until = begin + seconds * factor
+
+    def read(self, size: float) -> None:
+        """Launch a read of so many bytes of one buffer."""
+        warm = self.cached and size <= self.cache_bytes
+        self.work(size / (self.cache_bandwidth if warm else self.bandwidth))
+        self.cached = True
+
+    def allocate(self, size: int) -> Callable[[], None]:
+        """Take bytes; the function gives them back."""
+        self.tensors += size
+        self.peak_tensors = max(self.tensors, self.peak_tensors)
+
+        def free() -> None:
+            self.tensors -= size
+
+        return free
+
+    # what the clock needs
+
+    def now(self) -> float:
+        return self.host
+
+    def synchronize(self) -> None:
+        self.host = max(self.host, self.busy_until)
+
+    def event(self) -> FakeEvent:
+        return FakeEvent(max(self.host, self.busy_until))
+
+    def flush(self) -> None:
+        self.work(1e-5)
+        self.cached = False
+
+    def allocated(self) -> tuple[int, int]:
+        return self.tensors, self.tensors
+
+    def peak(self) -> tuple[int, int]:
+        return self.peak_tensors, self.peak_tensors
+
+    def reset_peak(self) -> None:
+        self.peak_tensors = self.tensors
+
+    def release(self) -> None:
+        pass

@@ -1,0 +1,114 @@
+"""Two runs of the bench beside each other."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conformance.bench.__main__ import main
+from conformance.bench.compare import check_comparable, compare
+from conformance.bench.summary import noise_floor, read_summary
+from conformance.subject import UsageError
+
+ENVIRONMENT = {"gpu": "NVIDIA H100 80GB HBM3", "torch": "2.11.0", "driver": "570.86.15"}
+
+
+def row(name: str, milliseconds: float, seed: int, group: str = "optimizer step", rounds: int = 30) -> dict[str, Any]:
+    """A row with 1 % of noise in its device times; the wall times are double."""
+    device = list(milliseconds * np.exp(np.random.default_rng(seed).normal(0, 0.01, rounds)))
+    samples = {"device": device, "wall": [2 * value for value in device]}
+    return {"group": group, "size": "gpt2-124m", "name": name, "samples_ms": samples, "unavailable": None}
+
+
+def summary(*rows: dict[str, Any], **environment: str) -> dict[str, Any]:
+    return {
+        "schema": 1,
+        "label": None,
+        "environment": ENVIRONMENT | environment,
+        "card": {"name": "NVIDIA H100 80GB HBM3", "noise": {"ratio": 1.0, "low": 0.997, "high": 1.004}},
+        "rows": list(rows),
+    }
+
+
+OLD = summary(row("A", 3.0, 1), row("B", 3.0, 2), row("C", 3.0, 3), row("D", 3.0, 4, rounds=3))
+NEW = summary(row("A", 3.06, 11), row("B", 2.94, 12), row("C", 3.0, 13), row("D", 9.0, 14, rounds=3), row("E", 1.0, 15))
+
+
+def test_each_row_gets_a_verdict() -> None:
+    found = {comparison.key[2]: comparison for comparison in compare(OLD, NEW)}
+    assert {name: comparison.verdict for name, comparison in found.items()} == {
+        "A": "slower",  # by the 2 % that was planted
+        "B": "faster",
+        "C": "ambiguous",
+        "D": "ambiguous",  # three rounds
+    }
+    assert found["A"].ratio.low < 1.02 < found["A"].ratio.high
+    assert noise_floor(OLD) == pytest.approx(0.004)
+
+
+def test_a_training_step_is_compared_by_the_wall() -> None:
+    slow = row("A", 3.0, 1, group="training step")
+    slow["samples_ms"]["wall"] = [2 * value for value in slow["samples_ms"]["wall"]]
+    [found] = compare(summary(row("A", 3.0, 1, group="training step")), summary(slow))
+    assert (found.clock, found.verdict) == ("wall", "slower")
+
+
+def test_what_was_not_measured_is_not_compared() -> None:
+    absent = row("A", 1.0, 1) | {"unavailable": "out of memory."}
+    assert compare(OLD, summary(absent)) == compare(summary(absent), OLD) == []
+
+
+def test_other_cards_and_versions_are_refused() -> None:
+    check_comparable(OLD, NEW)
+    with pytest.raises(UsageError, match=r"torch 2\.11\.0 and 2\.12\.0.*--across"):
+        check_comparable(OLD, summary(torch="2.12.0"))
+    with pytest.raises(UsageError, match="gpu NVIDIA H100 80GB HBM3 and NVIDIA A10"):
+        check_comparable(OLD, summary(gpu="NVIDIA A10"))
+    with pytest.raises(UsageError, match="small on the CPU"):
+        check_comparable(OLD, OLD | {"label": "CPU, small"})
+
+
+def written(path: Path, content: object) -> str:
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return str(path)
+
+
+def test_two_files_are_compared_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old, new = written(tmp_path / "old.json", OLD), written(tmp_path / "new.json", NEW)
+    assert main(["--compare", old, new]) == 1
+    printed = capsys.readouterr().out
+    assert "differences under 0.40% are noise" in printed
+    assert all(verdict in printed for verdict in ("slower", "faster", "ambiguous"))
+    assert main(["--compare", old, old]) == 0
+    other = written(tmp_path / "other.json", summary(row("C", 3.0, 13), torch="2.12.0"))
+    assert main(["--compare", old, other]) == 2
+    assert "torch 2.11.0 and 2.12.0" in capsys.readouterr().err
+    assert main(["--compare", old, other, "--across"]) == 0
+    nothing = written(tmp_path / "nothing.json", summary(row("Z", 3.0, 13)))
+    assert main(["--compare", old, nothing]) == 2
+    assert "no row in common" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "cannot be read"),
+        ("no JSON", "is not JSON"),
+        ("[]", "is no summary of the bench"),
+        ('{"benchmarks": []}', "is no summary of the bench"),
+        (json.dumps(OLD | {"schema": 9}), "has schema 9"),
+    ],
+)
+def test_what_is_no_summary_is_told(tmp_path: Path, content: str | None, expected: str) -> None:
+    file = tmp_path / "summary.json"
+    if content is not None:
+        file.write_text(content, encoding="utf-8")
+    with pytest.raises(UsageError, match=expected):
+        read_summary(file)
+
+
+def test_the_folder_of_a_run_will_do(tmp_path: Path) -> None:
+    written(tmp_path / "summary.json", OLD)
+    assert read_summary(tmp_path)["rows"][0]["name"] == "A"
