@@ -40,6 +40,10 @@ def restore(
         CheckpointError: if it does not fit them.
     """
     state = checkpoint.load_state(folder)
+    if state["optimizer"] is None:  # weights alone, from import_huggingface
+        load_weights(folder, module, root)
+        logger.info("resume: the weights of %s; it has no optimizer state, which starts afresh", folder)
+        return int(state["update"])
     if state["optimizer_class"] != config.optimizer:
         raise checkpoint.CheckpointError(
             f"{folder} was trained with {state['optimizer_class']}, not {config.optimizer}: "
@@ -47,11 +51,10 @@ def restore(
         )
     given = [{key: group[key] for key in config.optimizer_args if key in group} for group in optimizer.param_groups]
     try:
+        load_weights(folder, module, root)
         if root is None:
-            checkpoint.load_model(folder, module)
             load_optimizer_state(optimizer, state["optimizer"])
         else:
-            shard_weights(root, checkpoint.load_weights(folder))
             shard_optimizer_state(root, optimizer, state["optimizer"])
     except ValueError as error:  # other groups: another decay policy, or tensors that were frozen since
         raise checkpoint.CheckpointError(f"the optimizer state in {folder} does not fit: {error}.") from error
@@ -64,6 +67,14 @@ def restore(
     fabric.strategy.precision.load_state_dict(state["precision"])
     logger.info("resume: from %s, after update %d", folder, state["update"])
     return int(state["update"])
+
+
+def load_weights(folder: Path, module: nn.Module, root: Any) -> None:
+    """Load the weights of a checkpoint into a module, or into the shards of it under ``root``."""
+    if root is None:
+        checkpoint.load_model(folder, module)
+    else:
+        shard_weights(root, checkpoint.load_weights(folder))
 
 
 def gathered(root: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from reference import update
-from reference.checkpoint import load_config, load_for_inference
-from reference.config import ConfigurationError, GPTConfig, TrainConfig
+from reference.checkpoint import load_config, load_for_inference, save
+from reference.config import ConfigurationError, GPTConfig, TrainConfig, as_plain
 from reference.data import TokenData, write_tokens
 from reference.launch import launch
 from reference.model import GPT
@@ -328,3 +328,12 @@ def test_a_checkpoint_keeps_the_tokenizer(batches: list[Tensor], tmp_path: Path)
         step = tmp_path / "out" / "step-00000001"
         assert load_config(step)["tokenizer"] == kind
         assert (step / "tokenizer.json").exists() == (kind == "tokenizer.json")
+
+
+def test_weights_without_optimizer_state_are_trained_on(batches: list[Tensor], tmp_path: Path) -> None:
+    start = GPT(GPT2, seed=5)
+    state = {"update": 0, "optimizer": None, "optimizer_class": None, "precision": {}, "stable_embedding": False}
+    save(tmp_path / "step-00000000", start, state, {"train": as_plain(TrainConfig()), "model": as_plain(GPT2)})
+    resumed = fit(GPT2, batches, updates=2, resume=tmp_path / "step-00000000")
+    assert [record.update for record in resumed.records] == [1, 2]
+    assert torch.equal(flat(resumed.model), flat(fit(start, batches, updates=2).model))

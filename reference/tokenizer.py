@@ -1,0 +1,248 @@
+"""Text to token ids and back: plain bytes, or a tokenizer.json of the ``tokenizers`` library.
+
+Text is data, never a command: the end of a document is an id that no text encodes to, whatever characters it holds.
+"""
+
+import codecs
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from reference.config import ConfigurationError
+
+END_OF_DOCUMENT = ("<|endoftext|>", "</s>", "<|end_of_text|>")  # GPT-2 and NeoX; Llama 1 and 2, T5; Llama 3
+FILE = "tokenizer.json"
+
+
+class Tokenizer(Protocol):
+    """What the trainer's command line needs of a tokenizer."""
+
+    name: str
+    """``bytes`` or ``tokenizer.json``, as it is written into token files and checkpoints."""
+    vocab_size: int
+    """Every id is below it."""
+    end_of_document: int
+    """The id that follows each document; no text encodes to it."""
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, with nothing added before or behind.
+
+        Raises:
+            ConfigurationError: if the text holds lone surrogates, which are no characters.
+        """
+
+    def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
+        """The same of several texts, as arrays of integers; in parallel where the tokenizer can."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of these ids. The end of a document is no text; bytes that are no UTF-8 become U+FFFD.
+
+        Raises:
+            ConfigurationError: if an id is not of this tokenizer.
+        """
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Decode ids as they come: each piece as soon as its characters are complete. Joined: ``decode(ids)``."""
+
+
+class ByteTokenizer:
+    """The 256 bytes of UTF-8, and id 256 as the end of a document. See :class:`Tokenizer`."""
+
+    name = "bytes"
+    vocab_size = 257
+    end_of_document = 256
+
+    def encode(self, text: str) -> list[int]:
+        return list(utf8(text))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
+        return [np.frombuffer(utf8(text), np.uint8) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(self.stream(ids))
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for token in ids:
+            check_id(token, self.vocab_size)
+            # The end of a document also ends a character that was cut short.
+            text = decoder.decode(b"", True) if token == self.end_of_document else decoder.decode(bytes([token]))
+            if text:
+                yield text
+        if text := decoder.decode(b"", True):
+            yield text
+
+
+class FileTokenizer:
+    """A tokenizer.json of the ``tokenizers`` library, taken as it is. See :class:`Tokenizer`.
+
+    Args:
+        content: of the file. It is kept, so that a copy of it is the same to the byte.
+        source: what messages call it.
+
+    Raises:
+        ConfigurationError: if it is no tokenizer.json, or has no token for the end of a document.
+    """
+
+    name = FILE
+
+    def __init__(self, content: bytes, source: str) -> None:
+        import tokenizers
+
+        self.content = content
+        try:
+            self.tokenizer: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(content.decode())
+        except Exception as error:  # from_str raises plain Exception
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise ConfigurationError(f"{source} is no tokenizer.json of the tokenizers library ({reason}).") from error
+        # NOTE a footgun: a tokenizer.json carries the truncation and padding of the day it was saved, and a document
+        # would silently end after 512 tokens.
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.tokenizer.encode_special_tokens = True  # "<|endoftext|>" within a text is text, not the end of it
+        vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
+        # Not the number of tokens: some files leave gaps between their ids.
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        found = [vocabulary[token] for token in END_OF_DOCUMENT if token in vocabulary]
+        if not found:
+            raise ConfigurationError(
+                f"{source} has no token for the end of a document (looked for {', '.join(END_OF_DOCUMENT)}): "
+                "add one to it as a special token."
+            )
+        self.end_of_document = found[0]
+
+    def encode(self, text: str) -> list[int]:
+        utf8(text)
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
+        for text in texts:
+            utf8(text)
+        # Fast: without the places of the tokens in the text, which take as long again.
+        encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, np.int64) for encoding in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        for token in ids:
+            check_id(token, self.vocab_size)
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        # A decoder may look back (at the space before a word, at the first bytes of a character), so each piece is
+        # what the text of the last ids gains by the newest, and waits while it ends within a character.
+        held: list[int] = []
+        given = ""
+        for token in ids:
+            held.append(token)
+            text = self.decode(held)
+            if text.endswith("\ufffd") or len(text) <= len(given):
+                continue
+            yield text[len(given) :]
+            # All but the newest is settled; it stays as what the next is decoded beside.
+            held = [token]
+            given = self.decode(held)
+        if rest := self.decode(held)[len(given) :]:
+            yield rest
+
+
+def train_tokenizer(texts: Iterable[str], size: int) -> FileTokenizer:
+    """Train a byte-level byte-pair encoding (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909; over bytes:
+    Radford et al. 2019), with ``<|endoftext|>`` as id 0. Every text has an encoding, and decodes to itself.
+
+    Args:
+        texts: to count pairs in; of the training split only.
+        size: ids in all: at least 257, the bytes and the end of a document. Fewer come out if the text is too small.
+
+    Raises:
+        ConfigurationError: if the size is too small.
+    """
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    check_size(size)
+    model = tokenizers.Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[END_OF_DOCUMENT[0]],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    model.train_from_iterator(texts, trainer)
+    return FileTokenizer(model.to_str().encode(), "the trained tokenizer")
+
+
+def check_size(size: int) -> None:
+    """Raise ConfigurationError if a vocabulary of so many ids cannot hold the bytes and the end of a document."""
+    if not 257 <= size <= 1 << 24:
+        raise ConfigurationError(
+            f"bpe:{size} cannot be trained: 256 bytes and the end of a document need 257, and 2**24 is the most."
+        )
+
+
+def load_tokenizer(source: str | Path) -> Tokenizer:
+    """The tokenizer of this name or place.
+
+    Args:
+        source: ``bytes``; a tokenizer.json; or a folder: of data, a checkpoint, or any other that holds a
+            tokenizer.json. Where a folder states its tokenizer (config.json, train.json), that is taken.
+
+    Raises:
+        ConfigurationError: if there is none.
+    """
+    if str(source) == ByteTokenizer.name:
+        return ByteTokenizer()
+    if str(source).startswith("bpe:"):
+        raise ConfigurationError(
+            f"{source} is a tokenizer yet to be trained: `python -m reference prepare --tokenizer {source}` trains one "
+            "and writes its tokenizer.json, which is what to give here."
+        )
+    path = Path(source)
+    if path.is_dir():
+        if stated_tokenizer(path) == ByteTokenizer.name:
+            return ByteTokenizer()
+        path = path / FILE
+    try:
+        return FileTokenizer(path.read_bytes(), str(path))
+    except OSError as error:
+        raise ConfigurationError(
+            f"there is no tokenizer at {source} ({path}: {error.strerror}): give 'bytes', a tokenizer.json, or a "
+            "folder of data or a checkpoint."
+        ) from error
+
+
+def stated_tokenizer(folder: Path) -> str | None:
+    """What the files of a checkpoint or data folder say their tokenizer is, if they say."""
+    for name in ("config.json", "train.json", "validation.json"):
+        try:
+            stated = json.loads((folder / name).read_text(encoding="utf-8")).get("tokenizer")
+        except (OSError, ValueError, AttributeError):
+            continue  # absent, or a file of that name which is none of ours
+        if stated is not None:
+            return str(stated)
+    return None
+
+
+def utf8(text: str) -> bytes:
+    """The bytes of a text, or one sentence."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigurationError(
+            f"the text holds {text[error.start]!a} at position {error.start}, half of a surrogate pair and no "
+            "character: read it with the encoding that it was written in."
+        ) from error
+
+
+def check_id(token: int, vocab_size: int) -> None:
+    """Raise ConfigurationError if the id is not below the vocabulary's size."""
+    if not 0 <= token < vocab_size:
+        raise ConfigurationError(
+            f"token id {token} is not of this tokenizer, whose ids are below {vocab_size}: "
+            "sample only from those logits, or give the tokenizer that the model was trained with."
+        )
