@@ -219,6 +219,8 @@ class GPT(nn.Module):
         if self.position is not None:
             x = x + self.position(torch.arange(start, end, device=ids.device))
         x = self.dropout(x)
+        if not self.config.fp32_residual and torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         caches: Sequence[Cache | None] = cache or [None] * len(self.blocks)
         for block, kept in zip(self.blocks, caches, strict=True):
             if self.checkpoint_blocks and self.training and kept is None:

@@ -185,10 +185,7 @@ class Trainer:
             checkpoint_activations(module)
         # FSDP flattens the tensors, and the decay policy asks for their dimensions.
         dimensions = {name: tensor.ndim for name, tensor in module.named_parameters(remove_duplicate=False)}
-        options: Any = {"coordinate_descent_tuning": True, "max_autotune_pointwise": True}
-        compiled: Any = module
-        if config.compile:
-            compiled = torch.compile(TokenLoss(module), options=options if config.tune_kernels else None)
+        compiled: Any = torch.compile(TokenLoss(module)) if config.compile else module
         wrapped = fabric.setup_module(compiled)
         bare = build_optimizer(
             config.optimizer,

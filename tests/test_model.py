@@ -323,3 +323,17 @@ def test_a_shape_that_cannot_work_is_refused(changes: dict[str, Any], sentence: 
 def test_training_that_cannot_work_is_refused(changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigurationError, match=re.escape(sentence)):
         TrainConfig(**changes)
+
+
+@pytest.mark.parametrize(("fp32_residual", "expected"), [(True, torch.float32), (False, torch.bfloat16)])
+def test_the_residual_stream_under_autocast(fp32_residual: bool, expected: torch.dtype) -> None:
+    model = GPT(GPTConfig.tiny(fp32_residual=fp32_residual))
+    seen = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    model.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    ids = torch.arange(8).view(1, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(ids)
+    assert seen == [expected] * 3
+    assert torch.equal(model(ids), GPT(GPTConfig.tiny())(ids))  # nothing changes without autocast
