@@ -2,32 +2,55 @@
 
 A checkpoint is a folder ``step-00000100`` with
 
-    model.safetensors   weights and persistent buffers; a tied tensor once
+    model.safetensors   weights and persistent buffers, whole also if they were trained in shards; a tied tensor once
     state.pt            optimizer state, progress, precision state: tensors and plain values only
-    config.json         the model's configuration, if it has one, and the training configuration
+    config.json         the model's configuration, if it has one, the training configuration, the tokenizer's name
+    tokenizer.json      the tokenizer, if it has a file
+    SHA256SUMS          checksums of them all, checked on load
 
 It is written under another name, flushed to the disk and then renamed, so a run that is killed while saving leaves
-the previous checkpoint as the newest.
+the previous checkpoint as the newest. Only one run at a time may write into a directory; any number may read.
 """
 
-import contextlib
 import json
-import os
+import logging
 import re
 import shutil
+import tempfile
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from pickle import PicklingError
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from reference.config import GPTConfig
+from reference.config import ConfigurationError, GPTConfig
 from reference.embedding import restore_embeddings, swap_embeddings
+from reference.integrity import (
+    SUMS,
+    as_written,
+    digest,
+    hidden,
+    read_sums,
+    recover,
+    replace_folder,
+    require_loadable,
+    sealed,
+    tidy,
+    write_sums,
+)
 from reference.model import GPT
+from reference.weights import misfit, read_weights, write_weights
 
-STEP = re.compile(r"step-(\d{8})")
+logger = logging.getLogger("reference")
+
+STEP = re.compile(r"step-(\d{8,})")
 STATE = {"update", "optimizer", "optimizer_class", "precision", "stable_embedding"}  # what state.pt holds
-FILES = ("model.safetensors", "state.pt", "config.json")
+WEIGHTS, PROGRESS, CONFIG = FILES = ("model.safetensors", "state.pt", "config.json")
+FORMAT = 1  # in config.json since there are checksums: where it stands, SHA256SUMS must be there
 
 
 class CheckpointError(RuntimeError):
@@ -39,64 +62,117 @@ def step_folder(directory: Path, update: int) -> Path:
     return directory / f"step-{update:08d}"
 
 
-def save(folder: Path, model: nn.Module, state: dict[str, Any], config: dict[str, Any]) -> None:
+def number(folder: Path) -> int:
+    """Updates done at a checkpoint, from its name; 0 if it is called otherwise."""
+    found = STEP.fullmatch(folder.name)
+    return int(found[1]) if found else 0
+
+
+def require_writable(directory: Path) -> None:
+    """Raise CheckpointError if nothing can be written there. For the start of a run, before hours are spent."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoints cannot be written to {directory}: {error.strerror}. Choose a directory that can be written."
+        ) from error
+
+
+def save(
+    folder: Path,
+    weights: nn.Module | Mapping[str, Tensor],
+    state: dict[str, Any],
+    config: dict[str, Any],
+    files: Mapping[str, bytes | Path] = MappingProxyType({}),
+) -> None:
     """Write a checkpoint folder; it appears complete or not at all.
 
+    Args:
+        folder: its name, from :func:`step_folder`. One that is there is replaced.
+        weights: a module, or its state dict: whole, if it was sharded.
+        state: for ``state.pt``, with the keys in ``STATE``; tensors and plain values only.
+        config: for ``config.json``: ``model``, ``train``, ``tokenizer``.
+        files: further files, such as tokenizer.json, by name: the content, or where to copy it from.
+
     Raises:
-        CheckpointError: if the disk does not take it. Earlier checkpoints are untouched.
+        CheckpointError: if the disk does not take it, or if it could not be loaded again. Earlier checkpoints are
+            untouched.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import save_model
 
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial = hidden(folder, "partial")
+    state_dict = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    plain = {"format": FORMAT, "tokenizer": None} | config
+    content = {**files, CONFIG: (json.dumps(plain, indent=2, default=str) + "\n").encode()}
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_model(model, str(partial / "model.safetensors"))
-        torch.save(state, partial / "state.pt")
-        (partial / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
-        for path in (*partial.iterdir(), partial):
-            flush(path)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        tidy(folder.parent)
+        partial.mkdir()
+        with ThreadPoolExecutor(2) as pool:  # one file is flushed and summed up while the next is written
+            write_weights(partial / WEIGHTS, state_dict)
+            sums = {WEIGHTS: pool.submit(sealed, partial / WEIGHTS)}
+            with (partial / PROGRESS).open("wb") as file:  # so that a full disk is an OSError of Python's
+                torch.save(state, file)
+            require_loadable(partial / PROGRESS)
+            sums[PROGRESS] = pool.submit(sealed, partial / PROGRESS)
+            for name, source in content.items():
+                (partial / name).write_bytes(source if isinstance(source, bytes) else source.read_bytes())
+                sums[name] = pool.submit(sealed, partial / name)
+            write_sums(partial, {name: future.result() for name, future in sums.items()})
         replace_folder(partial, folder)
-    except (OSError, SafetensorError, RuntimeError) as error:  # a full disk is the last two to safetensors and torch
+    # A full disk is the second and third to safetensors and torch. The others: what cannot be stored at all.
+    except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, AttributeError, PicklingError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
-            f"the checkpoint {folder} could not be written: {first_line(error)}. Earlier checkpoints are complete; "
+            f"the checkpoint {folder} could not be written: {cause_of(error)}. Earlier checkpoints are complete; "
             "make room or choose another directory, and resume from the newest."
         ) from error
 
 
-def replace_folder(new: Path, folder: Path) -> None:
-    """Give ``new`` the name ``folder``. One that is there (of a run that this one resumes) goes when that is done."""
-    previous = folder.with_name(f".{folder.name}.previous")
-    if folder.exists():
-        shutil.rmtree(previous, ignore_errors=True)
-        folder.rename(previous)
-    try:
-        new.rename(folder)
-    except OSError:
-        recover(folder.parent)
-        raise
-    flush(folder.parent)
-    shutil.rmtree(previous, ignore_errors=True)
+def prune(directory: Path, keep_last: int | None, newest: Path | None = None) -> list[Path]:
+    """Remove the checkpoints before the last ``keep_last`` (None: keep all), and say which.
+
+    Only complete ones count and only they are removed: no link, and none with a file that was not written with it. A
+    folder is renamed before it is emptied, so a run that is killed leaves none of them half.
+
+    Args:
+        directory: of the run.
+        keep_last: how many to keep.
+        newest: the one just written, which is the last. Higher numbers are of a run before, that this one went back
+            behind; they are left alone. None: the one with the highest number.
+    """
+    found = [folder for folder in checkpoints(directory) if newest is None or number(folder) <= number(newest)]
+    removed = []
+    for folder in found[:-keep_last] if keep_last is not None else []:
+        foreign = {path.name for path in folder.iterdir()} - {*FILES, SUMS, *(read_sums(folder) or {})}
+        if foreign or folder.is_symlink():
+            logger.info("checkpoint: %s is kept, because of %s", folder, ", ".join(sorted(foreign)) or "its link")
+            continue
+        try:
+            folder.rename(hidden(folder, "removed"))
+        except OSError as error:  # no reason to end a run
+            logger.warning("checkpoint: %s cannot be removed: %s", folder, error.strerror)
+            continue
+        shutil.rmtree(hidden(folder, "removed"), ignore_errors=True)
+        removed.append(folder)
+    return removed
 
 
-def recover(directory: Path) -> None:
-    """Put back checkpoints that a run set aside, and was killed before it had put the new one in their place."""
-    for previous in directory.glob(".step-*.previous"):
-        folder = directory / previous.name.removeprefix(".").removesuffix(".previous")
-        if not folder.exists():
-            with contextlib.suppress(OSError):  # another rank was quicker, or the folder is only to be read
-                previous.rename(folder)
+def lacking(folder: Path) -> list[str]:
+    """The files of a checkpoint that are not there."""
+    return [name for name in dict.fromkeys((*FILES, *(read_sums(folder) or {}))) if not (folder / name).is_file()]
 
 
-def flush(path: Path) -> None:
-    """Force a file's content, or a folder's entries, onto the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def is_complete(folder: Path) -> bool:
+    """Whether all files of a checkpoint are there."""
+    return not lacking(folder)
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """The complete checkpoints in ``directory``, by number."""
+    found = [path for path in directory.glob("step-*") if STEP.fullmatch(path.name) and is_complete(path)]
+    return sorted(found, key=number)
 
 
 def find(resume: bool | Literal["auto"] | str | Path, directory: Path) -> Path | None:
@@ -113,86 +189,123 @@ def find(resume: bool | Literal["auto"] | str | Path, directory: Path) -> Path |
     """
     if resume is False:
         return None
-    recover(directory)
     if resume is True or resume == "auto":
-        found = [path for path in directory.glob("step-*") if STEP.fullmatch(path.name) and is_complete(path)]
+        recover(directory)
+        found = checkpoints(directory)
+        for folder in directory.glob("step-*"):
+            if STEP.fullmatch(folder.name) and folder not in found:
+                logger.warning("resume: %s is passed over, it lacks %s", folder, ", ".join(lacking(folder)))
         if found:
-            return max(found, key=lambda path: path.name)
+            return found[-1]
         if resume == "auto":
             return None
         raise CheckpointError(f"resume=True, but {directory} holds no checkpoint: start with resume=False or 'auto'.")
     folder = Path(resume)
+    if lacking(folder):
+        recover(folder.parent)
     if not is_complete(folder):
-        missing = ", ".join(name for name in FILES if not (folder / name).is_file())
         raise CheckpointError(
-            f"{folder} is no checkpoint of this trainer (missing: {missing}): give a folder like "
+            f"{folder} is no checkpoint of this trainer (missing: {', '.join(lacking(folder))}): give a folder like "
             f"{step_folder(directory, 100)}, or resume=False for a fresh start."
         )
     return folder
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether all files of a checkpoint are there."""
-    return all((folder / name).is_file() for name in FILES)
+def verify(folder: Path, name: str) -> None:
+    """Check that a file of a checkpoint is the one that was written.
+
+    Raises:
+        CheckpointError: if it is damaged, missing or that of another checkpoint.
+    """
+    sums = read_sums(folder)
+    try:
+        if sums is None and b'"format"' in (folder / CONFIG).read_bytes():
+            raise damaged(folder / SUMS, "is missing")
+        if sums is None:
+            logger.info("checkpoint: %s is not checked, because it was written without checksums", folder / name)
+        elif sums.get(name) != digest(folder / name):
+            raise damaged(folder / name, f"is damaged (it is not the file of which the checksum is in {SUMS})")
+    except OSError as error:
+        raise damaged(folder / name, f"cannot be read ({error.strerror})") from error
+
+
+def damaged(path: Path, problem: str) -> CheckpointError:
+    """The error for a file of a checkpoint. It names the newest intact checkpoint before that one."""
+    before = [folder for folder in checkpoints(path.parent.parent) if number(folder) < number(path.parent)]
+    intact = next((folder for folder in reversed(before) if as_written(folder)), None)
+    advice = "no earlier checkpoint beside it is intact" if intact is None else f"resume from {intact} instead"
+    return CheckpointError(f"{path} {problem}: {advice}.")
+
+
+def load_weights(folder: Path) -> dict[str, Tensor]:
+    """The whole weights of a checkpoint on the CPU, mapped from the file; tied names share one tensor.
+
+    Raises:
+        CheckpointError: if the file is damaged.
+    """
+    from safetensors import SafetensorError
+
+    verify(folder, WEIGHTS)
+    try:
+        return read_weights(folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise damaged(folder / WEIGHTS, f"is damaged ({first_line(error)})") from error
 
 
 def load_model(folder: Path, model: nn.Module) -> None:
-    """Load the weights of a checkpoint into ``model``, in place.
+    """Load the weights of a checkpoint into ``model``, in place, rounded to its dtype.
 
     Raises:
-        CheckpointError: if the file is damaged or belongs to a model of another shape.
+        CheckpointError: if the file is damaged or of a model with other tensors. The model is untouched then.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_model as load_safetensors
+    put_into(model, load_weights(folder), folder / WEIGHTS)
 
-    path = folder / "model.safetensors"
-    try:
-        missing, unexpected = load_safetensors(model, str(path), strict=False)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}): resume from an earlier checkpoint.") from error
-    except RuntimeError as error:  # load_state_dict reports sizes that do not match like this
-        raise CheckpointError(f"{path} belongs to a model of another shape: {first_line(error)}") from error
-    if missing or unexpected:
-        raise CheckpointError(
-            f"{path} belongs to another model: it lacks {sorted(missing)[:3]} and has {sorted(unexpected)[:3]} "
-            "that this one does not. Build the model from the config.json beside it."
-        )
+
+def put_into(model: nn.Module, saved: dict[str, Tensor], path: Path) -> None:
+    """Load weights that were read from ``path``, or raise CheckpointError if they do not fit."""
+    own = model.state_dict()
+    if problem := misfit(saved, own):
+        raise CheckpointError(f"{path} belongs to {problem}. Build the model from the config.json beside it.")
+    casts = {f"{saved[name].dtype} as {own[name].dtype}" for name in own if saved[name].dtype != own[name].dtype}
+    if casts:
+        logger.warning("checkpoint: %s is loaded in another dtype: %s", path, ", ".join(sorted(casts)))
+    model.load_state_dict(saved)
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """Load optimizer state and progress.
+    """Load optimizer state and progress, onto the CPU.
 
     Raises:
         CheckpointError: if the file is damaged or holds anything but tensors and plain values.
     """
-    path = folder / "state.pt"
+    path = folder / PROGRESS
+    verify(folder, PROGRESS)
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the zip reader and the unpickler raise
         # Without torch's own words: they advise to switch the protection against hostile files off.
-        raise CheckpointError(
-            f"{path} cannot be read (damaged, or more than tensors and values): resume from an earlier checkpoint."
-        ) from error
+        raise damaged(path, "cannot be read (damaged, or more than tensors and values)") from error
     if not isinstance(state, dict) or not STATE.issubset(state):
         raise CheckpointError(f"{path} was not written by this trainer: it lacks some of {', '.join(sorted(STATE))}.")
     return state
 
 
 def load_config(folder: Path) -> dict[str, Any]:
-    """Load the configurations that were written beside the weights.
+    """Load what was written beside the weights: ``model`` (if it is a GPT of ours), ``train`` and ``tokenizer``.
 
     Raises:
         CheckpointError: if the file is damaged.
     """
-    path = folder / "config.json"
+    path = folder / CONFIG
+    verify(folder, CONFIG)
     try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}): resume from an earlier checkpoint.") from error
+        config: dict[str, Any] = {"tokenizer": None} | json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError) as error:
+        raise damaged(path, f"cannot be read ({first_line(error)})") from error
     return config
 
 
-def load_for_inference(folder: str | Path) -> nn.Module:
+def load_for_inference(folder: str | Path) -> GPT:
     """The GPT of a checkpoint, in eval mode on the CPU, with plain embeddings.
 
     Raises:
@@ -203,17 +316,31 @@ def load_for_inference(folder: str | Path) -> nn.Module:
     config = load_config(path)
     if "model" not in config:
         raise CheckpointError(f"{path} holds a module that is not reference.GPT: build it yourself and use load_model.")
-    state = load_state(path)
-    model: nn.Module = GPT(GPTConfig(**config["model"]))
+    try:
+        model: nn.Module = GPT(GPTConfig(**config["model"]))
+    except (ConfigurationError, TypeError) as error:
+        problem = first_line(error).rstrip(".")
+        raise CheckpointError(f"{path / CONFIG} describes no model of this version: {problem}.") from error
     if config["train"]["precision"] == "bf16-true":
         model.to(torch.bfloat16)
-    if state["stable_embedding"]:
+    weights = load_weights(path)
+    if "embedding.norm.weight" in weights:  # state.pt says it too, but is twice as large as the weights
         swap_embeddings(model)
-    load_model(path, model)
-    return restore_embeddings(model)
+    put_into(model, weights, path / WEIGHTS)
+    restored = restore_embeddings(model)
+    assert isinstance(restored, GPT)
+    return restored
 
 
-def first_line(error: Exception) -> str:
+def cause_of(error: BaseException) -> str:
+    """What the system said, if it was during its error that this one was raised: torch says only "unexpected pos"."""
+    context: BaseException | None = error
+    while context is not None and not isinstance(context, OSError):
+        context = context.__context__
+    return first_line(context or error)
+
+
+def first_line(error: BaseException) -> str:
     """The first line that says something, of a message that may have many."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return next((line for line in lines if not line.startswith("Error(s) in loading")), type(error).__name__)

@@ -1,11 +1,10 @@
-"""Checkpoints: complete or absent; damaged, hostile and foreign ones are refused in one sentence."""
+"""Checkpoints: what is written, and that it comes back; which is found; what is removed; models that do not fit."""
 
-import errno
+import hashlib
+import json
 import os
-import pickle
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -13,215 +12,177 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_model
+from torch import nn
 
-from reference import checkpoint
-from reference.checkpoint import CheckpointError
-from reference.config import GPTConfig, TrainConfig, as_plain
-from reference.model import GPT
-from reference.trainer import Trainer
+from reference import checkpoint, integrity
+from reference.config import TrainConfig, as_plain
+from reference.weights import first_names
+from tests.checkpoints import STATE, gpt, load, saved, sentence_of
 
-TINY: dict[str, Any] = {"vocab_size": 16, "block_size": 8, "n_layer": 1, "n_head": 2, "n_embd": 8}
-STATE: dict[str, Any] = {
-    "update": 7,
-    "optimizer": {0: torch.arange(5000.0)},
-    "precision": {},
-    "optimizer_class": "torch.optim.AdamW",
-    "stable_embedding": False,
-}
+WHOLE = sorted([*checkpoint.FILES, "SHA256SUMS"])
 
 
-def gpt(seed: int = 1, **changes: Any) -> GPT:
-    return GPT(GPTConfig.gpt2(**{**TINY, **changes}), seed)
+def names_in(folder: Path) -> list[str]:
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        return list(file.keys())
 
 
-def saved(directory: Path, update: int = 1, seed: int = 1) -> Path:
-    folder = checkpoint.step_folder(directory, update)
-    checkpoint.save(folder, gpt(seed), STATE, {"train": {"seed": seed}})
-    return folder
+# what is written and comes back ----------------------------------------------------------------------------------
 
 
-def sentence_of(action: Callable[[], Any]) -> str:
-    """The message of the CheckpointError that ``action`` raises: one line, ended, free of terminal codes."""
-    with pytest.raises(CheckpointError) as caught:
-        action()
-    message = str(caught.value)
-    assert "\n" not in message
-    assert "\x1b" not in message
-    assert message.endswith(".")
-    return message
-
-
-def full_disk(*_: Any, **__: Any) -> None:
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-class Hostile:
-    """Unpickling this makes a folder."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.path),)
-
-
-def test_round_trip(tmp_path: Path) -> None:
-    folder = saved(tmp_path, update=12, seed=1)
+@pytest.mark.parametrize("way", ["module", "state dict"])
+def test_round_trip(tmp_path: Path, way: str) -> None:
+    folder, source = checkpoint.step_folder(tmp_path, 12), gpt(seed=1)
+    weights = source if way == "module" else source.state_dict()
+    checkpoint.save(folder, weights, STATE, {"train": {"seed": 1}})
     assert folder == tmp_path / "step-00000012"
-    assert sorted(os.listdir(tmp_path)) == ["step-00000012"]
-    assert sorted(os.listdir(folder)) == sorted(checkpoint.FILES)
-    model, expected = gpt(seed=2), gpt(seed=1)
+    assert os.listdir(tmp_path) == ["step-00000012"]
+    assert sorted(os.listdir(folder)) == WHOLE
+    model, expected = gpt(seed=2), gpt(seed=1).state_dict()
     weight = model.embedding.weight
     checkpoint.load_model(folder, model)
     assert model.embedding.weight is model.head.weight is weight
-    assert all(torch.equal(t, expected.state_dict()[name]) for name, t in model.state_dict().items())
-    with safe_open(folder / "model.safetensors", framework="pt") as file:
-        assert len({"embedding.weight", "head.weight"} & set(file.keys())) == 1  # a tied tensor is written once
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
     state = checkpoint.load_state(folder)
     assert state["update"] == 7
     assert torch.equal(state["optimizer"][0], torch.arange(5000.0))
-    assert checkpoint.load_config(folder) == {"train": {"seed": 1}}
+    assert checkpoint.load_config(folder) == {"format": 1, "tokenizer": None, "train": {"seed": 1}}
+    # A tied tensor is written once, and comes back as one under both names.
+    assert len({"embedding.weight", "head.weight"} & set(names_in(folder))) == 1
+    tensors = checkpoint.load_weights(folder)
+    assert tensors.keys() == expected.keys()
+    assert tensors["head.weight"] is tensors["embedding.weight"]
 
 
-def test_weights_are_rounded_to_the_dtype_of_the_model(tmp_path: Path) -> None:
-    model = gpt(seed=2).to(torch.bfloat16)
-    checkpoint.load_model(saved(tmp_path, seed=1), model)
+def test_checksums_are_those_of_sha256sum(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    expected = {f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}" for name in checkpoint.FILES}
+    assert set((folder / "SHA256SUMS").read_text().splitlines()) == expected
+
+
+@pytest.mark.parametrize("way", ["content", "path"])
+def test_the_tokenizer_is_kept_beside_the_weights(tmp_path: Path, way: str) -> None:
+    source = tmp_path / "somewhere.json"
+    source.write_bytes(b"{}")
+    folder = checkpoint.step_folder(tmp_path, 1)
+    files: dict[str, bytes | Path] = {"tokenizer.json": b"{}" if way == "content" else source}
+    checkpoint.save(folder, gpt(), STATE, {"train": {}, "tokenizer": "tokenizer.json"}, files)
+    assert (folder / "tokenizer.json").read_bytes() == b"{}"
+    assert checkpoint.load_config(folder)["tokenizer"] == "tokenizer.json"
+    (folder / "tokenizer.json").unlink()
+    assert "(missing: tokenizer.json)" in sentence_of(lambda: checkpoint.find(folder, tmp_path))
+
+
+def test_a_checkpoint_of_the_first_release_loads(tmp_path: Path) -> None:
+    """Without checksums, without a tokenizer, and with the weights written by safetensors' own save_model."""
+    folder = tmp_path / "step-00000003"
+    folder.mkdir()
+    save_model(gpt(seed=5), str(folder / "model.safetensors"))
+    torch.save(STATE, folder / "state.pt")
+    (folder / "config.json").write_text(json.dumps({"train": {}}))
+    assert checkpoint.find(True, tmp_path) == folder
+    model = gpt()
+    checkpoint.load_model(folder, model)
+    assert torch.equal(model.head.weight, gpt(seed=5).head.weight)
+    assert checkpoint.load_state(folder)["update"] == 7
+    assert checkpoint.load_config(folder) == {"train": {}, "tokenizer": None}
+
+
+class Overlapping(nn.Module):
+    """Buffers that share memory in ways that safetensors refuses; empty ones, which share none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        whole = torch.arange(6.0)
+        for name, tensor in {
+            "whole": whole,
+            "part": whole[3:],
+            "turned": whole.view(2, 3).T,
+            "same": whole,
+            "nothing": torch.empty(0),
+            "none": torch.empty(0),
+        }.items():
+            self.register_buffer(name, tensor)
+
+
+def test_tensors_that_overlap(tmp_path: Path) -> None:
+    folder, model, expected = tmp_path / "step-00000001", Overlapping(), Overlapping().state_dict()
+    checkpoint.save(folder, model, STATE, {})
+    assert names_in(folder) == ["none", "nothing", "part", "same", "turned"]
+    tensors = checkpoint.load_weights(folder)
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
+    for tensor in model.buffers():
+        tensor.zero_()
+    checkpoint.load_model(folder, model)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
+def test_names_of_one_tensor() -> None:
+    names = first_names(gpt().state_dict())
+    assert {name: first for name, first in names.items() if name != first} == {"head.weight": "embedding.weight"}
+    meta = torch.empty(2, device="meta")
+    assert first_names({"a": meta, "b": torch.empty(2, device="meta")}) == {"a": "a", "b": "b"}
+
+
+def test_weights_are_rounded_to_the_dtype_of_the_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = saved(tmp_path, seed=1)
+    checkpoint.load_model(folder, gpt())
+    assert not caplog.records
+    checkpoint.load_model(folder, model := gpt(seed=2).to(torch.bfloat16))
     assert torch.equal(model.embedding.weight, gpt(seed=1).embedding.weight.to(torch.bfloat16))
+    assert caplog.messages == [
+        f"checkpoint: {folder / 'model.safetensors'} is loaded in another dtype: torch.float32 as torch.bfloat16"
+    ]
 
 
-def test_saving_again_replaces_the_checkpoint(tmp_path: Path) -> None:
-    saved(tmp_path, seed=1)
-    folder = saved(tmp_path, seed=2)
-    assert sorted(os.listdir(tmp_path)) == ["step-00000001"]
-    assert checkpoint.load_config(folder) == {"train": {"seed": 2}}
+def test_every_mapping_of_arguments_can_be_written() -> None:
+    config = TrainConfig(optimizer_args=MappingProxyType({"lr": 0.1}))
+    assert as_plain(config)["optimizer_args"] == {"lr": 0.1}
 
 
-@pytest.mark.parametrize("target", ["os.fsync", "torch.save", "safetensors.torch.save_model", "pathlib.Path.rename"])
-@pytest.mark.parametrize("update", [1, 2], ids=["same-step", "next-step"])
-def test_a_failed_write_leaves_the_previous_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, update: int
-) -> None:
-    previous = saved(tmp_path, update=1, seed=1)
-    with monkeypatch.context() as patch:
-        patch.setattr(target, full_disk)
-        message = sentence_of(lambda: saved(tmp_path, update=update, seed=2))
-    assert "could not be written" in message
-    assert "No space left on device" in message
-    assert checkpoint.find(True, tmp_path) == previous
-    assert checkpoint.load_config(previous) == {"train": {"seed": 1}}
-    assert sorted(os.listdir(tmp_path)) == ["step-00000001"]
-
-
-@pytest.mark.parametrize("room", [1000, 12000], ids=["in-the-weights", "in-the-state"])
-def test_a_disk_that_is_really_full(tmp_path: Path, room: int) -> None:
-    """As above with the kernel's own error, which safetensors and torch.save report in exceptions of their own."""
-    resource = pytest.importorskip("resource", reason="limits on the size of files are Unix's")
-    previous = saved(tmp_path, update=1)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
-    try:
-        message = sentence_of(lambda: saved(tmp_path, update=2))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "could not be written" in message
-    assert sorted(os.listdir(tmp_path)) == [previous.name]
-
-
-def test_a_run_killed_while_saving_leaves_the_previous_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def killed(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    previous = saved(tmp_path, update=1)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", killed)
-        with pytest.raises(KeyboardInterrupt):
-            saved(tmp_path, update=2)
-    assert checkpoint.find("auto", tmp_path) == previous
-    assert saved(tmp_path, update=2, seed=3) == checkpoint.find(True, tmp_path)
-    assert sorted(os.listdir(tmp_path)) == ["step-00000001", "step-00000002"]
-
-
-def test_a_run_killed_while_replacing_a_checkpoint_leaves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rename, calls = Path.rename, []
-
-    def killed_in_between(path: Path, target: Path) -> Path:
-        calls.append(target)
-        if len(calls) > 1:
-            raise KeyboardInterrupt
-        return rename(path, target)
-
-    previous = saved(tmp_path, seed=1)
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", killed_in_between)
-        with pytest.raises(KeyboardInterrupt):
-            saved(tmp_path, seed=2)
-    assert checkpoint.find(True, tmp_path) == previous
-    assert checkpoint.load_config(previous) == {"train": {"seed": 1}}
-
-
-@pytest.mark.parametrize("kept", [0, 4, 100, 0.5, -5], ids=str)
-@pytest.mark.parametrize(("name", "problem"), [("model.safetensors", "is damaged ("), ("state.pt", "cannot be read (")])
-def test_a_truncated_file(tmp_path: Path, name: str, problem: str, kept: float) -> None:
-    folder = saved(tmp_path)
-    path = folder / name
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2 if kept == 0.5 else int(kept)])
-    load = checkpoint.load_state if name == "state.pt" else lambda folder: checkpoint.load_model(folder, gpt())
-    message = sentence_of(lambda: load(folder))
-    assert message.startswith(f"{path} {problem}")
-    assert message.endswith("resume from an earlier checkpoint.")
-
-
-@pytest.mark.parametrize("way", ["torch.save", "pickle"])
-def test_a_hostile_state_runs_no_code(tmp_path: Path, way: str) -> None:
-    folder, trace = saved(tmp_path), tmp_path / "trace"
-    path = folder / "state.pt"
-    payload = {"update": 1, "optimizer": Hostile(trace)}
-    if way == "torch.save":
-        torch.save(payload, path)
-    else:
-        path.write_bytes(pickle.dumps(payload, protocol=2))
-    message = sentence_of(lambda: checkpoint.load_state(folder))
-    assert message.startswith(f"{path} cannot be read (")
-    assert not trace.exists()
-    assert "weights_only" not in message, "torch's advice, to switch the protection off, is passed on"
-    torch.load(path, weights_only=False) if way == "torch.save" else pickle.loads(path.read_bytes())
-    assert trace.exists(), "the payload was harmless, so nothing was tested"
-
-
-@pytest.mark.parametrize("content", [[1, 2], {"update": 1}], ids=["list", "incomplete"])
-def test_a_state_of_another_program(tmp_path: Path, content: Any) -> None:
-    folder = saved(tmp_path)
-    torch.save(content, folder / "state.pt")
-    trainer = Trainer(gpt(), TrainConfig(accelerator="cpu", updates=9), tmp_path)
-    message = sentence_of(lambda: trainer.fit([torch.ones(1, 3, dtype=torch.long)], resume=True))
-    assert str(folder) in message
-
-
-def test_damaged_config(tmp_path: Path) -> None:
-    folder = saved(tmp_path)
-    (folder / "config.json").write_text("{")
-    assert "config.json cannot be read (" in sentence_of(lambda: checkpoint.load_config(folder))
+# models that do not fit --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"n_embd": 16}, "model.safetensors belongs to a model of another shape: size mismatch for embedding.weight: "),
-        ({"vocab_size": 17}, "the shape in current model is torch.Size([17, 8])."),
-        ({"n_layer": 2}, "model.safetensors belongs to another model: it lacks ['blocks.1.attention.proj.bias', "),
-        ({"bias": False}, "it lacks [] and has ['blocks.0.attention.proj.bias', "),
-        ({"tie_embeddings": False}, "it lacks ['head.weight'] and has [] that this one does not. Build the model from"),
+        ({"vocab_size": 17}, "a model of another shape: embedding.weight is (16, 8) there and (17, 8) here."),
+        (
+            {"n_embd": 16},
+            "a model of another shape: embedding.weight is (16, 8) there and (16, 16) here, position.weight is (8, 8) "
+            "there and (8, 16) here, blocks.0.norm_attention.weight is (8,) there and (16,) here and 13 more.",
+        ),
+        ({"n_layer": 2}, "another model: it lacks blocks.1.attention.proj.bias, blocks.1.attention.proj.weight, block"),
+        ({"bias": False}, "another model: it lacks nothing and has blocks.0.attention.proj.bias, blocks.0.attention.q"),
+        ({"tie_embeddings": False}, "another model: head.weight is tied to embedding.weight there, and a tensor of i"),
     ],
 )
 def test_another_model(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
-    folder = saved(tmp_path)
-    assert sentence in sentence_of(lambda: checkpoint.load_model(folder, gpt(**changes)))
+    folder, model, before = saved(tmp_path), gpt(2, **changes), gpt(2, **changes).state_dict()
+    message = sentence_of(lambda: checkpoint.load_model(folder, model))
+    assert message.startswith(f"{folder / 'model.safetensors'} belongs to {sentence}")
+    assert message.endswith(". Build the model from the config.json beside it.")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()), "half loaded"
 
 
-def test_find(tmp_path: Path) -> None:
+def test_a_head_that_is_tied_only_here(tmp_path: Path) -> None:
+    folder, untied = tmp_path / "step-00000001", gpt(tie_embeddings=False)
+    checkpoint.save(folder, untied, STATE, {})
+    message = sentence_of(lambda: checkpoint.load_model(folder, gpt()))
+    assert "head.weight is a tensor of its own there, and tied to embedding.weight here" in message
+    # Gathered from shards, tied tensors come as two that are equal.
+    untied.head.weight.data.copy_(untied.embedding.weight)
+    checkpoint.save(folder, untied, STATE, {})
+    checkpoint.load_model(folder, model := gpt(seed=2))
+    assert torch.equal(model.head.weight, untied.head.weight)
+    assert model.head.weight is model.embedding.weight
+
+
+# which one is found ----------------------------------------------------------------------------------------------
+
+
+def test_find(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert checkpoint.find("auto", tmp_path) is None
     assert checkpoint.find("auto", tmp_path / "missing") is None
     first, second, third = (saved(tmp_path, update) for update in (2, 10, 9))
@@ -231,12 +192,21 @@ def test_find(tmp_path: Path) -> None:
     assert checkpoint.find("auto", tmp_path) == second
     assert checkpoint.find(first, tmp_path / "elsewhere") == first
     assert checkpoint.find(str(third), tmp_path) == third
-    for name in checkpoint.FILES:  # an incomplete newest is passed over
+    assert not caplog.records
+    for name in checkpoint.FILES:  # an incomplete newest is passed over, and it is said
         copy = shutil.copytree(first, tmp_path / "step-00000011")
         (copy / name).unlink()
         assert checkpoint.find(True, tmp_path) == second
+        assert caplog.messages == [f"resume: {copy} is passed over, it lacks {name}"]
         assert f"(missing: {name})" in sentence_of(lambda copy=copy: checkpoint.find(copy, tmp_path))  # type: ignore[misc]
         shutil.rmtree(copy)
+        caplog.clear()
+
+
+def test_numbers_of_nine_digits_come_last(tmp_path: Path) -> None:
+    last = saved(tmp_path, 100_000_000)
+    saved(tmp_path, 99_999_999)
+    assert checkpoint.find(True, tmp_path) == last
 
 
 def test_a_checkpoint_that_is_asked_for_and_not_there(tmp_path: Path) -> None:
@@ -246,6 +216,68 @@ def test_a_checkpoint_that_is_asked_for_and_not_there(tmp_path: Path) -> None:
     assert re.search(r"step-00000003 is no checkpoint .*\(missing: model.safetensors, state.pt, config.json\)", message)
 
 
-def test_every_mapping_of_arguments_can_be_written() -> None:
-    config = TrainConfig(optimizer_args=MappingProxyType({"lr": 0.1}))
-    assert as_plain(config)["optimizer_args"] == {"lr": 0.1}
+# what is removed ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "left"), [(None, [1, 2, 5, 9]), (4, [1, 2, 5, 9]), (2, [5, 9]), (1, [9]), (9, [1, 2, 5, 9])], ids=str
+)
+def test_prune_keeps_the_last(tmp_path: Path, keep_last: int | None, left: list[int]) -> None:
+    folders = {update: saved(tmp_path, update) for update in (9, 1, 2, 5)}
+    removed = checkpoint.prune(tmp_path, keep_last)
+    assert removed == [folders[update] for update in (1, 2, 5, 9) if update not in left]
+    assert sorted(os.listdir(tmp_path)) == [folders[update].name for update in left]
+
+
+def test_prune_leaves_what_is_not_its_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    with_notes, incomplete, other, linked, ours, newest = (saved(tmp_path, update) for update in (1, 2, 3, 4, 5, 6))
+    (with_notes / "notes.txt").write_text("best so far")
+    (incomplete / "state.pt").unlink()
+    other = other.rename(tmp_path / "best")
+    elsewhere = linked.rename(tmp_path / "elsewhere")
+    linked.symlink_to(elsewhere)
+    (tmp_path / "step-00000007").write_text("a file")
+    assert checkpoint.prune(tmp_path, 1) == [ours]
+    left = [with_notes, incomplete, other, linked, elsewhere, newest, tmp_path / "step-00000007"]
+    assert sorted(tmp_path.iterdir()) == sorted(left)
+    assert caplog.messages == [
+        f"checkpoint: {with_notes} is kept, because of notes.txt",
+        f"checkpoint: {linked} is kept, because of its link",
+    ]
+
+
+def test_a_run_that_went_back_keeps_what_it_writes(tmp_path: Path) -> None:
+    """It resumed from update 1, beside checkpoints of the updates 8 and 9 of the run before."""
+    folders = {update: saved(tmp_path, update) for update in (1, 8, 9, 2)}
+    assert checkpoint.prune(tmp_path, 1, newest=folders[2]) == [folders[1]]
+    assert checkpoint.checkpoints(tmp_path) == [folders[2], folders[8], folders[9]]
+
+
+def test_a_checkpoint_that_cannot_be_removed_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = saved(tmp_path, 1), saved(tmp_path, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+        assert checkpoint.prune(tmp_path, 1) == []
+    assert checkpoint.checkpoints(tmp_path) == [first, second]
+    assert caplog.messages == [f"checkpoint: {first} cannot be removed: Permission denied"]
+
+
+def test_what_killed_runs_left_goes_when_the_next_one_writes(tmp_path: Path) -> None:
+    kept, aside, other = saved(tmp_path, 1), saved(tmp_path, 2), saved(tmp_path, 3)
+    shutil.copytree(kept, integrity.hidden(kept, "previous"))  # killed when the new one was in its place
+    aside.rename(integrity.hidden(aside, "previous"))  # killed before
+    other.rename(integrity.hidden(other, "removed"))
+    shutil.copytree(kept, tmp_path / ".step-00000008.partial")
+    for name in (".step-mine", ".steps.partial", ".git"):
+        (tmp_path / name).mkdir()
+    before = sorted(os.listdir(tmp_path))
+    checkpoint.find(kept, tmp_path)  # reading a checkpoint changes nothing: a run may be writing there
+    assert sorted(os.listdir(tmp_path)) == before
+    assert checkpoint.find("auto", tmp_path) == aside
+    saved(tmp_path, 9)
+    expected = [".git", ".step-mine", ".steps.partial", "step-00000001", "step-00000002", "step-00000009"]
+    assert sorted(os.listdir(tmp_path)) == expected
+    load(aside)
