@@ -15,6 +15,12 @@ CHAPTERS = {
     "DECAY": "groups and weight decay",
     "PREC": "precision",
     "EMB": "StableEmbedding",
+    "ACC": "accumulation",
+    "CLIP": "gradient clipping",
+    "LR": "learning rate",
+    "RESUME": "save and resume",
+    "DATA": "order and content of data",
+    "EVAL": "evaluation",
 }
 """Chapters in the order in which they are run and printed."""
 

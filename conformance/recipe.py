@@ -76,27 +76,39 @@ class Recipe:
     """Tokens per sequence; a batch has one more."""
     tied: bool = False
     """The head shares the weight of the embedding."""
+    dropout: float = 0.0
+    """Probability of dropping an activation, wherever the stack drops some (capability dropout)."""
     seed: int = 1
-    """Decides the weights."""
+    """Decides the weights, the dropout and the order of samples."""
     precision: Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed"] = "32-true"
     """Fabric's names: -mixed keeps float32 weights and computes in 16 bits, -true keeps 16-bit weights."""
     optimizer: OptimizerChoice = field(default_factory=OptimizerChoice)
     microbatch_size: int = 2
     """Sequences per microbatch."""
     microbatches: int = 1
-    """Microbatches per update."""
+    """Microbatches per update and rank (more than one: capability microbatches)."""
+    batch_total: int | None = None
+    """Sequences per update, where the stack is told that and finds ``microbatches`` by itself (capability
+    batch-total). Only set where microbatches of this size do not add up to it."""
+    samples: int | None = None
+    """The stack draws its microbatches itself, shuffled, from the data set of this many samples that document() and
+    dataset() give (capability sampler). None: it takes batches() in order."""
+    ignored_targets: bool = False
+    """Many targets are -100, in some microbatches more than in others: see labels() (capability ignored-targets)."""
     updates: int = 2
     """Optimizer updates."""
     warmup: int = 0
-    """Updates of linear warm-up."""
+    """Updates of linear warm-up (capability schedule)."""
     minimum_lr: float | None = None
-    """Learning rate that a cosine reaches at the end. None: constant after the warm-up."""
+    """Learning rate that a cosine reaches at the end (capability schedule). None: constant after the warm-up."""
     clip: float | None = None
-    """Largest global gradient norm. None: as good as unlimited."""
+    """Largest global gradient norm (capability clip). None: as good as unlimited."""
     decay: Literal["declared", "ndim"] = "declared"
     """declared: the stack's own policy. ndim: tensors of two and more dimensions decay (capability ndim-policy)."""
     evaluate: bool = False
-    """Evaluate on validation_batches() after the last update."""
+    """Evaluate on validation_batches() after the last update (capability evaluate)."""
+    evaluate_every: int | None = None
+    """Updates between evaluations, one after the last update included (capability evaluate-every)."""
     save_every: int | None = None
     """Updates between checkpoints. None: whatever the stack does by itself."""
     resume: "Checkpoint | None" = None
@@ -113,25 +125,85 @@ class Recipe:
     """Ranks, on the CPU with gloo, started by the suite with torchrun's environment variables."""
     zero_gradients: bool = False
     """The recorder zeroes every gradient on entry to ``step``: what moves then is weight decay."""
+    nan_gradient: int | None = None
+    """The recorder puts a NaN into the gradients of this update, counted from 0, when their backward has ended."""
+    same_batches: bool = False
+    """Not for the adapter: every update trains on the sequences of the first."""
     repeat: int = 0
     """Not for the adapter: another number makes an equal recipe run again."""
     directory: Path = field(default=Path(), compare=False)
     """Where the run may write. Set by the suite."""
 
+    @property
+    def update_size(self) -> int:
+        """Sequences per update, over all microbatches and ranks."""
+        return self.batch_total or self.microbatch_size * self.microbatches * self.world_size
+
     def batches(self, rank: int = 0) -> "list[torch.Tensor]":
-        """Training data: ``updates * microbatches`` tensors of token ids (microbatch_size, block_size + 1), int64."""
-        return self._tokens(self.updates * self.microbatches, stream=1 + rank)
+        """Training data of one rank: tensors of token ids (microbatch_size, block_size + 1), int64.
 
-    def validation_batches(self) -> "list[torch.Tensor]":
-        """Validation data: two tensors like those of batches(), of other tokens."""
-        return self._tokens(2, stream=0)
+        ``updates * microbatches`` of them. How an update is split, into microbatches and over ranks, does not change
+        which sequences it has.
+        """
+        return self._split(self._repeated(self._sequences()), rank)
 
-    def _tokens(self, count: int, stream: int) -> "list[torch.Tensor]":
+    def labels(self, rank: int = 0) -> "list[torch.Tensor]":
+        """What shall be predicted: batches(), with -100 for each token that is no target under ``ignored_targets``.
+
+        The first token of a sequence is never one, so a stack that shifts gives it no thought.
+        """
+        import torch
+
+        tokens = self._sequences()
+        if self.ignored_targets:
+            generator = torch.Generator().manual_seed(DATA_SEED + 2)
+            kept = torch.rand(len(tokens), 1, generator=generator) * 0.9 + 0.1  # of each sequence another share
+            ignored = torch.rand(tokens.shape, generator=generator) > kept
+            ignored[:, 1] = False  # so every sequence has a target
+            tokens = tokens.masked_fill(ignored, -100)
+        return self._split(self._repeated(tokens), rank)
+
+    def validation_batches(self, rank: int = 0) -> "list[torch.Tensor]":
+        """Validation data of one rank: two tensors like those of batches(), of other tokens."""
+        return self._split(self._tokens(2 * self.world_size * self.microbatch_size, stream=0), rank)
+
+    def document(self) -> "torch.Tensor":
+        """Training data as one document: ``samples * block_size`` token ids below ``vocab_size - 1``, int64.
+
+        With the id ``vocab_size - 1`` behind it as its end, it holds ``samples`` sequences of ``block_size`` tokens and
+        the next one: those of dataset().
+        """
+        import torch
+
+        assert self.samples is not None, "the recipe has no data set: it has batches()"
+        generator = torch.Generator().manual_seed(DATA_SEED + 3)
+        return torch.randint(self.vocab_size - 1, (self.samples * self.block_size,), generator=generator)
+
+    def dataset(self) -> "torch.Tensor":
+        """Training data as samples, (samples, block_size + 1), int64; each begins with the last token of another."""
+        import torch
+
+        end = torch.tensor([self.vocab_size - 1])
+        return torch.cat((self.document(), end)).unfold(0, self.block_size + 1, self.block_size)
+
+    def _sequences(self) -> "torch.Tensor":
+        """Of all updates (or of the first, if all have the same), microbatches and ranks, in this order."""
+        return self._tokens((1 if self.same_batches else self.updates) * self.update_size, stream=1)
+
+    def _repeated(self, tokens: "torch.Tensor") -> "torch.Tensor":
+        """For all updates."""
+        return tokens.repeat(self.updates, 1) if self.same_batches else tokens
+
+    def _split(self, tokens: "torch.Tensor", rank: int) -> "list[torch.Tensor]":
+        """Into microbatches, those of one rank."""
+        return list(tokens.split(self.microbatch_size))[rank :: self.world_size]
+
+    def _tokens(self, count: int, stream: int) -> "torch.Tensor":
+        """Sequences at random, (count, block_size + 1)."""
         import torch
 
         generator = torch.Generator().manual_seed(DATA_SEED + stream)
-        shape = (self.microbatch_size, self.block_size + 1)
-        return [torch.randint(0, self.vocab_size, shape, generator=generator) for _ in range(count)]
+        return torch.randint(0, self.vocab_size, (count, self.block_size + 1), generator=generator)
 
     def missing_checkpoint(self) -> "Checkpoint":
         """A checkpoint that is not there, for asking what a stack does about it."""

@@ -95,7 +95,7 @@ class Session:
         if recipe not in self.attempts:
             folder = Path(tempfile.mkdtemp(prefix="run-", dir=self.directory))
             error: BaseException | None = None
-            with record(folder, recipe.zero_gradients) as trace:
+            with record(folder, recipe.zero_gradients, nan_gradient=recipe.nan_gradient) as trace:
                 try:
                     self.subject.train(dataclasses.replace(recipe, directory=folder))
                 except KeyboardInterrupt:

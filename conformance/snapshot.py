@@ -177,6 +177,11 @@ def on_meta(module: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in module.parameters())
 
 
+def same_parameters(first: nn.Module, second: nn.Module) -> bool:
+    """Whether two modules hold the same parameters, as a wrapper and what it wraps do."""
+    return {id(parameter) for parameter in first.parameters()} == {id(parameter) for parameter in second.parameters()}
+
+
 def device_type(module: nn.Module) -> str:
     """``cpu``, ``cuda``, ... of the module's first parameter or buffer; ``cpu`` if it has none."""
     for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):

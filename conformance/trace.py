@@ -12,10 +12,7 @@ forwards), and uninitialised memory is filled with NaN, so that a skipped initia
 """
 
 import contextlib
-import io
-import logging
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,12 +24,14 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from conformance.isolation import collected_messages, quiet_and_deterministic
 from conformance.recipe import remember_configs
 from conformance.snapshot import (
     EmbeddingInfo,
     Group,
     TensorInfo,
     class_path,
+    clean_name,
     copied,
     copy_of,
     describe_embeddings,
@@ -44,6 +43,8 @@ from conformance.snapshot import (
     find_logits,
     named_tensors,
     on_meta,
+    same_parameters,
+    wrapper_prefixes,
 )
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "Forward",
     "Group",
     "Loss",
+    "NotWritten",
     "TensorInfo",
     "Trace",
     "Update",
@@ -62,18 +64,20 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Forward:
-    """One call of the outermost module."""
+    """One call of the outermost module, or of the one inside that gave the logits, where the outermost gives a loss."""
 
     update: int
     """Updates done before it."""
     ids: Tensor
     """Token ids, (B, T)."""
     logits: Tensor
-    """As they left the outermost module: (B, T, V), dtype untouched."""
+    """As they left that module: (B, T, V), dtype untouched."""
     training: bool
     grad_enabled: bool
     autocast: torch.dtype | None
     """The dtype of autocast inside the module; None where it was off."""
+    inside: bool = False
+    """The outermost module gave a loss, and the logits stayed inside."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,10 @@ class Update:
     autocast: bool
 
 
+class NotWritten(FileNotFoundError):
+    """A file that a checkpoint should have."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """Files that were written between two updates."""
@@ -117,14 +125,14 @@ class Checkpoint:
         """The file called ``name``; for adapters, which know what their stack calls its files.
 
         Raises:
-            FileNotFoundError: if none is called so; the message lists those that were written.
+            NotWritten: if none is called so; the message lists those that were written.
         """
         if self.folder is not None:
             return self.folder / name
         for path in self.files:
             if path.name == name:
                 return path
-        raise FileNotFoundError(f"no {name} was written at update {self.update}, only {[p.name for p in self.files]}")
+        raise NotWritten(f"no {name} was written at update {self.update}, only {[p.name for p in self.files]}")
 
 
 @dataclass
@@ -155,7 +163,9 @@ class Trace:
 
 
 @contextlib.contextmanager
-def record(directory: Path | None = None, zero_gradients: bool = False, rank: int = 0) -> Iterator[Trace]:
+def record(
+    directory: Path | None = None, zero_gradients: bool = False, rank: int = 0, nan_gradient: int | None = None
+) -> Iterator[Trace]:
     """Record the training run inside the ``with`` block.
 
     Everything is put back on exit, also after an exception; recordings may be nested or repeated.
@@ -164,8 +174,9 @@ def record(directory: Path | None = None, zero_gradients: bool = False, rank: in
         directory: where the run writes its files; None: files are not recorded.
         zero_gradients: zero every gradient on entry to ``step``, before anything else sees it.
         rank: only kept in the trace.
+        nan_gradient: the update, counted from 0, whose gradients get a NaN when their backward has ended.
     """
-    recorder = _Recorder(Trace(rank=rank), directory, zero_gradients)
+    recorder = _Recorder(Trace(rank=rank), directory, zero_gradients, nan_gradient)
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
         configs = stack.enter_context(remember_configs())
@@ -188,54 +199,6 @@ def record(directory: Path | None = None, zero_gradients: bool = False, rank: in
 
 
 @contextlib.contextmanager
-def quiet_and_deterministic() -> Iterator[None]:
-    """One thread, no compilation, NaN in uninitialised memory, and the caller's random state unharmed."""
-    threads = torch.get_num_threads()
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined] # set by its module
-    with torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
-        torch.set_num_threads(1)
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined] # as above
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
-            torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-            torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined] # as above
-
-
-@contextlib.contextmanager
-def collected_messages(messages: list[str]) -> Iterator[None]:
-    """Collect warnings, log records and printed lines instead of showing them."""
-
-    class Handler(logging.Handler):
-        def emit(self, entry: logging.LogRecord) -> None:
-            messages.append(entry.getMessage())
-
-    root = logging.getLogger()
-    level = root.level
-    loggers = [root, *(x for x in root.manager.loggerDict.values() if isinstance(x, logging.Logger) and x.handlers)]
-    before = [(logger, logger.handlers[:], logger.propagate) for logger in loggers]
-    printed = io.StringIO()
-    with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(printed):
-        warnings.simplefilter("always")
-        for logger in loggers:  # Lightning's, say, print to stderr by handlers of their own
-            logger.handlers[:], logger.propagate = [], True
-        root.handlers[:] = [Handler()]
-        root.setLevel(logging.INFO)
-        try:
-            yield
-        finally:
-            for logger, handlers, propagate in before:
-                logger.handlers[:], logger.propagate = handlers, propagate
-            root.setLevel(level)
-            messages.extend(str(entry.message) for entry in caught)
-            messages.extend(line for line in printed.getvalue().splitlines() if line.strip())
-
-
-@contextlib.contextmanager
 def wrapped_backward(recorder: "_Recorder") -> Iterator[None]:
     """Tell the recorder of every call of torch.autograd.backward."""
     original = torch.autograd.backward
@@ -247,6 +210,8 @@ def wrapped_backward(recorder: "_Recorder") -> Iterator[None]:
             if outermost:
                 recorder.backward_begins(tensors)
             original(tensors, *args, **kwargs)
+            if outermost:
+                recorder.backward_ends()
         finally:
             recorder.in_backward = not outermost
 
@@ -260,13 +225,17 @@ def wrapped_backward(recorder: "_Recorder") -> Iterator[None]:
 class _Recorder:
     """The hooks of one recording, and what they must remember between calls."""
 
-    def __init__(self, trace: Trace, directory: Path | None, zero_gradients: bool) -> None:
-        self.trace, self.directory, self.zero_gradients = trace, directory, zero_gradients
+    def __init__(
+        self, trace: Trace, directory: Path | None, zero_gradients: bool, nan_gradient: int | None = None
+    ) -> None:
+        self.trace, self.directory = trace, directory
+        self.zero_gradients, self.nan_gradient = zero_gradients, nan_gradient
         self.root: nn.Module | None = None
         self.calls: list[nn.Module] = []  # modules whose forward is running
         self.in_backward = False
         self.inner_autocast: torch.dtype | None = None
-        self.before_forward: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
+        self.inner: tuple[nn.Module, Tensor, Tensor] | None = None  # the last call inside with ids in and logits out
+        self.before_forward: dict[str, Tensor] | None = None  # copies of parameters and buffers, by full name
         self.pending: dict[int, tuple[dict[str, Tensor], dict[str, Any]]] = {}  # by optimizer: what step_begins saw
         self.foreign: dict[int, tuple[str, Tensor]] = {}  # kept alive, or another tensor might get the same id
         self.seen: dict[Path, tuple[int, int]] = {}
@@ -277,10 +246,13 @@ class _Recorder:
     def forward_begins(self, module: nn.Module, args: Any) -> None:
         self.calls.append(module)
         if len(self.calls) == 1:
-            self.inner_autocast = None
+            self.inner_autocast = self.inner = None
             if self.root is None and any(True for _ in module.parameters()) and not on_meta(module):
                 # Before the forward, since a lookup with max_norm changes the table.
-                self.before_forward = (copied(named_tensors(module)), copied(named_tensors(module, buffers=True)))
+                parameters, buffers = (
+                    f(remove_duplicate=False) for f in (module.named_parameters, module.named_buffers)
+                )
+                self.before_forward = copied({**dict(parameters), **dict(buffers)})
         if torch.is_autocast_enabled(device := device_type(module)):
             self.inner_autocast = torch.get_autocast_dtype(device)
 
@@ -288,16 +260,37 @@ class _Recorder:
         # NOTE a footgun: after an exception PyTorch calls this as (module, args, None), without the keywords.
         while self.calls and self.calls.pop() is not module:
             pass  # calls that an exception ended without their hook
-        if self.calls or self.in_backward or output is None:
+        if self.in_backward or output is None:
             return
-        ids, logits = find_ids(args, kwargs), find_logits(output)
+        ids = find_ids(args, kwargs)
+        logits = None if ids is None and self.calls else find_logits(output)
+        prefix = ""
+        if self.calls:
+            if ids is not None and logits is not None:
+                self.inner = module, ids, logits
+            return
+        if logits is None and self.inner is not None:
+            # A wrapper that computes the loss too. What it calls is the model if it holds all that is trained: an
+            # embedding also takes ids and gives something of three dimensions.
+            inner, ids, logits = self.inner
+            if inner is not self.root and not same_parameters(inner, module):
+                return
+            prefix = next(f"{name}." for name, child in module.named_modules() if child is inner)
+            module = inner
+        self.inner = None
         if ids is None or logits is None or logits.is_meta or logits.shape[0] != ids.shape[0]:
             return
         if self.root is None:
             if self.before_forward is None:
                 return
-            self.root = module
-            self.trace.initial, self.trace.buffers = self.before_forward
+            self.root, wrappers = module, wrapper_prefixes(module)
+            before = {
+                clean_name(name.removeprefix(prefix), wrappers): tensor
+                for name, tensor in self.before_forward.items()
+                if name.startswith(prefix)
+            }
+            self.trace.initial = {name: before[name] for name in named_tensors(module) if name in before}
+            self.trace.buffers = {name: before[name] for name in named_tensors(module, buffers=True) if name in before}
             self.trace.tensors = describe_tensors(module)
             self.trace.embeddings = describe_embeddings(module)
         self.trace.forwards.append(
@@ -308,6 +301,7 @@ class _Recorder:
                 training=module.training,
                 grad_enabled=torch.is_grad_enabled(),
                 autocast=self.inner_autocast,
+                inside=bool(prefix),
             )
         )
 
@@ -318,6 +312,11 @@ class _Recorder:
             if isinstance(tensor, Tensor) and tensor.numel() == 1 and not tensor.is_meta:
                 on = torch.is_autocast_enabled(tensor.device.type)
                 self.trace.losses.append(Loss(len(self.trace.updates), copy_of(tensor), on))
+
+    def backward_ends(self) -> None:
+        if self.nan_gradient == len(self.trace.updates) and self.root is not None:
+            gradient = next(p.grad for p in self.root.parameters() if p.grad is not None)
+            gradient[(0,) * gradient.ndim] = torch.nan
 
     # step ------------------------------------------------------------------------------------------------------
 

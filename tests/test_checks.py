@@ -12,8 +12,10 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from conformance import Constant, Normal, Uniform, checks
-from conformance.checks import initialization, precision
+from conformance.checks import clipping, data, evaluation, initialization, precision, schedule
+from conformance.checks.accumulation import gradient_is_of
 from conformance.clause import Violation
+from conformance.snapshot import Group
 
 MODULES = [f"conformance.checks.{entry.name}" for entry in pkgutil.iter_modules(checks.__path__)]
 
@@ -118,3 +120,96 @@ def test_healthy_draws_are_rarely_suspects(seed: int) -> None:
     assert initialization.deviation(normal + 0.004, Normal(0.0, 0.02)).startswith("mean")
     assert initialization.deviation(uniform / 3**0.5, Normal(0.0, 1 / 3)).startswith(("kurtosis", "std"))
     assert initialization.deviation(normal, Constant(0.0)) == "4096 of 4096 elements are not 0"
+
+
+def test_gradients_that_differ_are_named() -> None:
+    model, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    for module in (model, other):
+        module(torch.ones(1, 2)).sum().backward()
+    checks.gradients_agree(model, other)
+    bias = other.bias.grad
+    assert bias is not None
+    bias *= 2
+    with pytest.raises(Violation, match=r"off by 0.58 of it, 1.414 times as long; most in bias"):
+        checks.gradients_agree(model, other)
+    other.bias.grad = None
+    with pytest.raises(Violation, match="only one of them has bias"):
+        checks.gradients_agree(model, other)
+
+
+@pytest.mark.parametrize("factor", [1.0, 16 / 17])
+def test_the_scale_of_a_gradient_shows_in_the_fall_of_the_loss(factor: float) -> None:
+    start = torch.randn(50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    end = start - 0.01 * start.sin()
+    losses = (-start.cos()).sum().item(), (-end.cos()).sum().item()
+    gradients = {"w": factor * start.sin()}, {"w": factor * end.sin()}
+    if factor == 1.0:
+        gradient_is_of(losses, {"w": end - start}, gradients)
+    else:
+        with pytest.raises(Violation, match=r"0.9412 times as large"):
+            gradient_is_of(losses, {"w": end - start}, gradients)
+
+
+def test_clipping_by_tensor_has_another_direction() -> None:
+    free: dict[str, Any] = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([4.0]), "c": None}
+    clipping.clipped_as_one(free, {"a": torch.tensor([0.6, 0.0]), "b": torch.tensor([0.8]), "c": None}, 1.0)
+    with pytest.raises(Violation, match=r"off by 0\.45"):
+        clipping.clipped_as_one(free, {"a": torch.tensor([1.0, 0.0]), "b": torch.tensor([1.0]), "c": None}, 1.0)
+
+
+def test_the_update_with_another_rate_is_named() -> None:
+    updates = [[Group(("w",), {"lr": rate})] for rate in (0.5, 1.0, 0.8)]
+    schedule.rates_are(updates, [0.5, 1.0, 0.8])
+    with pytest.raises(Violation, match=r"0.5, 1, 0.8: another from update 3 on"):
+        schedule.rates_are(updates, [0.5, 1.0, 0.7])
+    with pytest.raises(Violation, match="seen: 3"):
+        schedule.rates_are(updates, [0.5, 1.0])
+
+
+SAMPLES = torch.arange(8).view(2, 4)
+
+
+def test_samples_are_recognised_with_and_without_their_last_token() -> None:
+    assert data.sample_numbers(SAMPLES[[1, 0]], SAMPLES) == [1, 0]
+    assert data.sample_numbers(SAMPLES[:, :3], SAMPLES) == [0, 1]
+    assert data.sample_numbers(SAMPLES[:, :3] + 1, SAMPLES) == [None, None]
+    assert data.sample_numbers(SAMPLES[:, :2], SAMPLES) == [None, None]
+    with pytest.raises(Violation, match=r"not seen: 1; more than once: 0 \(2 times\); .* no sample: 1"):
+        data.once_each([0, 0, None], 2, "epoch 1")
+
+
+@pytest.mark.parametrize(("shift", "name"), [(0, "the token itself"), (2, "the token after the next")])
+def test_targets_at_another_distance_are_named(shift: int, name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = list(torch.randint(20, (4, 2, 9), generator=generator))
+    logits = list(torch.randn(4, 2, 8, 20, generator=generator))
+
+    def losses(distance: int) -> list[float]:
+        length = 9 - max(1, distance)
+        pairs = zip(logits, rows, strict=True)
+        return [0.9 * data.mean_entropy(x[:, :length], t[:, distance : distance + length]) for x, t in pairs]
+
+    data.predicts_next(logits, rows, losses(1))
+    with pytest.raises(Violation, match=f"that of {name}"):
+        data.predicts_next(logits, rows, losses(shift))
+
+
+SAID = [
+    ("update 6/6: loss 4.8, validation 4.8520, lr 0.1", ["4.8520"]),
+    ("Final evaluation | val loss: 4.852 | val ppl: 128.0", ["4.852"]),
+    ("{'eval_loss': '4.852', 'eval_runtime': '0.0131', 'eval_steps_per_second': '145.5'}", ["4.852"]),
+    ("Epoch 1 | iter 4 | loss train: 4.812, val: n/a | iter time: 2.31 ms", []),
+    ("interval 3.5, value 2.5, evaluated 4.5", []),
+]
+
+
+@pytest.mark.parametrize(("line", "numbers"), SAID)
+def test_reported_losses_are_found(line: str, numbers: list[str]) -> None:
+    assert evaluation.reported_losses([line]) == numbers
+
+
+def test_a_reported_loss_may_be_rounded_but_not_off() -> None:
+    evaluation.reports(["val loss 4.81", "val loss: 4.852"], 4.8523)
+    assert evaluation.is_rounded("4.9e0", 4.86)
+    with pytest.raises(Violation, match=r"reported: 4\.81, 4\.852"):
+        evaluation.reports(["val loss 4.81", "val loss: 4.852"], 4.8529)

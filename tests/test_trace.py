@@ -171,6 +171,49 @@ def test_a_forward_that_raises_unwinds(model: Tiny) -> None:
     assert (len(trace.forwards), list(trace.updates[0].gradients)) == (1, NAMES)
 
 
+class WithLoss(nn.Module):
+    """Computes the loss around a model that is called under any name, from rows of T + 1 tokens or from pairs."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.criterion, self.net = nn.CrossEntropyLoss(), model
+
+    def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
+        if targets is None:
+            ids, targets = ids[:, :-1], ids[:, 1:]
+        return self.criterion(self.net(ids).transpose(1, 2), targets)
+
+
+@pytest.mark.parametrize("rows", [True, False])
+def test_a_model_inside_a_module_that_gives_the_loss(model: Tiny, rows: bool) -> None:
+    inputs = (IDS,) if rows else (IDS, IDS)
+    ids = IDS[:, :-1] if rows else IDS
+    expected = model(ids)
+    start = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+    wrapped = wrapper("_FabricModule", "_forward_module", torch.compile(WithLoss(torch.compile(model))))
+    with record() as trace:
+        for _ in range(2):
+            wrapped(*inputs).backward()
+            SGD(model.parameters(), lr=0.1).step()
+        model(IDS)  # evaluated without the wrapper
+    first = trace.forwards[0]
+    assert [(f.update, f.inside) for f in trace.forwards] == [(0, True), (1, True), (2, False)]
+    assert torch.equal(first.ids, ids)
+    assert torch.equal(first.logits, expected)
+    assert (list(trace.tensors), list(trace.updates[0].after)) == (NAMES, NAMES)
+    assert equal(trace.initial, start)
+
+
+def test_an_embedding_is_no_model(model: Tiny) -> None:
+    class LossInside(Tiny):
+        def forward(self, input_ids: Tensor) -> Any:
+            return F.cross_entropy(self.head(self.table(input_ids)).flatten(0, 1), input_ids.flatten())
+
+    with record() as trace:
+        LossInside()(IDS).backward()
+    assert (trace.forwards, trace.tensors, len(trace.losses)) == ([], {}, 1)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_blocks_recomputed_in_the_backward_pass_are_no_forwards(model: Tiny, reentrant: bool) -> None:
     class Block(nn.Module):  # told positions beside its input, as the blocks of Hugging Face are
@@ -187,7 +230,7 @@ def test_blocks_recomputed_in_the_backward_pass_are_no_forwards(model: Tiny, ree
 
 
 def wrapper(kind: str, attribute: str, inner: Any) -> nn.Module:
-    outer: nn.Module = type(kind, (nn.Module,), {"forward": lambda self, ids: getattr(self, attribute)(ids)})()
+    outer: nn.Module = type(kind, (nn.Module,), {"forward": lambda self, *args: getattr(self, attribute)(*args)})()
     outer.add_module(attribute, inner)
     return outer
 
@@ -255,6 +298,15 @@ def test_gradients_and_parameters_are_those_around_the_step(model: Tiny, zero: b
     assert equal(second.before, first.after)
     assert equal(trace.initial | second.after, tensors)
     assert equal(first.before, trace.initial | {"foreign-1": torch.ones(3)})
+
+
+def test_a_nan_is_put_into_the_gradients_of_one_update(model: Tiny) -> None:
+    with record(nan_gradient=1) as trace:
+        for _ in range(3):
+            update(model, SGD(model.parameters(), lr=0.0))
+    counts = [sum(int(g.isnan().sum()) for g in u.gradients.values() if g is not None) for u in trace.updates]
+    assert counts[:2] == [0, 1]
+    assert counts[2] > 1, "and plain gradient descent carries it into the weights"
 
 
 @pytest.mark.parametrize(("name", "moment", "factor"), [("AdamW", "exp_avg", 0.1), ("GrokAdamW", "grok_ema", 0.02)])

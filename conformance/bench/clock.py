@@ -223,7 +223,7 @@ class Clock:
 
 
 def check_clock(clock: Clock, work: Callable[[int], object]) -> None:
-    """Raise ClockError unless the clock waits for the device and sees how much work there is.
+    """Raise ClockError unless the clock waits for the device and sees how much work there is, in one of three tries.
 
     Args:
         clock: the clock to check.
@@ -247,5 +247,6 @@ def check_clock(clock: Clock, work: Callable[[int], object]) -> None:
         if attempt == 3:
             raise ClockError(
                 f"Ten times the work took {ratios['device']:.2f} times the device time and {ratios['wall']:.2f} times "
-                "the wall time: the clock does not see the work, or other programs keep the device busy."
+                f"the wall time, in the last of {attempt} tries: the clock does not see the work, or other programs "
+                "keep the device busy."
             )

@@ -13,6 +13,7 @@ from conformance.bench.clock import Clock, Device, Round
 SLOW = 1.0  # seconds of a step against which caches and first launches are small: two calls warm it up
 VERY_SLOW = 4.0  # one call does, if it compiled nothing
 MOST_WARM_UPS = 20
+SETTLE = 0.3  # seconds of untimed rounds before the timed ones: what ran before heats the card, or lets it idle
 OUTLIER = 10.0  # a round that took so many times the median did something else as well
 
 
@@ -89,6 +90,7 @@ def measure(
     before: tuple[int, int] = (0, 0),
     most: int = 1000,
     most_warm_ups: int = MOST_WARM_UPS,
+    settle: float = 0.0,
 ) -> Measurement:
     """Warm up, reset, and time the step round by round, interleaved with another if there is one.
 
@@ -101,6 +103,8 @@ def measure(
         before: bytes allocated and reserved before the case was built.
         most: rounds at most, whatever the case says.
         most_warm_ups: calls of the warm-up at most.
+        settle: seconds of rounds that are not timed before those that are, unless a step takes longer than a second.
+            After a large matrix product an H100 runs at little more than half of its clock for some rounds.
 
     Raises:
         ValueError: if an input is constant.
@@ -113,30 +117,40 @@ def measure(
         if warmed.seconds < SLOW:
             prepared.step()  # what the reset freed is created again
     other = Clock(device)  # so that its rounds are kept apart
-    if beside is not None:
-        other.time(beside.step)
-        other.rounds.clear()
     rounds = choose_rounds(case, warmed.seconds, most)
     peaks = [0, 0]
-    clock.rounds.clear()
+
+    def ready() -> None:
+        # The same before both: a host that comes from other work, or a device that has idled longer, is not as fast.
+        device.flush()
+        device.synchronize()
+        device.reset_peak()
 
     def other_round() -> None:
         # A B B A: in A B A B the second is always the later one, and a card that slows down slows it down more.
         if beside is not None and len(clock.rounds) % 2 == 0:
-            device.flush()
+            ready()
             time_without_gc(other, beside.step)
 
     def before_round() -> None:
         other_round()
-        device.flush()
-        device.synchronize()
-        device.reset_peak()
+        ready()
 
     def after_round() -> None:
         for place, value in enumerate(device.peak()):
             peaks[place] = max(peaks[place], value - before[place])
         other_round()
 
+    if beside is not None:
+        time_without_gc(other, beside.step)
+    started = device.now()
+    while warmed.seconds < SLOW and device.now() - started < settle:
+        before_round()
+        time_without_gc(clock, prepared.step)
+        after_round()
+    clock.rounds.clear()
+    other.rounds.clear()
+    peaks[:] = [0, 0]
     compiled, started = compilations(), device.now()
     pedantic(prepared.step, setup=before_round, teardown=after_round, rounds=rounds)
     return Measurement(

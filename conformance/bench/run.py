@@ -12,7 +12,7 @@ import torch
 from conformance.bench.card import Card
 from conformance.bench.case import Case, Prepared, Setting, Unavailable
 from conformance.bench.clock import Clock
-from conformance.bench.measure import MOST_WARM_UPS, Measurement, Pedantic, count_bytes, measure, warm_up
+from conformance.bench.measure import MOST_WARM_UPS, SETTLE, Measurement, Pedantic, count_bytes, measure, warm_up
 from conformance.bench.summary import Row, empty_row, make_row
 from conformance.subject import describe_error
 
@@ -186,6 +186,7 @@ class Run:
                 before=built.before,
                 most=SMALL_ROUNDS if self.setting.small else QUICK_ROUNDS if self.setting.quick else case.rounds,
                 most_warm_ups=SMALL_ROUNDS if self.setting.small else MOST_WARM_UPS,
+                settle=0.0 if self.setting.small else SETTLE,
             )
             facts = built.prepared.facts
             if built.prepared.later_facts is not None:

@@ -84,6 +84,7 @@ def empty_row(case: Case, unavailable: str | None = None) -> Row:
         "share_of_floor": None,
         "tokens_per_second": None,
         "mfu": None,
+        "mfu_causal": None,
         "peak_allocated": None,
         "peak_reserved": None,
         "interleaved": None,
@@ -111,6 +112,25 @@ def make_summary(
         "complete": complete,
         "rows": list(rows),
     }
+
+
+def grouped(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+    """Rows by group and size, wherever they stand: the peers' come behind those of another size."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row["group"], row["size"]), []).append(row)
+    return found
+
+
+def parameters_of(rows: Sequence[Row]) -> str:
+    """How many parameters the models of some rows have, in words: ``1.34 billion parameters``. Empty if unknown."""
+    numbers = [row["facts"]["parameters"] for row in rows if isinstance(row["facts"].get("parameters"), int | float)]
+    if not numbers:
+        return ""
+    units = ((1e9, " billion", ".2f"), (1e6, " million", ".1f"), (1.0, "", ",.0f"))
+    unit, word, form = next(entry for entry in units if max(numbers) >= entry[0])
+    ends = dict.fromkeys(f"{number / unit:{form}}" for number in (min(numbers), max(numbers)))
+    return f"{' to '.join(ends)}{word} parameters"
 
 
 def noise_of(rows: Sequence[Row]) -> dict[str, float] | None:

@@ -8,7 +8,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from conformance.bench.compare import Comparison
-from conformance.bench.summary import HEADLINE, Row, noise_floor
+from conformance.bench.summary import HEADLINE, Row, grouped, noise_floor, parameters_of
+
+# What the letters of a floor's arithmetic stand for; the numbers behind them are bytes.
+LETTERS = "p: parameter, g: gradient, m, v: moments, a: scales of 8-bit moments, e: GrokAdamW's average of gradients"
 
 COLORS = {"faster": "green", "slower": "bold red", "ambiguous": "dim"}
 
@@ -39,11 +42,8 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
         )
     for doubt in card["doubts"]:
         console.print(f"[yellow]Doubt:[/] {escape(doubt)}", soft_wrap=True)
-    tables: dict[str, list[Row]] = {}
-    for row in summary["rows"]:
-        tables.setdefault(f"{row['group']}, {row['size']}", []).append(row)
-    for title, rows in tables.items():
-        print_rows(console, title, rows)
+    for (group, size), rows in grouped(summary["rows"]).items():
+        print_rows(console, f"{group}, {size}", rows)
     if not summary["complete"]:
         console.print("[yellow]Partial: not every row was measured.[/]")
 
@@ -74,7 +74,7 @@ def fact(name: str, unit: float = 1.0) -> Callable[[Row], str]:
 
 def percent(name: str) -> Callable[[Row], str]:
     """A column of shares."""
-    return lambda row: "" if row[name] is None else f"{row[name]:.1%}"
+    return lambda row: "" if row.get(name) is None else f"{row[name]:.1%}"  # an older summary may lack it
 
 
 def ratio(row: Row) -> str:
@@ -93,6 +93,7 @@ COLUMNS: list[Column] = [
     ("state B/param", fact("state bytes per parameter")),
     ("tokens/s", lambda row: figure(row["tokens_per_second"])),
     ("MFU", percent("mfu")),
+    ("MFU causal", percent("mfu_causal")),
     ("peak GB", lambda row: figure(row["peak_allocated"] / 1e9) if row["peak_allocated"] else ""),
     ("reserved GB", lambda row: figure(row["peak_reserved"] / 1e9) if row["peak_reserved"] else ""),
     ("ratio", ratio),
@@ -104,7 +105,7 @@ def print_rows(console: Console, title: str, rows: Sequence[Row]) -> None:
     """One table, and below it what its cells cannot hold."""
     measured = [row for row in rows if row["unavailable"] is None]
     columns = [(head, cell) for head, cell in COLUMNS if any(cell(row) for row in measured)]
-    console.print(f"\n[bold]{escape(title)}[/]")
+    console.print(f"\n[bold]{escape(title)}[/]  [dim]{parameters_of(measured)}[/]")
     if measured:
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         table.add_column("")
@@ -114,6 +115,14 @@ def print_rows(console: Console, title: str, rows: Sequence[Row]) -> None:
             mark = " [yellow]?[/]" if row["doubts"] else ""
             table.add_row(escape(row["name"]) + mark, *(escape(cell(row)) for _, cell in columns))
         console.print(table)
+    floors = {row["facts"]["floor arithmetic"]: row["facts"] for row in measured if "floor arithmetic" in row["facts"]}
+    for arithmetic, facts in floors.items():
+        moved = figure(facts["floor bytes per parameter"])
+        console.print(f"[dim]floor of {moved} bytes per parameter: {escape(arithmetic)}[/]", soft_wrap=True)
+    if floors:
+        console.print(f"[dim]{LETTERS}[/]", soft_wrap=True)
+    if any(row.get("mfu_causal") for row in measured):
+        console.print(f"[dim]MFU: {escape(str(measured[0]['facts'].get('formula', '')))}[/]", soft_wrap=True)
     beside = sorted({row["interleaved"]["with"] for row in measured if row["interleaved"]})
     if beside:
         clock = HEADLINE.get(measured[0]["group"], "device")

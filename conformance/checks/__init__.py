@@ -4,6 +4,7 @@ Each raises :class:`conformance.clause.Violation`, an AssertionError that says w
 so they can be called in anybody's own tests.
 """
 
+from conformance.checks.accumulation import gradients_agree
 from conformance.checks.decay import decay_groups_cover
 from conformance.checks.embedding import embedding_swap_lossless
 from conformance.checks.initialization import initialised
@@ -14,6 +15,7 @@ __all__ = [
     "accepts_only_supported_keywords",
     "decay_groups_cover",
     "embedding_swap_lossless",
+    "gradients_agree",
     "initialised",
     "loss_in_float32",
 ]

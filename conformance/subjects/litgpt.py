@@ -1,6 +1,7 @@
 """Adapter of LitGPT's pretraining: Recipe -> litgpt.pretrain.setup. Installed by the extra ``litgpt``."""
 
 import importlib.metadata
+import math
 import sys
 from unittest.mock import patch
 
@@ -27,8 +28,12 @@ class Policy:
         return True
 
     def learning_rate(self, recipe: Recipe, update: int) -> float:  # set for each microbatch; an update's last counts
-        iteration, warmup = (update + 1) * recipe.microbatches - 1, max(1, recipe.warmup * recipe.microbatches)
-        return dict(recipe.optimizer.arguments).get("lr", 1e-3) * (min(1.0, iteration / warmup) if recipe.warmup else 1)
+        peak: float = dict(recipe.optimizer.arguments).get("lr", 1e-3)
+        low, warmup = peak if recipe.minimum_lr is None else recipe.minimum_lr, recipe.warmup * recipe.microbatches
+        if (iteration := (update + 1) * recipe.microbatches - 1) < warmup:
+            return peak * iteration / warmup
+        progress = (iteration - warmup) / (recipe.updates * recipe.microbatches - warmup)
+        return low + 0.5 * (1 + math.cos(math.pi * progress)) * (peak - low)
 
 
 class LitGPT:
@@ -37,6 +42,9 @@ class LitGPT:
     name, version, policy = "LitGPT", importlib.metadata.version("litgpt"), Policy()
     lacks = {
         "foreign-module": "pretrain.setup builds litgpt.GPT from a Config",
+        "ignored-targets": "pretrain.fit takes ids and targets from the same tokens",
+        "dropout": "litgpt.Config has none",
+        "sampler": "pretrain.fit takes batches as the DataModule's loader gives them",
         "fused": "pretrain.main asks for fused on CUDA only",
         "ndim-policy": "pretrain.main passes model.parameters(), without groups",
         "16-mixed": "pretrain.setup offers bf16-true, bf16-mixed and 32-true",
@@ -52,12 +60,13 @@ class LitGPT:
         size = {"block_size": recipe.block_size, "padded_vocab_size": recipe.vocab_size, "n_query_groups": None}
         name = "pythia-14m" if recipe.shape == "gpt" else "tiny-llama-1.1b"
         config = Config.from_name(name, **shape, **size, vocab_size=recipe.vocab_size, intermediate_size=96)
-        batch, lr = recipe.microbatch_size * recipe.microbatches, dict(recipe.optimizer.arguments).get("lr", 1e-3)
+        batch, lr = recipe.update_size, dict(recipe.optimizer.arguments).get("lr", 1e-3)
         train = TrainArgs(save_interval=recipe.save_every, micro_batch_size=recipe.microbatch_size)
         train.global_batch_size, train.max_tokens = batch, recipe.updates * batch * recipe.block_size
         train.lr_warmup_steps, train.min_lr = recipe.warmup, lr if recipe.minimum_lr is None else recipe.minimum_lr
         train.max_norm, train.tie_embeddings = 1e9 if recipe.clip is None else recipe.clip, recipe.tied
-        data, evaluation = DataModule(), EvalArgs(10**9, max_iters=2, final_validation=recipe.evaluate)
+        interval, final = recipe.evaluate_every or 10**9, recipe.evaluate or recipe.evaluate_every is not None
+        data, evaluation = DataModule(), EvalArgs(interval, max_iters=2, final_validation=final)
         data.connect = lambda **_: None
         data.train_dataloader = lambda: ResumableLoader(torch.cat(recipe.batches()), recipe.microbatch_size)
         data.val_dataloader = lambda: ResumableLoader(torch.cat(recipe.validation_batches()), recipe.microbatch_size)

@@ -1,5 +1,7 @@
 """Adapter of the reference trainer in this repository. It uses the public protocol and nothing else."""
 
+import math
+import os
 import pydoc
 from typing import Any
 
@@ -10,6 +12,7 @@ import reference
 from conformance import Checkpoint, Constant, Normal, Recipe, TensorInfo
 from conformance.probes import DECAYED
 from conformance.subject import Distribution
+from reference.data import TokenData, write_tokens
 
 
 class ReferencePolicy:
@@ -31,7 +34,10 @@ class ReferencePolicy:
 
     def learning_rate(self, recipe: Recipe, update: int) -> float:
         peak: float = dict(recipe.optimizer.arguments).get("lr", 1e-3)
-        return peak * min(1.0, (update + 1) / (recipe.warmup + 1))
+        if update < recipe.warmup or recipe.minimum_lr is None:
+            return peak * min(1.0, (update + 1) / (recipe.warmup + 1))
+        progress = (update - recipe.warmup) / (recipe.updates - 1 - recipe.warmup)
+        return recipe.minimum_lr + (peak - recipe.minimum_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 
 class Reference:
@@ -40,15 +46,15 @@ class Reference:
     name = "reference"
     version = "0.1.0"
     policy = ReferencePolicy()
-    lacks: dict[str, str] = {}
+    lacks: dict[str, str] = {"batch-total": "TrainConfig.microbatches counts the microbatches"}
     if not torch.cuda.is_available():
-        lacks["16-mixed"] = "reference.trainer.launch refuses it on the CPU, and this machine has no GPU"
+        lacks["16-mixed"] = "reference.launch refuses it on the CPU, and this machine has no GPU"
 
     def model_config(self, recipe: Recipe) -> reference.GPTConfig:
         """The model of the recipe; tests override it to vary what must not matter."""
         build = reference.GPTConfig.gpt2 if recipe.shape == "gpt" else reference.GPTConfig.llama
         size = {name: getattr(recipe, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size")}
-        return build(**size, tie_embeddings=recipe.tied)
+        return build(**size, tie_embeddings=recipe.tied, dropout=recipe.dropout)
 
     def train_config(self, recipe: Recipe) -> reference.TrainConfig:
         """The run of the recipe; tests override it too."""
@@ -65,17 +71,30 @@ class Reference:
             accelerator="cuda" if recipe.precision == "16-mixed" else "cpu",
             devices=recipe.world_size,
             strategy="ddp" if recipe.world_size > 1 else "auto",
-            evaluate_every=recipe.updates if recipe.evaluate else None,
+            evaluate_every=recipe.updates if recipe.evaluate else recipe.evaluate_every,
         )
 
     def train(self, recipe: Recipe) -> None:
         model: Any = self.model_config(recipe)
         if recipe.module is not None:
             model = pydoc.locate(recipe.module.replace(":", "."))
-        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        rank = int(os.environ["RANK"]) if recipe.world_size > 1 else 0  # the process group is not there yet
         trainer = reference.Trainer(model, self.train_config(recipe), recipe.directory)
         resume = recipe.resume.find("model.safetensors").parent if recipe.resume else False
-        trainer.fit(recipe.batches(rank), recipe.validation_batches(), resume=resume)
+        trainer.fit(self.data(recipe, rank), recipe.validation_batches(rank), resume=resume)
+
+    def data(self, recipe: Recipe, rank: int) -> Any:
+        """Batches, pairs of ids and targets, or token files, from which the trainer draws by itself."""
+        if recipe.samples is not None:
+            folder, document = recipe.directory / f"tokens-{rank}", recipe.document().numpy()
+            kind: Any = {"vocab_size": recipe.vocab_size, "tokenizer": "none", "end_of_document": recipe.vocab_size - 1}
+            write_tokens(folder, "train", [document], **kind)
+            sizes = {"block_size": recipe.block_size, "microbatch_size": recipe.microbatch_size}
+            return TokenData(folder, "train", **sizes, seed=recipe.seed)
+        if not recipe.ignored_targets:
+            return recipe.batches(rank)
+        pairs = zip(recipe.batches(rank), recipe.labels(rank), strict=True)
+        return [(rows[:, :-1], labels[:, 1:]) for rows, labels in pairs]
 
     def load(self, checkpoint: Checkpoint) -> nn.Module:
         return reference.load_for_inference(checkpoint.find("model.safetensors").parent)

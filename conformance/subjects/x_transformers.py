@@ -47,8 +47,9 @@ def build(recipe: Recipe) -> nn.Module:
     """gpt: learned positions, a LayerNorm behind the embedding, ScaleNorms inside. llama: without biases, but one."""
     gpt = {"use_scalenorm": True}
     llama = {"use_rmsnorm": True, "rotary_pos_emb": True, "ff_swish": True, "ff_glu": True, "ff_no_bias": True}
-    size = {"dim": recipe.n_embd, "depth": recipe.n_layer, "heads": recipe.n_head, "verbose": False}
+    size: dict[str, Any] = {"dim": recipe.n_embd, "depth": recipe.n_layer, "heads": recipe.n_head, "verbose": False}
     size |= {"attn_dim_head": recipe.n_embd // recipe.n_head, "attn_num_mem_kv": 2}
+    size |= {"attn_dropout": recipe.dropout, "ff_dropout": recipe.dropout}
     layers = Decoder(**size, **(gpt if recipe.shape == "gpt" else llama))
     sizes = {"num_tokens": recipe.vocab_size, "max_seq_len": recipe.block_size, "num_memory_tokens": 2}
     options = {"post_emb_norm": recipe.shape == "gpt", "tie_embedding": recipe.tied}

@@ -1,7 +1,10 @@
 """The clauses, one file per chapter. Run them with pytest: ``pytest --pyargs conformance.suites --subject ...``."""
 
+from dataclasses import replace
+from typing import Any
+
 from conformance.clause import NotApplicable
-from conformance.recipe import Recipe
+from conformance.recipe import OptimizerChoice, Recipe
 from conformance.subject import Subject
 
 
@@ -19,3 +22,36 @@ def shapes(subject: Subject, **changes: object) -> list[Recipe]:
     if not found:
         raise NotApplicable("lacks both gpt-shape and llama-shape")
     return found
+
+
+def everyday(subject: Subject, **changes: Any) -> Recipe:
+    """A run as people make them, with all of these that the subject has: microbatches, warm-up and cosine, evaluation.
+
+    Plain gradient descent, since AdamW hides the scale of gradients. Clauses that share it share its trace.
+    """
+    recipe = Recipe(microbatch_size=4, updates=6, optimizer=OptimizerChoice.of("torch.optim.SGD", lr=0.1))
+    if "microbatches" not in subject.lacks:
+        recipe = replace(recipe, microbatch_size=1, microbatches=4)
+    if "schedule" not in subject.lacks:
+        recipe = replace(recipe, warmup=2, minimum_lr=0.02)
+    if "evaluate-every" not in subject.lacks:
+        recipe = replace(recipe, evaluate_every=2)
+    elif "evaluate" not in subject.lacks:
+        recipe = replace(recipe, evaluate=True)
+    return replace(recipe, **changes)
+
+
+def on_two_ranks(recipe: Recipe) -> Recipe:
+    """The same updates on two ranks: half of the microbatches, or of each microbatch, on either."""
+    part = "microbatches" if recipe.microbatches > 1 else "microbatch_size"
+    return replace(recipe, world_size=2, **{part: getattr(recipe, part) // 2})
+
+
+def shuffled() -> Recipe:
+    """Two epochs over eight samples that the stack shuffles by itself, four updates each, a checkpoint every second."""
+    return Recipe(samples=8, microbatch_size=2, updates=8, save_every=2)
+
+
+def shuffled_on_two_ranks() -> Recipe:
+    """The same epochs on two ranks, two updates each."""
+    return replace(shuffled(), world_size=2, updates=4)

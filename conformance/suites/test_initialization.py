@@ -10,7 +10,7 @@ from conformance.checks.comparison import tensors_equal
 from conformance.clause import Violation, clause
 from conformance.recipe import Recipe
 from conformance.subject import Subject
-from conformance.suites import shapes
+from conformance.suites import everyday, on_two_ranks, shapes
 
 
 @clause(
@@ -184,5 +184,5 @@ def test_lost_on_meta(subject: Subject, attempt: Any) -> None:
 )
 def test_ranks_start_equal(subject: Subject, ranks: Any) -> None:
     """Two ranks start from equal parameters."""
-    first, second = ranks(Recipe(world_size=2))
+    first, second = ranks(on_two_ranks(everyday(subject)))
     tensors_equal(first.initial, second.initial, "parameters of rank 0 against rank 1")

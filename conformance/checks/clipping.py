@@ -1,0 +1,42 @@
+"""Rules of gradient clipping."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from conformance.checks.accumulation import gradients_agree, total_norm
+from conformance.clause import Violation, quoted
+
+# Of the gradient vector, relative to its length. Healthy runs show 1e-6, which torch adds to the norm it divides by.
+# The weakest mutant, clipping after each microbatch, shows 0.88.
+CLIP_BOUND = 1e-4
+
+
+def clipped_as_one(free: Mapping[str, Tensor | None], clipped: Mapping[str, Tensor | None], limit: float) -> None:
+    """Clipping scales the whole gradient, all tensors together, to the limit.
+
+    Args:
+        free: the gradient of the same update without clipping, longer than the limit.
+        clipped: as it reached the optimizer.
+        limit: largest global norm.
+
+    Raises:
+        Violation: with the relative error and the lengths.
+    """
+    factor = limit / total_norm(free)
+    expected = {name: None if gradient is None else gradient.double() * factor for name, gradient in free.items()}
+    gradients_agree(expected, clipped, f"the gradient scaled to a global norm of {limit:g}", CLIP_BOUND)
+
+
+def all_finite(tensors: Mapping[str, Tensor], when: str) -> None:
+    """No element is NaN or infinite.
+
+    Raises:
+        Violation: naming the tensors.
+    """
+    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if bad:
+        raise Violation(
+            "an error, or an update that is left out: the parameters stay finite",
+            f"{when} {len(bad)} of {len(tensors)} tensors hold NaN or infinity: {quoted(bad)}",
+        )

@@ -1,0 +1,90 @@
+"""Rules of which samples are seen, in which order, and what is predicted from them."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from conformance.clause import Violation, quoted
+
+IGNORED = -100  # a target that is not to be predicted
+
+
+def sample_numbers(ids: Tensor, samples: Tensor) -> list[int | None]:
+    """Which sample each sequence is, None for one that is none of them.
+
+    Args:
+        ids: (B, T) or, of stacks that shift inside the model, (B, T + 1).
+        samples: (N, T + 1).
+    """
+    length = samples.shape[1] - 1
+    if ids.shape[1] not in (length, length + 1):
+        return [None] * len(ids)
+    same = (ids[:, None, :length].long() == samples[None, :, :length]).all(dim=-1)  # (B, N)
+    return [int(row.int().argmax()) if row.any() else None for row in same]
+
+
+def once_each(seen: Sequence[int | None], samples: int, what: str) -> None:
+    """Every sample was seen exactly once, and nothing else.
+
+    Raises:
+        Violation: with the numbers of those that were not.
+    """
+    count = Counter(seen)
+    lost = [number for number in range(samples) if number not in count]
+    repeated = [f"{number} ({times} times)" for number, times in count.items() if number is not None and times > 1]
+    if lost or repeated or count[None]:
+        raise Violation(
+            f"{what}: each of {samples} samples once",
+            f"not seen: {quoted(lost) or 'none'}; more than once: {quoted(repeated) or 'none'}; "
+            f"sequences that are no sample: {count[None]}",
+        )
+
+
+def next_tokens(logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits that have a target, and the target.
+
+    Args:
+        logits: (B, T, V) or (B, T + 1, V).
+        rows: labels of the same sequences, (B, T + 1).
+
+    Returns:
+        (B, T, V) and (B, T).
+    """
+    return logits[:, : rows.shape[1] - 1], rows[:, 1:]
+
+
+def mean_entropy(logits: Tensor, targets: Tensor) -> float:
+    """Mean cross entropy over the targets that are not ignored, computed in float64."""
+    return F.cross_entropy(logits.double().flatten(0, 1), targets.flatten(), ignore_index=IGNORED).item()
+
+
+# Spread of loss / cross entropy over the microbatches, relative. Healthy runs show 2e-7; targets that are shifted by
+# another number of tokens, 4e-3 and more.
+SHIFT_BOUND = 1e-4
+
+
+def predicts_next(logits: Sequence[Tensor], rows: Sequence[Tensor], losses: Sequence[float]) -> None:
+    """The losses are those of predicting each next token, up to a factor that all share.
+
+    Args:
+        logits: of at least two microbatches, (B, T, V) or (B, T + 1, V).
+        rows: their tokens, (B, T + 1).
+        losses: their losses.
+
+    Raises:
+        Violation: saying which token is predicted instead, if one is.
+    """
+    spreads = {}
+    for shift, name in enumerate(("the token itself", "the next token", "the token after the next")):
+        length = rows[0].shape[1] - max(1, shift)
+        entropies = [mean_entropy(x[:, :length], t[:, shift : shift + length]) for x, t in zip(logits, rows)]
+        factors = [loss / entropy for loss, entropy in zip(losses, entropies, strict=True)]
+        spreads[name] = max(factors) / min(factors) - 1
+    if not spreads["the next token"] <= SHIFT_BOUND:
+        fitting = [name for name, spread in spreads.items() if spread <= SHIFT_BOUND]
+        raise Violation(
+            f"losses that are the cross entropy of the next token, up to one factor (within {SHIFT_BOUND:g})",
+            f"that of {fitting[0]}" if fitting else f"the factor varies by {spreads['the next token']:.1e}",
+        )

@@ -1,0 +1,144 @@
+"""DATA: every sample is seen as often as declared, as it is, and its next tokens are what is predicted."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from conformance.checks.data import once_each, predicts_next, sample_numbers
+from conformance.clause import NotApplicable, Violation, clause
+from conformance.recipe import OptimizerChoice, Recipe
+from conformance.subject import Subject
+from conformance.suites import shapes, shuffled, shuffled_on_two_ranks
+from conformance.trace import Forward, Trace
+
+EPOCHS = 2  # of shuffled()
+
+
+def training(run: Trace) -> list[Forward]:
+    """The forwards that lead to a loss."""
+    return [forward for forward in run.forwards if forward.training and forward.grad_enabled]
+
+
+def order(run: Trace, samples: torch.Tensor) -> list[int | None]:
+    """The numbers of the samples in the order in which they are trained on."""
+    return [number for forward in training(run) for number in sample_numbers(forward.ids, samples)]
+
+
+@clause(
+    "DATA-1",
+    needs=("sampler",),
+    why="Samples that are drawn twice are overfitted, and others never seen; nothing in the loss shows it.",
+    mend="Draw without replacement, and go on to the next epoch where this one ends.",
+    source="huggingface/datasets#3423, huggingface/nanoVLM#203 (each sample once per worker)",
+    bound="exactly once",
+)
+def test_each_sample_once(trace: Any) -> None:
+    """In each epoch every sample is seen exactly once."""
+    recipe = shuffled()
+    assert recipe.samples is not None
+    seen = order(trace(recipe), recipe.dataset())
+    for epoch in range(EPOCHS):
+        part = seen[epoch * recipe.samples : (epoch + 1) * recipe.samples]
+        once_each(part, recipe.samples, f"epoch {epoch + 1}")
+
+
+@clause(
+    "DATA-2",
+    needs=("sampler",),
+    why="The same batches in the same order: the gradients of one epoch repeat those of the last.",
+    mend="Tell the sampler the epoch (DistributedSampler.set_epoch), and let it shuffle with it.",
+    source="pytorch#31771, #11324, lucidrains/DALLE-pytorch#230",
+    bound="another order: by chance the same in one of 40320",
+)
+def test_epochs_differ(trace: Any) -> None:
+    """Another epoch has another order, and both are shuffled."""
+    recipe = shuffled()
+    assert recipe.samples is not None
+    seen = order(trace(recipe), recipe.dataset())
+    first, second = seen[: recipe.samples], seen[recipe.samples :]
+    if first == second or first == sorted(first, key=str):
+        raise Violation("two epochs in two orders at random", f"{first}, then {second}")
+
+
+@clause(
+    "DATA-3",
+    needs=("sampler",),
+    why="A run that cannot be repeated cannot be debugged; one order under all seeds hides what it does.",
+    mend="Hand the configured seed to the sampler.",
+    source="Lightning-AI/litgpt#1425",
+    bound="the order itself",
+)
+def test_seed_decides_the_order(trace: Any) -> None:
+    """The same seed gives the same order of samples, and another seed another."""
+    recipe = shuffled()
+    samples, quiet = recipe.dataset(), replace(recipe, save_every=None)
+    first, again, other = (
+        order(trace(changed), samples) for changed in (recipe, replace(quiet, repeat=1), replace(quiet, seed=2))
+    )
+    if first != again:
+        raise Violation("one order under one seed", f"{first}, then {again}")
+    if first == other:
+        raise Violation("another order under another seed", f"under both: {first}")
+
+
+@clause(
+    "DATA-4",
+    needs=("sampler", "two-ranks"),
+    why="Two ranks on the same samples train as one does, at twice the cost.",
+    mend="Give each rank its share of one common order: the same seed everywhere, another offset on each rank.",
+    source="TinyLlama#67, #69, NVlabs/LongLive#71, QwenLM/Qwen3-VL#1971",
+    bound="exactly once",
+)
+def test_ranks_share_the_epoch(ranks: Any) -> None:
+    """Two ranks see disjoint samples, which together are the epoch."""
+    recipe = shuffled_on_two_ranks()
+    assert recipe.samples is not None
+    samples = recipe.dataset()
+    first, second = (order(run, samples) for run in ranks(recipe))
+    share = recipe.samples // recipe.world_size
+    for epoch in range(EPOCHS):
+        part = slice(epoch * share, (epoch + 1) * share)
+        once_each([*first[part], *second[part]], recipe.samples, f"epoch {epoch + 1}, both ranks together")
+
+
+@clause(
+    "DATA-5",
+    why="Ids that wrap around at 65536 are other tokens, valid ones: the model learns another language.",
+    mend="Choose the integers of token files by the size of the vocabulary.",
+    source="huggingface/datatrove#118, allenai/open-instruct#1862, nanoGPT (memmap of uint16)",
+    bound="the ids themselves",
+)
+def test_large_ids_arrive(subject: Subject, trace: Any) -> None:
+    """Token ids above 65535 reach the model as they are."""
+    step = OptimizerChoice.of("torch.optim.SGD", lr=1e-3)
+    (recipe, *_) = shapes(subject, vocab_size=70_000, n_layer=1, n_embd=16, updates=1, optimizer=step)
+    if "sampler" not in subject.lacks:
+        recipe = replace(recipe, samples=2)
+    samples = torch.cat(recipe.batches()) if recipe.samples is None else recipe.dataset()
+    run = trace(recipe)
+    if None in order(run, samples):
+        found = max(int(forward.ids.max()) for forward in training(run))
+        raise Violation(
+            f"the sequences that were given, with ids up to {int(samples.max())}",
+            f"others, with ids up to {found}",
+        )
+
+
+@clause(
+    "DATA-6",
+    why="A model that is shown the token to predict learns to copy, or the token after the next; its loss falls.",
+    mend="Shift targets against ids once: in the data or in the model, not in both and not in neither.",
+    source="huggingface/transformers#27517, Project-MONAI/GenerativeModels#314",
+    bound="a spread of 1e-4 in loss / cross entropy over four updates (healthy: 1.8e-7; another shift: 3.9e-3)",
+)
+def test_targets_are_the_next_tokens(trace: Any) -> None:
+    """The target of each position is the next token of the same sequence."""
+    recipe = Recipe(updates=4)
+    run, rows = trace(recipe), torch.cat(recipe.batches())
+    forwards = training(run)
+    numbers = [sample_numbers(forward.ids, rows) for forward in forwards]
+    if len(forwards) != len(run.losses) or any(None in found for found in numbers):
+        raise NotApplicable("losses and sequences cannot be paired: see ACC-6")
+    tokens = [torch.stack([rows[number] for number in found if number is not None]) for found in numbers]
+    predicts_next([f.logits for f in forwards], tokens, [loss.value.item() for loss in run.losses])

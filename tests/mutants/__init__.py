@@ -1,0 +1,38 @@
+"""Planted faults and harmless variants of the reference: how the suite proves that it can tell them apart.
+
+A mutant is the reference with one fault, made by replacing text in one function (now and then two). Each comes from
+a published bug where there is one. ``tests/test_mutants.py`` demands that the clauses named beside it kill it, and
+that the harmless variants are killed by none. One file per chapter of clauses.
+"""
+
+from tests.mutants import (
+    accumulation,
+    clipping,
+    data,
+    decay,
+    embedding,
+    evaluation,
+    initialization,
+    optimizer,
+    precision,
+    resume,
+    schedule,
+)
+from tests.mutants.harmless import HARMLESS, Harmless
+from tests.mutants.planting import Edit, Mutant, planted, resolve
+
+__all__ = ["HARMLESS", "MUTANTS", "Edit", "Harmless", "Mutant", "planted", "resolve"]
+
+MUTANTS: list[Mutant] = [
+    *initialization.MUTANTS,
+    *optimizer.MUTANTS,
+    *decay.MUTANTS,
+    *precision.MUTANTS,
+    *embedding.MUTANTS,
+    *accumulation.MUTANTS,
+    *clipping.MUTANTS,
+    *schedule.MUTANTS,
+    *resume.MUTANTS,
+    *data.MUTANTS,
+    *evaluation.MUTANTS,
+]

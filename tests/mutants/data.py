@@ -1,0 +1,73 @@
+"""Faults of which samples are seen, in which order, and what is predicted."""
+
+from tests.mutants.planting import mutant
+
+PLACES, BATCHES = "reference.data:TokenData.places", "reference.data:TokenData.microbatches"
+ORDER = "shuffled(positions[here], self.sequences, self.seed, epoch)"
+PLAIN = "return batch[:, :-1], batch[:, 1:]"
+
+MUTANTS = [
+    mutant(
+        "worker-duplicates",
+        "DATA-1",
+        "datasets#3423, nanoVLM#203",
+        (PLACES, "np.divmod(numbers, self.sequences)", "np.divmod(numbers // 2, self.sequences)"),
+    ),
+    mutant(
+        "drawn-with-replacement",
+        "DATA-1",
+        "nanoGPT get_batch, where epochs were declared",
+        (
+            PLACES,
+            ORDER,
+            "np.random.default_rng([self.seed, epoch]).integers(0, self.sequences, self.sequences)[positions[here]]",
+        ),
+    ),
+    mutant(
+        "epoch-order-identical",
+        "DATA-2",
+        "pytorch#31771, #11324",
+        (PLACES, ORDER, "shuffled(positions[here], self.sequences, self.seed, 0)"),
+    ),
+    mutant("never-shuffled", "DATA-2 DATA-3", "-", (PLACES, ORDER, "positions[here]")),
+    mutant(
+        "data-seed-ignored",
+        "DATA-3",
+        "litgpt#1425",
+        (PLACES, ORDER, "shuffled(positions[here], self.sequences, 0, epoch)"),
+    ),
+    mutant(
+        "data-unseeded",
+        "DATA-3",
+        "a sampler that is seeded by the clock",
+        ("reference.data:TokenData.__init__", "self.seed = seed", "self.seed = __import__('time').time_ns()"),
+    ),
+    mutant(
+        "rank-overlap",
+        "DATA-4",
+        "TinyLlama#67, LongLive#71",
+        (BATCHES, "[:, None] * world_size + rank) * size", "[:, None]) * size"),
+    ),
+    mutant(
+        "uint16-wrap",
+        "DATA-5",
+        "datatrove#118, nanoGPT",
+        (BATCHES, ".astype(np.int64)", ".astype(np.uint16).astype(np.int64)"),
+    ),
+    mutant(
+        "labels-unshifted",
+        "DATA-6",
+        "transformers#27517, GenerativeModels#314",
+        ("reference.update:split_targets", PLAIN, "return batch[:, :-1], batch[:, :-1]"),
+    ),
+    mutant(
+        "labels-shifted-twice",
+        "DATA-6",
+        "a shift in the data and another in the loss",
+        (
+            "reference.update:split_targets",
+            PLAIN,
+            "return batch[:, :-1], nn.functional.pad(batch[:, 2:], (0, 1), value=IGNORE)",
+        ),
+    ),
+]

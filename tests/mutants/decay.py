@@ -1,0 +1,93 @@
+"""Faults of parameter groups and weight decay."""
+
+from tests.mutants.planting import BUILD, DECAYED, GROUPS, SETUP, mutant
+
+MUTANTS = [
+    mutant(
+        "params-not-in-optimizer",
+        "DECAY-1",
+        "accelerate#3256, #3209",
+        (GROUPS, "if parameter.requires_grad:", 'if parameter.requires_grad and name.endswith(("weight", "bias")):'),
+    ),
+    mutant("frozen-in-optimizer", "DECAY-2", "-", (GROUPS, "if parameter.requires_grad:", "if True:")),
+    mutant(
+        "frozen-thawed",
+        "DECAY-3",
+        "litgpt finetune/lora.py",
+        (GROUPS, "if parameter.requires_grad:", "if parameter.requires_grad_(True).requires_grad:"),
+    ),
+    mutant(
+        "decay-everything",
+        "DECAY-4",
+        "lit-llama#254, Fast-LLM#545",
+        (BUILD, "groups: Any = decay_groups(model, decay, dimensions) if decays else", "groups: Any ="),
+    ),
+    mutant(
+        "decay-coupled",
+        "DECAY-4",
+        "joennlae/tensorli#1, pytorch#4429",
+        (
+            BUILD,
+            "optimizer_class(groups, **keywords)",
+            "(torch.optim.Adam if optimizer_class is torch.optim.AdamW else optimizer_class)(groups, **keywords)",
+        ),
+    ),
+    mutant(
+        "decay-tied-ambiguous",
+        "DECAY-4",
+        "nanoGPT 7c828855",
+        (GROUPS, "decayed.get(id(parameter), True) and verdict", "decayed.get(id(parameter), False) or verdict"),
+    ),
+    mutant(
+        "decay-embeddings",
+        "DECAY-4",
+        "nanoGPT before 7fe4a099",
+        (DECAYED, "isinstance(owner, nn.Embedding) or EMBEDDING.search(kind)", "False"),
+    ),
+    mutant(
+        "decay-none",
+        "DECAY-4",
+        "-",
+        (
+            GROUPS,
+            "[tensor for key, tensor in tensors.items() if decayed[key]]}",
+            '[tensor for key, tensor in tensors.items() if decayed[key]], "weight_decay": 0.0}',
+        ),
+    ),
+    mutant(
+        "group-without-learning-rate",
+        "DECAY-5 EMB-3",
+        "accelerate#3209",
+        (GROUPS, '"weight_decay": 0.0}', '"weight_decay": 0.0, "lr": 0.0}'),
+    ),
+    mutant(
+        "decay-memory-tokens",
+        "DECAY-6",
+        "x-transformers#230",
+        (DECAYED, " or MEMORY_NAME.match(last)", ""),
+    ),
+    mutant(
+        "decay-name-mismatch",
+        "DECAY-6",
+        "transformers#16908, #35927, DeepSpeedExamples#755",
+        (DECAYED, "NORM.search(kind)", 'kind == "LayerNorm"'),
+    ),
+    mutant("decay-biases", "DECAY-4", "MEDS_EIC_AR#30", (DECAYED, 'return last != "bias"', "return True")),
+    mutant("decay-ndim-off-by-one", "DECAY-7", "-", (GROUPS, "(ndim >= 2 if", "(ndim >= 1 if")),
+    mutant(
+        "decay-compile-prefix",
+        "DECAY-8",
+        "pytorch#101107, LLMs-from-scratch#580",
+        (
+            SETUP,
+            "module,\n        fabric.device,",
+            "torch.compile(module) if config.compile else module,\n        fabric.device,",
+        ),
+        (
+            DECAYED,
+            "isinstance(owner, nn.Embedding) or EMBEDDING.search(kind)",
+            'name.startswith(("embedding.", "position."))',
+        ),
+        (GROUPS, "unsharded_name(name)", 'unsharded_name(name).removeprefix("_orig_mod.")'),
+    ),
+]

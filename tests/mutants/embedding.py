@@ -1,0 +1,98 @@
+"""Faults of StableEmbedding."""
+
+from tests.mutants.planting import BUILD, SETUP, mutant
+
+STABLE = "reference.embedding:stable_embedding"
+
+MUTANTS = [
+    mutant(
+        "stableemb-redrawn",
+        "EMB-1",
+        "litgpt#1769",
+        (STABLE, "stable.weight = plain.weight\n", "stable.weight = plain.weight; stable.reset_parameters()\n"),
+    ),
+    mutant(
+        "stableemb-rounded",
+        "EMB-1",
+        "litgpt#1770",
+        (
+            STABLE,
+            "stable.weight = plain.weight\n",
+            "stable.weight = nn.Parameter(plain.weight.bfloat16().to(plain.weight.dtype))\n",
+        ),
+    ),
+    mutant(
+        "stableemb-drops-padding-idx",
+        "EMB-2",
+        "litgpt finetune/lora.py",
+        (STABLE, "padding_idx=plain.padding_idx,", ""),
+    ),
+    mutant("stableemb-drops-max-norm", "EMB-2", "litgpt finetune/lora.py", (STABLE, "max_norm=plain.max_norm,", "")),
+    mutant(
+        "stableemb-drops-sparse",
+        "EMB-2",
+        "litgpt finetune/lora.py",
+        ("reference.embedding:swap_embeddings", "if module.sparse:", "if False:"),
+        (STABLE, "sparse=plain.sparse,", ""),
+    ),
+    mutant(
+        "stableemb-unfrozen-not-optimised",
+        "EMB-3",
+        "litgpt finetune/lora.py",
+        (
+            SETUP,
+            "swap_embeddings(module)  # before the optimizer, which must own the tensors that are trained",
+            "pass",
+        ),
+        (
+            BUILD,
+            "own_override_manager(optimizer, model)",
+            "__import__('reference').swap_embeddings(model) if is_bitsandbytes(optimizer_class) else None",
+        ),
+    ),
+    mutant(
+        "bnb-32bit-override-ignored",
+        "EMB-4",
+        "bitsandbytes#1269",
+        (
+            "reference.optimizer:own_override_manager",
+            '[(module, "weight", {"optim_bits": 32}) for module in wide] + registered',
+            "[]",
+        ),
+    ),
+    mutant(
+        "bnb-override-leaks",
+        "EMB-5",
+        "bitsandbytes 0.50.2",
+        ("reference.optimizer:own_override_manager", "if not is_bitsandbytes(optimizer):", "if True:"),
+    ),
+    mutant(
+        "stableemb-unties",
+        "EMB-6",
+        "facebookresearch/lingua#75",
+        (STABLE, "stable.weight = plain.weight\n", "stable.weight = nn.Parameter(plain.weight.detach().clone())\n"),
+    ),
+    mutant(
+        "stableemb-without-bitsandbytes",
+        "EMB-7",
+        "-",
+        ("reference.embedding:swap_wanted", "if requested and not is_bitsandbytes(optimizer_class):", "if False:"),
+    ),
+    mutant(
+        "stableemb-not-exported",
+        "EMB-8",
+        "litgpt save_lora_checkpoint",
+        (
+            "reference.embedding:folded",
+            "weight = norm(table.to(norm.weight.dtype)).to(stable.weight.dtype)",
+            "weight = table.clone()",
+        ),
+        ("reference.embedding:restore_embeddings", "if plain:", "if False:"),
+    ),
+    mutant(
+        "stableemb-kept-for-inference",
+        "EMB-8",
+        "-",
+        ("reference.embedding:restore_embeddings", "if is_stable(module):", "if False:"),
+    ),
+]

@@ -1,0 +1,78 @@
+"""Variants of the reference with a difference that must not matter: no clause may kill one."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from conformance.recipe import Recipe
+from conformance.subjects.reference import Reference
+from reference import GPTConfig, TrainConfig
+from tests.mutants.planting import ADDED, GROUPS, Edit
+
+
+class Variant(Reference):
+    """The reference with a difference that must not matter."""
+
+    def __init__(self, name: str, model: dict[str, Any], train: dict[str, Any], lacks: dict[str, str]) -> None:
+        self.name, self.model, self.train_changes = name, model, train
+        self.lacks = Reference.lacks | lacks
+
+    def model_config(self, recipe: Recipe) -> GPTConfig:
+        return replace(super().model_config(recipe), **self.model)
+
+    def train_config(self, recipe: Recipe) -> TrainConfig:
+        changes = {
+            key: value(getattr(super(Variant, self).train_config(recipe), key)) if callable(value) else value
+            for key, value in self.train_changes.items()
+        }
+        return replace(super().train_config(recipe), **changes)
+
+
+@dataclass(frozen=True)
+class Harmless:
+    """A variant that no clause may kill."""
+
+    name: str
+    model: tuple[tuple[str, Any], ...] = ()
+    train: tuple[tuple[str, Any], ...] = ()
+    edits: tuple[Edit, ...] = ()
+    lacks: tuple[tuple[str, str], ...] = ()
+
+    def subject(self) -> Variant:
+        """The subject to judge, inside ``planted(self.edits)``."""
+        return Variant(self.name, dict(self.model), dict(self.train), dict(self.lacks))
+
+
+HARMLESS = [
+    Harmless("tied-head", model=(("tie_embeddings", True),)),
+    Harmless("grouped-query-attention", model=(("n_kv_head", 1),)),
+    Harmless("no-biases", model=(("bias", False),)),
+    Harmless("rotary-positions", model=(("position", "rotary"),)),
+    Harmless("four-heads-with-rmsnorm", model=(("n_head", 4), ("norm", "rmsnorm"))),
+    Harmless("compiled", train=(("compile", True),)),
+    Harmless("saves-and-evaluates-each-update", train=(("save_every", 1), ("evaluate_every", 1))),
+    Harmless("clips-at-a-large-norm", train=(("clip", lambda limit: limit or 1e6),)),
+    Harmless(
+        "activation-checkpointing",
+        train=(("activation_checkpointing", True),),
+        lacks=(("foreign-module", "the trainer checkpoints the blocks of its own GPT only"),),
+    ),
+    Harmless(
+        "foreach-instead-of-fused",
+        edits=(Edit(ADDED, 'return {"fused": True}', 'return {"foreach": True}'),),
+        lacks=(("fused", "this variant asks for foreach"),),
+    ),
+    Harmless(
+        "groups-in-another-order",
+        edits=(Edit(GROUPS, "return [group for group in groups if", "return [group for group in groups[::-1] if"),),
+    ),
+    Harmless(
+        "parameters-in-another-order",
+        edits=(
+            Edit(
+                GROUPS,
+                "in model.named_parameters(remove_duplicate=False):",
+                "in reversed(list(model.named_parameters(remove_duplicate=False))):",
+            ),
+        ),
+    ),
+]

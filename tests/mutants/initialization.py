@@ -1,0 +1,123 @@
+"""Faults of initial weights."""
+
+from tests.mutants.planting import BUILD_MODULE, DRAW, LOAD, PEAKS, PUT, SETUP, STD, mutant
+
+MUTANTS = [
+    mutant(
+        "init-empty-memory-single-device",
+        "INIT-1",
+        "litgpt#689, #759, #1150",
+        (BUILD_MODULE, "empty_init=False", "empty_init=True"),
+        ("reference.initialize:initialize", "module.reset_parameters()", "pass"),
+    ),
+    mutant(
+        "init-skipped-fresh-run",
+        "INIT-2",
+        "litgpt#1150",
+        ("reference.initialize:initialize", "module.reset_parameters()", "pass"),
+    ),
+    mutant(
+        "init-residual-scale-never-applied",
+        "INIT-2",
+        "transformers#47458",
+        (STD, "name.endswith(RESIDUAL)", "name in RESIDUAL"),
+    ),
+    mutant(
+        "init-residual-scale-class-gate",
+        "INIT-2",
+        "litgpt initialize_weights, GptNeoxMLP",
+        (STD, "name.endswith(RESIDUAL)", 'name.endswith(".attention.proj")'),
+    ),
+    mutant(
+        "init-residual-scale-fixed-depth",
+        "INIT-2",
+        "stanford-crfm/mistral#30",
+        (STD, "math.sqrt(2 * n_layer)", "math.sqrt(2 * 2)"),
+    ),
+    mutant(
+        "init-uniform-instead-of-normal",
+        "INIT-2",
+        "PyTorch's default init where another was declared",
+        (DRAW, "noise.normal_(0.0, std, ", "noise.uniform_(-std * 3**0.5, std * 3**0.5, "),
+    ),
+    mutant(
+        "init-unseeded", "INIT-3", "-", (DRAW, "generator(seed, name)", "generator(__import__('time').time_ns(), name)")
+    ),
+    mutant("init-seed-ignored", "INIT-4", "litgpt#1425", (DRAW, "generator(seed, name)", "generator(0, name)")),
+    mutant("init-std-one", "INIT-5", "-", (STD, "    return init_std\n", "    return 1.0\n")),
+    mutant(
+        "init-clobbers-loaded",
+        "INIT-6",
+        "transformers#46620, #45591",
+        (LOAD, PUT, f"{PUT}; model.blocks[0].mlp.fc.reset_parameters()"),
+    ),
+    mutant("weights-not-loaded", "INIT-6", "-", (LOAD, PUT, "pass")),
+    mutant(
+        "master-weights-rounded-on-resume",
+        "INIT-6",
+        "nanotron#245, OpenTau#185",
+        (
+            "reference.run:Run.save",
+            "weights: Any = self.module\n",
+            "weights: Any = __import__('copy').deepcopy(self.module).bfloat16()\n",
+        ),
+    ),
+    mutant(
+        "resume-missing-starts-random",
+        "INIT-7",
+        "torchtitan#1311",
+        (
+            "reference.checkpoint:find",
+            "raise CheckpointError(\n",
+            "return None\n        raise CheckpointError(\n",
+        ),
+    ),
+    mutant(
+        "meta-buffers-lost",
+        "INIT-8",
+        "torchtitan's freqs_cis",
+        ("reference.initialize:materialize", "if owns_tensors(module):", "if list(module.parameters(recurse=False)):"),
+    ),
+    mutant(
+        "tie-broken-by-meta",
+        "INIT-9",
+        "facebookresearch/lingua#75, verl#7834",
+        ("reference.initialize:materialize", "for other in others:", "for other in ():"),
+        (
+            "reference.initialize:tie",
+            "module.weight = model.get_submodule(owner).weight",
+            "pass",
+        ),
+    ),
+    mutant(
+        "meta-init-lost",
+        "INIT-9",
+        "litgpt#1150",
+        (
+            "reference.initialize:bind_reset_parameters",
+            "nn.Linear | nn.Embedding)",
+            "nn.Linear | nn.Embedding) and not module.weight.is_meta",
+        ),
+    ),
+    mutant(
+        "adapter-init-skipped",
+        "INIT-10",
+        "litgpt f3ef7c4d, 1f61627c",
+        ("reference.initialize:require_reset_parameters", "if lost:", "if False:"),
+        (
+            "reference.initialize:materialize",
+            "module.reset_parameters()",
+            "getattr(module, 'reset_parameters', lambda: None)()",
+        ),
+    ),
+    mutant(
+        "init-differs-per-rank",
+        "INIT-11",
+        "litgpt#269, torchtitan#166, llm-foundry#830",
+        (
+            SETUP,
+            PEAKS,
+            "torch.manual_seed(config.seed + fabric.global_rank); nn.init.normal_(next(module.parameters())); " + PEAKS,
+        ),
+    ),
+]

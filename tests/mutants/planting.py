@@ -1,0 +1,94 @@
+"""How a fault is planted: text is replaced in one function of the running reference, and put back."""
+
+import importlib
+import inspect
+import textwrap
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Replace ``old`` by ``new`` in the source of one function, ``module:qualified.name``."""
+
+    function: str
+    old: str
+    new: str
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """The reference with one fault."""
+
+    name: str
+    killers: tuple[str, ...]
+    """Clauses that must fail on it."""
+    published: str
+    """Where the fault was seen."""
+    edits: tuple[Edit, ...]
+
+
+def resolve(path: str) -> FunctionType:
+    """The plain function behind ``module:qualified.name``, without its decorators."""
+    module_name, _, qualified = path.partition(":")
+    found: Any = importlib.import_module(module_name)
+    for part in qualified.split("."):
+        found = getattr(found, part)
+    function = inspect.unwrap(found)
+    assert isinstance(function, FunctionType)
+    return function
+
+
+@contextmanager
+def planted(edits: tuple[Edit, ...]) -> Iterator[None]:
+    """Apply edits to the running program, and take them back.
+
+    The code object is exchanged, so that every name under which the function was imported sees the fault.
+
+    Raises:
+        ValueError: if the text to replace is not there exactly once: the reference has changed, so must the mutant.
+    """
+    with ExitStack() as stack:
+        for edit in edits:
+            function = resolve(edit.function)
+            stack.callback(setattr, function, "__code__", function.__code__)
+            function.__code__ = edited_code(function, edit)
+        yield
+
+
+def edited_code(function: FunctionType, edit: Edit) -> Any:
+    """The code object of the function with the edit."""
+    source = textwrap.dedent(inspect.getsource(function))
+    if source.count(edit.old) != 1:
+        raise ValueError(f"{edit.old!r} stands {source.count(edit.old)} times in {edit.function}, not once")
+    namespace: dict[str, Any] = {}
+    # Registered code of this repository, from the table below; nothing from outside.
+    exec(
+        compile(source.replace(edit.old, edit.new), f"<mutant of {edit.function}>", "exec"),
+        function.__globals__,
+        namespace,
+    )
+    code = inspect.unwrap(namespace[function.__name__]).__code__
+    if code.co_freevars != function.__code__.co_freevars:
+        raise ValueError(f"{edit.function} closes over {function.__code__.co_freevars}; edit another function")
+    return code
+
+
+FIT, SETUP = "reference.trainer:Trainer.fit", "reference.trainer:Trainer.setup"
+BUILD_MODULE, UPDATE = "reference.trainer:Trainer.build_module", "reference.run:Run.update_once"
+BUILD, ADDED = "reference.optimizer:build_optimizer", "reference.optimizer:added_keywords"
+GROUPS, DECAYED = "reference.optimizer:decay_groups", "reference.optimizer:is_decayed"
+DRAW, STD = "reference.initialize:draw", "reference.initialize:declared_std"
+LAUNCH, RESTORE = "reference.launch:launch", "reference.resume:restore"
+# load_model() is these words and nothing else.
+LOAD, PUT = "reference.checkpoint:load_model", "put_into(model, load_weights(folder), folder / WEIGHTS)"
+ACCUMULATE, EVALUATE = "reference.update:accumulate", "reference.update:evaluate"
+PEAKS = 'peaks = [group["lr"] for group in bare.param_groups]'
+
+
+def mutant(name: str, killers: str, published: str, *edits: tuple[str, str, str]) -> Mutant:
+    """A row of a chapter's table; ``killers`` are clause ids with spaces between."""
+    return Mutant(name, tuple(killers.split()), published, tuple(Edit(*edit) for edit in edits))

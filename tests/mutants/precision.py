@@ -1,0 +1,68 @@
+"""Faults of precision."""
+
+from tests.mutants.planting import ACCUMULATE, LAUNCH, UPDATE, mutant
+
+MUTANTS = [
+    mutant("logits-left-as-computed", "PREC-1", "litgpt#1508", (LAUNCH, 'if config.logits == "compute":', "if True:")),
+    mutant("opt-out-ignored", "PREC-2", "-", (LAUNCH, 'if config.logits == "compute":', "if False:")),
+    mutant(
+        "loss-in-bf16",
+        "PREC-3",
+        "modalities#464, marin#8217",
+        ("reference.update:token_loss", "logits.float()", "logits.bfloat16()"),
+    ),
+    mutant(
+        "loss-not-upcast",
+        "PREC-3",
+        "modalities#464",
+        ("reference.update:token_loss", "logits.float().flatten", "logits.flatten"),
+    ),
+    mutant(
+        "precision-ignored",
+        "PREC-4",
+        "litgpt#1802, #1814",
+        (LAUNCH, "precision=config.precision,", 'precision="32-true",'),
+    ),
+    mutant(
+        "precision-always-bf16",
+        "PREC-4",
+        "litgpt#1814",
+        (LAUNCH, "precision=config.precision,", 'precision="bf16-mixed",'),
+    ),
+    mutant(
+        "autocast-too-wide-backward",
+        "PREC-5",
+        "pytorch#120376, GradCache#17",
+        (
+            ACCUMULATE,
+            "        fabric.backward(loss)",
+            "        with fabric.strategy.precision.forward_context():\n                fabric.backward(loss)",
+        ),
+    ),
+    mutant(
+        "autocast-too-wide-step",
+        "PREC-5",
+        "pytorch#120376",
+        (
+            UPDATE,
+            "    self.optimizer.step()\n",
+            "    with fabric.strategy.precision.forward_context():\n        self.optimizer.step()\n",
+        ),
+    ),
+    mutant(
+        "bf16-update-lost",
+        "PREC-6",
+        "pytorch/ao#1124, torchtune#2254",
+        ("reference.trainer:warn_about_rounding", 'if config.precision == "bf16-true"', "if False"),
+    ),
+    mutant(
+        "rope-phase-bf16",
+        "PREC-7",
+        "transformers#25681, #29285, gpt-neox#1003",
+        (
+            "reference.model:Rotary.reset_parameters",
+            "torch.outer(position, self.theta**-exponent)",
+            "torch.outer(position.to(self.cos.dtype), (self.theta**-exponent).to(self.cos.dtype))",
+        ),
+    ),
+]

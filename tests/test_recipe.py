@@ -1,0 +1,78 @@
+"""The data of a recipe: the same sequences however an update is split, and samples that a stack can shuffle."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from conformance.recipe import Recipe
+from conformance.subjects.reference import Reference
+from conformance.suites import everyday, on_two_ranks
+
+SPLIT = Recipe(microbatch_size=1, microbatches=4, updates=3)
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_an_update_has_the_same_sequences_however_it_is_split(ignored: bool) -> None:
+    split = replace(SPLIT, ignored_targets=ignored)
+    whole, ranks = replace(split, microbatch_size=4, microbatches=1), replace(split, microbatches=2, world_size=2)
+    for part in ("batches", "labels"):
+        expected = getattr(whole, part)()
+        assert [tensor.shape for tensor in expected] == [(4, 17)] * 3
+        assert torch.equal(torch.cat(getattr(split, part)()), torch.cat(expected))
+        pairs = zip(*(getattr(ranks, part)(rank) for rank in (0, 1)), strict=True)
+        assert torch.equal(torch.cat([tensor for step in pairs for tensor in step]), torch.cat(expected))
+
+
+def test_ignored_targets_are_ragged_and_the_rest_is_as_it_was() -> None:
+    recipe = replace(SPLIT, ignored_targets=True)
+    ids, labels = torch.cat(recipe.batches()), torch.cat(recipe.labels())
+    kept = labels != -100
+    assert torch.equal(labels[kept], ids[kept])
+    counts = kept[:, 1:].sum(dim=1).tolist()
+    assert min(counts) >= 1
+    assert len(set(counts)) > 3
+    assert torch.equal(torch.cat(SPLIT.labels()), torch.cat(SPLIT.batches()))
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_the_same_batches_in_every_update(ignored: bool) -> None:
+    recipe = Recipe(updates=3, same_batches=True, ignored_targets=ignored)
+    for tensors in (recipe.batches(), recipe.labels()):
+        assert all(torch.equal(tensor, tensors[0]) for tensor in tensors)
+    assert torch.equal(recipe.batches()[0], Recipe().batches()[0])
+
+
+def test_validation_data_is_shared_out_and_other_than_training_data() -> None:
+    one, two = Recipe(microbatch_size=4), Recipe(microbatch_size=2, world_size=2)
+    shares = [two.validation_batches(rank) for rank in (0, 1)]
+    assert [tensor.shape for share in shares for tensor in share] == [(2, 17)] * 4
+    mixed = torch.cat([tensor for step in zip(*shares, strict=True) for tensor in step])
+    assert torch.equal(mixed, torch.cat(one.validation_batches()))
+    assert not (mixed[:, None] == torch.cat(one.batches())[None]).all(dim=-1).any()
+
+
+def test_a_data_set_is_its_document_in_samples_that_overlap_by_one() -> None:
+    recipe = Recipe(samples=8, vocab_size=70_000)
+    document, samples = recipe.document(), recipe.dataset()
+    assert (document.shape, samples.shape, document.dtype) == ((128,), (8, 17), torch.int64)
+    assert torch.equal(samples[:, :-1].flatten(), document)
+    assert torch.equal(samples[1:, 0], samples[:-1, -1])
+    assert (int(samples[-1, -1]), int(document.max()) < 69_999) == (69_999, True)
+    assert int(document.max()) > 65_535
+
+
+def test_a_batch_total_decides_how_many_sequences_there_are() -> None:
+    recipe = Recipe(microbatch_size=4, batch_total=10)
+    assert (recipe.update_size, [len(tensor) for tensor in recipe.batches()]) == (10, [4] * 5)
+
+
+def test_what_a_stack_lacks_is_not_asked_for() -> None:
+    subject = Reference()
+    subject.lacks = dict.fromkeys(("microbatches", "schedule", "evaluate-every"), "no such option")
+    recipe = everyday(subject)
+    assert recipe == Recipe(microbatch_size=4, updates=6, optimizer=recipe.optimizer, evaluate=True)
+    assert on_two_ranks(recipe) == replace(recipe, microbatch_size=2, world_size=2)
+    full = everyday(Reference())
+    assert on_two_ranks(full) == replace(full, microbatches=2, world_size=2)
+    assert (full.update_size, recipe.update_size) == (4, 4)
