@@ -65,7 +65,7 @@ def environment(session: nox.Session) -> None:
         session.run("python", "-m", "pip", "uninstall", "--quiet", "--yes", *sorted(EXTRAS), "accelerate", silent=True)
     target = f".[{','.join(extras)}]" if extras else "."
     session.run("python", "-m", "pip", "install", "--quiet", "--upgrade", "pip>=25.1", silent=True)  # knows --group
-    groups = ("--group", "lint", "--group", "build")
+    groups = ("--group", "lint", "--group", "build", "--group", "test")
     session.install("--quiet", "--constraint", "constraints.txt", "--editable", target, *groups)
     stamp.write_text(" ".join([wanted, *extras]))
 

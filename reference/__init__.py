@@ -8,6 +8,8 @@ watched. The public names are few::
     trainer = Trainer(GPTConfig.tiny(), TrainConfig(updates=100))
     result = trainer.fit(train_batches, validation_batches)
 
+The same from the command line, with data, presets and progress: ``python -m reference --help``.
+
 Names are loaded on first use, so that ``import reference`` costs nothing until torch is needed.
 """
 
@@ -17,24 +19,33 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from reference.checkpoint import CheckpointError, load_for_inference
     from reference.config import ConfigurationError, GPTConfig, TrainConfig
+    from reference.data import DataError, TokenData
     from reference.embedding import restore_embeddings, swap_embeddings
+    from reference.huggingface import export_huggingface, import_huggingface
     from reference.model import GPT
     from reference.optimizer import build_optimizer, decay_groups
-    from reference.trainer import FitResult, Trainer
+    from reference.tokenizer import load_tokenizer
+    from reference.trainer import FitResult, Record, Trainer
     from reference.update import TrainingError
 
 _HOME = {
     "CheckpointError": "checkpoint",
     "ConfigurationError": "config",
+    "DataError": "data",
     "FitResult": "trainer",
     "GPT": "model",
     "GPTConfig": "config",
     "TrainConfig": "config",
+    "Record": "trainer",
+    "TokenData": "data",
     "Trainer": "trainer",
     "TrainingError": "update",
     "build_optimizer": "optimizer",
     "decay_groups": "optimizer",
+    "export_huggingface": "huggingface",
+    "import_huggingface": "huggingface",
     "load_for_inference": "checkpoint",
+    "load_tokenizer": "tokenizer",
     "restore_embeddings": "embedding",
     "swap_embeddings": "embedding",
 }
@@ -43,14 +54,20 @@ __all__ = [
     "GPT",
     "CheckpointError",
     "ConfigurationError",
+    "DataError",
     "FitResult",
     "GPTConfig",
+    "Record",
+    "TokenData",
     "TrainConfig",
     "Trainer",
     "TrainingError",
     "build_optimizer",
     "decay_groups",
+    "export_huggingface",
+    "import_huggingface",
     "load_for_inference",
+    "load_tokenizer",
     "restore_embeddings",
     "swap_embeddings",
 ]

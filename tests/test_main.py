@@ -76,7 +76,7 @@ def test_preset_then_file_then_command_line(tmp_path: Path) -> None:
     second.write_text("model: {n_layer: 4}\n")
     settings = read_settings(["--train.updates", "9", "--config", str(first), f"--config={second}", "--train.warmup=1"])
     assert settings.preset == "gpt2-350m"
-    assert settings.model == GPTConfig(n_layer=4, n_head=2, n_embd=1024)
+    assert settings.model == GPTConfig(n_layer=4, n_head=2, n_embd=1024, fp32_residual=False)
     assert (settings.train.updates, settings.train.microbatches) == (9, 16)
     assert settings.train.optimizer_args == {"lr": 1}  # a mapping in a file replaces the preset's
     assert read_settings(["--config", str(first), "--preset", "tiny"]).model.n_embd == 128

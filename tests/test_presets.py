@@ -47,7 +47,8 @@ def test_rate_and_tokens_per_update_are_of_gpt3(name: str, rate: float, tokens: 
 @pytest.mark.parametrize("name", LARGE)
 def test_large_presets_are_for_a_gpu(name: str) -> None:
     train = PRESETS[name].train
-    assert (train.precision, train.compile, train.logits, train.clip) == ("bf16-mixed", True, "compute", 1.0)
+    assert (train.precision, train.compile, train.clip) == ("bf16-mixed", True, 1.0)
+    assert PRESETS[name].model.fp32_residual is False
 
 
 @pytest.mark.parametrize("name", PRESETS)
