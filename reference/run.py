@@ -1,7 +1,8 @@
 """A run that is set up: the model, its optimizer and Fabric, one update at a time."""
 
 import itertools
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -32,6 +33,8 @@ from reference.update import (
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
+
+logger = logging.getLogger("reference")
 
 Pairs = list[tuple[Tensor, Tensor]]
 
@@ -67,8 +70,10 @@ class Run:
     """Where checkpoints go."""
     stop: Stop
     """Whether a signal asked this process to stop."""
+    ties: dict[str, str]
+    """For each further name of a tied tensor, the first."""
     stopping: bool = False
-    """Whether one asked any rank to stop, agreed on by all ranks at the last update."""
+    """Whether a signal asked any rank to stop, as all ranks saw it when the last update began."""
     saved: str = "there is no checkpoint yet"
     """What there is to resume from, for messages."""
 
@@ -124,8 +129,12 @@ class Run:
         if guarded:  # the host waits only now, when the device has the step to do, which did nothing if not finite
             require_finite(fabric, update, seen.values, share, self.saved)
         loss_value, norm_value, tokens, stopping = seen.values
-        self.stopping = stopping > 0 or (fabric.world_size == 1 and self.stop.signal is not None)
+        self.stopping = stopping > 0
         return Done(loss_value, norm_value, int(tokens), following)
+
+    def must_stop(self) -> bool:
+        """Whether the run ends here; the same on all ranks."""
+        return self.stopping or (self.fabric.world_size == 1 and self.stop.signal is not None)
 
     def evaluate(self, validation: "Iterable[Batch] | TokenSource") -> float:
         """Mean cross entropy in nats per token over the validation batches of all ranks."""
@@ -147,7 +156,11 @@ class Run:
         packed: dict[str, Any] = {}
         if is_sharded(self.fabric):
             weights, packed = gathered(self.wrapped._forward_module, self.bare)
-        if self.fabric.global_rank == 0:
+            # Gathered, a tied tensor comes once for each of its names.
+            weights |= {name: weights[first] for name, first in self.ties.items() if first in weights}
+        folder = checkpoint.step_folder(self.directory, update)
+
+        def write() -> None:
             state = {
                 "update": update,
                 "optimizer": packed or optimizer_state(self.bare),
@@ -159,21 +172,42 @@ class Run:
             plain: dict[str, Any] = {"train": as_plain(self.config)}
             if isinstance(model_config, GPTConfig):
                 plain["model"] = as_plain(model_config)
-            files = {}
-            if isinstance(tokenizer, Path):
-                files["tokenizer.json"] = tokenizer
-                tokenizer = "tokenizer.json"
-            plain["tokenizer"] = tokenizer
-            folder = checkpoint.step_folder(self.directory, update)
+            files = {"tokenizer.json": tokenizer} if isinstance(tokenizer, Path) else {}
+            plain["tokenizer"] = "tokenizer.json" if files else tokenizer
             checkpoint.save(folder, weights, state, plain, files)
             checkpoint.prune(self.directory, self.config.keep_last, folder)
-        self.saved = f"the newest checkpoint is {checkpoint.step_folder(self.directory, update)}"
-        self.fabric.barrier()
+
+        self.on_rank_zero(write)
+        self.saved = f"the newest checkpoint is {folder}"
+
+    def on_rank_zero(self, function: Callable[[], None]) -> None:
+        """Call a function on rank 0 and wait for it on every rank.
+
+        Raises:
+            CheckpointError: on every rank, if it raised one there. The others would wait for rank 0 forever.
+        """
+        failure = None
+        if self.fabric.global_rank == 0:
+            try:
+                function()
+            except checkpoint.CheckpointError as error:
+                failure = error
+        failed = reduce(self.fabric, torch.tensor(float(failure is not None), device=self.fabric.device), "sum")
+        if failed > 0:
+            raise failure or checkpoint.CheckpointError("rank 0 could not write checkpoints; its message says why.")
 
     def restore(self, folder: Path) -> int:
         """Load a checkpoint; the number of updates it has done."""
         root = self.wrapped._forward_module if is_sharded(self.fabric) else None
         done = restore(folder, self.fabric, self.module, self.bare, self.config, root)
+        newer = [path.name for path in checkpoint.checkpoints(self.directory) if checkpoint.number(path) > done]
+        if newer:
+            logger.warning(
+                "resume: %s holds newer checkpoints than %s, up to %s: they stay, and resume='auto' would take them",
+                self.directory,
+                folder.name,
+                newer[-1],
+            )
         self.saved = f"the newest checkpoint is {folder}"
         return done
 

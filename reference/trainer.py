@@ -14,7 +14,7 @@ from torch import nn
 from reference import checkpoint
 from reference.config import ConfigurationError, GPTConfig, TrainConfig
 from reference.embedding import restore_embeddings, swap_embeddings, swap_wanted
-from reference.initialize import build, choose_strategy
+from reference.initialize import build, choose_strategy, tied_names
 from reference.launch import is_sharded, launch
 from reference.model import GPT
 from reference.optimizer import build_optimizer, find_class
@@ -121,6 +121,8 @@ class Trainer:
             run = self.setup(stop)
             require_vocabulary(run.module, train, validation)
             done = run.restore(folder) if folder is not None else 0
+            if config.save_every is not None:  # now, rather than after hours of training
+                run.on_rank_zero(lambda: checkpoint.require_writable(self.directory))
             if validation is not None and config.evaluate_every is None:
                 logger.info("validation: batches were given, but evaluate_every is None: they are not evaluated")
             result = FitResult(run.module, run.bare)
@@ -150,7 +152,7 @@ class Trainer:
                     callback(record)
                 if is_due(update, config.log_every, last) or update == done:
                     log(record, config.updates)
-                stopped = run.stopping and not last
+                stopped = run.must_stop() and not last
                 saves = stopped or is_due(update, config.save_every, last)
                 if saves:
                     run.save(update + 1, getattr(train, "tokenizer_file", None) or getattr(train, "tokenizer", None))
@@ -183,6 +185,7 @@ class Trainer:
             swap_embeddings(module)  # before the optimizer, which must own the tensors that are trained
         if config.activation_checkpointing:
             checkpoint_activations(module)
+        ties = {other: first for first, others in tied_names(module).items() for other in others}
         # FSDP flattens the tensors, and the decay policy asks for their dimensions.
         dimensions = {name: tensor.ndim for name, tensor in module.named_parameters(remove_duplicate=False)}
         compiled: Any = torch.compile(TokenLoss(module)) if config.compile else module
@@ -201,7 +204,7 @@ class Trainer:
         optimizer: Any = fabric.setup_optimizers(bare)
         warn_about_rounding(config)
         wrapped.train()
-        return Run(config, fabric, module, wrapped, bare, optimizer, peaks, self.directory, stop or Stop())
+        return Run(config, fabric, module, wrapped, bare, optimizer, peaks, self.directory, stop or Stop(), ties)
 
     def build_module(self, fabric: "Fabric") -> nn.Module:
         """The module, built and initialised as environment and configuration want it."""

@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import itertools
 import json
 import re
 import sys
@@ -21,8 +20,7 @@ from conformance.bench.case import Case, Prepared, Setting
 from conformance.bench.clock import Round
 from conformance.bench.measure import Measurement, WarmUp
 from conformance.bench.page import bench_page, main
-from conformance.bench.summary import empty_row, grouped, make_row, make_summary, parameters_of
-from conformance.bench.svg import FIRST, NARROW, SECOND, WIDE, Bar, Point, as_svg, draw_bars, draw_points, spread_out
+from conformance.bench.summary import empty_row, grouped, make_row, make_summary
 from tests.test_page import Page
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'gpt-conformance[plots]'")
@@ -295,73 +293,6 @@ def test_without_matplotlib_it_says_what_to_install(
     assert sentence.endswith("pip install 'gpt-conformance[plots]'.")
 
 
-# --- plots -----------------------------------------------------------------------------------------------------------
-
-
-def boxes(figure: Any) -> list[Any]:
-    """Where the texts of a figure stand, in pixels."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    [axes] = figure.axes
-    ticks = [*axes.xaxis.get_ticklabels(), *axes.yaxis.get_ticklabels()]
-    texts = [*axes.texts, axes.xaxis.label, axes.yaxis.label, *ticks]
-    renderer = canvas.get_renderer()
-    return [text.get_window_extent(renderer) for text in texts if text.get_text() and text.get_visible()]
-
-
-def check_layout(figure: Any, width: float) -> None:
-    """No text lies on another, and none is cut off."""
-    found = boxes(figure)
-    height = figure.get_size_inches()[1] * 72
-    for box in found:
-        assert box.x0 >= 0
-        assert box.x1 <= width
-        assert box.y0 >= 0
-        assert box.y1 <= height
-    for one, other in itertools.combinations(found, 2):
-        apart = one.x1 <= other.x0 or other.x1 <= one.x0 or one.y1 <= other.y0 + 1 or other.y1 <= one.y0 + 1
-        assert apart, (one, other)
-
-
-LONG = "bitsandbytes PagedAdamW8bit with a name that nobody would read to its end, bf16 ¹ ²"
-
-
-@pytest.mark.parametrize("width", [WIDE, NARROW])
-@pytest.mark.parametrize("limit", [None, (100.0, "the floor")])
-def test_bars_have_room(width: int, limit: tuple[float, str] | None) -> None:
-    bars = [
-        Bar("AdamW fused, fp32", 99.0, 97.0, 104.0, "99.0%, 1.97 ms"),
-        Bar(LONG, 30.0, 1.0, 31.0, "30.0%, 15.12 ms", SECOND),
-        Bar("a $x^2$", 0.1, 0.1, 0.1, "0.1%, 5366 ms"),
-    ]
-    check_layout(draw_bars(bars, "% of the floor", width, limit), width)
-
-
-@pytest.mark.parametrize("width", [WIDE, NARROW])
-def test_points_that_lie_on_each_other_have_room(width: int) -> None:
-    points = [Point(f"{'bf16-mixed, AdamW8bit, StableEmbedding'[number:]} ¹", 5.0, 2.0) for number in range(14)]
-    points += [Point("LitGPT, loss in chunks of 128", 21.0, 5.1, SECOND)]
-    check_layout(draw_points(points, "peak memory, GB", "ms per 1,000 tokens", width), width)
-
-
-def test_axes_are_logarithmic_only_where_they_must_be() -> None:
-    def scales(*values: float) -> tuple[str, str]:
-        figure = draw_points([Point(str(value), value, 1.0) for value in values], "x", "y", WIDE)
-        return figure.axes[0].get_xscale(), figure.axes[0].get_yscale()
-
-    assert scales(1.0, 20.0) == ("linear", "linear")
-    assert scales(1.0, 50.0) == ("log", "linear")
-
-
-def test_labels_are_moved_apart_as_little_as_needed() -> None:
-    assert spread_out([10, 50], [20, 20], 100) == [10, 50]
-    assert spread_out([50, 50, 50], [20, 20, 20], 100) == [50, 70, 90]
-    assert spread_out([90, 95], [20, 20], 100) == [70, 90]
-    assert spread_out([0, 0], [20, 20], 40) == [10, 30]
-
-
 def test_the_best_stand_first(summary: dict[str, Any]) -> None:
     rows = [found for found in grouped(summary["rows"])["optimizer step", "gpt2-124m"] if not found["unavailable"]]
     names = {found["name"]: found["name"] for found in rows}
@@ -404,16 +335,6 @@ def test_colours_are_classes_that_the_style_sheet_has(tmp_path: Path, summary: d
     assert all(f".{name} {{" in style for name in used)
 
 
-def test_a_plot_has_title_and_description() -> None:
-    text = as_svg(draw_bars([Bar("a & b", 1, 1, 1, "1", FIRST)], "ms", NARROW), "A < B", "one bar", "some")
-    assert '<title id="some-title">A &lt; B</title><desc id="some-desc">one bar</desc>' in text
-    assert text.startswith('<svg class="plot" role="img" aria-labelledby="some-title some-desc" viewBox="0 0 350 ')
-    assert ">a &amp; b</text>" in text
-
-
-# --- rows ------------------------------------------------------------------------------------------------------------
-
-
 def test_rows_of_one_size_stand_together(summary: dict[str, Any]) -> None:
     assert list(grouped(summary["rows"])) == [
         ("optimizer step", "gpt2-124m"),
@@ -426,20 +347,6 @@ def test_rows_of_one_size_stand_together(summary: dict[str, Any]) -> None:
 def test_the_mfu_with_causal_attention_is_kept() -> None:
     found = training("reference", 0.1)
     assert found["mfu_causal"] == pytest.approx(found["mfu"] * 800 / 850)
-
-
-@pytest.mark.parametrize(
-    ("numbers", "words"),
-    [
-        ([1_339_957_248], "1.34 billion parameters"),
-        ([124_475_904, 124_475_904], "124.5 million parameters"),
-        ([123.6e6, 124.5e6], "123.6 to 124.5 million parameters"),
-        ([35_712], "35,712 parameters"),
-        ([], ""),
-    ],
-)
-def test_parameters_in_words(numbers: list[float], words: str) -> None:
-    assert parameters_of([{"facts": {"parameters": number}} for number in numbers] + [{"facts": {}}]) == words
 
 
 def test_a_summary_without_rows_is_an_empty_page(summary: dict[str, Any], tmp_path: Path) -> None:

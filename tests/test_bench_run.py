@@ -14,7 +14,7 @@ from conformance.bench.case import Case, Prepared, Setting, Unavailable
 from conformance.bench.clock import Clock
 from conformance.bench.run import Run
 from conformance.bench.suite import run_suite
-from conformance.bench.summary import make_summary
+from conformance.bench.summary import make_summary, parameters_of
 from conformance.bench.table import print_summary
 from tests.fake_device import FakeDevice
 
@@ -224,3 +224,17 @@ def test_the_table_has_figures_reasons_and_doubts(bench: Bench, tmp_path: Path) 
         "? C: 0.205 ms is less than the 0.500 ms that the memory needs",
     ):
         assert expected in printed, printed
+
+
+@pytest.mark.parametrize(
+    ("numbers", "words"),
+    [
+        ([1_339_957_248], "1.34 billion parameters"),
+        ([124_475_904, 124_475_904], "124.5 million parameters"),
+        ([123.6e6, 124.5e6], "123.6 to 124.5 million parameters"),
+        ([35_712], "35,712 parameters"),
+        ([], ""),
+    ],
+)
+def test_parameters_in_words(numbers: list[float], words: str) -> None:
+    assert parameters_of([{"facts": {"parameters": number}} for number in numbers] + [{"facts": {}}]) == words

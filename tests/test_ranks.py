@@ -193,3 +193,19 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_update(on_both: Any, fold
     seen = on_both(stopped_by_rank_1, folder, str(tmp_path))
     assert seen == [(3, "SIGTERM"), (3, "SIGTERM")]
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
+
+
+def message_of(directory: str) -> str:
+    from reference.checkpoint import CheckpointError
+
+    batches = [torch.ones(2, 9, dtype=torch.long)] * 2
+    with pytest.raises(CheckpointError) as caught:
+        Trainer(MODEL, replace(ADAM, evaluate_every=None), directory).fit(batches)
+    return str(caught.value)
+
+
+def test_a_directory_that_cannot_be_written_ends_all_ranks(on_both: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    first, second = on_both(message_of, str(tmp_path / "file"))
+    assert first.startswith(f"checkpoints cannot be written to {tmp_path / 'file'}: ")
+    assert second == "rank 0 could not write checkpoints; its message says why."

@@ -332,8 +332,22 @@ def test_a_checkpoint_keeps_the_tokenizer(batches: list[Tensor], tmp_path: Path)
 
 def test_weights_without_optimizer_state_are_trained_on(batches: list[Tensor], tmp_path: Path) -> None:
     start = GPT(GPT2, seed=5)
-    state = {"update": 0, "optimizer": None, "optimizer_class": None, "precision": {}, "stable_embedding": False}
+    state: dict[str, Any] = {
+        "update": 0,
+        "optimizer": None,
+        "optimizer_class": None,
+        "precision": {},
+        "stable_embedding": False,
+    }
     save(tmp_path / "step-00000000", start, state, {"train": as_plain(TrainConfig()), "model": as_plain(GPT2)})
     resumed = fit(GPT2, batches, updates=2, resume=tmp_path / "step-00000000")
     assert [record.update for record in resumed.records] == [1, 2]
     assert torch.equal(flat(resumed.model), flat(fit(start, batches, updates=2).model))
+
+
+def test_going_back_behind_newer_checkpoints_is_said(
+    batches: list[Tensor], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fit(GPT2, batches, updates=3, save_every=1, directory=tmp_path)
+    fit(GPT2, batches, updates=3, resume=tmp_path / "step-00000002", directory=tmp_path)
+    assert "holds newer checkpoints than step-00000002, up to step-00000003" in caplog.text

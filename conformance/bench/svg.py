@@ -4,6 +4,8 @@ A plot is drawn twice, for a wide page and for a phone, because its text does no
 their names, so no plot needs a legend.
 """
 
+import bisect
+import functools
 import io
 import re
 import textwrap
@@ -72,8 +74,8 @@ def draw_bars(bars: Sequence[Bar], unit: str, width: int, limit: tuple[float, st
     """
     narrow = width < 500
     step, top, bottom = 2 * LINE + 6 if narrow else LINE + 10, 26.0 if limit else 6.0, 42.0
-    names = [cut(bar.name, width - 8 if narrow else 0.42 * width) for bar in bars]
-    left = 1.0 if narrow else max(text_width(name) for name in names) + 14
+    names = [cut(bar.name, width - 12 if narrow else 0.42 * width) for bar in bars]
+    left = 5.0 if narrow else max(text_width(name) for name in names) + 18
     most = max([bar.high for bar in bars] + ([limit[0]] if limit else []))
     inner = width - left - max(text_width(bar.label) for bar in bars) - 16
     height = top + step * len(bars) + bottom
@@ -210,9 +212,11 @@ def cut(text: str, room: float) -> str:
     """The text, or as much of its beginning as has room."""
     if text_width(text) <= room:
         return text
-    return next(text[:end] + "…" for end in range(len(text), -1, -1) if text_width(text[:end] + "…") <= room)
+    end = bisect.bisect_right(range(len(text)), room, key=lambda end: text_width(text[:end] + "…")) - 1
+    return text[: max(end, 0)] + "…"
 
 
+@functools.lru_cache(maxsize=1024)
 def text_width(text: str) -> float:
     """Pixels, in DejaVu Sans: wider than nearly all fonts of browsers."""
     from matplotlib.textpath import TextPath
