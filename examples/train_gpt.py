@@ -9,11 +9,9 @@ from reference.prepare import prepare
 
 def main(folder: Path, updates: int = 200) -> str:
     prepare([], "bytes", folder / "data", progress=False)
+    sizes = {"block_size": 64, "microbatch_size": 16, "seed": 1}
+    train, validation = (TokenData(folder / "data", split, **sizes) for split in ("train", "validation"))
     shape = GPTConfig.llama(vocab_size=257, block_size=64, n_layer=2, n_head=2, n_embd=64, tie_embeddings=True)
-    train, validation = (
-        TokenData(folder / "data", split, block_size=64, microbatch_size=16, seed=1)
-        for split in ("train", "validation")
-    )
     config = TrainConfig(
         updates=updates, optimizer_args={"lr": 3e-3}, warmup=20, evaluate_every=100, evaluate_batches=9
     )

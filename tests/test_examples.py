@@ -10,6 +10,8 @@ from conformance import OptimizerChoice, Recipe, record
 from conformance.clause import catalogue
 from conformance.session import Session
 from conformance.subject import Subject, load_subject
+from examples import train_gpt, train_x_transformers
+from reference.documents import standard_library
 
 ROOT = Path(__file__).parent.parent
 LIMITS = {
@@ -83,3 +85,36 @@ def test_special_tensors_of_x_transformers_do_not_decay(shape: str, tied: bool, 
     assert {name for name in decay if decay[name] == 0.1} == matrices
     assert set(decay) == set(trace.tensors)
     assert ("to_logits.weight" in matrices) is not tied
+
+
+@pytest.fixture
+def few_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thirty files of the standard library instead of all."""
+    found = standard_library()
+    monkeypatch.setattr("reference.prepare.standard_library", lambda: found[:30])
+
+
+@pytest.mark.usefixtures("few_sources")
+def test_ten_lines_train_our_gpt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = train_gpt.main(tmp_path, updates=60)
+    assert isinstance(text, str)
+    first, last = capsys.readouterr().out.split(" nats")[0].split(" -> ")
+    assert float(first) > 5.0 > 3.6 > float(last)
+
+
+@pytest.mark.usefixtures("few_sources")
+def test_ten_lines_train_a_module_of_x_transformers(tmp_path: Path) -> None:
+    pytest.importorskip("x_transformers", reason="x-transformers is not installed: pip install x-transformers")
+    result = train_x_transformers.main(tmp_path, updates=30)
+    assert result.records[0].loss > 5.0 > 3.6 > result.records[-1].loss
+    memory = dict(result.model.named_parameters())["memory_tokens"]
+    decay = {id(t): group["weight_decay"] for group in result.optimizer.param_groups for t in group["params"]}
+    assert decay[id(memory)] == 0.0
+    assert set(decay.values()) == {0.0, 0.1}
+
+
+@pytest.mark.parametrize("name", ["train_gpt", "train_x_transformers"])
+def test_ten_lines_are_ten(name: str) -> None:
+    source = (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8")
+    body = source[source.index("def main") : source.index("if __name__")].splitlines()
+    assert len([line for line in body if line.strip()]) <= 12  # with its first line; one call may need two

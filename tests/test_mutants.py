@@ -18,6 +18,7 @@ def test_mutant_is_killed(mutant: Mutant) -> None:
     assert not survived, f"{mutant.name} survives {survived}"
 
 
+@pytest.mark.slow  # each judges all clauses
 @pytest.mark.parametrize("variant", HARMLESS, ids=lambda variant: variant.name)
 def test_harmless_variant_survives(variant: Harmless) -> None:
     with planted(variant.edits), Session(variant.subject()) as session:

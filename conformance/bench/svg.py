@@ -96,7 +96,9 @@ def draw_bars(bars: Sequence[Bar], unit: str, width: int, limit: tuple[float, st
         else:
             write(axes, name, (-10, middle), inner, color=INK, ha="right", va="center_baseline")
     if limit is not None:
-        axes.axvline(limit[0], color=DIM, linewidth=1.5, zorder=1.5)
+        for number in range(len(bars)):  # beside the bars only, where the names stand above them
+            ends = [number * step + (step - 20 if narrow else 0), (number + 1) * step]
+            axes.plot([limit[0]] * 2, ends, color=DIM, linewidth=1.5, zorder=1.5, solid_capstyle="butt")
         write(axes, limit[1], (limit[0] / most * inner, -8), inner, color=DIM, ha="right")
     return figure
 
