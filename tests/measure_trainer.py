@@ -30,7 +30,7 @@ from reference.presets import PRESETS
 from reference.throughput import device_peak, flops_per_token
 from reference.trainer import Record, Trainer
 
-WARMUP, MEASURED, PROFILED = 4, 6, 2  # updates; the first compile
+WARMUP, MEASURED, PROFILED = 3, 6, 1  # updates; the first compile
 PAIRS = 30
 HOST_GAP = 10.0  # microseconds; a longer gap between two kernels is the host's
 
@@ -40,12 +40,16 @@ def gpu_runs() -> dict[str, tuple[GPTConfig, TrainConfig, int]]:
     small = PRESETS["gpt2-124m"]
     updates = WARMUP + MEASURED + PROFILED
     quiet = replace(small.train, updates=updates, evaluate_every=None, save_every=None, warmup=2)
-    large = replace(quiet, precision="bf16-true", microbatches=16, optimizer_args={"lr": 2e-4, "weight_decay": 0.1})
+    true = replace(quiet, precision="bf16-true")
+    large = replace(true, optimizer_args={"lr": 2e-4, "weight_decay": 0.1})
+    wide = GPTConfig.gpt2(n_layer=24, n_head=16, n_embd=2048, bias=False)
     return {
         "124M, bf16-mixed": (small.model, quiet, 64),
         "124M, bf16-mixed, one microbatch per update": (small.model, replace(quiet, microbatches=1), 64),
-        "124M, bf16-true": (small.model, replace(quiet, precision="bf16-true"), 64),
-        "1.3B, bf16-true": (GPTConfig.llama(block_size=1024), large, 16),
+        "124M, bf16-true": (small.model, true, 64),
+        "124M without biases, bf16-true": (replace(small.model, bias=False), true, 64),
+        "1.3B in Llama's shape, bf16-true": (GPTConfig.llama(block_size=1024), large, 16),
+        "1.3B in GPT-2's shape without biases, bf16-true": (wide, large, 16),
     }
 
 
@@ -112,19 +116,21 @@ def idle_shares(profiler: Any) -> dict[str, float]:
     }
 
 
-def on_gpu() -> dict[str, Any]:
-    """All runs, on the standard library's text in the vocabulary of GPT-2's size."""
+def on_gpu(only: list[str], write: Callable[[dict[str, Any]], None]) -> None:
+    """The runs, on the standard library's text in vocabularies of their sizes; written after each."""
     logging.getLogger("reference").setLevel(logging.INFO)
-    results = {}
+    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         texts = {size: prepare([], f"bpe:{size}", Path(folder) / str(size), progress=False) for size in (50257, 32000)}
         for name, (model, train, microbatch) in gpu_runs().items():
+            if only and name not in only:
+                continue
             torch._dynamo.reset()
             torch.cuda.empty_cache()
             text = texts[max(size for size in texts if size <= model.vocab_size)]
             results[name] = measure_run(model, train, microbatch, text.folder)
             print(name, json.dumps(results[name]), flush=True)
-    return {"text": [text.describe().splitlines() for text in texts.values()], "runs": results}
+            write({"text": [text.describe().splitlines() for text in texts.values()], "runs": results})
 
 
 def on_cpu() -> dict[str, Any]:
@@ -184,12 +190,20 @@ def seconds_of(function: Callable[[], None], times: int = 5) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", type=Path, metavar="FILE", help="keep the figures as JSON")
+    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="a run on the GPU; repeatable")
     arguments = parser.parse_args()
-    figures = on_gpu() if torch.cuda.is_available() else on_cpu()
-    text = json.dumps({"schema": 1, "environment": environment(), **figures}, indent=2) + "\n"
-    if arguments.write:
-        arguments.write.write_text(text, encoding="utf-8")
-    print(text, end="")
+
+    def write(figures: dict[str, Any]) -> None:
+        text = json.dumps({"schema": 1, "environment": environment(), **figures}, indent=2) + "\n"
+        if arguments.write:
+            arguments.write.write_text(text, encoding="utf-8")
+        else:
+            print(text, end="")
+
+    if torch.cuda.is_available():
+        on_gpu(arguments.only, write)
+    else:
+        write(on_cpu())
 
 
 if __name__ == "__main__":
