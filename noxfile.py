@@ -108,6 +108,14 @@ def mutants(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def parity(session: nox.Session) -> None:
+    """Run the tests that need the real transformers, in an environment of its own: litgpt wants another release."""
+    session.install("--quiet", "--constraint", "constraints.txt", "--editable", ".[transformers]")
+    names = [f"tests/test_{name}.py" for name in ("huggingface_parity", "subject_transformers", "bench_training")]
+    session.run("python", "-m", "pytest", *names, *session.posargs, env=VARIABLES | NO_GPU)
+
+
+@nox.session(default=False)
 @nox.parametrize("peer", list(PEERS), ids=list(PEERS))
 def peers(session: nox.Session, peer: str) -> None:
     """Judge each stack of the matrix in an environment of its own: they pin different releases."""
@@ -126,10 +134,13 @@ def peers(session: nox.Session, peer: str) -> None:
 
 @nox.session(venv_backend="none", requires=["environment"], default=False)
 def report(session: nox.Session) -> None:
-    """Turn result files (default: those in reports/conformance) into one page: reports/latest/page/index.html."""
+    """Turn results into pages: reports/latest/page/index.html (clauses), reports/latest/bench/index.html (bench)."""
     files = session.posargs or [os.path.relpath(path) for path in sorted((HERE / "reports/conformance").glob("*.json"))]
     target = ["--kill-matrix", "reports/kill-matrix.json", "--out", os.path.relpath(LATEST / "page")]
     run(session, "-m", "conformance", "report", *files, *target)
+    summaries = [os.path.relpath(path) for path in sorted((HERE / "reports/bench").glob("*/summary.json"))]
+    if summaries and not session.posargs:
+        run(session, "-m", "conformance.bench.page", *summaries, "--out", os.path.relpath(LATEST / "bench"))
 
 
 @nox.session(venv_backend="none", requires=["environment"], default=False)

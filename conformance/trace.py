@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from conformance.isolation import collected_messages, quiet_and_deterministic
 from conformance.recipe import remember_configs
@@ -188,7 +189,7 @@ def record(
             register_optimizer_step_pre_hook(recorder.step_begins),
             register_optimizer_step_post_hook(recorder.step_ends),
         ):
-            stack.callback(handle.remove)
+            stack.callback(forget, handle)
         stack.enter_context(wrapped_backward(recorder))
         try:
             yield recorder.trace
@@ -220,6 +221,15 @@ def wrapped_backward(recorder: "_Recorder") -> Iterator[None]:
         yield
     finally:
         torch.autograd.backward = original
+
+
+def forget(handle: RemovableHandle) -> None:
+    """Remove a global hook, and what torch 2.11 to 2.13 leave behind of one that was registered with_kwargs.
+
+    With that left, torch.compile warns of global hooks as long as the process lives.
+    """
+    handle.remove()
+    torch.nn.modules.module._global_forward_hooks_with_kwargs.pop(handle.id, None)
 
 
 class _Recorder:

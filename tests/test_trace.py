@@ -351,3 +351,10 @@ def test_messages_and_changed_configurations_are_kept(capsys: pytest.CaptureFixt
     assert sorted(trace.messages) == ["done", "loss 2.1", "slow", "step 7"]
     assert capsys.readouterr() == ("", "")
     assert trace.changed_configs == [(choice.config(), changed)]
+
+
+def test_nothing_is_left_of_the_hooks() -> None:
+    model = Tiny()
+    with record():
+        model(torch.zeros(1, 2, dtype=torch.long))
+    assert not torch.nn.modules.module._has_any_global_hook()  # torch.compile would warn of them
