@@ -135,7 +135,7 @@ def print_letter(
         row = count(result for result in results if result.clause.chapter == chapter)
         if sum(row.values()):
             cells = [f"[{COLORS[o]}]{row[o]}[/]" if row[o] else "[dim]·[/]" for o in OUTCOMES]
-            table.add_row(f"{chapter:5}  {title}", *cells)
+            table.add_row(f"{chapter:6}  {title}", *cells)
     console.print(table)
 
     for result in results:
