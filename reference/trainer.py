@@ -121,6 +121,13 @@ class Trainer:
             run = self.setup(stop)
             require_vocabulary(run.module, train, validation)
             done = run.restore(folder) if folder is not None else 0
+            if done >= config.updates:
+                logger.warning(
+                    "resume: %s has done %d updates, and updates=%d: nothing is left to train",
+                    folder,
+                    done,
+                    config.updates,
+                )
             if config.save_every is not None:  # now, rather than after hours of training
                 run.on_rank_zero(lambda: checkpoint.require_writable(self.directory))
             if validation is not None and config.evaluate_every is None:

@@ -351,3 +351,13 @@ def test_going_back_behind_newer_checkpoints_is_said(
     fit(GPT2, batches, updates=3, save_every=1, directory=tmp_path)
     fit(GPT2, batches, updates=3, resume=tmp_path / "step-00000002", directory=tmp_path)
     assert "holds newer checkpoints than step-00000002, up to step-00000003" in caplog.text
+
+
+def test_a_run_that_is_complete_is_said(
+    batches: list[Tensor], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    done = fit(GPT2, batches, updates=2, save_every=1, directory=tmp_path)
+    again = fit(GPT2, batches, updates=2, save_every=1, directory=tmp_path, resume=True)
+    assert again.records == []
+    assert torch.equal(flat(again.model), flat(done.model))
+    assert "step-00000002 has done 2 updates, and updates=2: nothing is left to train" in caplog.text
