@@ -130,7 +130,8 @@ def on_gpu(only: list[str], write: Callable[[dict[str, Any]], None]) -> None:
             text = texts[max(size for size in texts if size <= model.vocab_size)]
             results[name] = measure_run(model, train, microbatch, text.folder)
             print(name, json.dumps(results[name]), flush=True)
-            write({"text": [text.describe().splitlines() for text in texts.values()], "runs": results})
+            described = [text.describe().replace(f"{folder}/", "").splitlines() for text in texts.values()]
+            write({"text": described, "runs": results})
 
 
 def on_cpu() -> dict[str, Any]:
