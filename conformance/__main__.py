@@ -90,7 +90,7 @@ def run_command(options: argparse.Namespace) -> int:
         check_writable(options.report)
     everything, chosen = catalogue(), find_clauses(options.clause)
     deviations = load_deviations(options.deviations, everything) if options.deviations else {}
-    errors = Console(stderr=True)
+    errors = Console(file=sys.stderr)  # as it is now: inside a recording it is the recorder's
     with Session(load_subject(options.subject), deviations) as session:
         progress = track(chosen.values(), f"Judging {session.subject.name}", console=errors, transient=True)
         results = [session.judge(clause) for clause in progress]

@@ -28,9 +28,19 @@ def quiet_and_deterministic() -> Iterator[None]:
             torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined] # as above
 
 
+class Printed(io.BytesIO):
+    """Memory in place of stdout and stderr. What asks for its descriptor, as faulthandler does, gets stderr's."""
+
+    def fileno(self) -> int:
+        return 2
+
+
 @contextlib.contextmanager
 def collected_messages(messages: list[str]) -> Iterator[None]:
-    """Collect warnings, log records and printed lines instead of showing them."""
+    """Collect warnings, log records and printed lines, progress bars too, instead of showing them.
+
+    What native code writes, and processes that the run starts, is not seen.
+    """
 
     class Handler(logging.Handler):
         def emit(self, entry: logging.LogRecord) -> None:
@@ -40,8 +50,12 @@ def collected_messages(messages: list[str]) -> Iterator[None]:
     level = root.level
     loggers = [root, *(x for x in root.manager.loggerDict.values() if isinstance(x, logging.Logger) and x.handlers)]
     before = [(logger, logger.handlers[:], logger.propagate) for logger in loggers]
-    printed = io.StringIO()
-    with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(printed):
+    # Not a StringIO: some scripts call sys.stdout.reconfigure().
+    printed = io.TextIOWrapper(Printed(), encoding="utf-8", errors="replace", newline="", write_through=True)
+    with contextlib.ExitStack() as stack:
+        caught = stack.enter_context(warnings.catch_warnings(record=True))
+        stack.enter_context(contextlib.redirect_stdout(printed))
+        stack.enter_context(contextlib.redirect_stderr(printed))
         warnings.simplefilter("always")
         for logger in loggers:  # Lightning's, say, print to stderr by handlers of their own
             logger.handlers[:], logger.propagate = [], True
@@ -54,4 +68,5 @@ def collected_messages(messages: list[str]) -> Iterator[None]:
                 logger.handlers[:], logger.propagate = handlers, propagate
             root.setLevel(level)
             messages.extend(str(entry.message) for entry in caught)
-            messages.extend(line for line in printed.getvalue().splitlines() if line.strip())
+            text = printed.buffer.getvalue().decode("utf-8", "replace")
+            messages.extend(line for line in text.splitlines() if line.strip())

@@ -15,11 +15,16 @@ class _GradientDescent(Optimizer):
     """Plain gradient descent; what differs between the probes is their constructor."""
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override] # no closure, as in many a research optimizer
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override] # torch's overloads say float
+        loss = None
+        if closure is not None:  # Lightning computes the gradients in it
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     parameter.add_(parameter.grad, alpha=-group["lr"])
+        return loss
 
 
 class WithoutFused(_GradientDescent):

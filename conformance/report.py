@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import tomllib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -37,7 +38,7 @@ def environment() -> dict[str, str]:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
+            versions[name] = checkout_version() if name == PACKAGES[0] else "not installed"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {
         "python": platform.python_version(),
@@ -47,6 +48,15 @@ def environment() -> dict[str, str]:
         "gpu": gpu,
         **versions,
     }
+
+
+def checkout_version() -> str:
+    """This package's version where it runs from a checkout that was not installed."""
+    try:
+        text = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+        return f"{tomllib.loads(text)['project']['version']}, from a checkout"
+    except (OSError, tomllib.TOMLDecodeError, KeyError):
+        return "not installed"
 
 
 def processor() -> str:

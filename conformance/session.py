@@ -116,7 +116,10 @@ class Session:
         """
         attempt = self.attempt(recipe)
         if attempt.error is not None:
-            raise RunFailed(describe_error(attempt.error)) from attempt.error
+            reason = describe_error(attempt.error)
+            if isinstance(attempt.error, SystemExit) and attempt.trace.messages:
+                reason += f", after {attempt.trace.messages[-1].strip()!r}"  # argparse, say, prints why it quits
+            raise RunFailed(reason) from attempt.error
         if not attempt.trace.forwards or not attempt.trace.updates:
             raise AdapterFailed(
                 f"{type(self.subject).__name__}.train() ended, but {len(attempt.trace.forwards)} forwards with token "

@@ -164,9 +164,10 @@ def load_subject(spec: str) -> Subject:
 
 
 def describe_error(error: BaseException) -> str:
-    """An exception in one line: its class and the first line of its message."""
+    """An exception in one line: its class and the first line of its message, with the next behind a heading."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:400]}" if lines else type(error).__name__
+    text = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])  # load_state_dict() begins with one
+    return f"{type(error).__name__}: {text[:400]}" if text else type(error).__name__
 
 
 def install_hint(spec: str, error: ImportError) -> str:

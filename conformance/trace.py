@@ -13,7 +13,7 @@ forwards), and uninitialised memory is filled with NaN, so that a skipped initia
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,7 @@ class Update:
     """Class path."""
     groups: tuple[Group, ...]
     gradients: dict[str, Tensor | None]
-    """On entry. None where there was none."""
+    """On entry, or after the closure where the stack hands one over. None where there was none."""
     before: dict[str, Tensor]
     after: dict[str, Tensor]
     state_before: dict[str, dict[str, Any]]
@@ -153,7 +153,7 @@ class Trace:
     updates: list[Update] = field(default_factory=list)
     checkpoints: list[Checkpoint] = field(default_factory=list)
     messages: list[str] = field(default_factory=list)
-    """Warnings, log records and lines printed to stdout."""
+    """Log records, warnings, and lines printed to stdout and stderr, in this order."""
     changed_configs: list[tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=list)
     """Optimizer configurations that the stack altered: (as given, as found afterwards)."""
     seconds: float = 0.0
@@ -246,7 +246,8 @@ class _Recorder:
         self.inner_autocast: torch.dtype | None = None
         self.inner: tuple[nn.Module, Tensor, Tensor] | None = None  # the last call inside with ids in and logits out
         self.before_forward: dict[str, Tensor] | None = None  # copies of parameters and buffers, by full name
-        self.pending: dict[int, tuple[dict[str, Tensor], dict[str, Any]]] = {}  # by optimizer: what step_begins saw
+        self.stepping: list[Optimizer] = []  # optimizers whose step is running
+        self.pending: tuple[dict[str, Tensor], dict[str, Any]] | None = None  # what was seen when the step began
         self.foreign: dict[int, tuple[str, Tensor]] = {}  # kept alive, or another tensor might get the same id
         self.seen: dict[Path, tuple[int, int]] = {}
         self.look_for_files(first=True)
@@ -266,11 +267,12 @@ class _Recorder:
         if torch.is_autocast_enabled(device := device_type(module)):
             self.inner_autocast = torch.get_autocast_dtype(device)
 
-    def forward_ends(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
-        # NOTE a footgun: after an exception PyTorch calls this as (module, args, None), without the keywords.
+    def forward_ends(self, module: nn.Module, args: Any, kwargs: Any = None, output: Any = None) -> None:
+        # NOTE a footgun: after an exception PyTorch calls this as (module, args, None), without the keywords. An output
+        # of None is no exception: under DDP Lightning's validation_step is a forward, and mostly returns nothing.
         while self.calls and self.calls.pop() is not module:
             pass  # calls that an exception ended without their hook
-        if self.in_backward or output is None:
+        if self.in_backward or kwargs is None:
             return
         ids = find_ids(args, kwargs)
         logits = None if ids is None and self.calls else find_logits(output)
@@ -330,8 +332,40 @@ class _Recorder:
 
     # step ------------------------------------------------------------------------------------------------------
 
-    def step_begins(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def step_begins(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        if optimizer in self.stepping:  # an exception ended its last step without the hook
+            del self.stepping[self.stepping.index(optimizer) :]
+        self.stepping.append(optimizer)
+        if len(self.stepping) > 1:
+            return None  # what ZeroRedundancyOptimizer, say, wraps: its step is part of one that is noted already
         self.look_for_files()
+        self.note(optimizer)
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if not callable(closure):
+            return None
+        closure = self.noting(closure, optimizer)
+        return ((*args[:1], closure, *args[2:]), kwargs) if len(args) > 1 else (args, kwargs | {"closure": closure})
+
+    def noting(self, closure: Callable[..., Any], optimizer: Optimizer) -> Callable[..., Any]:
+        """The closure, with a note taken when it first ends.
+
+        Lightning computes forward, backward and clipping inside the closure that it gives to step: on entry the
+        gradients are still those of the update before.
+        """
+        first = True
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal first
+            result = closure(*args, **kwargs)
+            if first:
+                self.note(optimizer)
+            first = False
+            return result
+
+        return noted
+
+    def note(self, optimizer: Optimizer) -> None:
+        """Keep what the step starts from."""
         tensors = self.watched(optimizer)
         names = {id(tensor): name for name, tensor in tensors.items()}
         if self.zero_gradients:
@@ -347,11 +381,14 @@ class _Recorder:
             "state_before": describe_state(optimizer, names),
             "autocast": torch.is_autocast_enabled(device),
         }
-        self.pending[id(optimizer)] = (tensors, begun)
+        self.pending = tensors, begun
 
     def step_ends(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if id(optimizer) in self.pending:
-            tensors, begun = self.pending.pop(id(optimizer))
+        if optimizer not in self.stepping:
+            return
+        del self.stepping[self.stepping.index(optimizer) :]
+        if not self.stepping and self.pending is not None:
+            (tensors, begun), self.pending = self.pending, None
             state = describe_state(optimizer, {id(tensor): name for name, tensor in tensors.items()})
             self.trace.updates.append(Update(after=copied(tensors), state_after=state, **begun))
 

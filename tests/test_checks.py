@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from conformance import Constant, Normal, Uniform, checks
 from conformance.checks import clipping, data, evaluation, initialization, precision, schedule
 from conformance.checks.accumulation import gradient_is_of
+from conformance.checks.optimizer import keywords_arrive
 from conformance.clause import Violation
 from conformance.snapshot import Group
 
@@ -36,6 +37,20 @@ def test_initialised_names_the_tensor() -> None:
         model.weight[0, 0] = float("nan")
     with pytest.raises(Violation, match=r"in 1 of 2 tensors: weight \(1 of 6\)"):
         checks.initialised(model)
+
+
+def test_a_mask_of_minus_infinity_is_initialised() -> None:
+    model, mask = nn.Linear(2, 3), torch.full((2, 2), -torch.inf).triu(1)
+    checks.initialised(model, {"mask": mask})
+    with pytest.raises(Violation, match=r"in 1 of 3 tensors: mask \(1 of 4\)"):
+        checks.initialised(model, {"mask": mask - mask.nan_to_num(0.0, neginf=-torch.inf)})
+
+
+def test_a_learning_rate_in_a_tensor_is_the_number() -> None:
+    groups = [Group((), {"lr": torch.tensor(0.00123)})]
+    keywords_arrive(groups, {"lr": 0.00123})
+    with pytest.raises(Violation, match="lr is tensor"):
+        keywords_arrive(groups, {"lr": 0.00124})
 
 
 def test_decay_groups_cover_names_what_is_missing_and_what_is_foreign() -> None:
@@ -200,6 +215,8 @@ SAID = [
     ("{'eval_loss': '4.852', 'eval_runtime': '0.0131', 'eval_steps_per_second': '145.5'}", ["4.852"]),
     ("Epoch 1 | iter 4 | loss train: 4.812, val: n/a | iter time: 2.31 ms", []),
     ("interval 3.5, value 2.5, evaluated 4.5", []),
+    ("Validation: 50.0%| 1/2 [00:00<00:00], eval 12.31it/s, eval (0.53 s), validation 104.25 %", []),
+    ("Validation: 100%| 2/2 [00:00<00:00, 97.5it/s, val_loss=4.852]", ["4.852"]),
 ]
 
 

@@ -2,7 +2,9 @@
 
 import contextlib
 import importlib
+import io
 import logging
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -204,6 +206,16 @@ def test_a_model_inside_a_module_that_gives_the_loss(model: Tiny, rows: bool) ->
     assert equal(trace.initial, start)
 
 
+def test_an_evaluation_that_returns_nothing(model: Tiny) -> None:
+    """Lightning's validation_step, which under DDP is a forward of the wrapper."""
+    expected = model(IDS)
+    wrapped = wrapper(*DDP, model)
+    wrapped.forward = lambda ids: None if model(ids) is not None else ids  # type: ignore[method-assign]
+    with record() as trace:
+        wrapped(IDS)
+    assert [torch.equal(f.logits, expected) for f in trace.forwards] == [True]
+
+
 def test_an_embedding_is_no_model(model: Tiny) -> None:
     class LossInside(Tiny):
         def forward(self, input_ids: Tensor) -> Any:
@@ -300,6 +312,52 @@ def test_gradients_and_parameters_are_those_around_the_step(model: Tiny, zero: b
     assert equal(first.before, trace.initial | {"foreign-1": torch.ones(3)})
 
 
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("keyword", [False, True])
+def test_gradients_of_a_closure_are_those_of_its_step(model: Tiny, zero: bool, keyword: bool) -> None:
+    """Lightning's way: forward, backward and clipping inside what is handed to step."""
+    optimizer, expected = SGD(model.parameters(), lr=0.1), []
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = backward(model)
+        expected.append({name: p.grad * (not zero) for name, p in model.named_parameters() if p.grad is not None})
+        return loss
+
+    with record(zero_gradients=zero) as trace:
+        for _ in range(2):
+            step: Any = optimizer.step
+            assert (step(closure=closure) if keyword else step(closure)) > 1.0
+    assert [(f.update, loss.update) for f, loss in zip(trace.forwards, trace.losses, strict=True)] == [(0, 0), (1, 1)]
+    assert [list(seen.groups[0].tensors) for seen in trace.updates] == [NAMES, NAMES]
+    for seen, gradients in zip(trace.updates, expected, strict=True):
+        assert equal(seen.gradients, gradients)
+        moved = {name: seen.before[name].add(gradients[name], alpha=-0.1) for name in NAMES}
+        assert equal(seen.after, moved)
+
+
+def test_a_step_inside_a_step_is_one_update(model: Tiny) -> None:
+    class Sharded(Optimizer):  # as ZeroRedundancyOptimizer: its own step calls that of another one
+        def __init__(self) -> None:
+            super().__init__(model.parameters(), {"lr": 0.1})
+            self.inner, self.fails = SGD(self.param_groups[0]["params"], lr=0.1), True
+
+        def step(self, closure: Any = None) -> None:  # type: ignore[override] # torch's overloads say float
+            if self.fails:
+                self.fails = False
+                raise ValueError("out of memory")
+            self.inner.step()
+
+    optimizer = Sharded()
+    with record() as trace:
+        with pytest.raises(ValueError, match="memory"):
+            update(model, optimizer)
+        for _ in range(2):
+            update(model, optimizer)
+    assert [seen.optimizer.rpartition(".")[2] for seen in trace.updates] == ["Sharded", "Sharded"]
+    assert not equal(trace.updates[0].before, trace.updates[0].after)
+
+
 def test_a_nan_is_put_into_the_gradients_of_one_update(model: Tiny) -> None:
     with record(nan_gradient=1) as trace:
         for _ in range(3):
@@ -345,12 +403,26 @@ def test_messages_and_changed_configurations_are_kept(capsys: pytest.CaptureFixt
         warnings.warn("slow", DeprecationWarning, stacklevel=1)
         logging.getLogger("a.stack").info("step %d", 7)
         print("loss 2.1\n\ndone")
+        print("bar 1/2\rbar 2/2", file=sys.stderr)
         choice.config()
         changed = choice.config()
         changed["init_args"].pop("lr")
-    assert sorted(trace.messages) == ["done", "loss 2.1", "slow", "step 7"]
+    assert sorted(trace.messages) == ["bar 1/2", "bar 2/2", "done", "loss 2.1", "slow", "step 7"]
     assert capsys.readouterr() == ("", "")
     assert trace.changed_configs == [(choice.config(), changed)]
+
+
+def test_a_stack_may_set_its_streams_up(capfd: pytest.CaptureFixture[str]) -> None:
+    before = sys.stdout, sys.stderr
+    with record() as trace:
+        for stream in (sys.stdout, sys.stderr):
+            assert isinstance(stream, io.TextIOWrapper)
+            stream.reconfigure(line_buffering=True)
+            assert stream.fileno() == 2  # for faulthandler.enable(), and processes that are started
+            stream.buffer.write("ünïcode\n".encode())
+    assert trace.messages == ["ünïcode", "ünïcode"]
+    assert (sys.stdout, sys.stderr) == before
+    assert capfd.readouterr() == ("", "")
 
 
 def test_nothing_is_left_of_the_hooks() -> None:

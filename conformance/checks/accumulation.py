@@ -66,7 +66,10 @@ def total_norm(gradients: Mapping[str, Tensor | None]) -> float:
 
 
 def gradient_is_of(
-    losses: tuple[float, float], moved: Mapping[str, Tensor], gradients: tuple[Gradients, Gradients]
+    losses: tuple[float, float],
+    moved: Mapping[str, Tensor],
+    gradients: tuple[Gradients, Gradients],
+    what: str = "the gradient",
 ) -> None:
     """A gradient is that of the loss itself, neither a multiple of it nor a part.
 
@@ -77,6 +80,7 @@ def gradient_is_of(
         losses: before and after a small step, on the same batch, in float64 or as exact as can be.
         moved: by how much each tensor was moved.
         gradients: before and after.
+        what: what they are, for the message.
 
     Raises:
         Violation: with the factor.
@@ -88,5 +92,5 @@ def gradient_is_of(
         raise Violation(
             "the gradient of the mean cross entropy over the target tokens: a step along it lowers that loss by its "
             f"square, within {SCALE_BOUND:g}",
-            f"the gradient is {factor:.4g} times as large",
+            f"{what} is {factor:.4g} times as large",
         )

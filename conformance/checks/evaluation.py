@@ -5,9 +5,12 @@ from collections.abc import Iterable, Sequence
 
 from conformance.clause import Violation
 
-# "validation 4.8520", "val loss: 4.852", "{'eval_loss': '4.852'", but not "eval_runtime: 0.0137".
+# "validation 4.8520", "val loss: 4.852", "{'eval_loss': '4.852'", but not "eval_runtime: 0.0137", nor the percentage,
+# the seconds or the speed of a progress bar.
 REPORTED = re.compile(
-    r"\b(?:val|valid|validation|eval|evaluation)(?:[ _/]?loss)?\W{0,5}(\d+\.\d+(?:e[-+]?\d+)?)", re.IGNORECASE
+    r"\b(?:val|valid|validation|eval|evaluation)(?:[ _/]?loss)?\W{0,5}(\d+\.\d+(?:e[-+]?\d+)?)"
+    r"(?![\d.]*\s*(?:%|m?s\b|sec|min|it/|tok))",
+    re.IGNORECASE,
 )
 
 

@@ -14,8 +14,8 @@ FOURTH_MOMENT_SIZE = 1000  # elements from which the shape of a distribution can
 LOSS_MARGIN = 0.5  # nats above or below ln V
 
 
-def initialised(tensors: nn.Module | Mapping[str, Tensor]) -> None:
-    """Every element of every floating tensor is finite.
+def initialised(tensors: nn.Module | Mapping[str, Tensor], buffers: Mapping[str, Tensor] | None = None) -> None:
+    """Every element of every floating tensor is finite; of buffers, none is NaN: a causal mask may hold -inf.
 
     >>> initialised(nn.Linear(2, 2))
 
@@ -25,8 +25,13 @@ def initialised(tensors: nn.Module | Mapping[str, Tensor]) -> None:
     Raises:
         Violation: naming the tensors with NaN or infinity.
     """
-    named = dict(tensors.named_parameters()) if isinstance(tensors, nn.Module) else dict(tensors)
-    bad = {name: int((~t.isfinite()).sum()) for name, t in named.items() if t.is_floating_point()}
+    parameters = tensors.named_parameters() if isinstance(tensors, nn.Module) else tensors.items()
+    named: dict[str, Tensor] = {**dict(parameters), **(buffers or {})}
+    bad = {}
+    for name, tensor in named.items():
+        if tensor.is_floating_point():
+            wrong = tensor.isnan() if name in (buffers or {}) else ~tensor.isfinite()
+            bad[name] = int(wrong.sum())
     bad = {name: count for name, count in bad.items() if count}
     if bad:
         listed = quoted([f"{name} ({count} of {named[name].numel()})" for name, count in bad.items()])

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from conformance.clause import Violation, quoted
@@ -26,9 +26,16 @@ def keywords_arrive(groups: Sequence[Group], arguments: Mapping[str, Any], varyi
     """
     for key, given in arguments.items():
         found = [group.settings.get(key, "nothing") for group in groups]
-        matching = [equal_values(plain_value(given), value) for value in found]
+        matching = [equal_values(plain_value(given), as_given(value, given)) for value in found]
         if not (any(matching) if key in varying else all(matching)):
             raise Violation(f"{key}={given!r} in the optimizer, as the user gave it", f"{key} is {quoted(found)}")
+
+
+def as_given(found: Any, given: Any) -> Any:
+    """The number given, where a tensor holds it (so compiled optimizers want the rate); otherwise what was found."""
+    if isinstance(found, Tensor) and found.ndim == 0 and isinstance(given, float):
+        return given if bool(found == torch.tensor(given, dtype=found.dtype)) else found
+    return found
 
 
 def config_untouched(changed: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> None:

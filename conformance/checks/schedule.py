@@ -8,12 +8,13 @@ from conformance.snapshot import Group
 RATE_BOUND = 1e-6  # relative: schedules are computed in float64, and some are kept in float32
 
 
-def rates_are(updates: Sequence[Sequence[Group]], declared: Sequence[float]) -> None:
+def rates_are(updates: Sequence[Sequence[Group]], declared: Sequence[float], what: str = "learning rates") -> None:
     """The learning rate of every update, in every group, is the declared one.
 
     Args:
         updates: the parameter groups of each update.
         declared: one rate for each.
+        what: what they are, for the message.
 
     Raises:
         Violation: with the first update that differs, and all rates.
@@ -26,6 +27,6 @@ def rates_are(updates: Sequence[Sequence[Group]], declared: Sequence[float]) -> 
             if not abs(found - rate) <= RATE_BOUND * abs(rate):
                 seen = [f"{float(other[0].settings.get('lr', float('nan'))):.6g}" for other in updates]
                 raise Violation(
-                    f"learning rates {', '.join(f'{value:.6g}' for value in declared)}",
+                    f"{what} {', '.join(f'{value:.6g}' for value in declared)}",
                     f"{', '.join(seen)}: another from update {number} on",
                 )

@@ -129,16 +129,19 @@ def test_large_ids_arrive(subject: Subject, trace: Any) -> None:
     "DATA-6",
     why="A model that is shown the token to predict learns to copy, or the token after the next; its loss falls.",
     mend="Shift targets against ids once: in the data or in the model, not in both and not in neither.",
-    source="huggingface/transformers#27517, Project-MONAI/GenerativeModels#314",
-    bound="a spread of 1e-4 in loss / cross entropy over four updates (healthy: 1.8e-7; another shift: 3.9e-3)",
+    source="huggingface/transformers#27517, Project-MONAI/GenerativeModels#314; #23530 (no end is ever learnt)",
+    bound="a spread of 1e-4 in loss / cross entropy over four updates, and over two epochs (healthy: 3e-7; "
+    "another shift: 3.9e-3; ends of documents left out: 8.3e-3)",
 )
-def test_targets_are_the_next_tokens(trace: Any) -> None:
-    """The target of each position is the next token of the same sequence."""
-    recipe = Recipe(updates=4)
-    run, rows = trace(recipe), torch.cat(recipe.batches())
-    forwards = training(run)
-    numbers = [sample_numbers(forward.ids, rows) for forward in forwards]
-    if len(forwards) != len(run.losses) or any(None in found for found in numbers):
-        raise NotApplicable("losses and sequences cannot be paired: see ACC-6")
-    tokens = [torch.stack([rows[number] for number in found if number is not None]) for found in numbers]
-    predicts_next([f.logits for f in forwards], tokens, [loss.value.item() for loss in run.losses])
+def test_targets_are_the_next_tokens(subject: Subject, trace: Any) -> None:
+    """The target of each position is the next token of the same sequence, the end of a document included."""
+    # The data set of shuffled() ends with the only token that ends a document.
+    for recipe in [Recipe(updates=4)] + ([] if "sampler" in subject.lacks else [shuffled()]):
+        rows = torch.cat(recipe.batches()) if recipe.samples is None else recipe.dataset()
+        run = trace(recipe)
+        forwards = training(run)
+        numbers = [sample_numbers(forward.ids, rows) for forward in forwards]
+        if len(forwards) != len(run.losses) or any(None in found for found in numbers):
+            raise NotApplicable("losses and sequences cannot be paired: see ACC-6")
+        tokens = [torch.stack([rows[number] for number in found if number is not None]) for found in numbers]
+        predicts_next([f.logits for f in forwards], tokens, [loss.value.item() for loss in run.losses])

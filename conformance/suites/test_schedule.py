@@ -37,7 +37,8 @@ def test_rates_as_declared(subject: Subject, trace: Any) -> None:
     variants = [split, replace(split, microbatch_size=split.update_size, microbatches=1)]
     variants.append(Recipe(updates=5, warmup=3, optimizer=PEAK))  # constant after the warm-up
     for recipe in variants:
-        rates_are(groups(trace(recipe)), declared(subject, recipe))
+        what = f"learning rates, with a warm-up of {recipe.warmup} and {recipe.microbatches} microbatches per update,"
+        rates_are(groups(trace(recipe)), declared(subject, recipe), what)
 
 
 @clause(
@@ -52,7 +53,7 @@ def test_rates_on_two_ranks(subject: Subject, ranks: Any) -> None:
     """On two ranks the rates are those of one process."""
     recipe = everyday(subject)
     for run in ranks(on_two_ranks(recipe)):
-        rates_are(groups(run), declared(subject, recipe))
+        rates_are(groups(run), declared(subject, recipe), f"learning rates on rank {run.rank}")
 
 
 @clause(

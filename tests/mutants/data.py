@@ -61,6 +61,16 @@ MUTANTS = [
         ("reference.update:split_targets", PLAIN, "return batch[:, :-1], batch[:, :-1]"),
     ),
     mutant(
+        "end-of-document-masked",
+        "DATA-6",
+        "transformers#23530, #22794 (padded with the end of a document, then padding ignored)",
+        (
+            "reference.update:split_targets",
+            PLAIN,
+            "return batch[:, :-1], batch[:, 1:].masked_fill(batch[:, 1:] == 127, IGNORE)",
+        ),
+    ),
+    mutant(
         "labels-shifted-twice",
         "DATA-6",
         "a shift in the data and another in the loss",
