@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from conformance.bench import card
 from conformance.bench.card import (
     UNKNOWN,
     Card,
@@ -18,11 +19,13 @@ from conformance.bench.card import (
     doubts_about,
     drift_between,
     measure_card,
+    median_seconds,
     parse_answer,
     query,
     slug,
 )
 from conformance.bench.clock import Clock, HostDevice
+from tests.fake_device import FakeDevice
 
 H100 = Card("NVIDIA H100 80GB HBM3", copy_bandwidth=3.0e12, bf16_rate=7.0e14, dense_peak=989.4e12)
 CUDA = torch.device("cuda", 0)
@@ -44,10 +47,31 @@ def test_a_card_that_did_not_keep_its_clocks_is_told() -> None:
 
 
 def test_the_cpu_is_measured_with_the_same_code() -> None:
-    card, load = measure_card(Clock(HostDevice()), torch.device("cpu"))
-    assert (card.name, card.dense_peak, load) == ("CPU, small", None, {})
-    assert card.copy_bandwidth > 0
-    assert card.bf16_rate > 0
+    found, load = measure_card(Clock(HostDevice()), torch.device("cpu"))
+    assert (found.name, found.dense_peak, load) == ("CPU, small", None, {})
+    assert found.copy_bandwidth > 0
+    assert found.bf16_rate > 0
+
+
+def test_rates_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(card, "median_seconds", lambda *_, **__: 0.5)
+    found, _ = measure_card(Clock(HostDevice()), torch.device("cpu"))
+    assert found.bf16_rate == 2 * 256**3 / 0.5  # a product and a sum for each
+    assert found.copy_bandwidth == 2 * 4 * 2**20 / 0.5  # read and written
+
+
+@pytest.mark.parametrize("function", ["randn", "randint"])
+def test_a_card_is_not_measured_with_zeros(monkeypatch: pytest.MonkeyPatch, function: str) -> None:
+    original = getattr(torch, function)
+    monkeypatch.setattr(torch, function, lambda *size, **keywords: original(*size, **keywords).zero_())
+    with pytest.raises(ValueError, match="throughout: fill it with random data"):
+        measure_card(Clock(HostDevice()), torch.device("cpu"))
+
+
+def test_the_card_is_measured_from_a_cold_cache() -> None:
+    device = FakeDevice()
+    seconds = median_seconds(Clock(device), lambda: device.read(40e6))
+    assert seconds == pytest.approx(40e6 / device.bandwidth + device.launch_seconds)
 
 
 def test_the_environment_names_versions_and_gpu() -> None:

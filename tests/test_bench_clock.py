@@ -1,5 +1,6 @@
 """The bench's clock and what it does about figures that cannot be: one planted fault for each."""
 
+import gc
 import math
 import sys
 from collections.abc import Callable
@@ -305,6 +306,59 @@ def test_both_sides_of_a_ratio_begin_alike() -> None:
     found = measure(CASE, same, clock, pedantic_with(clock), beside=same)
     ratio = paired_ratio([r.device for r in found.rounds], [r.device for r in found.beside])
     assert ratio.low < 1 < ratio.high
+
+
+def test_garbage_is_collected_on_neither_side() -> None:
+    device, enabled = FakeDevice(), []
+
+    def step() -> None:
+        enabled.append(gc.isenabled())
+        device.work(1e-3)
+
+    clock = Clock(device)
+    warm = Prepared(lambda: device.work(1e-3))
+    measure(replace(CASE, rounds=2), warm, clock, pedantic_with(clock), beside=Prepared(step))
+    assert enabled == [False] * 3
+    assert gc.isenabled()
+
+
+def test_a_round_begins_on_an_idle_device() -> None:
+    busy: list[bool] = []
+
+    class Watched(FakeDevice):
+        def reset_peak(self) -> None:
+            busy.append(self.busy_until > self.host)
+            super().reset_peak()
+
+    device = Watched()
+    clock = Clock(device)
+
+    def step() -> None:
+        busy.append(device.busy_until > device.host)
+        device.work(1e-3)
+
+    measure(replace(CASE, rounds=2), Prepared(step), clock, pedantic_with(clock))
+    assert not any(busy)
+
+
+class Segmented(FakeDevice):
+    """Reserves a quarter more than it gives, and holds some that it does not."""
+
+    hidden = 0
+
+    def peak(self) -> tuple[int, int]:
+        return self.peak_tensors, self.peak_tensors * 5 // 4
+
+
+@pytest.mark.parametrize(("hidden", "expected"), [(0, 1000), (100, 900), (130, None), (400, None)])
+def test_what_another_row_hides_of_the_reserved_memory(hidden: int, expected: int | None) -> None:
+    """Segments that another one's tensors keep half empty are used without being reserved again."""
+    device = Segmented()
+    device.allocate(800)
+    # What is hidden was reserved before, and is not reserved now.
+    found = measured(device, lambda: device.work(1e-3), before=(0, hidden))
+    assert found.peak_allocated == 800
+    assert found.peak_reserved == expected
 
 
 def test_settling_is_not_timed_and_not_done_with_slow_steps() -> None:

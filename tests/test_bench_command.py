@@ -1,11 +1,15 @@
 """python -m conformance.bench."""
 
+import importlib.metadata
 import json
+import signal
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 
+from conformance import report
 from conformance.bench import __main__ as command
 from conformance.bench.__main__ import main
 from conformance.bench.clock import Clock, Round
@@ -60,6 +64,9 @@ def test_without_cuda_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch
         (["--device", "cpu", "--compare", "missing.json"], "The summary missing.json cannot be read"),
         (["--device", "cpu", "--compare", "a", "b", "c"], "--compare takes one file, or two, not 3."),
         (["--device", "cpu", "--out", "pyproject.toml"], "The results cannot be written: pyproject.toml is a file"),
+        (["--device", "cpu", "--out", "/proc/bench"], "The folder /proc/bench cannot be made"),
+        (["--device", "cpu", "--limit", "0"], "--limit is 0, but must be a number of seconds above 0."),
+        (["--device", "cpu", "--limit", "nan"], "--limit is nan, but must be"),
     ],
 )
 def test_mistakes_are_told_in_a_sentence(
@@ -97,6 +104,52 @@ def test_ctrl_c_is_one_sentence(
     assert (summary["complete"], len(summary["rows"])) == (False, 1)
 
 
+def test_being_terminated_keeps_the_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, handler = Run.measured, signal.getsignal(signal.SIGTERM)
+
+    def terminated(self: Run, *arguments: object) -> object:
+        if self.rows:
+            signal.raise_signal(signal.SIGTERM)  # as `timeout` does
+        return original(self, *arguments)  # type: ignore[arg-type] # as they came
+
+    monkeypatch.setattr(Run, "measured", terminated)
+    assert main(["--device", "cpu", "--only", "foreach"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "Interrupted: the 1 rows that were measured are kept."
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_what_pytest_breaks_on_costs_no_row(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Run.add
+
+    def broken(self: Run, row: dict[str, object]) -> None:
+        if self.rows:
+            raise TypeError("no such thing")
+        original(self, row)
+
+    monkeypatch.setattr(Run, "add", broken)
+    assert main(["--device", "cpu", "--only", "foreach"]) == 1
+    assert "Partial: not every row was measured." in capsys.readouterr().out
+    summary = json.loads((tmp_path / "reports/latest/bench-cpu/summary.json").read_text())
+    assert (summary["complete"], len(summary["rows"])) == (False, 1)
+
+
+def test_results_that_cannot_be_written_are_printed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, content: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(report, "write_json", full)
+    assert main(["--device", "cpu", "--only", "foreach"]) == 1
+    printed, told = capsys.readouterr()
+    assert "noise floor" in printed
+    assert told.splitlines()[-1].endswith("No space left on device")
+
+
 def test_a_clock_that_cannot_be_trusted_ends_the_run(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,8 +174,40 @@ def test_a_row_that_breaks_makes_the_run_fail(
     assert "failed: TypeError: no such thing" in capsys.readouterr().out
 
 
+def test_a_checkout_that_is_not_installed_has_a_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    found = report.environment()
+    project = tomllib.loads((Path(report.__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert found["gpt-conformance"] == f"{project['version']}, from a checkout"
+    assert found["lightning"] == "not installed"
+
+
 def test_every_source_gives_cases() -> None:
     for quick in (False, True):
         cases = command.collect(torch.device("cpu"), quick)
         assert len({case.key for case in cases}) == len(cases)
         assert {case.group for case in cases} >= {"optimizer step", "training step"}
+
+
+def test_what_is_wanted_most_runs_first_and_all_fits_in_nine_minutes() -> None:
+    cases = command.collect(torch.device("cuda"), quick=False)
+    assert cases[0].name == "AdamW fused, fp32, against itself"
+    names = [f"{case.size}, {case.name}" for case in cases]
+
+    def place(part: str) -> int:
+        return next(number for number, name in enumerate(names) if part in name)
+
+    wanted = ["gpt2-124m, AdamW fused, fp32", "reference, bf16-mixed, AdamW fused, compiled", "transformers GPT2"]
+    wanted += ["bf16-true", "llama-1.2b, reference", "llama-1.2b, AdamW fused", "16-bit residual", "1.2b, GrokAdamW"]
+    assert [place(part) for part in wanted] == sorted(place(part) for part in wanted)
+    assert "GrokAdamW" in names[-1]
+    for case in cases:
+        if case.beside is not None:
+            [other] = [o for o in cases if (o.group, o.size, o.name) == (case.group, case.size, case.beside)]
+            assert other.priority <= case.priority
+    started = 20.0  # imports, and the card twice
+    assert started + sum(case.seconds for case in cases) < 540
+    assert started + sum(case.seconds for case in command.collect(torch.device("cuda"), quick=True)) < 110

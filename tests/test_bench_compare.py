@@ -1,6 +1,8 @@
 """Two runs of the bench beside each other."""
 
+import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,9 @@ def test_each_row_gets_a_verdict() -> None:
     }
     assert found["A"].ratio.low < 1.02 < found["A"].ratio.high
     assert noise_floor(OLD) == pytest.approx(0.004)
+    noisy = damaged(lambda summary: summary["card"]["noise"].update(high=1.05))
+    for one, other in ((noisy, NEW), (NEW, noisy)):
+        assert {comparison.verdict for comparison in compare(one, other)} == {"ambiguous"}
 
 
 def test_a_training_step_is_compared_by_the_wall() -> None:
@@ -107,6 +112,53 @@ def test_what_is_no_summary_is_told(tmp_path: Path, content: str | None, expecte
         file.write_text(content, encoding="utf-8")
     with pytest.raises(UsageError, match=expected):
         read_summary(file)
+
+
+def damaged(change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+    found = copy.deepcopy(OLD)
+    change(found)
+    return found
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: s.update(environment=None),
+        lambda s: s.update(card=[]),
+        lambda s: s.update(rows={}),
+        lambda s: s.update(rows=[1, 2]),
+        lambda s: s["card"].pop("noise"),
+        lambda s: s["card"].update(noise={"low": "x", "high": 1.0}),
+        lambda s: s["rows"][0].pop("name"),
+        lambda s: s["rows"][0].pop("samples_ms"),
+        lambda s: s["rows"][0]["samples_ms"].update(device=[]),
+        lambda s: s["rows"][0]["samples_ms"].update(wall=["x"]),
+        lambda s: s["rows"][0]["samples_ms"].update(wall=[0.0]),
+    ],
+    ids=[f"fault {number}" for number in range(11)],
+)
+def test_a_damaged_summary_is_told(
+    change: Callable[[dict[str, Any]], object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = written(tmp_path / "old.json", OLD), written(tmp_path / "new.json", damaged(change))
+    assert main(["--compare", old, new]) == 2
+    [sentence] = capsys.readouterr().err.splitlines()
+    assert sentence.endswith("new.json is damaged: give it as the bench wrote it, or run the bench again.")
+
+
+def test_rows_of_one_run_only_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old, new = written(tmp_path / "old.json", OLD), written(tmp_path / "new.json", NEW)
+    main(["--compare", old, new])
+    assert "only in the later run: optimizer step, gpt2-124m, E" in capsys.readouterr().out
+    main(["--compare", new, old])
+    assert "only in the earlier run: optimizer step, gpt2-124m, E" in capsys.readouterr().out
+
+
+def test_without_a_noise_floor_there_is_no_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    unknown = damaged(lambda summary: summary["card"].update(noise=None))
+    assert {found.verdict for found in compare(unknown, NEW)} == {"ambiguous"}
+    assert main(["--compare", written(tmp_path / "a", unknown), written(tmp_path / "b", NEW)]) == 0
+    assert "a run did not measure its noise floor, so nothing can be said" in capsys.readouterr().out
 
 
 def test_the_folder_of_a_run_will_do(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """A run of the bench on a fake device: what happens to cases that cannot be measured, and to the others."""
 
+import gc
 import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,11 @@ from rich.console import Console
 
 from conformance.bench.card import Card
 from conformance.bench.case import Case, Prepared, Setting, Unavailable
-from conformance.bench.clock import Clock
+from conformance.bench.clock import Clock, Round
+from conformance.bench.measure import Measurement
 from conformance.bench.run import Run
 from conformance.bench.suite import run_suite
-from conformance.bench.summary import make_summary, parameters_of
+from conformance.bench.summary import empty_row, make_row, make_summary, parameters_of
 from conformance.bench.table import print_summary
 from tests.fake_device import FakeDevice
 
@@ -93,6 +96,27 @@ def test_rows_are_measured_and_written(bench: Bench, tmp_path: Path) -> None:
     assert [b["stats"]["rounds"] for b in written["benchmarks"]] == [30, 30]
     assert written["benchmarks"][1]["extra_info"]["interleaved"] == second["interleaved"]
     assert written["machine_info"]["card"]["name"] == "Fake"
+
+
+def test_a_row_keeps_its_three_times_apart() -> None:
+    rounds = [Round(device=1.0, wall=2.0, host=0.5)] * 5
+    case = Case("training step", "size", "A", Bench().case("A").build, beside="B")
+    found = make_row(case, Measurement(rounds, [Round(1.0, 1.0, 1.0)] * 5), {}, CARD)
+    assert (found["device_ms"]["median"], found["wall_ms"]["median"], found["host_ms"]) == (1000, 2000, 500)
+    assert found["samples_ms"] == {"device": [1000] * 5, "wall": [2000] * 5}
+    assert found["interleaved"]["ratio"] == 2.0  # a training step is judged by the wall
+
+
+def test_the_peak_of_a_row_is_its_own(bench: Bench, tmp_path: Path) -> None:
+    bench.device.allocate(1000)  # there before the run
+
+    def build(setting: Setting) -> Prepared:
+        free = bench.device.allocate(30)
+        return Prepared(lambda: bench.device.work(1e-3), close=free)
+
+    rows = [Case("group", "size", name, build, beside=beside) for name, beside in (("A", None), ("B", "A"))]
+    run = bench.run(*rows, folder=tmp_path)
+    assert [row["peak_allocated"] for row in run.rows] == [30, 30]
 
 
 def test_a_companion_is_built_for_a_row_that_needs_it(bench: Bench, tmp_path: Path) -> None:
@@ -180,6 +204,75 @@ def test_a_limit_leaves_out_what_would_exceed_it(bench: Bench, tmp_path: Path) -
     run = bench.run(bench.case("A"), late, folder=tmp_path, limit=40.0)
     assert run.rows[1]["unavailable"] == "not run: it would exceed the limit of 40 s."
     assert not run.complete
+
+
+def test_the_limit_counts_what_is_used_and_goes_by_the_pace(bench: Bench, tmp_path: Path) -> None:
+    run = bench.run(bench.case("A", priority=1), folder=tmp_path, limit=40.0, used=38.0)
+    assert run.rows[0]["unavailable"] == "not run: it would exceed the limit of 40 s."
+    first, second = (Case("group", "size", name, bench.case(name).build, seconds=20.0) for name in "AB")
+    run = bench.run(first, second, folder=tmp_path, limit=30.0)  # A takes under a second instead of 20
+    assert [row["unavailable"] for row in run.rows] == [None, None]
+
+
+def test_the_time_left_goes_by_what_was_measured(bench: Bench, tmp_path: Path) -> None:
+    cases = [Case("group", "size", name, bench.case(name).build, seconds=20.0) for name in "ABC"]
+    run = Run(Setting(torch.device("meta")), Clock(bench.device), CARD, cases)
+    assert (run.seconds_left, run.time_left()) == (60.0, "1:00")
+    run.rows.append(empty_row(cases[0], "not installed."))
+    assert run.seconds_left == 40.0  # it took no time, which says nothing of the others
+    run.rows.append(empty_row(cases[1]))
+    run.started -= 40.0
+    assert run.seconds_left == pytest.approx(40.0, rel=0.01)  # twice as slow as an H100
+
+
+def test_a_case_that_is_kept_gives_back_what_others_left(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the memory of the first row shows in the second one's as reserved."""
+    monkeypatch.setattr(bench.device, "release", lambda: bench.log.append("release"))
+    bench.run(bench.case("B", beside="A"), bench.case("A"), folder=tmp_path)
+    assert bench.log[bench.log.index("close B") :] == ["close B", "release", "close A"]
+
+
+def test_a_companion_that_cannot_be_closed_costs_no_row(bench: Bench, tmp_path: Path) -> None:
+    def build(setting: Setting) -> Prepared:
+        def close() -> None:
+            raise RuntimeError("it does not close")
+
+        return Prepared(lambda: bench.device.work(1e-3), close=close)
+
+    bad = Case("group", "size", "A", build)
+    run = bench.run(bench.case("B", beside="A"), bench.case("C"), folder=tmp_path, companions=[bad])
+    assert [row["unavailable"] for row in run.rows] == [None, None]
+    assert run.failed == ["A"]
+    assert "it does not close" in bench.printed
+
+
+def test_nobody_needs_to_read_the_progress(bench: Bench, tmp_path: Path) -> None:
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    run = Run(Setting(torch.device("meta")), Clock(bench.device), CARD, [bench.case("A"), bench.case("B")])
+    run.console = Console(file=Closed())
+    run.console.on_broken_pipe = lambda: sys.exit(1)  # type: ignore[method-assign] # as it does, but for the streams
+    assert run_suite(run, tmp_path / "benchmark.json")
+    assert [row["unavailable"] for row in run.rows] == [None, None]
+
+
+def test_garbage_is_not_collected_in_a_round(bench: Bench, tmp_path: Path) -> None:
+    enabled: list[bool] = []
+
+    def build(setting: Setting) -> Prepared:
+        def step() -> None:
+            enabled.append(gc.isenabled())
+            bench.device.work(1e-3)
+
+        return Prepared(step)
+
+    run = bench.run(Case("group", "size", "A", build, rounds=5), folder=tmp_path)
+    assert run.rows[0]["rounds"] == 5
+    assert enabled[-5:] == [False] * 5
 
 
 def test_a_quick_run_takes_few_rounds(bench: Bench, tmp_path: Path) -> None:

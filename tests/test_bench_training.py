@@ -1,5 +1,6 @@
 """The bench's training step: it does what Trainer.fit does, starts again where it began, and refuses wrong figures."""
 
+import importlib.util
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,9 +13,12 @@ from torch import Tensor, nn
 
 from conformance.bench import peers, training
 from conformance.bench.case import Case, Prepared, Setting, Unavailable
+from conformance.bench.measure import check_inputs
+from conformance.bench.throughput import throughput
 from conformance.subject import UsageError
 from reference.config import GPTConfig
 from reference.model import GPT
+from reference.presets import PRESETS
 from reference.trainer import Trainer
 
 CPU = Setting(torch.device("cpu"))
@@ -73,9 +77,40 @@ def test_names_are_unique_and_what_a_row_is_beside_exists() -> None:
 
 def test_rows_that_share_compiled_code_stand_together() -> None:
     for rows in (training.GPT2_ROWS, training.LLAMA_ROWS):
-        keys = [(r.train.compile, r.train.precision, r.train.stable_embedding, r.microbatch) for r in rows]
+        keys = [
+            (r.train.compile, r.train.precision, r.train.stable_embedding, r.microbatch, str(r.model)) for r in rows
+        ]
         changes = sum(a != b for a, b in itertools.pairwise(keys))
         assert changes == len(set(keys)) - 1
+        priorities = [row.priority for row in rows]
+        assert priorities == sorted(priorities)  # so that the order stays
+
+
+def test_the_preset_is_measured_as_it_is() -> None:
+    [row] = [row for row in training.GPT2_ROWS if row.note]
+    preset = PRESETS["gpt2-124m"]
+    assert replace(training.shape("gpt2-124m"), **row.model) == preset.model
+    assert row.microbatch == preset.data.microbatch_size
+    for name in ("precision", "compile", "clip", "optimizer", "capture_step", "stable_embedding"):
+        assert getattr(row.train, name) == getattr(preset.train, name)
+    assert f"accumulates {preset.train.microbatches} microbatches" in row.note
+
+
+def test_peers_and_reference_train_with_the_same_settings() -> None:
+    """Batch, clip, precision and fused AdamW; what decays differs, and is stated."""
+    plain = next(case for case in CASES if case.name.startswith(f"reference, {training.FUSED}")).build(CPU)
+    assert plain.facts["decays"] == "70.8% of the parameters, in 2 groups"
+    assert plain.facts["residual"] == "float32"
+    assert training.GPT2_ROWS[0].microbatch == peers.MICROBATCH
+    for peer in peers.PEERS:
+        if importlib.util.find_spec(peer.package.replace("-", "_")) is None:
+            continue
+        other = peers.prepare(peer, training.shape("gpt2-tiny"), CPU)
+        for name in ("tokens", "microbatch", "precision", "optimizer", "compiled", "clip", "batches"):
+            assert other.facts[name] == plain.facts[name], name
+        assert other.facts["decays"] == "100.0% of the parameters, in 1 group"
+        check_inputs(other.inputs)
+        assert len(other.inputs) == len(plain.inputs) == 8
 
 
 @pytest.fixture
@@ -129,6 +164,7 @@ def test_the_rows_are_what_their_names_say() -> None:
         assert (found["embedding"] == "StableEmbedding") == ("StableEmbedding" in name)
         assert (found["logits"] == "float32 dtype") == ("float32 logits" in name)
         assert (found["compiled"] == "eager") == name.endswith("eager")
+        assert (found["residual"] == "16 bits") == ("16-bit residual" in name)
 
 
 def test_batches_are_random_and_differ() -> None:
@@ -176,7 +212,7 @@ def row(wall: float = 100.0, device: float = 99.0, host: float = 20.0, **facts: 
 
 
 def test_throughput_by_hand() -> None:
-    figures = training.throughput(row())
+    figures = throughput(row())
     assert figures["tokens_per_second"] == pytest.approx(327_680)
     assert figures["tokens_per_second_device"] == pytest.approx(32768 / 0.099)
     assert figures["mfu"] == pytest.approx(327_680 * 8.5e8 / 989.4e12)  # 28.2 %
@@ -186,8 +222,8 @@ def test_throughput_by_hand() -> None:
 def test_no_mfu_without_a_peak_and_nothing_without_a_measurement() -> None:
     unknown = row()
     del unknown["facts"]["dense_peak"]
-    assert set(training.throughput(unknown)) == {"tokens_per_second", "tokens_per_second_device"}
-    assert training.throughput({"unavailable": "bitsandbytes is not installed."}) == {}
+    assert set(throughput(unknown)) == {"tokens_per_second", "tokens_per_second_device"}
+    assert throughput({"unavailable": "bitsandbytes is not installed."}) == {}
 
 
 @pytest.mark.parametrize(
@@ -205,7 +241,7 @@ def test_no_mfu_without_a_peak_and_nothing_without_a_measurement() -> None:
 )
 def test_impossible_figures_are_refused(fault: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        training.throughput(fault)
+        throughput(fault)
 
 
 # --- peers -----------------------------------------------------------------------------------------------------------
@@ -229,6 +265,28 @@ def test_a_peer_has_gpt2s_parameters(peer: peers.Peer) -> None:
             tie()  # transformers 5.0 leaves that out on the meta device
         ours = sum(parameter.numel() for parameter in GPT(config).parameters())
     assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(ours, rel=0.02)
+
+
+def test_a_peer_steps_in_bf16_and_is_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+
+    class Watched(GPT):
+        def forward(self, ids: Tensor, cache: Any = None) -> Tensor:
+            seen.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+            return super().forward(ids, cache)
+
+    clip = nn.utils.clip_grad_norm_
+
+    def watched(parameters: list[Tensor], largest: float) -> Tensor:
+        seen.append(largest)
+        return clip(parameters, largest)
+
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", watched)
+    own = replace(peers.PEERS[2], package="torch", build=Watched, loss=peers.x_transformers_loss)
+    prepared = peers.prepare(own, training.shape("gpt2-tiny"), CPU)
+    prepared.step()
+    assert seen == [(True, torch.bfloat16), 1.0]
+    assert prepared.facts["optimizer"] == "AdamW (fused)"
 
 
 @PEERS

@@ -5,9 +5,12 @@ import gc
 import importlib
 import os
 import shutil
+import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("Interrupted before the first row was measured.", file=sys.stderr)
+        print("Interrupted.", file=sys.stderr)  # before the first row, or again while the results were written
         return 1
 
 
@@ -71,7 +74,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--only", action="append", default=[], metavar="TEXT", help="rows with it in 'group / size / name'; repeatable"
     )
-    parser.add_argument("--limit", type=float, metavar="SECONDS", help="do not begin a row that would end later")
+    parser.add_argument(
+        "--limit", type=float, metavar="SECONDS", help="for everything: end at the first row that would take longer"
+    )
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help=f"default: {PUBLISHED}/CARD; for a part of the rows in {LATEST}"
     )
@@ -91,15 +96,15 @@ def make_console(stream: Any) -> "Console":
 
 def compare_files(options: argparse.Namespace) -> int:
     """Compare two runs that were written before."""
-    from conformance.bench.summary import read_summary
+    from conformance.bench.compare import read_comparable
 
-    old, new = (read_summary(path) for path in options.compare)
+    old, new = (read_comparable(path) for path in options.compare)
     return print_compared(old, new, options.across)
 
 
 def print_compared(old: dict[str, Any], new: dict[str, Any], across: bool) -> int:
     """Print the comparison; 1 if a row became slower."""
-    from conformance.bench.compare import check_comparable, compare
+    from conformance.bench.compare import check_comparable, compare, only_in
     from conformance.bench.summary import noise_floor
     from conformance.bench.table import print_comparison
 
@@ -108,43 +113,62 @@ def print_compared(old: dict[str, Any], new: dict[str, Any], across: bool) -> in
     found = compare(old, new)
     if not found:
         raise UsageError("the two runs have no row in common: nothing can be compared.")
-    print_comparison(make_console(sys.stdout), found, max(noise_floor(old), noise_floor(new)))
+    console = make_console(sys.stdout)
+    print_comparison(console, found, max(noise_floor(old), noise_floor(new)))
+    for which, rows in (("earlier", only_in(old, new)), ("later", only_in(new, old))):
+        if rows:
+            console.print(f"only in the {which} run: {'; '.join(rows)}", style="dim", markup=False, soft_wrap=True)
     return int(any(comparison.verdict == "slower" for comparison in found))
 
 
 def run_bench(options: argparse.Namespace) -> int:
     """Measure, print, write, and compare if asked to."""
+    started = time.perf_counter()
     import torch
 
     from conformance.bench.card import describe_environment
     from conformance.bench.case import Setting
-    from conformance.bench.compare import check_comparable
-    from conformance.bench.summary import read_summary
+    from conformance.bench.compare import check_comparable, read_comparable
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UsageError(
             "there is no CUDA device: run the bench on a machine with a GPU, or add `--device cpu` for a small version "
             "that exercises the same code and says nothing about a GPU."
         )
+    if options.limit is not None and not options.limit > 0:
+        raise UsageError(f"--limit is {options.limit:g}, but must be a number of seconds above 0.")
     if len(options.compare) > 2:
         raise UsageError(f"--compare takes one file, or two, not {len(options.compare)}.")
     device = torch.device("cuda", torch.cuda.current_device()) if options.device == "cuda" else torch.device("cpu")
     setting = Setting(device, options.quick)
-    old = read_summary(options.compare[0]) if options.compare else None
+    old = read_comparable(options.compare[0]) if options.compare else None
     everything = collect(device, options.quick)
     cases = choose(everything, options.only)
     environment = describe_environment(device)
     if old is not None and not options.across:
         check_comparable(old, {"environment": environment, "label": setting.small})
     check_folder(options.out or LATEST)
+    if options.out is not None:
+        make_folder(options.out)  # now, and not after ten minutes
 
     threads = torch.get_num_threads()
     try:
         if setting.small:  # threads would only wait for each other
             torch.set_num_threads(1)
-        return measure_all(options, setting, everything, cases, environment, old)
+        with terminated_as_interrupted():
+            return measure_all(options, setting, everything, cases, environment, old, started)
     finally:
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """Have SIGTERM (of ``timeout`` or a job's end) do what Ctrl-C does: the rows that were measured are kept."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def measure_all(
@@ -154,8 +178,19 @@ def measure_all(
     cases: "list[Case]",
     environment: dict[str, str],
     old: dict[str, Any] | None,
+    started: float,
 ) -> int:
-    """The run itself: the card, the cases, the card again, and what came out."""
+    """The run itself: the card, the cases, the card again, and what came out.
+
+    Args:
+        options: of the command line.
+        setting: where and how large.
+        everything: all cases, to find those that others are interleaved with.
+        cases: those to run.
+        environment: versions and machine.
+        old: the summary to compare with.
+        started: when the command began, by ``perf_counter``, since the limit counts from there.
+    """
     from conformance.bench.card import doubts_about, drift_between, measure_card, slug
     from conformance.bench.clock import Clock, ClockError, CudaDevice, HostDevice
     from conformance.bench.measure import count_bytes
@@ -168,8 +203,10 @@ def measure_all(
     progress = make_console(sys.stderr)
     clock = Clock(HostDevice() if setting.small else CudaDevice(setting.device))
     progress.print("Measuring what the card can do at most ...")
+    begun = time.perf_counter()
     card, load = measure_card(clock, setting.device)
     environment |= load
+    ready = time.perf_counter()
     run = Run(
         setting,
         clock,
@@ -178,17 +215,20 @@ def measure_all(
         environment=environment,
         companions=everything,
         limit=options.limit,
+        used=ready - started + (ready - begun),  # the card is measured again at the end
         console=progress,
     )
     # Garbage is collected before each case, to count its memory: a quarter of a second, unless modules are left out.
     importlib.import_module("torch._dynamo")  # the first case would import it
     gc.collect()
     gc.freeze()
+    run.say(f"{len(cases)} rows, about {run.time_left()}", style="dim")
     with tempfile.TemporaryDirectory() as temporary:
         written = Path(temporary) / "pytest-benchmark.json"
-        if not run_suite(run, written):
-            return 1
+        broke = not run_suite(run, written)
         if not run.rows:
+            if broke:
+                return 1
             raise KeyboardInterrupt
         doubts = doubts_about(card)
         if run.complete and not setting.small:
@@ -203,25 +243,32 @@ def measure_all(
         whole = run.complete and len(cases) == len(everything) and not setting.quick and not setting.small
         name = "bench-cpu" if setting.small else f"bench-{slug(card.name)}"
         folder = options.out or (PUBLISHED / slug(card.name) if whole else LATEST / name)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "summary.json", summary)
-        if written.exists():
-            shutil.copyfile(written, folder / "pytest-benchmark.json")
+        unwritten = ""
+        try:
+            make_folder(folder)
+            write_json(folder / "summary.json", summary)
+            if written.exists():
+                shutil.copyfile(written, folder / "pytest-benchmark.json")
+        except (OSError, UsageError) as error:  # the table is still worth printing
+            unwritten = f"The results were not written into {folder}: {error}"
     print_summary(make_console(sys.stdout), summary)
-    progress.print(f"Written: {folder}/summary.json", style="dim", soft_wrap=True)
+    if unwritten:
+        print(unwritten, file=sys.stderr)
+        return 1
+    run.say(f"Written: {folder}/summary.json", style="dim")
     if run.interrupted:
         print(f"Interrupted: the {len(run.rows)} rows that were measured are kept.", file=sys.stderr)
         return 1
     slower = print_compared(old, summary, across=True) if old is not None else 0
-    return int(bool(slower or run.failed))
+    return int(bool(slower or run.failed or broke))
 
 
 def collect(device: Any, quick: bool) -> "list[Case]":
-    """All cases, in the order of the table."""
+    """All cases, in the order in which they run."""
     found: list[Case] = []
     for source in SOURCES:
         found += importlib.import_module(f"conformance.bench.{source}").cases(device, quick)
-    return found
+    return sorted(found, key=lambda case: case.priority)  # which keeps the order of equals
 
 
 def choose(cases: "list[Case]", only: Sequence[str]) -> "list[Case]":
@@ -253,6 +300,14 @@ def check_folder(folder: Path) -> None:
         raise UsageError(f"the results cannot be written: {existing} is a file, not a folder.")
     if not os.access(existing, os.W_OK):
         raise UsageError(f"the results cannot be written into {folder}: permission denied.")
+
+
+def make_folder(folder: Path) -> None:
+    """Make it with its parents. Raises UsageError if that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"the folder {folder} cannot be made: {error.strerror}.") from error
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 
 from conformance.bench.bootstrap import median_interval
 from conformance.bench.clock import Clock, check_clock
-from conformance.bench.measure import SETTLE
+from conformance.bench.measure import SETTLE, check_inputs
 from conformance.report import environment
 from reference.throughput import dense_peak
 
@@ -120,7 +120,10 @@ def measure_card(clock: Clock, device: torch.device) -> tuple[Card, dict[str, st
     side = 256 if small else 8192
     left = torch.randn(side, side, device=device, dtype=torch.bfloat16)
     right = torch.randn(side, side, device=device, dtype=torch.bfloat16)
-    target = torch.empty_like(left)
+    # 1 GiB each: twenty times the L2 cache of an H100, so hardly any of it is still there.
+    source = torch.randint(-(2**31), 2**31 - 1, (2**20 if small else 2**28,), dtype=torch.int32, device=device)
+    check_inputs((left, right, source))
+    target, copy = torch.empty_like(left), torch.empty_like(source)
 
     def multiply(times: int = 1) -> None:
         for _ in range(times):
@@ -133,9 +136,6 @@ def measure_card(clock: Clock, device: torch.device) -> tuple[Card, dict[str, st
         load = describe_load(device)
     rate = 2 * side**3 / median_seconds(clock, multiply)
 
-    # 1 GiB each: twenty times the L2 cache of an H100, so hardly any of it is still there.
-    source = torch.randint(-(2**31), 2**31 - 1, (2**20 if small else 2**28,), dtype=torch.int32, device=device)
-    copy = torch.empty_like(source)
     # The product has pulled the clocks down, and a copy needs them, too: 2798 GB/s right after it, 2953 later.
     bandwidth = 2 * source.nbytes / median_seconds(clock, lambda: copy.copy_(source), settle=0.0 if small else SETTLE)
     peak = None if small else dense_peak(name, torch.bfloat16)

@@ -35,7 +35,7 @@ class Prepared:
     """One measured iteration on the current stream. It must not synchronise: the clock does that around it."""
     facts: dict[str, float | str] = field(default_factory=dict)
     """Figures known beforehand. ``floor bytes`` gives the floor; ``tokens`` (of a step), ``flops_per_token``, ``card``
-    and ``dense_peak`` give tokens per second and MFU (conformance.bench.training.throughput). ``note`` is printed below
+    and ``dense_peak`` give tokens per second and MFU (conformance.bench.throughput). ``note`` is printed below
     the table. The others are only written down."""
     reset: Callable[[], None] | None = None
     """Bring model and optimizer back to the start, in place, after the warm-up."""
@@ -68,6 +68,9 @@ class Case:
     """Seconds that the timed rounds may take; at least two rounds are taken."""
     seconds: float = 5.0
     """What the whole case takes on an H100, about, with building and warm-up: for the time left."""
+    priority: int = 1
+    """Smaller numbers run first, so that a limit cuts what one misses least. The same for cases that are interleaved
+    or share compiled code."""
 
     @property
     def key(self) -> tuple[str, str, str]:

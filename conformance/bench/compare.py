@@ -2,12 +2,48 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from conformance.bench.bootstrap import Interval, Verdict, ratio_of_medians, verdict
 from conformance.bench.card import differences
-from conformance.bench.summary import HEADLINE, Row, noise_floor
+from conformance.bench.summary import HEADLINE, Row, noise_floor, read_summary
 from conformance.subject import UsageError
+
+
+def read_comparable(path: Path) -> dict[str, Any]:
+    """A summary that an earlier run wrote, with all that a comparison reads.
+
+    Raises:
+        UsageError: if the file is none, or is damaged.
+    """
+    summary = read_summary(path)
+    if not is_whole(summary):
+        raise UsageError(f"the summary {path} is damaged: give it as the bench wrote it, or run the bench again.")
+    return summary
+
+
+def is_whole(summary: Mapping[str, Any]) -> bool:
+    """Whether a summary has what a comparison reads, in the types that it expects."""
+
+    def numbers(values: object) -> bool:
+        return isinstance(values, list) and bool(values) and all(isinstance(v, int | float) and v > 0 for v in values)
+
+    def row(row: object) -> bool:
+        if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in ("group", "size", "name")):
+            return False
+        if row.get("unavailable"):
+            return True
+        samples = row.get("samples_ms")
+        return isinstance(samples, dict) and numbers(samples.get("device")) and numbers(samples.get("wall"))
+
+    card, rows, environment = summary["card"], summary["rows"], summary["environment"]
+    if not isinstance(card, dict) or not isinstance(rows, list) or not isinstance(environment, dict):
+        return False
+    noise = card.get("noise", False)  # None where it was not measured
+    if noise is not None and not (isinstance(noise, dict) and numbers([noise.get("low"), noise.get("high")])):
+        return False
+    return all(map(row, rows))
 
 
 @dataclass(frozen=True)
@@ -37,16 +73,27 @@ def check_comparable(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
 def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Comparison]:
     """Every row that was measured in both runs."""
     noise = max(noise_floor(old), noise_floor(new))
-    before = {key_of(row): row for row in old["rows"] if not row["unavailable"]}
+    before = {key_of(row): row for row in measured(old)}
     found = []
-    for row in new["rows"]:
-        if row["unavailable"] or key_of(row) not in before:
+    for row in measured(new):
+        if key_of(row) not in before:
             continue
         clock = HEADLINE.get(row["group"], "device")
         now, then = row["samples_ms"][clock], before[key_of(row)]["samples_ms"][clock]
         ratio = ratio_of_medians(now, then)
         found.append(Comparison(key_of(row), clock, ratio, verdict(ratio, noise, min(len(now), len(then)))))
     return found
+
+
+def measured(summary: Mapping[str, Any]) -> list[Row]:
+    """The rows that have figures."""
+    return [row for row in summary["rows"] if not row.get("unavailable")]
+
+
+def only_in(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Rows that were measured in one run and not in the other, in words."""
+    there = {key_of(row) for row in measured(other)}
+    return ["{}, {}, {}".format(*key_of(row)) for row in measured(one) if key_of(row) not in there]
 
 
 def key_of(row: Row) -> tuple[str, str, str]:

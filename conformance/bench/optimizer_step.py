@@ -130,6 +130,9 @@ def make_case(variant: Variant, size: str, dtype: torch.dtype, suffix: str = "")
     short = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
     name, fused = f"{variant.name}, {short}{suffix}", f"{FUSED}, {short}"
     large = size == "llama-1.2b"
+    seconds = 2.1 if large else 1.2
+    if variant.slow:  # two rounds of 17 s and one call before them
+        seconds = 52.0 if large else 8.0
     return Case(
         group=GROUP,
         size=size,
@@ -138,7 +141,8 @@ def make_case(variant: Variant, size: str, dtype: torch.dtype, suffix: str = "")
         beside=None if name == fused else fused,
         rounds=3 if variant.slow else 40,
         budget=(20.0 if large else 4.0) if variant.slow else 1.0,
-        seconds=(35.0 if large else 5.0) if variant.slow else (2.5 if large else 1.5),
+        seconds=seconds,
+        priority=1 if not large else 7 if variant.slow else 5,
     )
 
 

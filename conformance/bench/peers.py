@@ -23,7 +23,9 @@ from conformance.bench.training import (
     compilation,
     compiler_for,
     compiles,
+    describe_groups,
     later_facts,
+    optimizer_name,
     random_batches,
     rewind,
     shape,
@@ -52,6 +54,8 @@ class Peer:
     """How its model, or the way it is run, differs from GPT-2's and from the reference's."""
     compiles_loss: bool = True
     """Whether the loss is compiled together with the model, or stays eager."""
+    priority: int = 2
+    """As :attr:`Case.priority`."""
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
@@ -64,7 +68,8 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
             f"{peer.name}, {compilation(True, device)}",
             partial(prepare, peer, shape(size)),
             budget=2.0,
-            seconds=28.0,
+            seconds=25.0,
+            priority=peer.priority,
         )
         for peer in PEERS
         if not quick
@@ -166,6 +171,7 @@ PEERS = (
         partial(litgpt_loss, 128),
         f"{LITGPT}; the model is compiled and the loss eager, as in litgpt.pretrain",
         compiles_loss=False,
+        priority=6,
     ),
     Peer(
         "LitGPT, loss in one piece",
@@ -233,7 +239,8 @@ def prepare(peer: Peer, config: GPTConfig, setting: Setting) -> Prepared:
 
     facts = common_facts(config, microbatch, device, model) | {
         "precision": "bf16-mixed",
-        "optimizer": "AdamW (fused)",
+        "optimizer": optimizer_name(optimizer),
+        "decays": describe_groups(optimizer),
         "compiled": compilation(True, device),
         "library": f"{peer.package} {importlib.metadata.version(peer.package)}",
         "note": peer.about,

@@ -45,6 +45,7 @@ class Run:
         environment: Mapping[str, str] | None = None,
         companions: Sequence[Case] = (),
         limit: float | None = None,
+        used: float = 0.0,
         console: "Console | None" = None,
     ) -> None:
         """
@@ -55,7 +56,8 @@ class Run:
             cases: the rows, in order.
             environment: versions and machine, for pytest-benchmark's JSON.
             companions: all cases, to find those that others are interleaved with.
-            limit: seconds for all rows; what would not fit is not run, and says so.
+            limit: seconds for everything; from the first row on that would end later none is run, and each says so.
+            used: seconds of the limit that are used already, or needed after the rows.
             console: for the progress.
         """
         self.setting, self.clock, self.card, self.cases = setting, clock, card, cases
@@ -64,7 +66,7 @@ class Run:
             if case.beside is not None and (case.group, case.size, case.beside) not in self.companions:
                 raise ValueError(f"{case.key} is to be interleaved with {case.beside!r}, which is no case.")
         self.environment = environment or {}
-        self.limit, self.console = limit, console
+        self.limit, self.used, self.console = limit, used, console
         self.rows: list[Row] = []
         self.failed: list[str] = []
         self.stopped = ""
@@ -111,7 +113,7 @@ class Run:
         """Measure a case and keep its row. Nothing but a lost device or Ctrl-C ends the run."""
         if self.interrupted:
             pytest.skip(self.stopped)
-        if self.limit is not None and self.seconds + case.seconds > self.limit:
+        if self.limit is not None and self.used + self.seconds + case.seconds * self.pace > self.limit:
             self.stopped = f"not run: it would exceed the limit of {self.limit:.0f} s."
         if self.stopped:
             self.add(empty_row(case, self.stopped))
@@ -167,13 +169,13 @@ class Run:
     def report_failure(self, case: Case) -> None:
         """The traceback of the exception at hand, since a case that breaks is a defect."""
         self.failed.append(case.name)
-        if self.console is not None:
-            self.console.print(traceback.format_exc(), style="dim", markup=False, highlight=False)
+        self.say(traceback.format_exc(), style="dim")
 
     def measured(self, case: Case, pedantic: Pedantic, companion: Built | None) -> Row:
         """Build, measure, close. A case that later ones are interleaved with is kept."""
         if self.kept is not None and self.kept.case.key == case.key:
             built, self.kept = self.kept, None
+            count_bytes(self.clock.device)  # gives back what the cases have left that were interleaved with it
         else:
             built = self.build(case)
         try:
@@ -233,9 +235,12 @@ class Run:
 
     def drop(self) -> None:
         """Let go of the case that was kept; its memory is collected when it is counted next."""
-        if self.kept is not None and not self.lost:  # every call would raise
-            close(self.kept)
-        self.kept = None
+        kept, self.kept = self.kept, None
+        if kept is not None and not self.lost:  # every call would raise
+            try:
+                close(kept)
+            except Exception:
+                self.report_failure(kept.case)
 
     # ---- progress
 
@@ -249,28 +254,38 @@ class Run:
         """Whether every case has its row."""
         return not self.stopped and len(self.rows) == len(self.cases)
 
+    @property
+    def pace(self) -> float:
+        """How much slower the rows so far were than on an H100. Those that were not measured took no time."""
+        done = sum(case.seconds for case, row in zip(self.cases, self.rows) if row["unavailable"] is None)
+        if done < max(10, 0.1 * sum(case.seconds for case in self.cases)):  # too little to go by
+            return 0.05 if self.setting.small else 1.0
+        return self.seconds / done
+
+    @property
     def seconds_left(self) -> float:
-        """By what the cases left take on an H100, and how much slower or faster it has been so far."""
-        expected = [case.seconds for case in self.cases]
-        done, left = sum(expected[: len(self.rows)]), sum(expected[len(self.rows) :])
-        if done < 10:  # too little to go by
-            return left * (0.05 if self.setting.small else 1.0)
-        return left * self.seconds / done
+        """By what the rows left take on an H100, and how much slower or faster it has been so far."""
+        return self.pace * sum(case.seconds for case in self.cases[len(self.rows) :])
 
     def add(self, row: Row) -> None:
         """Keep a row and print it."""
         self.rows.append(row)
+        what = row["unavailable"] or f"{row['device_ms']['median']:.3f} ms"
+        self.say(f"[{len(self.rows)}/{len(self.cases)}] {row['size']}, {row['name']}: {what} ({self.time_left()} left)")
+
+    def time_left(self) -> str:
+        """In minutes and seconds: ``1:05``."""
+        left = int(self.seconds_left)
+        return f"{left // 60}:{left % 60:02}"
+
+    def say(self, text: str, style: str = "none") -> None:
+        """Print progress; if nobody reads it any more, go on in silence: the rows are worth more than the lines."""
         if self.console is None:
             return
-        what = row["unavailable"] or f"{row['device_ms']['median']:.3f} ms"
-        left = int(self.seconds_left())
-        self.console.print(
-            f"[{len(self.rows)}/{len(self.cases)}] {row['size']}, {row['name']}: {what} "
-            f"({left // 60}:{left % 60:02} left)",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        try:
+            self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+        except (BrokenPipeError, SystemExit):  # rich makes the second of the first
+            self.console = None
 
 
 # What of a row goes into pytest-benchmark's JSON; its own figures are the device times.

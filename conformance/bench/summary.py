@@ -1,6 +1,7 @@
 """From measurements to rows, and from rows to summary.json."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +12,7 @@ from conformance.bench.bootstrap import Interval, median_interval, paired_ratio
 from conformance.bench.card import Card
 from conformance.bench.case import Case, Setting
 from conformance.bench.measure import Measurement, doubts_about
+from conformance.bench.throughput import throughput
 from conformance.subject import UsageError
 
 SCHEMA = 1
@@ -30,7 +32,7 @@ def make_row(case: Case, measured: Measurement, facts: Mapping[str, float | str]
     ``device_ms`` and ``wall_ms`` are medians with their 95 % intervals, ``host_ms`` a median. ``floor_ms`` is
     ``floor bytes`` over the copy bandwidth, ``share_of_floor`` that over the device time. ``interleaved`` is the ratio
     of this row's time to that of the row it was interleaved with, paired round by round. The peaks are bytes above what
-    there was before the case was built.
+    there was before the case was built; ``peak_reserved`` is None where the row beside it hides too much of it.
     """
     device = [r.device for r in measured.rounds]
     wall = [r.wall for r in measured.rounds]
@@ -50,8 +52,6 @@ def make_row(case: Case, measured: Measurement, facts: Mapping[str, float | str]
         row["interleaved"] = {"with": case.beside, "ratio": ratio.median, "low": ratio.low, "high": ratio.high}
     row["doubts"] = doubts_about(measured, floor)
     if "tokens" in facts:
-        from conformance.bench.training import throughput
-
         try:
             row.update({name: value for name, value in throughput(row).items() if name in row})
         except UsageError as error:
@@ -115,11 +115,11 @@ def make_summary(
 
 
 def grouped(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
-    """Rows by group and size, wherever they stand: the peers' come behind those of another size."""
+    """Rows by group and size, wherever they stand: they ran in the order of their priority."""
     found: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         found.setdefault((row["group"], row["size"]), []).append(row)
-    return found
+    return dict(sorted(found.items(), key=lambda entry: entry[0][0]))  # sizes as they came
 
 
 def parameters_of(rows: Sequence[Row]) -> str:
@@ -144,9 +144,9 @@ def noise_of(rows: Sequence[Row]) -> dict[str, float] | None:
 
 
 def noise_floor(summary: Mapping[str, Any]) -> float:
-    """How far from 1 the ratio of equals may lie, at 95 %."""
+    """How far from 1 the ratio of equals may lie, at 95 %; infinite if it was not measured, so that nothing is said."""
     noise = summary["card"]["noise"]
-    return 0.0 if noise is None else float(max(abs(noise["low"] - 1), abs(noise["high"] - 1)))
+    return math.inf if noise is None else float(max(abs(noise["low"] - 1), abs(noise["high"] - 1)))
 
 
 def read_summary(path: Path) -> dict[str, Any]:

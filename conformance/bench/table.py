@@ -1,5 +1,6 @@
 """The summary on the terminal: pytest-benchmark's own table knows neither a GPU nor a floor."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -123,11 +124,22 @@ def print_rows(console: Console, title: str, rows: Sequence[Row]) -> None:
         console.print(f"[dim]{LETTERS}[/]", soft_wrap=True)
     if any(row.get("mfu_causal") for row in measured):
         console.print(f"[dim]MFU: {escape(str(measured[0]['facts'].get('formula', '')))}[/]", soft_wrap=True)
+    # The peers' one group is not the reference's two: another number of launches, and other tensors that decay.
+    decays: dict[str, list[str]] = {}
+    for row in measured:
+        decays.setdefault(row["facts"].get("decays", ""), []).append(row["name"])
+    for number, (what, which) in enumerate(sorted(decays.items(), key=lambda entry: -len(entry[1]))):
+        if what:
+            of = "; ".join(which) if number else "all other rows" if len(decays) > 1 else "all rows"
+            console.print(f"[dim]weight decay of {escape(what)}: {escape(of)}[/]", soft_wrap=True)
     beside = sorted({row["interleaved"]["with"] for row in measured if row["interleaved"]})
     if beside:
         clock = HEADLINE.get(measured[0]["group"], "device")
         names = escape("; ".join(beside))
         console.print(f"[dim]ratio: {clock} time over that of {names}, interleaved with it round by round[/]")
+    if any(row["peak_allocated"] and row["peak_reserved"] is None for row in measured):
+        told = "reserved: left out where the row interleaved with it holds memory that this one may have used"
+        console.print(f"[dim]{told}[/]", soft_wrap=True)
     for row in rows:
         if row["unavailable"] is not None:
             console.print(f"[dim]unavailable: {escape(row['name'])}: {escape(row['unavailable'])}[/]", soft_wrap=True)
@@ -139,7 +151,10 @@ def print_rows(console: Console, title: str, rows: Sequence[Row]) -> None:
 
 def print_comparison(console: Console, comparisons: Sequence[Comparison], noise: float) -> None:
     """Every row in both runs, with a verdict."""
-    console.print(f"\n[bold]Compared[/]  [dim]new time over old time; differences under {noise:.2%} are noise[/]")
+    known = f"differences under {noise:.2%} are noise"
+    if math.isinf(noise):
+        known = "a run did not measure its noise floor, so nothing can be said"
+    console.print(f"\n[bold]Compared[/]  [dim]new time over old time; {known}[/]")
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for head in ("", "", "time", "ratio", "95 %", "verdict"):
         table.add_column(head)

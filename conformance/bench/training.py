@@ -1,8 +1,8 @@
 """The reference's training step: optimizers, precisions, embedding, logits and compilation against each other.
 
 One step is what ``Trainer.fit`` does for one update: fetch the next batch, forward, backward, clip, look at loss and
-norm, step. What it gives is judged in tokens per second and in MFU, and :func:`throughput` refuses figures that cannot
-be. The libraries beside it are in conformance.bench.peers.
+norm, step. What it gives is judged in tokens per second and in MFU (conformance.bench.throughput). The libraries beside
+it are in conformance.bench.peers.
 """
 
 import itertools
@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 
 from conformance.bench.case import Case, Prepared, Setting, Unavailable
 from conformance.bench.optimizer_step import clear_state, state_bytes
-from conformance.subject import UsageError
 from reference.config import ConfigurationError, GPTConfig, TrainConfig
 from reference.throughput import dense_peak, flops_per_token
 
@@ -51,32 +50,59 @@ class Row:
     """The row that this one is interleaved with: one that runs the same compiled code, or none either."""
     quick: bool = False
     """Whether a quick run has it."""
-    seconds: float = 8.0
+    seconds: float = 7.0
     """For the whole row, on an H100."""
+    model: Mapping[str, Any] = field(default_factory=dict)
+    """What the model has otherwise than :func:`shape`."""
+    note: str = ""
+    priority: int = 2
+    """As :attr:`Case.priority`, in which 1 and 5 are the optimizer's step alone."""
 
 
 EIGHT_BIT = "bitsandbytes.optim.AdamW8bit"
 PAGED = "bitsandbytes.optim.PagedAdamW8bit"
 TRUE = settings(precision="bf16-true")
 FUSED = "bf16-mixed, AdamW fused"
-FUSED_64 = "bf16-mixed, AdamW fused, microbatch 64"
+NARROW = {"fp32_residual": False}
+NARROW_64 = f"{FUSED}, 16-bit residual, microbatch 64"
+PRESET = "model, microbatch and settings of the preset gpt2-124m, which accumulates 8 microbatches into an update"
 # Rows of the same precision, embedding and batch stand together: they run the same compiled code (compiler_for).
 GPT2_ROWS = (
-    Row(FUSED, quick=True, seconds=35),
+    Row(FUSED, quick=True, seconds=32),
     Row("bf16-mixed, AdamW unfused", settings(optimizer_args=ADAMW | {"fused": False}), beside=FUSED, quick=True),
     Row("bf16-mixed, AdamW8bit", settings(optimizer=EIGHT_BIT), beside=FUSED),
     Row("bf16-mixed, PagedAdamW8bit", settings(optimizer=PAGED), beside=FUSED),
-    Row("bf16-mixed, AdamW8bit, StableEmbedding", settings(optimizer=EIGHT_BIT, stable_embedding=True), seconds=28),
-    Row("bf16-true, AdamW fused", TRUE, seconds=28),
-    Row(FUSED, settings(compile=False), quick=True),
-    Row("bf16-mixed, AdamW fused, float32 logits", settings(compile=False, logits="float32"), beside=FUSED),
-    Row(FUSED_64, microbatch=64, seconds=28),
-    Row("bf16-mixed, AdamW captured, microbatch 64", settings(capture_step=True), microbatch=64, beside=FUSED_64),
+    Row(
+        "bf16-mixed, AdamW8bit, StableEmbedding",
+        settings(optimizer=EIGHT_BIT, stable_embedding=True),
+        seconds=26,
+        priority=3,
+    ),
+    Row("bf16-true, AdamW fused", TRUE, seconds=26, priority=3),
+    Row(FUSED, settings(compile=False), quick=True, priority=3),
+    Row("bf16-mixed, AdamW fused, float32 logits", settings(compile=False, logits="float32"), beside=FUSED, priority=3),
+    Row(f"{FUSED}, 16-bit residual", model=NARROW, seconds=26, priority=6),
+    Row(NARROW_64, microbatch=64, model=NARROW, note=PRESET, seconds=26, priority=6),
+    Row(
+        "bf16-mixed, AdamW captured, 16-bit residual, microbatch 64",
+        settings(capture_step=True),
+        microbatch=64,
+        beside=NARROW_64,
+        model=NARROW,
+        priority=6,
+    ),
 )
 LLAMA_ROWS = (
-    Row("bf16-true, AdamW fused", TRUE, microbatch=16, seconds=45),
-    Row("bf16-true, AdamW8bit", replace(TRUE, optimizer=EIGHT_BIT), microbatch=16, beside="bf16-true, AdamW fused"),
-    Row("bf16-mixed, AdamW fused", microbatch=16, seconds=45),
+    Row("bf16-true, AdamW fused", TRUE, microbatch=16, seconds=50, priority=4),
+    Row(
+        "bf16-true, AdamW8bit",
+        replace(TRUE, optimizer=EIGHT_BIT),
+        microbatch=16,
+        beside="bf16-true, AdamW fused",
+        seconds=10,
+        priority=4,
+    ),
+    Row("bf16-mixed, AdamW fused", microbatch=16, seconds=55, priority=4),
 )
 
 
@@ -95,10 +121,11 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
             GROUP,
             size,
             full_name(row.name, row),
-            partial(prepare, row, shape(size)),
+            partial(prepare, row, replace(shape(size), **row.model)),
             beside=None if row.beside is None else full_name(row.beside, row),
             budget=4.0 if size == "llama-1.2b" else 2.0,
             seconds=row.seconds,
+            priority=row.priority,
         )
         for size, rows in table.items()
         for row in rows
@@ -152,10 +179,13 @@ def prepare(row: Row, config: GPTConfig, setting: Setting) -> Prepared:
         "compiled": compilation(row.train.compile, device),
         "logits": "inside the compiled graph" if train.compile else f"{train.logits} dtype",
         "embedding": type(run.module.embedding).__name__,
+        "residual": "float32" if config.fp32_residual else "16 bits",
+        "decays": describe_groups(run.bare),
         "host": "reads loss and gradient norm in each step",
     }
-    if paged:
-        facts["note"] = "moments in managed memory, which the peak does not count"
+    note = "moments in managed memory, which the peak does not count" if paged else row.note
+    if note:
+        facts["note"] = note
     return Prepared(
         updates.step,
         facts,
@@ -203,6 +233,13 @@ def optimizer_name(optimizer: Optimizer) -> str:
     if "fused" not in optimizer.defaults:
         return name
     return f"{name} ({'fused' if optimizer.defaults['fused'] else 'unfused'})"
+
+
+def describe_groups(optimizer: Optimizer) -> str:
+    """How many parameter groups an optimizer has, and how many of the parameters decay."""
+    groups = [(sum(p.numel() for p in group["params"]), group["weight_decay"]) for group in optimizer.param_groups]
+    share = sum(numbers for numbers, decay in groups if decay) / sum(numbers for numbers, _ in groups)
+    return f"{share:.1%} of the parameters, in {len(groups)} {'group' if len(groups) == 1 else 'groups'}"
 
 
 def forget_pages() -> None:
@@ -299,50 +336,3 @@ def later_facts(loss: Any, optimizer: Optimizer) -> dict[str, float | str]:
     """What is known of any row after its steps."""
     numbers = sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
     return {"last loss": float(loss), "state bytes per parameter": state_bytes(optimizer) / numbers}
-
-
-# How many times longer than the other each of a row's clocks may be. On an H100 wall over device was 1.000 to 1.003;
-# a timestamp that is taken for a duration is off by thousands.
-AGREE = 2.0
-
-
-def throughput(row: Mapping[str, Any]) -> dict[str, float]:
-    """Tokens per second and MFU of a row of the result file; empty for one that was unavailable.
-
-    Returns:
-        ``tokens_per_second`` by the synchronised wall clock, ``tokens_per_second_device`` by the device's; and where
-        the card's peak is known ``mfu`` and ``mfu_causal``, both by the wall clock: see :data:`FORMULA`.
-
-    Raises:
-        UsageError: if the figures cannot be: clocks that contradict each other, a peak above the card's dense one
-            (data sheets print the rate with sparsity, double of it), or more FLOPs than the card can do.
-    """
-    if row["unavailable"]:
-        return {}
-    facts = row["facts"]
-    name = f"{row['size']}, {row['name']}"
-    device, wall = row["device_ms"]["median"] / 1e3, row["wall_ms"]["median"] / 1e3
-    host = row["host_ms"] / 1e3
-    if not 0.0 < device <= AGREE * wall <= AGREE * AGREE * (device + host):
-        raise UsageError(
-            f"{name}: a step of {device * 1e3:.3f} ms on the device, {wall * 1e3:.3f} ms on the wall clock and "
-            f"{host * 1e3:.3f} ms on the host cannot be: a duration is wrong, for example a timestamp. Measure again."
-        )
-    figures = {"tokens_per_second": facts["tokens"] / wall, "tokens_per_second_device": facts["tokens"] / device}
-    if "dense_peak" not in facts:
-        return figures
-    peak, known = facts["dense_peak"], dense_peak(facts["card"], torch.bfloat16)
-    if known is None or peak > known:
-        raise UsageError(
-            f"{name}: a peak of {peak / 1e12:.1f} TFLOP/s is not the dense one of {facts['card']}, "
-            f"{'which is unknown' if known is None else f'{known / 1e12:.1f}'}: see reference.throughput.CARDS."
-        )
-    for key in ("flops_per_token", "flops_per_token_causal"):
-        mfu = figures["tokens_per_second"] * facts[key] / peak
-        if mfu > 1.0:
-            raise UsageError(
-                f"{name}: an MFU of {mfu:.2f} is more than the card can do: {facts['tokens']:.0f} tokens in "
-                f"{wall * 1e3:.3f} ms. A duration or a count is wrong. Measure again."
-            )
-        figures[key.replace("flops_per_token", "mfu")] = mfu
-    return figures
