@@ -1,6 +1,7 @@
 """The command line: ``python -m reference train|prepare|generate|evaluate|export|import``."""
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -78,7 +79,7 @@ def prepare_command(arguments: Sequence[str]) -> int:
         "--text", nargs="+", default=[], metavar="PATH", help="files, folders or patterns; default: standard library"
     )
     parser.add_argument("--tokenizer", default="bytes", help="bytes (default), bpe:SIZE, or a tokenizer.json")
-    parser.add_argument("--out", type=Path, metavar="DIR", help=f"data folder; default, without --text: {default}")
+    parser.add_argument("--out", type=folder, metavar="DIR", help=f"data folder; default, without --text: {default}")
     parser.add_argument("--validation_share", type=float, default=0.05, metavar="SHARE", help="default: 0.05")
     parser.add_argument("--seed", type=int, default=1337, help="chooses what is for validation; default: 1337")
     parser.add_argument("--overwrite", action="store_true", help="also replace data of another tokenizer")
@@ -125,9 +126,9 @@ def generate_command(arguments: Sequence[str]) -> int:
     from reference.tokenizer import load_tokenizer
 
     with logged():
-        folder = checkpoint_folder(options.checkpoint)
-        tokenizer = load_tokenizer(folder)
-        model = load_for_inference(folder).to("cuda" if torch.cuda.is_available() else "cpu")
+        checkpoint = checkpoint_folder(options.checkpoint)
+        model = load_for_inference(checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
+        tokenizer = load_tokenizer(checkpoint)  # behind it: damage of the checkpoint is told as such
         ids = generate(
             model,
             tokenizer.encode(options.prompt) or [tokenizer.end_of_document],
@@ -155,7 +156,7 @@ def evaluate_command(arguments: Sequence[str]) -> int:
         "  python -m reference evaluate --checkpoint out/books --data data/books --precision bf16-mixed",
     )
     add_checkpoint(parser)
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder that prepare wrote")
+    parser.add_argument("--data", type=folder, required=True, metavar="DIR", help="folder that prepare wrote")
     parser.add_argument("--split", choices=("train", "validation"), default="validation", help="default: validation")
     parser.add_argument("--microbatch_size", type=int, default=8, metavar="B", help="sequences at a time; default: 8")
     precisions = ("32-true", "bf16-mixed")
@@ -164,9 +165,9 @@ def evaluate_command(arguments: Sequence[str]) -> int:
     from reference.evaluation import evaluate_checkpoint
 
     with logged():
-        folder = checkpoint_folder(options.checkpoint)
+        checkpoint = checkpoint_folder(options.checkpoint)
         config = TrainConfig(precision=options.precision)
-        print(evaluate_checkpoint(folder, options.data, options.split, options.microbatch_size, config).describe())
+        print(evaluate_checkpoint(checkpoint, options.data, options.split, options.microbatch_size, config).describe())
     return 0
 
 
@@ -179,7 +180,7 @@ def export_command(arguments: Sequence[str]) -> int:
     )
     add_checkpoint(parser)
     add_format(parser)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that is empty or not there")
+    parser.add_argument("--out", type=folder, required=True, metavar="DIR", help="a folder that is empty or not there")
     options = parser.read(arguments)
     from reference.huggingface import export_huggingface
 
@@ -197,8 +198,8 @@ def import_command(arguments: Sequence[str]) -> int:
         "  python -m reference generate --checkpoint out/gpt2 --prompt 'Hello'",
     )
     add_format(parser)
-    parser.add_argument("--from", type=Path, required=True, metavar="DIR", dest="source", help="has config.json")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets step-00000000")
+    parser.add_argument("--from", type=folder, required=True, metavar="DIR", dest="source", help="has config.json")
+    parser.add_argument("--out", type=folder, required=True, metavar="DIR", help="gets step-00000000")
     options = parser.read(arguments)
     from reference.huggingface import import_huggingface
 
@@ -207,10 +208,17 @@ def import_command(arguments: Sequence[str]) -> int:
     return 0
 
 
+def folder(name: str) -> Path:
+    """A folder that an option names: not the current one for an empty name, such as a variable that is not set."""
+    if not name:
+        raise argparse.ArgumentTypeError("the name is empty")
+    return Path(name)
+
+
 def add_checkpoint(parser: Parser) -> None:
     """The option ``--checkpoint``."""
     parser.add_argument(
-        "--checkpoint", type=Path, required=True, metavar="DIR", help="a checkpoint; or a run's directory: its newest"
+        "--checkpoint", type=folder, required=True, metavar="DIR", help="a checkpoint; or a run's directory: its newest"
     )
 
 
@@ -235,15 +243,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     What goes wrong for a reason that a user can mend is one sentence on stderr: 2 for settings, 1 for the rest.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] in ("-h", "--help"):
-        print(OVERVIEW.format(commands="\n".join(f"  {name:10}{about}" for name, (_, about) in COMMANDS.items())))
-        return 0 if words else 2
     try:
-        if words[0] not in COMMANDS:
-            raise ConfigurationError(f"there is no command {words[0]!r}, {hint(words[0], list(COMMANDS))}")
-        return COMMANDS[words[0]][0](words[1:])
-    except BrokenPipeError:  # the reader (head, say) has seen enough; Python's exit must not write either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        try:
+            return run(words)
+        finally:
+            print(end="", flush=True)  # here, so that a pipe that is closed or a disk that is full is told here too
+    except BrokenPipeError:  # the reader (head, say) has seen enough
+        discard_output()
         return 1
     except KeyboardInterrupt:
         print("Stopped at once.", file=sys.stderr)
@@ -251,12 +257,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UnicodeEncodeError as error:
         print(f"This terminal cannot show {error.object[error.start]!a}: set PYTHONIOENCODING=utf-8.", file=sys.stderr)
         return 1
+    except OSError as error:  # what no other message tells: a disk that is full, a file that may not be read
+        discard_output()
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}.", file=sys.stderr)
+        return 1
     except (ValueError, RuntimeError) as error:
         code = exit_code(error)
         if code is None:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return code
+
+
+def run(words: list[str]) -> int:
+    """Run the command that the words say; the exit code."""
+    if not words or words[0] in ("-h", "--help"):
+        print(OVERVIEW.format(commands="\n".join(f"  {name:10}{about}" for name, (_, about) in COMMANDS.items())))
+        return 0 if words else 2
+    if words[0] not in COMMANDS:
+        raise ConfigurationError(f"there is no command {words[0]!r}, {hint(words[0], list(COMMANDS))}")
+    return COMMANDS[words[0]][0](words[1:])
+
+
+def discard_output() -> None:
+    """Write nothing more to stdout: Python would try once again as it exits, and complain."""
+    with contextlib.suppress(OSError):  # it is no file, but something of the caller's
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def exit_code(error: Exception) -> int | None:

@@ -71,6 +71,13 @@ def number(folder: Path) -> int:
 def require_writable(directory: Path) -> None:
     """Raise CheckpointError if nothing can be written there. For the start of a run, before hours are spent."""
     try:
+        str(directory).encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointError(
+            f"the name of the directory {str(directory)!a} is not UTF-8, and torch reads no files there: "
+            "choose another."
+        ) from error
+    try:
         directory.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=directory).close()
     except OSError as error:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from reference.settings import Settings, read_settings
 
 if TYPE_CHECKING:
     from reference.data import TokenData
+    from reference.trainer import Callback, Record
 
 logger = logging.getLogger("reference")
 
@@ -62,11 +64,11 @@ def train(settings: Settings) -> int:
         stack.enter_context(logging_to(console, first_rank))
         settings, training, validation = open_data(settings)
         if first_rank:
-            write_settings(settings)
+            require_directory(directory)
         flops = flops_per_token(settings.model, settings.model.block_size)
         run = settings.train
         shown = stack.enter_context(progress(run.updates, run.log_every, flops, run.precision, console))
-        callbacks = [shown, csv_metrics(directory)]
+        callbacks = [shown, rank_zero_only(settings_writer(settings)), csv_metrics(directory)]
         if settings.tensorboard:
             callbacks.append(stack.enter_context(tensorboard(directory)))
         trainer = Trainer(settings.model, run, directory, callbacks)
@@ -157,17 +159,35 @@ def open_data(settings: Settings) -> "tuple[Settings, TokenData, TokenData | Non
     return settings, training, validation
 
 
-def write_settings(settings: Settings) -> None:
-    """Write ``config.yaml`` in the run's directory.
+def require_directory(directory: Path) -> None:
+    """Make the run's directory.
 
     Raises:
-        ConfigurationError: if that cannot be written.
+        ConfigurationError: if that cannot be, or nothing can be written there.
     """
-    directory = Path(settings.directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.yaml").write_text(settings.yaml(), encoding="utf-8")
+        tempfile.TemporaryFile(dir=directory).close()
     except OSError as error:
+        reason = "it is a file" if directory.is_file() else error.strerror
         raise ConfigurationError(
-            f"the directory {directory} cannot be written ({error.strerror}): choose another with --directory."
+            f"the directory {directory} cannot be written ({reason}): choose another with --directory."
         ) from error
+
+
+def settings_writer(settings: Settings) -> "Callback":
+    """A callback that writes ``config.yaml`` in the run's directory, after the first update.
+
+    Not before: settings that do not fit the checkpoint would replace those that do, and keep the run from going on.
+    """
+    from reference.tokenfile import write_file
+
+    written = False
+
+    def write(record: "Record") -> None:
+        nonlocal written
+        if not written:
+            write_file(Path(settings.directory) / "config.yaml", settings.yaml().encode())
+            written = True
+
+    return write

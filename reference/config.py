@@ -1,7 +1,9 @@
 """What to build, on what and how to train it: frozen dataclasses, a docstring under each field."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from types import UnionType
 from typing import Any, Literal, get_args, get_origin
 
 
@@ -60,7 +62,7 @@ class GPTConfig:
     """Draw the projections that feed the residual stream with init_std / sqrt(2 n_layer), as GPT-2 does."""
 
     def __post_init__(self) -> None:
-        check_literals(self)
+        check_types(self)
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}, but must be at least 1.")
@@ -81,13 +83,13 @@ class GPTConfig:
             )
         if self.intermediate_size is not None and self.intermediate_size < 1:
             raise ConfigurationError(f"intermediate_size is {self.intermediate_size}: give a width, or None.")
-        if self.norm_eps <= 0.0 or self.rope_theta <= 0.0:
+        if not (0.0 < self.norm_eps < math.inf and 0.0 < self.rope_theta < math.inf):
             raise ConfigurationError(
                 f"norm_eps is {self.norm_eps} and rope_theta {self.rope_theta}, but both must be positive."
             )
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigurationError(f"dropout is {self.dropout}, but must be in [0, 1).")
-        if self.init_std <= 0.0:
+        if not 0.0 < self.init_std < math.inf:
             raise ConfigurationError(f"init_std is {self.init_std}, but must be positive.")
 
     @property
@@ -207,7 +209,7 @@ class TrainConfig:
     """Updates between log lines (the first and the last are always logged)."""
 
     def __post_init__(self) -> None:
-        check_literals(self)
+        check_types(self)
         for name in ("updates", "microbatches", "devices", "num_nodes", "log_every"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}, but must be at least 1.")
@@ -224,7 +226,11 @@ class TrainConfig:
             )
         if not 0 <= self.warmup <= self.updates:
             raise ConfigurationError(f"warmup is {self.warmup}, but must lie between 0 and updates ({self.updates}).")
-        if self.clip is not None and self.clip <= 0.0:
+        if not 0 <= self.seed < 1 << 32:  # what Fabric can seed numpy with
+            raise ConfigurationError(f"seed is {self.seed}, but must lie between 0 and 2**32 - 1.")
+        if self.min_lr is not None and not 0.0 <= self.min_lr < math.inf:
+            raise ConfigurationError(f"min_lr is {self.min_lr}: give a rate of at least 0, or None for a tenth of lr.")
+        if self.clip is not None and not self.clip > 0.0:
             raise ConfigurationError(f"clip is {self.clip}: give a positive norm, or None for no clipping.")
 
 
@@ -242,19 +248,35 @@ class DataConfig:
     """Sequences per microbatch and rank; each has block_size tokens and one more as the last target."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.microbatch_size < 1:
             raise ConfigurationError(f"microbatch_size is {self.microbatch_size}, but must be at least 1.")
 
 
-def check_literals(config: Any) -> None:
-    """Raise ConfigurationError if a field annotated with a Literal holds anything else.
+def check_types(config: Any) -> None:
+    """Raise ConfigurationError if a field holds anything that its annotation does not allow.
 
     Dataclasses do not check their annotations; without this, ``norm="rms"`` would fail far from its cause.
     """
     for entry in fields(config):
-        if get_origin(entry.type) is Literal and getattr(config, entry.name) not in get_args(entry.type):
+        value = getattr(config, entry.name)
+        if get_origin(entry.type) is Literal and value not in get_args(entry.type):
             choices = ", ".join(repr(choice) for choice in get_args(entry.type))
-            raise ConfigurationError(f"{entry.name} is {getattr(config, entry.name)!r}, but must be one of {choices}.")
+            raise ConfigurationError(f"{entry.name} is {value!r}, but must be one of {choices}.")
+        if not allows(entry.type, value):
+            kind = entry.type.__name__ if isinstance(entry.type, type) else str(entry.type)
+            raise ConfigurationError(f"{entry.name} is {value!r}, but must be of type {kind}.")
+
+
+def allows(annotation: Any, value: Any) -> bool:
+    """Whether a value is of an annotated type. An int is a float, too; a bool is neither."""
+    if get_origin(annotation) is Literal:
+        return value in get_args(annotation)
+    if get_origin(annotation) is UnionType:
+        return any(allows(kind, value) for kind in get_args(annotation))
+    if isinstance(value, bool):
+        return annotation is bool
+    return isinstance(value, int | float if annotation is float else get_origin(annotation) or annotation)
 
 
 def as_plain(config: GPTConfig | TrainConfig | DataConfig) -> dict[str, Any]:

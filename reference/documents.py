@@ -54,9 +54,9 @@ def find_files(text: Sequence[str], out: Path) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for entry in text:
-        matched = [entry] if Path(entry).exists() else sorted(glob.glob(entry, recursive=True))
+        matched = [entry] if entry and Path(entry).exists() else sorted(glob.glob(entry, recursive=True))
         if not matched:
-            raise DataError(f"there is no text at {entry}: give a file, a folder or a pattern in quotes.")
+            raise DataError(f"there is no text at {entry or repr(entry)}: give a file, a folder or a quoted pattern.")
         for path in map(Path, matched):
             found |= dict.fromkeys(files_below(path) if path.is_dir() else [path])
     own = {

@@ -4,12 +4,12 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from reference.checkpoint import load_config, load_for_inference
-from reference.config import ConfigurationError, TrainConfig
+from reference.checkpoint import load_for_inference
+from reference.config import TrainConfig
 from reference.data import TokenData
 from reference.launch import launch
 from reference.tokenizer import ByteTokenizer
-from reference.trainer import require_vocabulary
+from reference.trainer import require_tokenizer, require_vocabulary
 from reference.update import evaluate
 
 
@@ -59,19 +59,11 @@ def evaluate_checkpoint(
     """
     model = load_for_inference(folder)
     tokens = TokenData(data, split, block_size=model.config.block_size, microbatch_size=microbatch_size, seed=0)
+    require_tokenizer(folder, tokens)
     require_vocabulary(model, tokens)
-    trained, given = load_config(folder)["tokenizer"], tokens.sidecar.tokenizer
-    same = trained == given and (
-        tokens.tokenizer_file is None or tokens.tokenizer_file.read_bytes() == (folder / str(trained)).read_bytes()
-    )
-    if trained is not None and not same:
-        raise ConfigurationError(
-            f"{folder} was trained on ids of another tokenizer than that of {data}: the loss would mean nothing. "
-            "Prepare the text with the tokenizer of the checkpoint."
-        )
     fabric = launch(config or TrainConfig())
     loss = evaluate(fabric, fabric.setup_module(model), tokens.once())
     targets = tokens.tokens - 1
     # The first token is no target; it is a byte unless the first document is empty.
     size = targets - tokens.documents + int(tokens.ids[0] == ByteTokenizer.end_of_document)
-    return Evaluation(loss, targets, size if given == ByteTokenizer.name else None)
+    return Evaluation(loss, targets, size if tokens.tokenizer == ByteTokenizer.name else None)

@@ -184,12 +184,16 @@ def import_huggingface(folder: str | Path, out: str | Path) -> Path:
         raise CheckpointError(f"{target} is there already: give another directory.")
     layout, config = our_config(folder / CONFIG)
     tensors = our_tensors(folder, layout, config)
-    files = {}
+    files, tokenizer = {}, None
     if (path := folder / FILE).is_file():
-        files[FILE] = FileTokenizer(path.read_bytes(), str(path)).content
+        content, tokenizer = FileTokenizer(path.read_bytes(), str(path)).content, FILE
+        if content == byte_tokenizer():  # of one of our exports: data of plain bytes has its ids
+            tokenizer = ByteTokenizer.name
+        else:
+            files[FILE] = content
     state: dict[str, Any] = {"update": 0, "optimizer": None, "optimizer_class": None, "precision": {}}
     state["stable_embedding"] = False
-    plain = {"model": as_plain(config), "train": as_plain(TrainConfig()), "tokenizer": FILE if files else None}
+    plain = {"model": as_plain(config), "train": as_plain(TrainConfig()), "tokenizer": tokenizer}
     checkpoint.save(target, tensors, state, plain, files)
     return target
 

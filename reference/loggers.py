@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reference.config import ConfigurationError
+from reference.update import TrainingError
 
 if TYPE_CHECKING:
     from reference.trainer import Record
@@ -25,7 +26,8 @@ def metrics_file(directory: Path) -> Path:
 def csv_metrics(directory: Path) -> Callable[["Record"], None]:
     """A callback that writes a row per update, on rank 0.
 
-    A run that begins at update 1 begins a new file. One that was resumed keeps the rows before it.
+    A run that begins at update 1 begins a new file. One that was resumed keeps the rows before it. The callback raises
+    TrainingError if the file cannot be written.
     """
     from lightning.fabric.loggers.csv_logs import CSVLogger
     from lightning.fabric.utilities import rank_zero_only
@@ -37,13 +39,19 @@ def csv_metrics(directory: Path) -> Callable[["Record"], None]:
 
     def write(record: "Record") -> None:
         nonlocal started
-        if not started:
-            earlier = read_rows(file, before=record.update)
-            file.unlink(missing_ok=True)  # the logger would remove it too, but with a warning
-            for row in earlier:
-                logger.log_metrics(row, int(row.pop("step")))
-            started = True
-        logger.log_metrics(metrics(record), record.update)
+        try:
+            if not started:
+                earlier = read_rows(file, before=record.update)
+                file.unlink(missing_ok=True)  # the logger would remove it too, but with a warning
+                for row in earlier:
+                    logger.log_metrics(row, int(row.pop("step")))
+                started = True
+            logger.log_metrics(metrics(record), record.update)
+        except OSError as error:
+            raise TrainingError(
+                f"the metrics of update {record.update} cannot be written to {file} ({error.strerror}): make room, and "
+                "resume from the newest checkpoint."
+            ) from error
 
     return rank_zero_only(write)
 

@@ -47,6 +47,14 @@ def build_optimizer(
     """
     optimizer_class = find_class(class_path)
     check_keywords(optimizer_class, arguments)
+    if not trainable(model):
+        raise ConfigurationError(f"{type(model).__name__} has no parameter that is trainable: there is nothing to do.")
+    closure = inspect.signature(optimizer_class.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise ConfigurationError(
+            f"{class_path} computes the loss several times per step, through a closure that the Trainer has not: "
+            "choose another optimizer."
+        )
     keywords = added_keywords(optimizer_class, arguments, device, scaled) | dict(arguments)  # what the user said wins
     decays = accepts(optimizer_class, "weight_decay")
     groups: Any = decay_groups(model, decay, dimensions) if decays else trainable(model)

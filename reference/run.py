@@ -74,6 +74,8 @@ class Run:
     """For each further name of a tied tensor, the first."""
     stopping: bool = False
     """Whether a signal asked any rank to stop, as all ranks saw it when the last update began."""
+    sequences: int = 0
+    """Sequences of the last update, over all ranks."""
     saved: str = "there is no checkpoint yet"
     """What there is to resume from, for messages."""
 
@@ -100,6 +102,7 @@ class Run:
             TrainingError: if loss or gradient is not finite; the parameters are untouched then.
         """
         config, fabric = self.config, self.fabric
+        self.sequences = self.count_sequences(pairs)
         for group, peak in zip(self.bare.param_groups, self.peaks, strict=True):
             group["lr"] = learning_rate(
                 update,
@@ -169,7 +172,7 @@ class Run:
                 "stable_embedding": any(type(m).__name__ == "StableEmbedding" for m in self.module.modules()),
             }
             model_config = getattr(self.module, "config", None)
-            plain: dict[str, Any] = {"train": as_plain(self.config)}
+            plain: dict[str, Any] = {"train": as_plain(self.config), "sequences_per_update": self.sequences}
             if isinstance(model_config, GPTConfig):
                 plain["model"] = as_plain(model_config)
             files = {"tokenizer.json": tokenizer} if isinstance(tokenizer, Path) else {}
@@ -179,6 +182,28 @@ class Run:
 
         self.on_rank_zero(write)
         self.saved = f"the newest checkpoint is {folder}"
+
+    def count_sequences(self, pairs: Pairs) -> int:
+        """Sequences of an update over all ranks, whose microbatches are taken to be as large as this rank's."""
+        return self.fabric.world_size * sum(len(ids) for ids, _ in pairs)
+
+    def warn_about_order(self, folder: Path, pairs: Pairs) -> None:
+        """Say so if updates consume more or fewer sequences than before a checkpoint, which keeps updates only.
+
+        Args:
+            folder: the checkpoint.
+            pairs: the microbatches of the next update.
+        """
+        before, now = checkpoint.load_config(folder).get("sequences_per_update"), self.count_sequences(pairs)
+        if before is not None and before != now:
+            logger.warning(
+                "resume: an update has %d sequences now, and had %d before %s: the place in the data is counted in "
+                "updates, so some sequences of this epoch are %s",
+                now,
+                before,
+                folder,
+                "left out" if now > before else "seen again",
+            )
 
     def on_rank_zero(self, function: Callable[[], None]) -> None:
         """Call a function on rank 0 and wait for it on every rank.

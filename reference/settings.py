@@ -79,6 +79,8 @@ def read_settings(arguments: Sequence[str]) -> Settings:
         found = parser.parse_args([*(f"--config={name}" for name in names), *others])
     except ArgumentError as error:
         raise ConfigurationError(sentence(str(error), options_of(parser))) from error
+    if not found.directory:
+        raise ConfigurationError(f"--directory is empty: give a folder, for example out/{name}.")
     groups: dict[str, Any] = {group: config(**found[group].as_dict()) for group, config in GROUPS.items()}
     return Settings(
         preset=name, directory=found.directory, resume=found.resume, tensorboard=found.tensorboard, **groups
@@ -164,7 +166,7 @@ def read_file(path: Path) -> Mapping[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or type(error).__name__
+        problem = getattr(error, "problem", None) or "it is not UTF-8 text"
         raise ConfigurationError(f"the configuration file {path} is no valid YAML{where}: {problem}.") from error
     if not isinstance(content, dict):
         raise ConfigurationError(f"the configuration file {path} holds no settings: write lines like 'preset: tiny'.")

@@ -1,6 +1,7 @@
 """The training loop, on Lightning Fabric: build, accumulate, clip, step, evaluate, save, resume."""
 
 import logging
+import re
 import signal
 import time
 from collections.abc import Callable, Iterable
@@ -120,6 +121,8 @@ class Trainer:
         with stop_on_signals() as stop:
             run = self.setup(stop)
             require_vocabulary(run.module, train, validation)
+            if folder is not None:
+                require_tokenizer(folder, train)
             done = run.restore(folder) if folder is not None else 0
             if done >= config.updates:
                 logger.warning(
@@ -135,6 +138,8 @@ class Trainer:
             result = FitResult(run.module, run.bare)
             batches = run.batches(train, done)
             upcoming = run.fetch(batches) if done < config.updates else []
+            if folder is not None and upcoming:
+                run.warn_about_order(folder, upcoming)
             started = time.perf_counter()
             for update in range(done, config.updates):
                 last = update + 1 == config.updates
@@ -224,7 +229,12 @@ class Trainer:
         fabric.seed_everything(self.config.seed, verbose=False)  # the same on every rank: they build the same module
         # NOTE a footgun: not empty_init=True. It skips the constructor's initialisation on one device (litgpt#689).
         with fabric.init_module(empty_init=False) if strategy == "eager" else fabric.init_tensor():
-            return build(factory, strategy, fabric.device, sharded)
+            try:
+                return build(factory, strategy, fabric.device, sharded)
+            except RuntimeError as error:
+                if not isinstance(self.model, GPTConfig) or not re.search("overflowed|allocate", str(error)):
+                    raise
+                raise ConfigurationError(f"no memory is large enough for the model of {self.model}.") from error
 
 
 def gpt_factory(config: GPTConfig, seed: int) -> Callable[[], nn.Module]:
@@ -271,6 +281,26 @@ def require_vocabulary(module: nn.Module, *sources: Any) -> None:
                 f"the data has a vocabulary of {size} tokens, but the model one of {config.vocab_size}: "
                 f"set vocab_size to {size} or more."
             )
+
+
+def require_tokenizer(folder: Path, source: Any) -> None:
+    """Raise ConfigurationError if token files were written with another tokenizer than those of a checkpoint.
+
+    Vocabularies of equal size fit, and every id would mean something else.
+
+    Args:
+        folder: the checkpoint.
+        source: a reference.data.TokenData. Of other sources nothing is known, and nothing is raised.
+    """
+    trained, given = checkpoint.load_config(folder)["tokenizer"], getattr(source, "tokenizer", None)
+    file = getattr(source, "tokenizer_file", None)
+    if not isinstance(trained, str) or not isinstance(given, str):
+        return
+    if trained != given or (file is not None and file.read_bytes() != (folder / trained).read_bytes()):
+        raise ConfigurationError(
+            f"{folder} was trained on ids of another tokenizer than that of {source.folder}: the loss would mean "
+            "nothing. Prepare the text with the tokenizer of the checkpoint."
+        )
 
 
 def checkpoint_activations(module: nn.Module) -> None:

@@ -70,8 +70,8 @@ def on_device(tokens: Tensor, device: torch.device) -> Tensor:
 
 
 def is_tokens(value: Any) -> TypeGuard[Tensor]:
-    """Whether this is a tensor of integers with two dimensions."""
-    return isinstance(value, Tensor) and value.ndim == 2 and not value.is_floating_point()
+    """Whether this is a tensor of integers with two dimensions, neither of them empty."""
+    return isinstance(value, Tensor) and value.ndim == 2 and value.numel() > 0 and not value.is_floating_point()
 
 
 def count_targets(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -145,7 +145,16 @@ def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     Args:
         logits: (B, T, V), floating.
         targets: (B, T), int64; -100 is ignored.
+
+    Raises:
+        TrainingError: if the model gave anything but such logits.
     """
+    if not isinstance(logits, Tensor) or logits.shape[:-1] != targets.shape:
+        form = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise TrainingError(
+            f"the model gave {form} for targets {tuple(targets.shape)}: it must map token ids (B, T) to logits "
+            "(B, T, V), a single tensor."
+        )
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
@@ -198,7 +207,10 @@ def evaluate(fabric: "Fabric", model: Any, batches: Iterable[Batch]) -> float:
             sums[1] += (targets != IGNORE).sum()
     sums = reduce(fabric, sums, "sum")
     if sums[1] == 0:
-        raise TrainingError("there are no validation batches: give some, or set evaluate_every=None.")
+        raise TrainingError(
+            "there are no validation batches (an iterator gives them only once): give a list, a DataLoader or another "
+            "iterable that can be read again, or set evaluate_every=None."
+        )
     return float(sums[0] / sums[1])
 
 

@@ -135,6 +135,10 @@ def test_print_config_of_settings_that_cannot_work_is_an_error(capsys: pytest.Ca
             "train.optimizer_args is '3', but must be a mapping, for example {lr: 3e-4}.",
         ),
         ("train --train run.yaml", "--train takes a YAML file or a mapping of settings; "),
+        ("train --train.seed -1", "seed is -1, but must lie between 0 and 2**32 - 1."),
+        ("train --train.min_lr -1", "min_lr is -1.0: give a rate of at least 0, or None for a tenth of lr."),
+        ("train --directory=", "--directory is empty: give a folder, for example out/tiny."),
+        ("export --checkpoint x --out=", "--out: the name is empty."),
         ("train --data.microbatch_size 0", "microbatch_size is 0, but must be at least 1."),
         (
             "train --config missing.yaml",
@@ -258,6 +262,49 @@ def test_a_fresh_start_does_not_mix_with_an_earlier_run(data: str, capsys: pytes
     assert train(data, "--train.seed", "3") == 2
     assert one_error(capsys).startswith("out/tiny holds checkpoints of an earlier run, up to step-00000004: go on ")
     assert Path("out/tiny/config.yaml").read_bytes() == before
+
+
+def test_settings_that_do_not_fit_the_checkpoint_replace_none(data: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(data) == 0
+    before = Path("out/tiny/config.yaml").read_bytes()
+    again = ["train", "--config", "out/tiny/config.yaml", "--resume", "auto", "--train.updates", "6"]
+    assert main([*again, "--model.n_embd", "32"]) == 1
+    assert "belongs to a model of another shape" in capsys.readouterr().err
+    assert Path("out/tiny/config.yaml").read_bytes() == before
+    assert main(again) == 0
+    assert read_settings(["--config", "out/tiny/config.yaml"]).train.updates == 6
+
+
+@pytest.mark.parametrize("arguments", ["--help", "train --print_config", "prepare --help"])
+def test_output_that_cannot_be_written_ends_quietly(
+    arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    with os.fdopen(writes, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert main(arguments.split()) == 1
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux' device that is always full")
+def test_a_full_disk_behind_the_output_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(["train", "--print_config"]) == 1
+    assert one_error(capsys) == "No space left on device."
+
+
+def test_damage_of_a_checkpoint_is_told_before_its_tokenizer_is_missed(
+    data: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(data) == 0
+    Path("out/tiny/step-00000004/config.json").write_text("{")
+    capsys.readouterr()
+    assert main(["generate", "--checkpoint", "out/tiny"]) == 1
+    assert "config.json is damaged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -111,6 +111,7 @@ def test_a_path_without_optimizer_is_refused(path: str, sentence: str) -> None:
         ("torch.optim.AdamW", {"params": []}, "AdamW does not accept 'params'"),
         ("grokadamw.GrokAdamW", {"fused": True}, "GrokAdamW does not accept 'fused'"),
         (f"{__name__}.NeedsMomentum", {"lr": 1.0}, "NeedsMomentum needs 'momentum': add it to optimizer_args."),
+        ("torch.optim.LBFGS", {}, "torch.optim.LBFGS computes the loss several times per step, through a closure"),
         ("torch.optim.AdamW", {"lr": -1.0}, "torch.optim.AdamW refused its arguments {'fused': True, 'lr': -1.0}: Inv"),
         (f"{__name__}.TakesAnything", {"speed": 1}, "TakesAnything refused its arguments {'speed': 1}"),
     ],
@@ -187,7 +188,7 @@ def test_decay_of_a_gpt(tied: bool) -> None:
 
 
 def test_a_model_with_nothing_to_train_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="empty parameter list"):
+    with pytest.raises(ConfigurationError, match="GPT has no parameter that is trainable"):
         build_optimizer("torch.optim.AdamW", {}, gpt().requires_grad_(False), CPU)
 
 

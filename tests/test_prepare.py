@@ -182,6 +182,7 @@ def test_files_folders_and_patterns(tmp_path: Path) -> None:
     odd.write_text("one\ntwo\nthree\n" * 9)
     assert prepared(odd, tmp_path / "out").files == 1
     assert "there is no text at" in sentence_of(lambda: prepared([str(source / "*.md")], tmp_path / "out"))
+    assert "there is no text at '':" in sentence_of(lambda: prepared([""], tmp_path / "out"))
 
 
 def test_the_data_folder_may_lie_within_the_text(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from reference.config import ConfigurationError
 from reference.loggers import csv_metrics, metrics_file, read_rows, tensorboard
 from reference.progress import Meter, describe, logging_to, progress, utilisation
 from reference.trainer import Record
+from reference.update import TrainingError
 
 
 def record(update: int, **changes: Any) -> Record:
@@ -158,6 +159,15 @@ def test_csv_of_a_fresh_run_starts_anew(tmp_path: Path) -> None:
     csv_metrics(tmp_path)(record(7))
     csv_metrics(tmp_path)(record(1))
     assert steps(tmp_path) == [("1", "5.0")]
+
+
+def test_metrics_that_cannot_be_written_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lightning.fabric.loggers.csv_logs.CSVLogger.log_metrics", full)
+    with pytest.raises(TrainingError, match=r"the metrics of update 3 cannot be written to .*metrics.csv \(No space"):
+        csv_metrics(tmp_path)(record(3))
 
 
 def test_a_row_that_was_cut_off_is_left_out(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from reference.config import GPTConfig, TrainConfig
+from reference.config import ConfigurationError, GPTConfig, TrainConfig
 from reference.data import TokenData, write_tokens
 from reference.model import GPT
 from reference.optimizer import optimizer_state
@@ -177,6 +177,32 @@ def test_a_run_that_is_at_its_end_trains_no_more(tmp_path: Path, data: Any) -> N
     assert resumed.records == []
     assert resumed.stopped is None
     assert differences(end_of(whole), end_of(resumed), "resumed") == []
+
+
+@pytest.mark.parametrize(("microbatches", "told"), [(2, None), (1, "seen again"), (3, "left out")])
+def test_another_number_of_sequences_per_update_is_said(
+    tmp_path: Path, data: Any, caplog: pytest.LogCaptureFixture, microbatches: int, told: str | None
+) -> None:
+    fit(tmp_path, data, save_every=4, updates=4)
+    fit(tmp_path, data, resume=True, updates=5, microbatches=microbatches)
+    said = [message for message in caplog.messages if "an update has" in message]
+    assert len(said) == (told is not None)
+    assert all(f"has {2 * microbatches} sequences now, and had 4" in line and str(told) in line for line in said)
+
+
+def test_data_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    sources = {}
+    for name in ("first", "second"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "tokenizer.json").write_text(name)
+        about = {"vocab_size": 257, "tokenizer": "tokenizer.json", "end_of_document": 256}
+        write_tokens(folder, "train", [list(range(200))], **about)  # type: ignore[arg-type] # of several types
+        sources[name] = TokenData(folder, "train", block_size=TIME, microbatch_size=ROWS, seed=5)
+    fit(tmp_path / "out", (sources["first"], None), updates=2, save_every=2)
+    with pytest.raises(ConfigurationError, match=r"was trained on ids of another tokenizer than that of .*second"):
+        fit(tmp_path / "out", (sources["second"], None), resume=True)
+    assert len(fit(tmp_path / "out", (sources["first"], None), resume=True).records) == UPDATES - 2
 
 
 def test_old_checkpoints_go_while_the_run_goes_on(tmp_path: Path, data: Any) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -185,7 +186,7 @@ def test_batches_that_end_are_an_error(batches: list[Tensor], count: int) -> Non
 
 
 def test_no_validation_batches_are_an_error(batches: list[Tensor]) -> None:
-    with pytest.raises(TrainingError, match="there are no validation batches: give some, or set evaluate_every=None"):
+    with pytest.raises(TrainingError, match=r"there are no validation batches .an iterator gives them only once"):
         fit(GPT2, batches, [], evaluate_every=1)
 
 
@@ -193,6 +194,7 @@ ROW = torch.ones(8, dtype=torch.long)
 FORMS = {
     "dict": ({"ids": ROW}, "dict"),
     "1-d": (ROW, "(8,)"),
+    "no-row": (torch.ones(0, 8, dtype=torch.long), "(0, 8)"),
     "one-token": (ROW[None, :1], "(1, 1)"),
     "shapes": ((ROW.view(1, 8), ROW.view(2, 4)), "tuple"),
     "single": ([ROW.view(1, 8)], "list"),
@@ -206,6 +208,33 @@ def test_a_batch_of_another_form_is_refused(batch: Any, form: str) -> None:
     sentence = f"a batch has the form {form}: expected integer token ids (B, T + 1), or a pair of ids and targets."
     with pytest.raises(TrainingError, match=re.escape(sentence)):
         fit(GPT2, [batch])
+
+
+class Gives(nn.Module):
+    """A module that gives what a function makes of the logits (B, T, V)."""
+
+    def __init__(self, change: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.bigram, self.change = Bigram(), change
+
+    def forward(self, ids: Tensor) -> Any:
+        return self.change(self.bigram(ids))
+
+
+@pytest.mark.parametrize(
+    ("change", "form"),
+    [
+        (lambda logits: (logits,), "tuple"),
+        (lambda logits: logits[:, :-1], r"\(2, 7, 16\)"),
+        (lambda logits: logits.mean(-1), r"\(2, 8\)"),
+    ],
+    ids=["tuple", "shorter", "no-vocabulary"],
+)
+def test_a_module_that_gives_no_logits_is_refused(
+    batches: list[Tensor], change: Callable[[Tensor], Any], form: str
+) -> None:
+    with pytest.raises(TrainingError, match=f"the model gave {form} for targets .*: it must map token ids"):
+        fit(Gives(change), batches)
 
 
 def test_a_foreign_module_is_trained_as_it_is_and_a_factory_from_the_seed(batches: list[Tensor]) -> None:
