@@ -174,7 +174,7 @@ def interval(key: str) -> Callable[[Row], str]:
 
     def cell(row: Row) -> str:
         low, middle, high = (figure(row[key][name]) for name in ("low", "median", "high"))
-        return f"{middle} ({low}–{high})"  # noqa: RUF001
+        return f"{middle} ({low}–{high})"  # noqa: RUF001 # an en dash is meant
 
     return cell
 
@@ -189,7 +189,7 @@ def ratio(row: Row) -> str:
     found = row.get("interleaved")
     if not found:
         return ""
-    return f"{found['ratio']:.3f} ({found['low']:.3f}–{found['high']:.3f}) of {found['with']}"  # noqa: RUF001
+    return f"{found['ratio']:.3f} ({found['low']:.3f}–{found['high']:.3f}) of {found['with']}"  # noqa: RUF001 # an en dash is meant
 
 
 # Heading, and the cell of a row; a column that is empty in all rows is left out.
