@@ -52,7 +52,7 @@ class GPTConfig:
     """The head shares the embedding's weight (https://arxiv.org/abs/1608.05859)."""
     fp32_residual: bool = True
     """Keep the residual stream in float32 under a mixed precision, as autocast does by itself. False: in 16 bits, which
-    saves a third of the memory traffic between matrix products (Megatron-LM's default; its flag has the same name,
+    moves fewer bytes between matrix products (Megatron-LM's default; its flag has the same name,
     fp32_residual_connection). Norms compute in float32 either way."""
     dropout: float = 0.0
     """Probability of dropping an activation: after the embedding, in the attention, after each sublayer."""
@@ -186,7 +186,7 @@ class TrainConfig:
     an optimizer that accepts ``capturable``."""
     activation_checkpointing: bool = False
     """Keep only the input of each transformer block for backward, and compute the block again there: less memory,
-    some 30 % more time. The gradients are the same, bit for bit."""
+    and a second forward of each block. The gradients are the same, bit for bit."""
     seed: int = 1337
     """Seeds the weights (the same on every rank) and the dropout (another on every rank and update)."""
     accelerator: str = "auto"

@@ -29,8 +29,8 @@ SOURCES = ("optimizer_step", "training", "peers")
 
 EXAMPLES = """\
 examples:
-  python -m conformance.bench                                all rows, on the GPU (under 10 minutes on an H100)
-  python -m conformance.bench --quick                        few rounds, the small model only (under 2 minutes)
+  python -m conformance.bench                                all rows, on the GPU (an H100: nine minutes, by estimate)
+  python -m conformance.bench --quick                        few rounds, the small model only
   python -m conformance.bench --device cpu                   a small version, which says nothing about a GPU
   python -m conformance.bench --only 8bit --only "fused, fp32"   some rows
   python -m conformance.bench --compare old/summary.json     run, and compare with an earlier run
