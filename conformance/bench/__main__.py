@@ -105,7 +105,6 @@ def compare_files(options: argparse.Namespace) -> int:
 def print_compared(old: dict[str, Any], new: dict[str, Any], across: bool) -> int:
     """Print the comparison; 1 if a row became slower."""
     from conformance.bench.compare import check_comparable, compare, only_in
-    from conformance.bench.summary import noise_floor
     from conformance.bench.table import print_comparison
 
     if not across:
@@ -114,7 +113,7 @@ def print_compared(old: dict[str, Any], new: dict[str, Any], across: bool) -> in
     if not found:
         raise UsageError("the two runs have no row in common: nothing can be compared.")
     console = make_console(sys.stdout)
-    print_comparison(console, found, max(noise_floor(old), noise_floor(new)))
+    print_comparison(console, found)
     for which, rows in (("earlier", only_in(old, new)), ("later", only_in(new, old))):
         if rows:
             console.print(f"only in the {which} run: {'; '.join(rows)}", style="dim", markup=False, soft_wrap=True)

@@ -7,7 +7,9 @@ from typing import Any
 
 from conformance.bench.bootstrap import Interval, Verdict, ratio_of_medians, verdict
 from conformance.bench.card import differences
-from conformance.bench.summary import HEADLINE, Row, noise_floor, read_summary
+from conformance.bench.case import HEADLINE
+from conformance.bench.noise import noise_between
+from conformance.bench.summary import Row, read_summary
 from conformance.subject import UsageError
 
 
@@ -34,7 +36,14 @@ def is_whole(summary: Mapping[str, Any]) -> bool:
             return False
         if row.get("unavailable"):
             return True
-        samples = row.get("samples_ms")
+        samples, beside = row.get("samples_ms"), row.get("interleaved") or {}
+        medians = [
+            row[key].get("median") if isinstance(row.get(key), dict) else None for key in ("device_ms", "wall_ms")
+        ]
+        if not isinstance(beside, dict) or not numbers([*medians, beside.get("beside_ms", 1.0)]):
+            return False
+        if "beside_ms" in beside and not isinstance(beside.get("with"), str):  # older runs have neither
+            return False
         return isinstance(samples, dict) and numbers(samples.get("device")) and numbers(samples.get("wall"))
 
     card, rows, environment = summary["card"], summary["rows"], summary["environment"]
@@ -55,6 +64,8 @@ class Comparison:
     """Which time was compared: ``device`` or ``wall``."""
     ratio: Interval
     """New time over old time."""
+    noise: float
+    """Differences below are none."""
     verdict: Verdict
 
 
@@ -72,7 +83,6 @@ def check_comparable(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
 
 def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Comparison]:
     """Every row that was measured in both runs."""
-    noise = max(noise_floor(old), noise_floor(new))
     before = {key_of(row): row for row in measured(old)}
     found = []
     for row in measured(new):
@@ -81,7 +91,9 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Comparison]:
         clock = HEADLINE.get(row["group"], "device")
         now, then = row["samples_ms"][clock], before[key_of(row)]["samples_ms"][clock]
         ratio = ratio_of_medians(now, then)
-        found.append(Comparison(key_of(row), clock, ratio, verdict(ratio, noise, min(len(now), len(then)))))
+        noise = noise_between(old, new, (row["group"], row["size"]))
+        answer = verdict(ratio, noise, min(len(now), len(then)))
+        found.append(Comparison(key_of(row), clock, ratio, noise, answer))
     return found
 
 

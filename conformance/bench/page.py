@@ -16,10 +16,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from conformance.bench.noise import noise_floor
 from conformance.bench.plots import Plot, draw_all, superscript
-from conformance.bench.summary import Row, grouped, noise_floor, parameters_of, read_summary
+from conformance.bench.summary import Row, grouped, parameters_of, read_summary
 from conformance.bench.svg import check_matplotlib
-from conformance.bench.table import LETTERS, fact, figure, percent
+from conformance.bench.table import LETTERS, describe_spreads, fact, figure, percent
 from conformance.subject import UsageError
 
 
@@ -112,6 +113,12 @@ def check_summary(summary: Mapping[str, Any], path: Path) -> None:
                 found = [values.get(name) for name in ("median", "low", "high")] if isinstance(values, dict) else [None]
                 good = all(isinstance(value, int | float) and value > 0 for value in found)
                 demand(good, f"has no {key!r} with median, low and high in row {number}")
+            beside = row.get("interleaved") or {}
+            level = beside.get("beside_ms", 1.0) if isinstance(beside, dict) else None  # older runs have none
+            demand(
+                isinstance(level, int | float) and level > 0,
+                f"has no 'interleaved' as the bench writes it in row {number}",
+            )
 
 
 def describe_run(summary: Mapping[str, Any], identity: str) -> dict[str, Any]:
@@ -166,6 +173,8 @@ def card_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         found.append(
             ("Noise floor", f"{noise_floor(summary):.2%}: a step took {text} of its own time, interleaved with itself")
         )
+    if spreads := describe_spreads(summary):
+        found.append(("Drift", f"one step, at several times of the run, differed by up to {spreads}"))
     return found
 
 

@@ -1,7 +1,6 @@
 """From measurements to rows, and from rows to summary.json."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,8 +9,9 @@ from typing import Any
 
 from conformance.bench.bootstrap import Interval, median_interval, paired_ratio
 from conformance.bench.card import Card
-from conformance.bench.case import Case, Setting
+from conformance.bench.case import HEADLINE, Case, Setting
 from conformance.bench.measure import Measurement, doubts_about
+from conformance.bench.noise import noise_of
 from conformance.bench.throughput import throughput
 from conformance.subject import UsageError
 
@@ -31,7 +31,8 @@ def make_row(case: Case, measured: Measurement, facts: Mapping[str, float | str]
 
     ``device_ms`` and ``wall_ms`` are medians with their 95 % intervals, ``host_ms`` a median. ``floor_ms`` is
     ``floor bytes`` over the copy bandwidth, ``share_of_floor`` that over the device time. ``interleaved`` is the ratio
-    of this row's time to that of the row it was interleaved with, paired round by round. The peaks are bytes above what
+    of this row's time to that of the row it was interleaved with, paired round by round, and the median of that one in
+    these rounds. The peaks are bytes above what
     there was before the case was built; ``peak_reserved`` is None where the row beside it hides too much of it.
     """
     device = [r.device for r in measured.rounds]
@@ -49,7 +50,13 @@ def make_row(case: Case, measured: Measurement, facts: Mapping[str, float | str]
     if measured.beside and case.beside is not None:
         clock = HEADLINE.get(case.group, "device")
         ratio = paired_ratio([getattr(r, clock) for r in measured.rounds], [getattr(r, clock) for r in measured.beside])
-        row["interleaved"] = {"with": case.beside, "ratio": ratio.median, "low": ratio.low, "high": ratio.high}
+        row["interleaved"] = {
+            "with": case.beside,
+            "ratio": ratio.median,
+            "low": ratio.low,
+            "high": ratio.high,
+            "beside_ms": median(getattr(r, clock) for r in measured.beside) * 1e3,
+        }
     row["doubts"] = doubts_about(measured, floor)
     if "tokens" in facts:
         try:
@@ -61,11 +68,6 @@ def make_row(case: Case, measured: Measurement, facts: Mapping[str, float | str]
         "wall": [round(seconds * 1e3, 6) for seconds in wall],
     }
     return row
-
-
-# Which time a row is judged by. A training step waits for its data and its host, so the wall counts; in an optimizer's
-# step the host usually runs ahead, so the device does.
-HEADLINE = {"training step": "wall"}
 
 
 def empty_row(case: Case, unavailable: str | None = None) -> Row:
@@ -131,22 +133,6 @@ def parameters_of(rows: Sequence[Row]) -> str:
     unit, word, form = next(entry for entry in units if max(numbers) >= entry[0])
     ends = dict.fromkeys(f"{number / unit:{form}}" for number in (min(numbers), max(numbers)))
     return f"{' to '.join(ends)}{word} parameters"
-
-
-def noise_of(rows: Sequence[Row]) -> dict[str, float] | None:
-    """The ratio of the row that measured a step against itself; None if it was not measured."""
-    from conformance.bench.optimizer_step import AGAINST_ITSELF
-
-    for row in rows:
-        if row["name"].endswith(AGAINST_ITSELF) and row["interleaved"]:
-            return {key: row["interleaved"][key] for key in ("ratio", "low", "high")}
-    return None
-
-
-def noise_floor(summary: Mapping[str, Any]) -> float:
-    """How far from 1 the ratio of equals may lie, at 95 %; infinite if it was not measured, so that nothing is said."""
-    noise = summary["card"]["noise"]
-    return math.inf if noise is None else float(max(abs(noise["low"] - 1), abs(noise["high"] - 1)))
 
 
 def read_summary(path: Path) -> dict[str, Any]:

@@ -8,8 +8,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from conformance.bench.case import HEADLINE
 from conformance.bench.compare import Comparison
-from conformance.bench.summary import HEADLINE, Row, grouped, noise_floor, parameters_of
+from conformance.bench.noise import level_spreads, noise_floor
+from conformance.bench.summary import Row, grouped, parameters_of
 
 # What the letters of a floor's arithmetic stand for; the numbers behind them are bytes.
 LETTERS = "p: parameter, g: gradient, m, v: moments, a: scales of 8-bit moments, e: GrokAdamW's average of gradients"
@@ -38,15 +40,22 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
         noise = card["noise"]
         console.print(
             f"noise floor: a step against itself took {noise['ratio']:.4f} ({noise['low']:.4f} to {noise['high']:.4f}) "
-            f"of its time, so differences under {noise_floor(summary):.2%} are none",
+            f"of its time, so ratios within {noise_floor(summary):.2%} of 1 are none",
             soft_wrap=True,
         )
+    if spreads := describe_spreads(summary):
+        console.print(f"drift: a step at several times of the run differed by up to {spreads}", soft_wrap=True)
     for doubt in card["doubts"]:
         console.print(f"[yellow]Doubt:[/] {escape(doubt)}", soft_wrap=True)
     for (group, size), rows in grouped(summary["rows"]).items():
         print_rows(console, f"{group}, {size}", rows)
     if not summary["complete"]:
         console.print("[yellow]Partial: not every row was measured.[/]")
+
+
+def describe_spreads(summary: Mapping[str, Any]) -> str:
+    """``2.1% (optimizer step, gpt2-124m), 0.3% (training step, gpt2-124m)``; empty if nothing was measured twice."""
+    return ", ".join(f"{spread:.1%} ({group}, {size})" for (group, size), spread in level_spreads(summary).items())
 
 
 # Heading, and the cell of a row; a column that is empty in all rows is left out.
@@ -149,18 +158,21 @@ def print_rows(console: Console, title: str, rows: Sequence[Row]) -> None:
             console.print(f"[yellow]?[/] {escape(row['name'])}: {escape(doubt)}", soft_wrap=True)
 
 
-def print_comparison(console: Console, comparisons: Sequence[Comparison], noise: float) -> None:
+def print_comparison(console: Console, comparisons: Sequence[Comparison]) -> None:
     """Every row in both runs, with a verdict."""
-    known = f"differences under {noise:.2%} are noise"
-    if math.isinf(noise):
+    known = "differences within the noise of either run are none"
+    if any(math.isinf(found.noise) for found in comparisons):
         known = "a run did not measure its noise floor, so nothing can be said"
     console.print(f"\n[bold]Compared[/]  [dim]new time over old time; {known}[/]")
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for head in ("", "", "time", "ratio", "95 %", "verdict"):
+    for head in ("", "", "time", "ratio", "95 %", "noise", "verdict"):
         table.add_column(head)
     for found in comparisons:
         group, size, name = found.key
         interval = f"{found.ratio.low:.3f}-{found.ratio.high:.3f}"
+        noise = "unknown" if math.isinf(found.noise) else f"{found.noise:.2%}"
         answer = f"[{COLORS[found.verdict]}]{found.verdict}[/]"
-        table.add_row(f"{group}, {size}", escape(name), found.clock, f"{found.ratio.median:.3f}", interval, answer)
+        table.add_row(
+            f"{group}, {size}", escape(name), found.clock, f"{found.ratio.median:.3f}", interval, noise, answer
+        )
     console.print(table)
