@@ -156,7 +156,7 @@ def describe_embeddings(module: nn.Module) -> tuple[EmbeddingInfo, ...]:
     return tuple(
         EmbeddingInfo(
             name=clean_name(name, wrappers),
-            kind=class_path(child),
+            kind=class_path(type(child)),
             shape=(child.num_embeddings, child.embedding_dim),
             options=tuple((option, getattr(child, option)) for option in options),
             dtype=child.weight.dtype,
@@ -167,9 +167,9 @@ def describe_embeddings(module: nn.Module) -> tuple[EmbeddingInfo, ...]:
     )
 
 
-def class_path(thing: Any) -> str:
-    """``module.Class`` of an object."""
-    return f"{type(thing).__module__}.{type(thing).__qualname__}"
+def class_path(kind: type) -> str:
+    """``module.Class``."""
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def on_meta(module: nn.Module) -> bool:

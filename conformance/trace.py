@@ -95,8 +95,8 @@ class Loss:
 class Update:
     """One call of ``Optimizer.step``."""
 
-    optimizer: str
-    """Class path."""
+    optimizer: tuple[str, ...]
+    """Class paths: of the optimizer, and of the classes that it derives from."""
     groups: tuple[Group, ...]
     gradients: dict[str, Tensor | None]
     """On entry, or after the closure where the stack hands one over. None where there was none."""
@@ -374,7 +374,7 @@ class _Recorder:
                     tensor.grad.zero_()
         device = next((t.device.type for t in tensors.values()), "cpu")
         begun = {
-            "optimizer": class_path(optimizer),
+            "optimizer": tuple(map(class_path, type(optimizer).__mro__)),
             "groups": tuple(describe_group(group, names) for group in optimizer.param_groups),
             "gradients": {name: None if t.grad is None else copy_of(t.grad) for name, t in tensors.items()},
             "before": copied(tensors),

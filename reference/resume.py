@@ -49,13 +49,14 @@ def restore(
             f"{folder} was trained with {state['optimizer_class']}, not {config.optimizer}: "
             "resume with the same optimizer, or start afresh."
         )
+    saved = computed_as_by(optimizer, state["optimizer"])
     given = [{key: group[key] for key in config.optimizer_args if key in group} for group in optimizer.param_groups]
     try:
         load_weights(folder, module, root)
         if root is None:
-            load_optimizer_state(optimizer, state["optimizer"])
+            load_optimizer_state(optimizer, saved)
         else:
-            shard_optimizer_state(root, optimizer, state["optimizer"])
+            shard_optimizer_state(root, optimizer, saved)
     except ValueError as error:  # other groups: another decay policy, or tensors that were frozen since
         raise checkpoint.CheckpointError(f"the optimizer state in {folder} does not fit: {error}.") from error
     for group, settings in zip(optimizer.param_groups, given, strict=True):
@@ -67,6 +68,24 @@ def restore(
     fabric.strategy.precision.load_state_dict(state["precision"])
     logger.info("resume: from %s, after update %d", folder, state["update"])
     return int(state["update"])
+
+
+# Which of PyTorch's implementations computes the step: not what is computed.
+IMPLEMENTATIONS = ("capturable", "differentiable", "foreach", "fused")
+
+
+def computed_as_by(optimizer: Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved state of an optimizer, to be stepped by the implementation of this one.
+
+    ``load_state_dict`` takes over which implementation the saved run had chosen, for its own device: a step without
+    ``capturable`` cannot be captured, and one with it cannot be done on a CPU. It also puts the count of steps where
+    that implementation wants it.
+    """
+    groups = [
+        group | {key: own[key] for key in IMPLEMENTATIONS if key in own}
+        for group, own in zip(state["param_groups"], optimizer.param_groups, strict=False)  # the load refuses others
+    ]
+    return {**state, "param_groups": [*groups, *state["param_groups"][len(groups) :]]}
 
 
 def load_weights(folder: Path, module: nn.Module, root: Any) -> None:

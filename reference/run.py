@@ -116,7 +116,8 @@ class Run:
         # Dropout is a function of seed, update and rank, so a resumed run draws what it would have drawn.
         torch.manual_seed(derive_seed(config.seed, update, fabric.global_rank))
         # All ranks must stop at the same update, whichever got the signal; the count of targets is shared anyway.
-        asked = torch.tensor(int(self.stop.signal is not None), device=fabric.device)
+        # NOTE a footgun: torch.tensor(value, device="cuda") waits for all that the GPU has to do; full() does not.
+        asked = torch.full((), int(self.stop.signal is not None), device=fabric.device)
         shared = reduce(fabric, torch.stack((count_targets(pairs), asked)), "sum")
         share = accumulate(fabric, self.wrapped, pairs, shared[0])
         following = [] if batches is None else self.fetch(batches)

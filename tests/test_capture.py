@@ -1,5 +1,7 @@
 """The step in a CUDA graph does what the step without one does; what cannot be captured is refused."""
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from conformance.trace import record
 from reference.capture import captured, settings
 from reference.config import ConfigurationError, GPTConfig, TrainConfig
-from reference.optimizer import build_optimizer
+from reference.optimizer import build_optimizer, load_optimizer_state, optimizer_state
+from reference.resume import computed_as_by
 from reference.trainer import Trainer
 from reference.update import TrainingError
 
@@ -47,6 +50,28 @@ def test_gradients_stay_where_they_are() -> None:
     assert settings(optimizer) == given
     optimizer.param_groups[0]["weight_decay"] = 0.5  # written into the graph
     assert settings(optimizer) != given
+
+
+def test_a_state_that_was_saved_without_a_graph_is_stepped_with_one_and_the_other_way_round() -> None:
+    def built(capture: bool, **arguments: Any) -> torch.optim.Optimizer:
+        arguments = {"lr": 0.1, "fused": False} | arguments
+        return build_optimizer("torch.optim.AdamW", arguments, nn.Linear(2, 2), torch.device("cpu"), capture=capture)
+
+    plain, graph = built(False), built(True)
+    for group in plain.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.ones_like(parameter)
+    plain.step()
+    saved = optimizer_state(plain)
+    load_optimizer_state(graph, computed_as_by(graph, saved))
+    assert [group["capturable"] for group in graph.param_groups] == [True, True]
+    assert [group["capturable"] for group in saved["param_groups"]] == [False, False]  # left as it was
+    load_optimizer_state(plain, computed_as_by(plain, optimizer_state(graph)))
+    assert [group["capturable"] for group in plain.param_groups] == [False, False]
+    plain.step()  # with capturable=True, PyTorch refuses it on a CPU
+    foreach = built(False, fused=None, foreach=True)
+    load_optimizer_state(foreach, computed_as_by(foreach, saved))
+    assert [(group["foreach"], group["fused"]) for group in foreach.param_groups] == [(True, None)] * 2
 
 
 def parameters_after(optimizer_class: Any, steps: int, change: int | None = None) -> tuple[list[Tensor], Any]:
@@ -112,6 +137,31 @@ def test_training_with_a_captured_step_is_bit_equal(tokens: list[Tensor], precis
     assert len(trace.updates) == 4  # a replay is a step to those who watch
     for name, tensor in plain.model.state_dict().items():
         assert torch.equal(tensor, replayed.model.state_dict()[name]), name
+
+
+@needs_gpu
+def test_a_run_goes_on_with_a_graph_from_one_without_and_the_other_way_round(
+    tokens: list[Tensor], tmp_path: Path
+) -> None:
+    def go_on(directory: Path, updates: int, resume: Any, **changes: Any) -> Any:
+        common: dict[str, Any] = {"updates": updates, "schedule": "constant", "accelerator": "cuda", "save_every": 2}
+        return Trainer(SHAPE, TrainConfig(**common | changes), directory).fit(tokens, resume=resume)
+
+    capturable: dict[str, Any] = {"optimizer_args": {"lr": 1e-2, "capturable": True}}
+    given: dict[str, Any] = {"optimizer_args": {"lr": 1e-2}}
+    with sdpa_kernel(SDPBackend.MATH):
+        go_on(tmp_path / "plain", 2, False, **given)
+        go_on(tmp_path / "graph", 2, False, capture_step=True, **given)
+        for first in ("plain", "graph"):
+            ends = []
+            for number, changes in enumerate((given | {"capture_step": True}, capturable, given)):
+                shutil.copytree(tmp_path / first, tmp_path / f"{first} {number}")
+                ended = go_on(tmp_path / f"{first} {number}", 4, "auto", **changes)
+                assert [record.update for record in ended.records] == [3, 4]
+                ends.append(ended.model.state_dict())
+            for name, tensor in ends[0].items():
+                assert torch.equal(tensor, ends[1][name]), name
+                torch.testing.assert_close(tensor, ends[2][name])
 
 
 @needs_gpu

@@ -179,6 +179,17 @@ def test_a_run_that_is_at_its_end_trains_no_more(tmp_path: Path, data: Any) -> N
     assert differences(end_of(whole), end_of(resumed), "resumed") == []
 
 
+@pytest.mark.parametrize("before", [False, True])
+def test_the_step_is_computed_as_this_run_would(tmp_path: Path, data: Any, before: bool) -> None:
+    fit(tmp_path / "run", data, updates=3, save_every=3, optimizer_args={"lr": 0.01, "fused": before})
+    expected = {"fused": True, "foreach": None}  # of a run that does not say otherwise
+    ended = fit(tmp_path / "run", data, resume="auto", save_every=7, optimizer_args={"lr": 0.01})
+    assert len(ended.records) == UPDATES - 3
+    assert [{key: group[key] for key in expected} for group in ended.optimizer.param_groups] == [expected] * 2
+    ended = fit(tmp_path / "run", data, resume="auto", updates=9, optimizer_args={"lr": 0.01, "foreach": False})
+    assert [group["foreach"] for group in ended.optimizer.param_groups] == [False, False]
+
+
 @pytest.mark.parametrize(("microbatches", "told"), [(2, None), (1, "seen again"), (3, "left out")])
 def test_another_number_of_sequences_per_update_is_said(
     tmp_path: Path, data: Any, caplog: pytest.LogCaptureFixture, microbatches: int, told: str | None

@@ -1,0 +1,29 @@
+"""The host never waits for a GPU in the midst of an update: it launches all of it, and then reads what came out."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from conformance.bench.training import Updates, draw, random_batches
+from reference.config import GPTConfig, TrainConfig
+from reference.trainer import Trainer
+
+SHAPE = GPTConfig.gpt2(vocab_size=64, block_size=16, n_layer=2, n_head=2, n_embd=32)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("changes", [{}, {"capture_step": True}, {"microbatches": 3, "clip": None}], ids=str)
+def test_an_update_waits_for_its_own_figures_only(precision: str, changes: dict[str, object]) -> None:
+    device = torch.device("cuda")
+    train = TrainConfig(updates=100, accelerator="cuda", precision=precision, **changes)  # type: ignore[arg-type] # of several types
+    updates = Updates(Trainer(partial(draw, SHAPE, device), train).setup(), random_batches(SHAPE, 2, device))
+    for _ in range(3):  # the optimizer's state is created, and the graph captured
+        updates.step()
+    torch.cuda.set_sync_debug_mode("error")  # of all but events, for which the trainer waits on purpose
+    try:
+        updates.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert updates.update == 4
