@@ -18,12 +18,15 @@ from conformance.subject import UsageError
 ENVIRONMENT = {"gpu": "NVIDIA H100 80GB HBM3", "torch": "2.11.0", "driver": "570.86.15"}
 
 
-def row(name: str, milliseconds: float, seed: int, group: str = "optimizer step", rounds: int = 30) -> dict[str, Any]:
+def row(
+    name: str, milliseconds: float, seed: int, group: str = "optimizer step", rounds: int = 30, host: float = 1.0
+) -> dict[str, Any]:
     """A row with 1 % of noise in its device times; the wall times are double. As runs before November 2026 had it."""
     device = list(milliseconds * np.exp(np.random.default_rng(seed).normal(0, 0.01, rounds)))
     samples = {"device": device, "wall": [2 * value for value in device]}
     medians = {f"{clock}_ms": {"median": float(np.median(values))} for clock, values in samples.items()}
-    return {"group": group, "size": "gpt2-124m", "name": name, "samples_ms": samples, "unavailable": None} | medians
+    row = {"group": group, "size": "gpt2-124m", "name": name, "samples_ms": samples, "unavailable": None}
+    return row | medians | {"host_ms": host * milliseconds}
 
 
 def summary(*rows: dict[str, Any], **environment: str) -> dict[str, Any]:
@@ -72,13 +75,17 @@ def test_two_runs_are_compared_no_finer_than_one_step_drifts_within_a_run() -> N
     drifting = summary(
         row("A", 3.0, 1), interleaved("B", 3.0, 2, beside_ms=3.5), interleaved("C", 3.0, 3, beside_ms=3.1)
     )
-    assert level_spreads(drifting) == {("optimizer step", "gpt2-124m"): pytest.approx(3.5 / 3.0 - 1, abs=0.01)}
+    assert level_spreads(drifting) == {("optimizer step", "gpt2-124m", "A"): pytest.approx(3.5 / 3.0 - 1, abs=0.01)}
     later = summary(row("A", 3.45, 11), row("B", 3.8, 12))
     assert level_spreads(later) == {}
     for one, other, slower in ((drifting, later, "slower"), (later, drifting, "faster")):
         found = {comparison.key[2]: comparison for comparison in compare(one, other)}
         assert {name: comparison.verdict for name, comparison in found.items()} == {"A": "ambiguous", "B": slower}
         assert found["A"].noise == pytest.approx(3.5 / 3.0 - 1, abs=0.01)
+    # A step whose kernels are launched by the host in half of its time drifts by half of that.
+    drifting["rows"][0]["host_ms"] = later["rows"][0]["host_ms"] = 1.5
+    found = {comparison.key[2]: comparison for comparison in compare(drifting, later)}
+    assert found["B"].noise == pytest.approx(2 * found["A"].noise, rel=0.03)
     # A part without such a step drifts as much as the worst one of its run.
     others = [row("T", 3.0 * factor, seed, group="training step") for seed, factor in ((1, 1.0), (2, 1.1))]
     [_, _, training] = compare(
@@ -163,10 +170,11 @@ def damaged(change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
         lambda s: s["rows"][0]["samples_ms"].update(wall=["x"]),
         lambda s: s["rows"][0]["samples_ms"].update(wall=[0.0]),
         lambda s: s["rows"][0].pop("device_ms"),
+        lambda s: s["rows"][0].update(host_ms=None),
         lambda s: s["rows"][0].update(interleaved={"with": "B", "beside_ms": "x"}),
         lambda s: s["rows"][0].update(interleaved={"beside_ms": 1.0}),
     ],
-    ids=[f"fault {number}" for number in range(14)],
+    ids=[f"fault {number}" for number in range(15)],
 )
 def test_a_damaged_summary_is_told(
     change: Callable[[dict[str, Any]], object], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -40,7 +40,7 @@ def is_whole(summary: Mapping[str, Any]) -> bool:
         medians = [
             row[key].get("median") if isinstance(row.get(key), dict) else None for key in ("device_ms", "wall_ms")
         ]
-        if not isinstance(beside, dict) or not numbers([*medians, beside.get("beside_ms", 1.0)]):
+        if not isinstance(beside, dict) or not numbers([*medians, row.get("host_ms"), beside.get("beside_ms", 1.0)]):
             return False
         if "beside_ms" in beside and not isinstance(beside.get("with"), str):  # older runs have neither
             return False
@@ -91,7 +91,7 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Comparison]:
         clock = HEADLINE.get(row["group"], "device")
         now, then = row["samples_ms"][clock], before[key_of(row)]["samples_ms"][clock]
         ratio = ratio_of_medians(now, then)
-        noise = noise_between(old, new, (row["group"], row["size"]))
+        noise = noise_between(old, new, key_of(row))
         answer = verdict(ratio, noise, min(len(now), len(then)))
         found.append(Comparison(key_of(row), clock, ratio, noise, answer))
     return found
