@@ -1,11 +1,14 @@
-"""The README tells the truth: its Python runs as it stands, and its table is the catalogue.
+"""The README tells the truth: its Python runs as it stands, its tables are the catalogue and what was measured.
 
-``python -m tests.test_readme`` writes the table.
+``python -m tests.test_readme`` writes the tables.
 """
 
+import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,9 +18,7 @@ from conformance.session import Session
 from conformance.subject import load_subject
 
 README = Path(__file__).parent.parent / "README.md"
-TABLE = re.compile(r"(<!-- clauses:.*?-->\n)(.*?)(<!-- /clauses -->)", re.DOTALL)
-
-
+CARD = "nvidia-h100-80gb-hbm3"
 RESULTS = ("reference-0.1.0", "litgpt-0.4.12", "litgpt-0.5.13", "transformers-5.23.0", "x-transformers-2.31.10")
 
 
@@ -36,14 +37,68 @@ def clause_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def bench_rows(group: str, size: str) -> list[dict[str, Any]]:
+    """The rows of the committed run on a GPU."""
+    summary = json.loads((README.parent / "reports" / "bench" / CARD / "summary.json").read_text(encoding="utf-8"))
+    assert summary["complete"]
+    assert not summary["label"]
+    return [row for row in summary["rows"] if (row["group"], row["size"]) == (group, size) and not row["unavailable"]]
+
+
+def figure(value: float) -> str:
+    """Three digits."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def optimizer_table() -> str:
+    """Device time of each optimizer's step for float32 parameters, and its share of the floor."""
+    lines = ["| | 124M | of the floor | 1.3B | of the floor |", "|---|--:|--:|--:|--:|"]
+    sizes = [
+        {row["name"]: f"{figure(row['device_ms']['median'])} ms | {row['share_of_floor']:.1%}" for row in rows}
+        for rows in (bench_rows("optimizer step", size) for size in ("gpt2-124m", "llama-1.2b"))
+    ]
+    names = [name for name in sizes[0] if name.endswith(", fp32")]
+    lines += [f"| {name.removesuffix(', fp32')} | {sizes[0][name]} | {sizes[1][name]} |" for name in names]
+    return "\n".join(lines) + "\n"
+
+
+def training_table() -> str:
+    """Training steps of the reference and of other libraries."""
+    lines = ["| | step | tokens/s | MFU | causal | memory | beside its baseline |", "|---|--:|--:|--:|--:|--:|--:|"]
+    for title, size in (("GPT-2 124M", "gpt2-124m"), ("Llama 1.3B", "llama-1.2b")):
+        lines.append(f"| **{title}** | | | | | | |")
+        rows = bench_rows("training step", size)
+        for row in sorted(rows, key=lambda row: not row["name"].startswith("reference")):
+            beside = f"{row['interleaved']['ratio']:.3f}" if row["interleaved"] else ""
+            lines.append(
+                f"| {row['name'].removesuffix(', compiled')} | {row['wall_ms']['median']:.1f} ms "
+                f"| {row['tokens_per_second']:,.0f} | {row['mfu']:.1%} | {row['mfu_causal']:.1%} "
+                f"| {row['peak_allocated'] / 1e9:.1f} GB | {beside} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "clauses": clause_table,
+    "optimizer step": optimizer_table,
+    "training step": training_table,
+}
+
+
+def table_in(text: str, name: str) -> re.Match[str]:
+    """The place of a table in the README: the comment before it, the table, the comment behind it."""
+    found = re.search(rf"(<!-- {name}:.*?-->\n)(.*?)(<!-- /{name} -->)", text, re.DOTALL)
+    assert found is not None
+    return found
+
+
 def python_blocks() -> list[str]:
     return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
 
 
-def test_table_is_the_catalogue() -> None:
-    found = TABLE.search(README.read_text(encoding="utf-8"))
-    assert found is not None
-    assert found[2] == clause_table(), "run: python -m tests.test_readme"
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_are_what_was_measured(name: str) -> None:
+    assert table_in(README.read_text(encoding="utf-8"), name)[2] == TABLES[name](), "run: python -m tests.test_readme"
 
 
 def test_own_stack_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +129,10 @@ def test_reference_learns(capsys: pytest.CaptureFixture[str], tmp_path: Path, mo
 
 def main() -> int:
     text = README.read_text(encoding="utf-8")
-    README.write_text(TABLE.sub(lambda found: found[1] + clause_table() + found[3], text), encoding="utf-8")
+    for name, table in TABLES.items():
+        found = table_in(text, name)
+        text = text[: found.start(2)] + table() + text[found.end(2) :]
+    README.write_text(text, encoding="utf-8")
     return 0
 
 

@@ -29,8 +29,8 @@ SOURCES = ("optimizer_step", "training", "peers")
 
 EXAMPLES = """\
 examples:
-  python -m conformance.bench                                all rows, on the GPU (an H100: nine minutes, by estimate)
-  python -m conformance.bench --quick                        few rounds, the small model only
+  python -m conformance.bench                                all rows, on the GPU (an H100: nine minutes)
+  python -m conformance.bench --quick                        few rounds, the small model only (one minute)
   python -m conformance.bench --device cpu                   a small version, which says nothing about a GPU
   python -m conformance.bench --only 8bit --only "fused, fp32"   some rows
   python -m conformance.bench --compare old/summary.json     run, and compare with an earlier run
@@ -193,7 +193,7 @@ def measure_all(
     from conformance.bench.card import doubts_about, drift_between, measure_card, slug
     from conformance.bench.clock import Clock, ClockError, CudaDevice, HostDevice
     from conformance.bench.measure import count_bytes
-    from conformance.bench.run import Run
+    from conformance.bench.run import Run, in_minutes
     from conformance.bench.suite import run_suite
     from conformance.bench.summary import make_summary
     from conformance.bench.table import print_summary
@@ -238,7 +238,8 @@ def measure_all(
                 doubts += drift_between(card, end)
             except ClockError as error:  # as for every row: what was measured is kept
                 doubts.append(f"at the end of the run: {error}")
-        summary = make_summary(environment, card, run.rows, setting, run.complete, doubts)
+        took = time.perf_counter() - started
+        summary = make_summary(environment, card, run.rows, setting, run.complete, doubts, took)
         whole = run.complete and len(cases) == len(everything) and not setting.quick and not setting.small
         name = "bench-cpu" if setting.small else f"bench-{slug(card.name)}"
         folder = options.out or (PUBLISHED / slug(card.name) if whole else LATEST / name)
@@ -254,7 +255,7 @@ def measure_all(
     if unwritten:
         print(unwritten, file=sys.stderr)
         return 1
-    run.say(f"Written: {folder}/summary.json", style="dim")
+    run.say(f"Written: {folder}/summary.json, after {in_minutes(took)}", style="dim")
     if run.interrupted:
         print(f"Interrupted: the {len(run.rows)} rows that were measured are kept.", file=sys.stderr)
         return 1

@@ -275,8 +275,7 @@ class Run:
 
     def time_left(self) -> str:
         """In minutes and seconds: ``1:05``."""
-        left = int(self.seconds_left)
-        return f"{left // 60}:{left % 60:02}"
+        return in_minutes(self.seconds_left)
 
     def say(self, text: str, style: str = "none") -> None:
         """Print progress; if nobody reads it any more, go on in silence: the rows are worth more than the lines."""
@@ -308,6 +307,11 @@ def close(built: Built) -> None:
     """Free what the garbage collector would not."""
     if built.prepared.close is not None:
         built.prepared.close()
+
+
+def in_minutes(seconds: float) -> str:
+    """``1:05``."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
 
 def key(row: Row) -> tuple[str, str, str]:

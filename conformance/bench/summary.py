@@ -103,8 +103,19 @@ def make_summary(
     setting: Setting,
     complete: bool,
     doubts: Sequence[str] = (),
+    seconds: float | None = None,
 ) -> dict[str, Any]:
-    """The whole run as plain data; a new field is an addition, a change is a new schema."""
+    """The whole run as plain data; a new field is an addition, a change is a new schema.
+
+    Args:
+        environment: versions and machine.
+        card: what it can do at most.
+        rows: that were measured, or could not be.
+        setting: where and how large.
+        complete: whether these are all rows that were asked for.
+        doubts: about the card, in sentences.
+        seconds: that the run took, imports and all.
+    """
     return {
         "schema": SCHEMA,
         "label": SMALL if setting.small else None,
@@ -112,6 +123,7 @@ def make_summary(
         "card": asdict(card) | {"noise": noise_of(rows), "doubts": list(doubts)},
         "quick": setting.quick,
         "complete": complete,
+        "seconds": seconds,
         "rows": list(rows),
     }
 
