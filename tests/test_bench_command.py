@@ -26,7 +26,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_small_version_runs_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--device", "cpu", "--only", "AdamW foreach", "--only", "graph"]) == 0
+    assert main(["--device", "cpu", "--only", "optimizer step / tiny / AdamW foreach", "--only", "graph"]) == 0
     printed, progress = capsys.readouterr()
     assert LABEL in printed
     assert "unavailable: AdamW fused, CUDA graph, fp32: a CUDA graph needs CUDA." in printed
@@ -193,7 +193,8 @@ def test_every_source_gives_cases() -> None:
 
 
 def test_what_is_wanted_most_runs_first_and_all_fits_in_nine_minutes() -> None:
-    cases = command.collect(torch.device("cuda"), quick=False)
+    everything = command.collect(torch.device("cuda"), quick=False)
+    cases = command.choose(everything, [])
     assert cases[0].name == "AdamW fused, fp32, against itself"
     names = [f"{case.size}, {case.name}" for case in cases]
 
@@ -201,13 +202,20 @@ def test_what_is_wanted_most_runs_first_and_all_fits_in_nine_minutes() -> None:
         return next(number for number, name in enumerate(names) if part in name)
 
     wanted = ["gpt2-124m, AdamW fused, fp32", "reference, bf16-mixed, AdamW fused, compiled", "transformers GPT2"]
-    wanted += ["bf16-true", "llama-1.2b, reference", "llama-1.2b, AdamW fused", "16-bit residual", "1.2b, GrokAdamW"]
+    wanted += ["bf16-true", "llama-1.2b, reference", "llama-1.2b, AdamW fused", "chunks of 128", "1.2b, GrokAdamW"]
     assert [place(part) for part in wanted] == sorted(place(part) for part in wanted)
     assert "GrokAdamW" in names[-1]
     for case in cases:
         if case.beside is not None:
             [other] = [o for o in cases if (o.group, o.size, o.name) == (case.group, case.size, case.beside)]
             assert other.priority <= case.priority
+    longer = command.choose(everything, ["16-bit residual", "GrokAdamW"])  # asked for by name
+    assert {case.name for case in longer} - {case.name for case in cases} == {
+        "reference, bf16-mixed, AdamW fused, 16-bit residual, compiled",
+        "reference, bf16-mixed, AdamW fused, 16-bit residual, microbatch 64, compiled",
+    }
+    assert [case.size for case in longer if case.name == "GrokAdamW, bf16"] == ["gpt2-124m", "llama-1.2b"]
+    assert [case.size for case in cases if case.name == "GrokAdamW, bf16"] == ["gpt2-124m"]
     started = 20.0  # imports, and the card twice
     assert started + sum(case.seconds for case in cases) < 540
     assert started + sum(case.seconds for case in command.collect(torch.device("cuda"), quick=True)) < 110

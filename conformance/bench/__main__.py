@@ -72,7 +72,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
     parser.add_argument("--quick", action="store_true", help="few rounds, few rows")
     parser.add_argument(
-        "--only", action="append", default=[], metavar="TEXT", help="rows with it in 'group / size / name'; repeatable"
+        "--only",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="rows with it in 'group / size / name', also those that are left out as too long; repeatable",
     )
     parser.add_argument(
         "--limit", type=float, metavar="SECONDS", help="for everything: end at the first row that would take longer"
@@ -240,7 +244,7 @@ def measure_all(
                 doubts.append(f"at the end of the run: {error}")
         took = time.perf_counter() - started
         summary = make_summary(environment, card, run.rows, setting, run.complete, doubts, took)
-        whole = run.complete and len(cases) == len(everything) and not setting.quick and not setting.small
+        whole = run.complete and not options.only and not setting.quick and not setting.small
         name = "bench-cpu" if setting.small else f"bench-{slug(card.name)}"
         folder = options.out or (PUBLISHED / slug(card.name) if whole else LATEST / name)
         unwritten = ""
@@ -272,11 +276,12 @@ def collect(device: Any, quick: bool) -> "list[Case]":
 
 
 def choose(cases: "list[Case]", only: Sequence[str]) -> "list[Case]":
-    """The cases that were asked for, and always the one that gives the noise floor.
+    """The cases that were asked for, and always the one that gives the noise floor. All but the long ones, if none was.
 
     Raises:
         UsageError: if a text is found in no case.
     """
+    from conformance.bench.case import ON_DEMAND
     from conformance.bench.optimizer_step import AGAINST_ITSELF
 
     for text in only:
@@ -285,7 +290,7 @@ def choose(cases: "list[Case]", only: Sequence[str]) -> "list[Case]":
     return [
         case
         for case in cases
-        if not only
+        if (not only and case.priority < ON_DEMAND)
         or case.name.endswith(AGAINST_ITSELF)
         or any(text.lower() in " / ".join(case.key).lower() for text in only)
     ]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from conformance.bench.case import Case, Prepared, Setting, Unavailable
+from conformance.bench.case import ON_DEMAND, Case, Prepared, Setting, Unavailable
 from conformance.bench.optimizer_step import clear_state, state_bytes
 from reference.config import ConfigurationError, GPTConfig, TrainConfig
 from reference.throughput import dense_peak, flops_per_token
@@ -50,7 +50,7 @@ class Row:
     """The row that this one is interleaved with: one that runs the same compiled code, or none either."""
     quick: bool = False
     """Whether a quick run has it."""
-    seconds: float = 7.0
+    seconds: float = 6.5
     """For the whole row, on an H100."""
     model: Mapping[str, Any] = field(default_factory=dict)
     """What the model has otherwise than :func:`shape`."""
@@ -64,45 +64,58 @@ PAGED = "bitsandbytes.optim.PagedAdamW8bit"
 TRUE = settings(precision="bf16-true")
 FUSED = "bf16-mixed, AdamW fused"
 NARROW = {"fp32_residual": False}
-NARROW_64 = f"{FUSED}, 16-bit residual, microbatch 64"
 PRESET = "model, microbatch and settings of the preset gpt2-124m, which accumulates 8 microbatches into an update"
+FOREACH = settings(optimizer_args=ADAMW | {"foreach": True})  # what PyTorch does on a GPU unless told otherwise
+FOR_LOOP = settings(optimizer_args=ADAMW | {"fused": False})  # not foreach: PyTorch takes it for "no kernel at all"
+EAGER = settings(compile=False)
 # Rows of the same precision, embedding and batch stand together: they run the same compiled code (compiler_for).
+# StableEmbedding is measured eager, where it can be interleaved with what it replaces.
 GPT2_ROWS = (
-    Row(FUSED, quick=True, seconds=32),
-    Row("bf16-mixed, AdamW unfused", settings(optimizer_args=ADAMW | {"fused": False}), beside=FUSED, quick=True),
+    Row(FUSED, quick=True, seconds=30),
+    Row("bf16-mixed, AdamW foreach", FOREACH, beside=FUSED, quick=True),
+    Row("bf16-mixed, AdamW for-loop", FOR_LOOP, beside=FUSED),
+    Row("bf16-mixed, AdamW captured", settings(capture_step=True), beside=FUSED),
     Row("bf16-mixed, AdamW8bit", settings(optimizer=EIGHT_BIT), beside=FUSED),
     Row("bf16-mixed, PagedAdamW8bit", settings(optimizer=PAGED), beside=FUSED),
+    Row("bf16-true, AdamW fused", TRUE, seconds=25, priority=3),
+    Row(FUSED, EAGER, quick=True, priority=3),
+    Row(f"{FUSED}, float32 logits", replace(EAGER, logits="float32"), beside=FUSED, priority=3),
+    Row("bf16-mixed, AdamW8bit", replace(EAGER, optimizer=EIGHT_BIT), beside=FUSED, priority=3),
     Row(
         "bf16-mixed, AdamW8bit, StableEmbedding",
-        settings(optimizer=EIGHT_BIT, stable_embedding=True),
-        seconds=26,
+        replace(EAGER, optimizer=EIGHT_BIT, stable_embedding=True),
+        beside="bf16-mixed, AdamW8bit",
         priority=3,
     ),
-    Row("bf16-true, AdamW fused", TRUE, seconds=26, priority=3),
-    Row(FUSED, settings(compile=False), quick=True, priority=3),
-    Row("bf16-mixed, AdamW fused, float32 logits", settings(compile=False, logits="float32"), beside=FUSED, priority=3),
-    Row(f"{FUSED}, 16-bit residual", model=NARROW, seconds=26, priority=6),
-    Row(NARROW_64, microbatch=64, model=NARROW, note=PRESET, seconds=26, priority=6),
+    Row(f"{FUSED}, 16-bit residual", model=NARROW, seconds=25, priority=ON_DEMAND),
     Row(
-        "bf16-mixed, AdamW captured, 16-bit residual, microbatch 64",
-        settings(capture_step=True),
+        f"{FUSED}, 16-bit residual, microbatch 64",
         microbatch=64,
-        beside=NARROW_64,
         model=NARROW,
-        priority=6,
+        note=PRESET,
+        seconds=25,
+        priority=ON_DEMAND,
     ),
 )
-LLAMA_ROWS = (
-    Row("bf16-true, AdamW fused", TRUE, microbatch=16, seconds=50, priority=4),
-    Row(
-        "bf16-true, AdamW8bit",
-        replace(TRUE, optimizer=EIGHT_BIT),
-        microbatch=16,
-        beside="bf16-true, AdamW fused",
-        seconds=10,
-        priority=4,
-    ),
-    Row("bf16-mixed, AdamW fused", microbatch=16, seconds=55, priority=4),
+TRUE_FUSED = "bf16-true, AdamW fused"
+TRUE_EAGER = replace(TRUE, compile=False)
+LLAMA_ROWS = tuple(
+    replace(row, microbatch=16, priority=4, seconds=max(row.seconds, 10.0))
+    for row in (
+        Row(TRUE_FUSED, TRUE, seconds=47),
+        Row("bf16-true, AdamW foreach", replace(FOREACH, precision="bf16-true"), beside=TRUE_FUSED),
+        Row("bf16-true, AdamW for-loop", replace(FOR_LOOP, precision="bf16-true"), beside=TRUE_FUSED),
+        Row("bf16-true, AdamW8bit", replace(TRUE, optimizer=EIGHT_BIT), beside=TRUE_FUSED),
+        Row(FUSED, seconds=52),
+        Row(TRUE_FUSED, TRUE_EAGER),
+        Row(f"{TRUE_FUSED}, float32 logits", replace(TRUE_EAGER, logits="float32"), beside=TRUE_FUSED),
+        Row("bf16-true, AdamW8bit", replace(TRUE_EAGER, optimizer=EIGHT_BIT), beside=TRUE_FUSED),
+        Row(
+            "bf16-true, AdamW8bit, StableEmbedding",
+            replace(TRUE_EAGER, optimizer=EIGHT_BIT, stable_embedding=True),
+            beside="bf16-true, AdamW8bit",
+        ),
+    )
 )
 
 
@@ -123,7 +136,7 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
             full_name(row.name, row),
             partial(prepare, row, replace(shape(size), **row.model)),
             beside=None if row.beside is None else full_name(row.beside, row),
-            budget=4.0 if size == "llama-1.2b" else 2.0,
+            budget=3.0 if size == "llama-1.2b" else 1.5,
             seconds=row.seconds,
             priority=row.priority,
         )
@@ -228,11 +241,11 @@ class Updates:
 
 
 def optimizer_name(optimizer: Optimizer) -> str:
-    """Its class, and with which of PyTorch's implementations it steps where there is a choice."""
-    name = type(optimizer).__name__
-    if "fused" not in optimizer.defaults:
+    """Its class, and which of PyTorch's implementations steps, where there is a choice: ``AdamW (fused)``."""
+    name, chosen = type(optimizer).__name__, optimizer.defaults
+    if "fused" not in chosen:
         return name
-    return f"{name} ({'fused' if optimizer.defaults['fused'] else 'unfused'})"
+    return f"{name} ({'fused' if chosen['fused'] else 'foreach' if chosen['foreach'] else 'for-loop'})"
 
 
 def describe_groups(optimizer: Optimizer) -> str:
