@@ -1,12 +1,18 @@
-"""The host never waits for a GPU in the midst of an update: it launches all of it, and then reads what came out."""
+"""The host never waits for a GPU in the midst of an update: it launches all of it, and then reads what came out.
 
+Nor does it waste the time that the GPU has nothing to do.
+"""
+
+import traceback
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 
 from conformance.bench.training import Updates, draw, random_batches
 from reference.config import GPTConfig, TrainConfig
+from reference.run import seed_dropout
 from reference.trainer import Trainer
 
 SHAPE = GPTConfig.gpt2(vocab_size=64, block_size=16, n_layer=2, n_head=2, n_embd=32)
@@ -28,3 +34,21 @@ def test_an_update_waits_for_its_own_figures_only(precision: str, changes: dict[
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert updates.update == 4
+
+
+def test_dropout_is_seeded_as_by_manual_seed_but_no_stack_is_formatted(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(8)
+    formatted: list[Any] = []
+    monkeypatch.setattr(traceback, "format_stack", lambda: formatted.append(1))
+    seed_dropout(5, torch.device("cpu"))
+    assert torch.equal(torch.rand(8), expected)
+    assert formatted == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_dropout_on_a_gpu_is_seeded_as_by_manual_seed() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(8, device="cuda")
+    seed_dropout(5, torch.device("cuda", 0))
+    assert torch.equal(torch.rand(8, device="cuda"), expected)

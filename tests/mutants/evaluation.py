@@ -50,7 +50,7 @@ MUTANTS = [
         "eval-draws-random-numbers",
         "EVAL-7",
         "torch.utils.data.DataLoader, which draws a seed at each pass",
-        (UPDATE, "torch.manual_seed(derive_seed(config.seed, update, fabric.global_rank))", "pass"),
+        (UPDATE, "seed_dropout(derive_seed(config.seed, update, fabric.global_rank), fabric.device)", "pass"),
         (EVALUATE, SPLIT, f"torch.rand(1); {SPLIT}"),
     ),
 ]

@@ -13,7 +13,7 @@ MUTANTS = [
         "rng-not-restored",
         "RESUME-1",
         "transformers#17032, nanoGPT#467",
-        (UPDATE, "torch.manual_seed(derive_seed(config.seed, update, fabric.global_rank))", "pass"),
+        (UPDATE, "seed_dropout(derive_seed(config.seed, update, fabric.global_rank), fabric.device)", "pass"),
     ),
     mutant(
         "scheduler-not-restored",
