@@ -207,6 +207,8 @@ def find(resume: bool | Literal["auto"] | str | Path, directory: Path) -> Path |
         if resume == "auto":
             return None
         raise CheckpointError(f"resume=True, but {directory} holds no checkpoint: start with resume=False or 'auto'.")
+    if not isinstance(resume, str | Path):
+        raise CheckpointError(f"resume is {resume!r}: give False, True, 'auto' or the folder of a checkpoint.")
     folder = Path(resume)
     if lacking(folder):
         recover(folder.parent)

@@ -213,6 +213,11 @@ class Trainer:
             dimensions=dimensions,
         )
         peaks = [group["lr"] for group in bare.param_groups]
+        if config.min_lr is not None and config.schedule != "constant" and config.min_lr > min(peaks):
+            raise ConfigurationError(
+                f"min_lr is {config.min_lr}, above the optimizer's lr of {min(peaks)}: the rate would rise to it. "
+                "Give a smaller one, or None for a tenth of lr."
+            )
         optimizer: Any = fabric.setup_optimizers(bare)
         warn_about_rounding(config)
         wrapped.train()

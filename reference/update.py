@@ -61,6 +61,28 @@ def split_targets(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     )
 
 
+def known(batches: Iterable[Batch], vocabulary: int) -> Iterator[Batch]:
+    """The batches, each looked at for token ids that the model has no row for, unless it lies on a GPU already.
+
+    There an id too many ends in an assertion of the device, which names neither the id nor the batch.
+
+    Raises:
+        TrainingError: for ids or targets that are not in 0 to ``vocabulary`` - 1, but for the target -100.
+    """
+    for batch in batches:
+        for number, part in enumerate(batch if isinstance(batch, tuple | list) else (batch,)):
+            if not is_tokens(part) or part.device.type != "cpu":
+                continue
+            values = part[part != IGNORE] if number else part
+            low, high = (int(value) for value in values.aminmax()) if values.numel() else (0, 0)
+            if low < 0 or high >= vocabulary:
+                raise TrainingError(
+                    f"a batch holds the token id {low if low < 0 else high}, but the model knows 0 to "
+                    f"{vocabulary - 1}: tokenize the text with the model's tokenizer, or set vocab_size higher."
+                )
+        yield batch
+
+
 def on_device(tokens: Tensor, device: torch.device) -> Tensor:
     """Token ids as int64 on the device, without waiting for it."""
     if device.type == "cuda" and tokens.device.type == "cpu":

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from reference import update
-from reference.checkpoint import load_config, load_for_inference, save
+from reference.checkpoint import CheckpointError, load_config, load_for_inference, save
 from reference.config import ConfigurationError, GPTConfig, TrainConfig, as_plain
 from reference.data import TokenData, write_tokens
 from reference.launch import launch
@@ -390,3 +390,36 @@ def test_a_run_that_is_complete_is_said(
     assert again.records == []
     assert torch.equal(flat(again.model), flat(done.model))
     assert "step-00000002 has done 2 updates, and updates=2: nothing is left to train" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("ids", "targets", "named"),
+    [
+        ([[1, 64, 2]], None, 64),
+        ([[1, -1, 2]], None, -1),
+        ([[1, 2, 3]], [[2, 65, 3]], 65),
+        ([[1, 2, 3]], [[-100, -7, 3]], -7),
+    ],
+)
+def test_ids_that_the_model_has_no_row_for_are_told(ids: Any, targets: Any, named: int) -> None:
+    bad = torch.tensor(ids) if targets is None else (torch.tensor(ids), torch.tensor(targets))
+    good = torch.tensor([[1, 2, 3]]), torch.tensor([[2, -100, 63]])
+    model = GPTConfig.tiny(vocab_size=64, block_size=4)
+    expected = f"holds the token id {named}, but the model knows 0 to 63: tokenize the text with"
+    trainer = Trainer(model, TrainConfig(updates=2, evaluate_every=1, accelerator="cpu"))
+    with pytest.raises(TrainingError, match=expected):
+        trainer.fit([bad])
+    with pytest.raises(TrainingError, match=expected):
+        trainer.fit([good], [bad])
+    ignored = torch.tensor([[1, 2, 3]]), torch.tensor([[-100, -100, -100]])
+    assert len(trainer.fit([good, ignored], [good]).records) == 2
+
+
+def test_a_least_rate_above_the_peak_is_refused(batches: list[Tensor]) -> None:
+    with pytest.raises(ConfigurationError, match=r"min_lr is 0\.1, above the optimizer's lr of 0\.01: the rate would"):
+        fit(GPT2, batches, optimizer_args={"lr": 0.01}, min_lr=0.1, schedule="cosine")
+
+
+def test_resume_from_nothing_known_is_told(batches: list[Tensor]) -> None:
+    with pytest.raises(CheckpointError, match=r"resume is None: give False, True, 'auto' or the folder"):
+        fit(GPT2, batches, resume=None)

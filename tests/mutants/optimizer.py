@@ -82,7 +82,7 @@ MUTANTS = [
         "opt-state-not-saved",
         "OPT-12 RESUME-1",
         "OneVision-Encoder#65, DeepSpeed#7786",
-        (RESTORE, 'load_optimizer_state(optimizer, saved)', "pass"),
+        (RESTORE, "load_optimizer_state(optimizer, saved)", "pass"),
     ),
     mutant(
         "opt-state-outside-state",
