@@ -31,7 +31,7 @@ from reference.throughput import device_peak, flops_per_token
 from reference.trainer import Record, Trainer
 
 WARMUP, MEASURED, PROFILED = 3, 6, 1  # updates; the first compile
-PAIRS = 30
+PAIRS = 100
 HOST_GAP = 10.0  # microseconds; a longer gap between two kernels is the host's
 
 
