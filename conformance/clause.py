@@ -21,6 +21,8 @@ CHAPTERS = {
     "RESUME": "save and resume",
     "DATA": "order and content of data",
     "EVAL": "evaluation",
+    "CAUSAL": "what a logit may depend on",
+    "TIE": "tied embedding and head",
 }
 """Chapters in the order in which they are run and printed."""
 

@@ -129,6 +129,9 @@ class Recipe:
     """The recorder puts a NaN into the gradients of this update, counted from 0, when their backward has ended."""
     same_batches: bool = False
     """Not for the adapter: every update trains on the sequences of the first."""
+    altered: Literal["later tokens", "first token", "other sequences"] | None = None
+    """Not for the adapter: which of the tokens in batches() are others. Later: those of the second half of a sequence;
+    other sequences: every second one."""
     repeat: int = 0
     """Not for the adapter: another number makes an equal recipe run again."""
     directory: Path = field(default=Path(), compare=False)
@@ -188,7 +191,12 @@ class Recipe:
 
     def _sequences(self) -> "torch.Tensor":
         """Of all updates (or of the first, if all have the same), microbatches and ranks, in this order."""
-        return self._tokens((1 if self.same_batches else self.updates) * self.update_size, stream=1)
+        tokens = self._tokens((1 if self.same_batches else self.updates) * self.update_size, stream=1)
+        if self.altered is not None:
+            half = self.block_size // 2
+            places = {"later tokens": tokens[:, half:], "first token": tokens[:, :1], "other sequences": tokens[1::2]}
+            places[self.altered].add_(1).remainder_(self.vocab_size)
+        return tokens
 
     def _repeated(self, tokens: "torch.Tensor") -> "torch.Tensor":
         """For all updates."""

@@ -7,6 +7,7 @@ that the harmless variants are killed by none. One file per chapter of clauses.
 
 from tests.mutants import (
     accumulation,
+    causality,
     clipping,
     data,
     decay,
@@ -17,6 +18,7 @@ from tests.mutants import (
     precision,
     resume,
     schedule,
+    ties,
 )
 from tests.mutants.harmless import HARMLESS, Harmless
 from tests.mutants.planting import Edit, Mutant, planted, resolve
@@ -35,4 +37,6 @@ MUTANTS: list[Mutant] = [
     *resume.MUTANTS,
     *data.MUTANTS,
     *evaluation.MUTANTS,
+    *causality.MUTANTS,
+    *ties.MUTANTS,
 ]

@@ -1,0 +1,63 @@
+"""TIE: where embedding and head are tied, they are one tensor and stay one."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from conformance.clause import Violation, clause
+from conformance.recipe import Recipe
+from conformance.subject import Subject
+from conformance.suites import shapes
+from conformance.suites.test_resume import resumed
+
+
+def size(tensors: Mapping[str, Tensor]) -> int:
+    """Elements of distinct tensors."""
+    return sum(tensor.numel() for tensor in tensors.values())
+
+
+@clause(
+    "TIE-1",
+    needs=("tied",),
+    why="Untied, there are more parameters, with other gradients; tied by memory only, each update is done twice.",
+    mend="Assign the Parameter itself, once the model lies where it is trained: to_empty, assign=True and wrappers "
+    "give each name a tensor of its own.",
+    source="facebookresearch/lingua#75, verl#7834, NVIDIA-NeMo/Automodel#2213, torchtune#616",
+    bound="number of elements",
+)
+def test_one_tensor(subject: Subject, trace: Any) -> None:
+    """Tied, embedding and head are one tensor, from the start and after every update."""
+    for recipe in shapes(subject, tied=True):
+        tied, untied = trace(recipe), trace(replace(recipe, tied=False))
+        table = recipe.vocab_size * recipe.n_embd
+        saved = size(untied.initial) - size(tied.initial)
+        if not table <= saved <= table + recipe.vocab_size:  # a head of its own may have a bias
+            raise Violation(
+                f"{recipe.shape}: {table} elements less than untied, a table of {recipe.vocab_size} x {recipe.n_embd}",
+                f"{size(tied.initial)} tied, {size(untied.initial)} untied",
+            )
+        for number, update in enumerate(tied.updates, start=1):
+            if size(update.after) != size(tied.initial):
+                raise Violation(
+                    f"{recipe.shape}: {size(tied.initial)} elements after update {number}", f"{size(update.after)}"
+                )
+
+
+@clause(
+    "TIE-2",
+    needs=("tied", "resume"),
+    why="After a resume the two go separate ways, and nothing says so.",
+    mend="Copy into the parameters instead of putting others in their place, or tie again after loading.",
+    source="facebookresearch/lingua#75, mosaicml/examples#11",
+    bound="number of elements",
+)
+def test_tied_after_resume(subject: Subject, trace: Any, attempt: Any) -> None:
+    """After a resume they are one tensor still."""
+    recipe = Recipe(shape=shapes(subject)[0].shape, tied=True, updates=4, save_every=2)
+    whole = trace(recipe)
+    later = resumed(attempt, recipe, whole, 2)
+    for what, tensors in (("start", later.initial), ("end", later.updates[-1].after)):
+        if size(tensors) != size(whole.initial):
+            raise Violation(f"{size(whole.initial)} elements at the {what} of the resumed run", f"{size(tensors)}")

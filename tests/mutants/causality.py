@@ -1,0 +1,42 @@
+"""Faults of what a logit depends on."""
+
+from tests.mutants.planting import mutant
+
+ATTENTION = "reference.model:Attention.forward"
+
+MUTANTS = [
+    mutant("not-causal", "CAUSAL-1", "transformers#48745", (ATTENTION, "is_causal=past == 0", "is_causal=False")),
+    mutant(
+        "mask-one-too-wide",
+        "CAUSAL-1",
+        "-",
+        # Each query meets the keys and values of the next place.
+        (ATTENTION, "past = 0 if", "k, v = k.roll(-1, 2), v.roll(-1, 2); past = 0 if"),
+    ),
+    mutant(
+        "batch-and-time-exchanged",
+        "CAUSAL-2",
+        "karpathy.github.io/2019/04/25/recipe",
+        (
+            ATTENTION,
+            ".view(batch, time, -1, self.head_size).transpose(1, 2)",
+            ".view(time, batch, -1, self.head_size).permute(1, 2, 0, 3)",
+        ),
+    ),
+    mutant(
+        "statistics-over-batch",
+        "CAUSAL-2",
+        "Megatron-DeepSpeed#335",
+        ("reference.model:GPT.forward", "x = self.dropout(x)", "x = self.dropout(x - x.mean(0, keepdim=True))"),
+    ),
+    mutant(
+        "window-of-zero",
+        "CAUSAL-3",
+        "unslothai/unsloth#8253",
+        (
+            ATTENTION,
+            "self.proj(y.transpose",
+            "self.proj(v.repeat_interleave(self.n_head // self.n_kv_head, 1).transpose",
+        ),
+    ),
+]

@@ -1,0 +1,26 @@
+"""Faults of tied embeddings."""
+
+from tests.mutants.planting import LOAD, PUT, mutant
+
+TIE, WEIGHT = "reference.initialize:tie", "module.weight = model.get_submodule(owner).weight"
+
+MUTANTS = [
+    mutant(
+        "tie-by-memory",
+        "TIE-1",
+        "-",
+        (TIE, WEIGHT, "module.weight = nn.Parameter(model.get_submodule(owner).weight.data)"),
+    ),
+    mutant(
+        "tie-by-copy",
+        "TIE-1",
+        "torchtune#616",
+        (TIE, WEIGHT, "module.weight = nn.Parameter(model.get_submodule(owner).weight.detach().clone())"),
+    ),
+    mutant(
+        "tie-broken-by-load",
+        "TIE-2",
+        "facebookresearch/lingua#75",
+        (LOAD, PUT, "model.load_state_dict(load_weights(folder), strict=False, assign=True)"),
+    ),
+]
