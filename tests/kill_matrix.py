@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -50,6 +51,7 @@ def diff(mutant: Mutant) -> list[str]:
 
 def matrix(console: Console) -> dict[str, Any]:
     """Run everything, on all cores; some eight minutes on two."""
+    torch.set_num_threads(1)  # OpenMP's threads do not survive the fork: the children would wait for them for ever
     outcomes(Reference())  # imports, once for all processes
     context = multiprocessing.get_context("fork")  # a planted fault lives in one process
     with warnings.catch_warnings():

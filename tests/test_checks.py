@@ -3,11 +3,12 @@
 import doctest
 import importlib
 import pkgutil
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
@@ -17,6 +18,8 @@ from conformance.checks.accumulation import gradient_is_of
 from conformance.checks.optimizer import keywords_arrive
 from conformance.clause import Violation
 from conformance.snapshot import Group
+from reference.config import GPTConfig
+from reference.model import GPT
 
 MODULES = [f"conformance.checks.{entry.name}" for entry in pkgutil.iter_modules(checks.__path__)]
 
@@ -97,6 +100,25 @@ def test_embedding_swaps_that_lose_something() -> None:
         checks.embedding_swap_lossless(table, nn.Embedding(8, 4, _weight=weight.clone()))
     with pytest.raises(Violation, match="bfloat16"):
         checks.embedding_swap_lossless(table, nn.Embedding(8, 4, padding_idx=1, _weight=weight.bfloat16()))
+
+
+def test_a_model_that_sees_later_tokens_is_found() -> None:
+    ids = torch.randint(16, (2, 9), generator=torch.Generator().manual_seed(0))
+    model = GPT(GPTConfig.tiny(vocab_size=16, block_size=16)).eval()
+    checks.looks_back_only(model, ids)
+    checks.looks_back_only(lambda tokens: SimpleNamespace(logits=model(tokens)), ids)
+
+    def ahead(tokens: Tensor) -> Tensor:
+        return model(tokens) + 1e-4 * model(tokens).roll(-1, dims=1)
+
+    with pytest.raises(Violation, match=r"logits before token 4 as they were(.|\n)*seen: those at 3 differ, by up to"):
+        checks.looks_back_only(ahead, ids)
+    checks.looks_back_only(ahead, ids, bound=1e-3)
+    with pytest.raises(Violation, match="those at 0, 1, 2, 3 differ, by up to nan"):
+        checks.looks_back_only(lambda tokens: model(tokens) * float("nan"), ids, bound=1e-3)
+    for bad in (torch.tensor([1, 2]), torch.tensor([[1]]), torch.tensor([[2, 2, 2]])):
+        with pytest.raises(ValueError, match=r"give \(B, T\) with T of at least 2, and different tokens"):
+            checks.looks_back_only(model, bad)
 
 
 def test_losses_in_bfloat16_are_seen_by_dtype_and_by_value() -> None:

@@ -5,6 +5,7 @@ so they can be called in anybody's own tests.
 """
 
 from conformance.checks.accumulation import gradients_agree
+from conformance.checks.causality import looks_back_only
 from conformance.checks.decay import decay_groups_cover
 from conformance.checks.embedding import embedding_swap_lossless
 from conformance.checks.initialization import initialised
@@ -17,5 +18,6 @@ __all__ = [
     "embedding_swap_lossless",
     "gradients_agree",
     "initialised",
+    "looks_back_only",
     "loss_in_float32",
 ]

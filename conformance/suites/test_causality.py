@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from conformance.checks.causality import earlier_unchanged
 from conformance.checks.comparison import largest_difference, same
 from conformance.clause import NotApplicable, Violation, clause, quoted
 from conformance.recipe import Recipe
@@ -46,13 +47,7 @@ def test_no_look_ahead(subject: Subject, trace: Any) -> None:
             until = int((ids == others).all(dim=0).int().argmin())  # the first place where any sequence differs
             if until == 0:
                 raise NotApplicable("the stack does not take the tokens as given: the first one differs")
-            before, after = logits[:, :until], changed[:, :until]
-            if not same(before, after):
-                places = (before != after).any(dim=-1).any(dim=0).nonzero().flatten().tolist()
-                raise Violation(
-                    f"{recipe.shape}: logits before token {until} as they were, when it and later ones are others",
-                    f"those at {quoted(places)} differ, by up to {largest_difference(before, after)}",
-                )
+            earlier_unchanged(logits, changed, until, where=f"{recipe.shape}: ")
 
 
 @clause(
