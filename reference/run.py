@@ -25,11 +25,11 @@ from reference.update import (
     clip,
     count_targets,
     evaluate,
-    known,
     reduce,
     repeat,
     require_finite,
     split_targets,
+    within_vocabulary,
 )
 
 if TYPE_CHECKING:
@@ -85,12 +85,12 @@ class Run:
         start = done * self.config.microbatches
         if isinstance(train, TokenSource):
             return train.batches_from(start, self.fabric.global_rank, self.fabric.world_size)
-        return itertools.islice(self.known(repeat(train, self.config.seed, self.fabric.global_rank)), start, None)
+        return itertools.islice(self.checked(repeat(train, self.config.seed, self.fabric.global_rank)), start, None)
 
-    def known(self, batches: Iterable[Batch]) -> Iterable[Batch]:
+    def checked(self, batches: Iterable[Batch]) -> Iterable[Batch]:
         """The batches, checked for ids that a GPT has no row for. Of other models the vocabulary is not known."""
         config = getattr(self.module, "config", None)
-        return known(batches, config.vocab_size) if isinstance(config, GPTConfig) else batches
+        return within_vocabulary(batches, config.vocab_size) if isinstance(config, GPTConfig) else batches
 
     def fetch(self, batches: Iterator[Batch]) -> Pairs:
         """The microbatches of the next update, on their way to the device."""
@@ -152,7 +152,7 @@ class Run:
         if isinstance(validation, TokenSource):
             batches = validation.once(self.fabric.global_rank, self.fabric.world_size)
         else:
-            batches = self.known(validation)
+            batches = self.checked(validation)
         return evaluate(self.fabric, self.wrapped, itertools.islice(batches, self.config.evaluate_batches))
 
     def save(self, update: int, tokenizer: str | Path | None = None) -> None:

@@ -61,7 +61,7 @@ def split_targets(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     )
 
 
-def known(batches: Iterable[Batch], vocabulary: int) -> Iterator[Batch]:
+def within_vocabulary(batches: Iterable[Batch], vocabulary: int) -> Iterator[Batch]:
     """The batches, each looked at for token ids that the model has no row for, unless it lies on a GPU already.
 
     There an id too many ends in an assertion of the device, which names neither the id nor the batch.

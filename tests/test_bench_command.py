@@ -34,6 +34,8 @@ def test_a_small_version_runs_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureF
     folder = tmp_path / "reports/latest/bench-cpu"
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["label"], summary["schema"], summary["complete"]) == (LABEL, 1, True)
+    assert 0 < summary["seconds"] < 600
+    assert "reports/latest/bench-cpu/summary.json, after 0:0" in progress
     assert summary["card"]["noise"]["low"] <= summary["card"]["noise"]["ratio"]
     assert {row["name"] for row in summary["rows"] if row["unavailable"] is None} == {
         "AdamW fused, fp32, against itself",

@@ -310,6 +310,7 @@ def test_the_table_has_figures_reasons_and_doubts(bench: Bench, tmp_path: Path) 
     printed = console.file.getvalue()
     for expected in (
         "noise floor: a step against itself",
+        "drift: a step at several times of the run differed by up to",
         "Doubt: the card is warm.",
         "device ms",
         "of floor",

@@ -1,11 +1,16 @@
 """The suite can fail: every mutant is killed by the clauses beside it, and harmless variants by none."""
 
+from dataclasses import replace
+
 import pytest
 
 from conformance.clause import catalogue
+from conformance.recipe import Recipe
 from conformance.session import Session
 from conformance.subjects.reference import Reference
-from tests.mutants import HARMLESS, MUTANTS, Harmless, Mutant, planted
+from conformance.suites.test_causality import NOT_AS_GIVEN
+from tests.mutants import HARMLESS, MUTANTS, Edit, Harmless, Mutant, planted
+from tests.mutants.planting import BUILD
 
 CLAUSES = catalogue()
 
@@ -25,6 +30,29 @@ def test_harmless_variant_survives(variant: Harmless) -> None:
         results = [session.judge(clause) for clause in CLAUSES.values()]
     killed = {r.clause.id: r.seen or r.reason for r in results if r.outcome not in ("pass", "n/a")}
     assert not killed, f"{variant.name} is killed by {killed}"
+
+
+def test_a_class_derived_from_the_one_asked_for_is_accepted_and_the_one_above_it_is_not() -> None:
+    built = "optimizer = optimizer_class(groups, **keywords)"
+    derived = Edit(BUILD, built, "optimizer = type('Own', (optimizer_class,), {})(groups, **keywords)")
+    with planted((derived,)), Session(Reference()) as session:
+        results = [session.judge(CLAUSES[identity]) for identity in ("OPT-1", "OPT-2", "OPT-7")]
+    assert [result.outcome for result in results] == ["pass"] * 3
+    above = Edit(BUILD, built, "optimizer = torch.optim.Adam(groups, **keywords)")  # from which AdamW derives
+    with planted((above,)), Session(Reference()) as session:
+        result = session.judge(CLAUSES["OPT-7"])
+    assert (result.outcome, result.seen) == ("fail", "those of Adam")
+
+
+@pytest.mark.parametrize("identity", ["CAUSAL-1", "CAUSAL-2", "CAUSAL-3"])
+def test_a_stack_that_takes_other_tokens_gets_no_verdict_on_causality(identity: str) -> None:
+    class Elsewhere(Reference):
+        def train(self, recipe: Recipe) -> None:
+            super().train(replace(recipe, altered=None))
+
+    with Session(Elsewhere()) as session:
+        result = session.judge(CLAUSES[identity])
+    assert (result.outcome, result.reason) == ("n/a", NOT_AS_GIVEN)
 
 
 def test_every_clause_kills_a_mutant() -> None:

@@ -58,7 +58,7 @@ def optimizer_table() -> str:
         for rows in (bench_rows("optimizer step", size) for size in ("gpt2-124m", "llama-1.2b"))
     ]
     names = [name for name in sizes[0] if name.endswith(", fp32")]
-    lines += [f"| {name.removesuffix(', fp32')} | {sizes[0][name]} | {sizes[1][name]} |" for name in names]
+    lines += [f"| {name.removesuffix(', fp32')} | {sizes[0][name]} | {sizes[1].get(name, '|')} |" for name in names]
     return "\n".join(lines) + "\n"
 
 

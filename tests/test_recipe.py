@@ -76,3 +76,18 @@ def test_what_a_stack_lacks_is_not_asked_for() -> None:
     full = everyday(Reference())
     assert on_two_ranks(full) == replace(full, microbatches=2, world_size=2)
     assert (full.update_size, recipe.update_size) == (4, 4)
+
+
+def test_altered_tokens_are_those_that_are_named_and_no_others() -> None:
+    plain = torch.stack(Recipe().batches())  # (updates, B, T + 1)
+    places = {
+        "later tokens": (slice(None), slice(None), slice(8, None)),
+        "first token": (slice(None), slice(None), slice(0, 1)),
+        "other sequences": (slice(None), slice(1, None, 2)),
+    }
+    for name, place in places.items():
+        expected = torch.zeros_like(plain, dtype=torch.bool)
+        expected[place] = True
+        altered = torch.stack(Recipe(altered=name).batches())  # type: ignore[arg-type] # a name of the Literal
+        assert torch.equal(altered != plain, expected), name
+        assert 0 <= int(altered.min()) <= int(altered.max()) < Recipe().vocab_size

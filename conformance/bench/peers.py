@@ -199,7 +199,7 @@ PEERS = (
         "gpt-conformance",
         reference_model,
         plain_loss,
-        "the same model, loop and optimizer groups as of the other libraries: nothing is read back, all decays",
+        "in the loop of the other libraries: one parameter group, and nothing is read back",
     ),
     Peer(
         "x-transformers TransformerWrapper",

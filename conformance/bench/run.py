@@ -312,8 +312,3 @@ def close(built: Built) -> None:
 def in_minutes(seconds: float) -> str:
     """``1:05``."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
-
-
-def key(row: Row) -> tuple[str, str, str]:
-    """What identifies a row."""
-    return row["group"], row["size"], row["name"]

@@ -29,17 +29,17 @@ def everyday(subject: Subject, **changes: Any) -> Recipe:
 
     Plain gradient descent, since AdamW hides the scale of gradients. Clauses that share it share its trace.
     """
-    recipe = Recipe(microbatch_size=4, updates=6, optimizer=OptimizerChoice.of("torch.optim.SGD", lr=0.1))
-    recipe = replace(recipe, **changes)
+    optimizer = changes.get("optimizer", OptimizerChoice.of("torch.optim.SGD", lr=0.1))
+    recipe = Recipe(microbatch_size=4, updates=6, optimizer=optimizer)
     if "microbatches" not in subject.lacks:
         recipe = replace(recipe, microbatch_size=1, microbatches=4)
     if "schedule" not in subject.lacks:  # down to a fifth: a stack may refuse a cosine that rises
-        recipe = replace(recipe, warmup=2, minimum_lr=dict(recipe.optimizer.arguments)["lr"] / 5)
+        recipe = replace(recipe, warmup=2, minimum_lr=dict(optimizer.arguments)["lr"] / 5)
     if "evaluate-every" not in subject.lacks:
         recipe = replace(recipe, evaluate_every=2)
     elif "evaluate" not in subject.lacks:
         recipe = replace(recipe, evaluate=True)
-    return recipe
+    return replace(recipe, **changes)
 
 
 def on_two_ranks(recipe: Recipe) -> Recipe:
