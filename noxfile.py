@@ -103,7 +103,7 @@ def bench(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["environment"], default=False)
 def mutants(session: nox.Session) -> None:
-    """Print the kill matrix: every planted fault against every clause (some eight minutes)."""
+    """Print the kill matrix: every planted fault against every clause (some ten minutes)."""
     run(session, "-m", "tests.kill_matrix", *session.posargs, **NO_GPU)
 
 

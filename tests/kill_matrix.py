@@ -50,7 +50,7 @@ def diff(mutant: Mutant) -> list[str]:
 
 
 def matrix(console: Console) -> dict[str, Any]:
-    """Run everything, on all cores; some eight minutes on two."""
+    """Run everything, on all cores; some ten minutes on two."""
     torch.set_num_threads(1)  # OpenMP's threads do not survive the fork: the children would wait for them for ever
     outcomes(Reference())  # imports, once for all processes
     context = multiprocessing.get_context("fork")  # a planted fault lives in one process
