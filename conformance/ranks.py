@@ -27,17 +27,12 @@ def run_on_ranks(subject: Subject, recipe: Recipe, directory: Path) -> "list[Tra
     Raises:
         RunFailed: if a rank raised or did not end in time.
     """
-    import torch
-
-    # Forking spares each rank the imports, some seconds. Where there is a GPU, autograd keeps a thread for it from the
-    # first backward on, also of a run on the CPU, and refuses to work in a fork.
-    method = "spawn" if sys.platform != "linux" or torch.cuda.is_available() else "fork"
-    context = multiprocessing.get_context(method)
     port = free_port()
     ranks = []
     with warnings.catch_warnings():
         # Python 3.12 warns that a forked process may deadlock on locks held by other threads. Ours compute with one.
         warnings.simplefilter("ignore", DeprecationWarning)
+        context = multiprocessing.get_context("fork" if works_in_a_fork() else "spawn")
         for rank in range(recipe.world_size):
             ours, theirs = context.Pipe(duplex=False)
             # mypy: the contexts of multiprocessing share no base class that has Process
@@ -55,6 +50,28 @@ def run_on_ranks(subject: Subject, recipe: Recipe, directory: Path) -> "list[Tra
         for process, pipe in ranks:
             pipe.close()
             process.join()
+
+
+def works_in_a_fork() -> bool:
+    """Whether autograd does, by trying it: forking spares each rank the imports, some seconds.
+
+    Where there is a GPU, autograd has a thread for it from the first backward on, also of a run on the CPU, and refuses
+    to work in a fork. The same holds where PyTorch is built for CUDA and there is no GPU, if a ``FakeTensorMode``,
+    which torch.compile uses, came before the first backward: it puts a pretended device in CUDA's place.
+    """
+    import torch
+
+    if sys.platform != "linux" or torch.cuda.is_available():
+        return False
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            torch.ones(1, requires_grad=True).sum().backward()
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def run_rank(rank: int, subject: Subject, recipe: Recipe, directory: Path, port: int, pipe: Connection) -> None:

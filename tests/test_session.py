@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -11,16 +12,21 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from conformance.clause import Clause, NotApplicable, Violation, catalogue
 from conformance.deviations import load_deviations
+from conformance.ranks import works_in_a_fork
 from conformance.recipe import Recipe
 from conformance.session import AdapterFailed, RunFailed, Session
 from conformance.subject import CAPABILITIES, UsageError, load_subject
 from conformance.subjects.reference import Reference, ReferencePolicy
 from conformance.trace import Checkpoint
+
+
+def nothing() -> None:
+    """Unlike a lambda it can be sent to another process."""
 
 
 class Fake:
@@ -29,7 +35,7 @@ class Fake:
     name, version, policy = "fake", "1", ReferencePolicy()
     lacks: Mapping[str, str] = {"load": "it has none"}
 
-    def __init__(self, before: Callable[[], Any] = lambda: None) -> None:
+    def __init__(self, before: Callable[[], Any] = nothing) -> None:
         self.before, self.runs = before, 0
 
     def train(self, recipe: Recipe) -> None:
@@ -262,6 +268,23 @@ def test_a_rank_that_raises_is_named(ranks: str) -> None:
             return
         with pytest.raises(RunFailed, match=rf"rank ([{ranks}]) raised ValueError: no shard for rank \1"):
             session.ranks(Recipe(world_size=2))
+
+
+@pytest.mark.skipif(sys.platform != "linux" or torch.cuda.is_available(), reason="ranks are spawned here anyway")
+def test_ranks_are_spawned_where_autograd_refuses_a_fork(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch built for CUDA, without a GPU, after a FakeTensorMode: seen with 2.11."""
+    parent, backward = os.getpid(), Tensor.backward
+    assert works_in_a_fork()
+
+    def refuse(tensor: Tensor, *arguments: Any) -> None:
+        if os.getpid() != parent:
+            raise RuntimeError("Unable to handle autograd's threading in combination with fork-based multiprocessing.")
+        backward(tensor, *arguments)
+
+    monkeypatch.setattr(Tensor, "backward", refuse)
+    assert not works_in_a_fork()
+    with Session(Fake()) as session:  # a spawned rank has its own, unharmed method
+        assert [len(trace.updates) for trace in session.ranks(Recipe(world_size=2))] == [2, 2]
 
 
 NOT_SUBJECTS: list[tuple[dict[str, Any], str]] = [
