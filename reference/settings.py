@@ -182,7 +182,8 @@ def read_file(path: Path) -> Mapping[str, Any]:
 
 def sentence(message: str, options: Iterable[str]) -> str:
     """What jsonargparse says, often over several lines, as one sentence with the nearest accepted option."""
-    if unknown := re.match(r"Unrecognized arguments: (.*)", message):
+    # Releases differ: 4.41 has "Unrecognized", and does not tell every wrong value; 4.53 has "unrecognized", and does.
+    if unknown := re.match(r"[Uu]nrecognized arguments: (.*)", message):
         return no_option(unknown[1].split(), list(options))
     if wrong := re.match(r'(?s)Parser key "(.*?)":(.*)', message):
         key = wrong[1]

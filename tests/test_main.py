@@ -23,7 +23,7 @@ from reference.data import DataError, write_tokens
 from reference.evaluation import Evaluation
 from reference.loggers import metrics_file
 from reference.presets import PRESETS
-from reference.settings import Settings, read_settings
+from reference.settings import Settings, read_settings, sentence
 from reference.trainer import Record
 from reference.update import TrainingError
 
@@ -126,7 +126,6 @@ def test_print_config_of_settings_that_cannot_work_is_an_error(capsys: pytest.Ca
         ("train now", "'now' belongs to no option: write --NAME VALUE, "),
         ("train --preset gpt2-124", "there is no preset 'gpt2-124': did you mean gpt2-124m"),
         ("train --preset", "--preset: expected one argument."),
-        ("train --model.norm rms", "model.norm must be one of layernorm, rmsnorm."),
         ("train --model.n_layer 3.5", "model.n_layer is '3.5', but must be a whole number."),
         ("train --train.min_lr None", "train.min_lr is 'None', but must be a number or null."),
         ("train --train.compile 1", "train.compile is '1', but must be true or false."),
@@ -155,6 +154,18 @@ def test_print_config_of_settings_that_cannot_work_is_an_error(capsys: pytest.Ca
 def test_a_wrong_command_line_is_one_sentence(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments.split()) == 2
     assert one_error(capsys).startswith(message)
+
+
+def test_a_value_that_is_no_choice_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--model.norm", "rms"]) == 2
+    said = one_error(capsys).replace("is 'rms', but ", "")  # jsonargparse 4.53 tells the value, 4.41 does not
+    assert said == "model.norm must be one of layernorm, rmsnorm."
+
+
+@pytest.mark.parametrize("word", ["Unrecognized", "unrecognized"])  # jsonargparse 4.41, 4.53
+def test_an_unknown_option_is_told_by_all_releases_of_jsonargparse(word: str) -> None:
+    said = sentence(f"{word} arguments: --updates 3", ["--train.updates", "--train.seed"])
+    assert said == "there is no option '--updates', did you mean --train.updates?"
 
 
 @pytest.mark.parametrize(
