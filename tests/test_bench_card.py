@@ -1,5 +1,6 @@
 """What the bench knows of the card."""
 
+import importlib.metadata
 import shutil
 import subprocess
 from dataclasses import replace
@@ -76,7 +77,7 @@ def test_the_card_is_measured_from_a_cold_cache() -> None:
 
 def test_the_environment_names_versions_and_gpu() -> None:
     found = describe_environment(torch.device("cpu"))
-    assert found["torch"] == torch.__version__
+    assert found["torch"] == importlib.metadata.version("torch")
     assert found["pytest-benchmark"] != "not installed"
     assert found["gpu"] == found["driver"] == "none"
 

@@ -1,6 +1,7 @@
 """The command line as its users meet it: exit codes, sentences, the letter, the JSON, and silence elsewhere."""
 
 import ast
+import importlib.metadata
 import json
 import os
 import re
@@ -79,6 +80,7 @@ def judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capture
 
     def run(*arguments: str, plugins: Any = ()) -> tuple[int, str]:
         options = ["-c", "pytest.ini", "-p", "no:cacheprovider", "-p", "no:benchmark"]  # both leave folders behind
+        options += ["-p", "no:xdist"]  # wherever it is installed
         options += ["--pyargs", "conformance.suites"]
         code = pytest.main([*options, *arguments], plugins=list(plugins))
         return int(code), "".join(capfd.readouterr())
@@ -162,7 +164,7 @@ def test_a_small_report(judge: Judge, tmp_path: Path) -> None:
         assert entry["requirement"] == catalogue()[entry["id"]].requirement
     packages = {"gpt-conformance", "torch", "lightning", "bitsandbytes", "grokadamw"}
     assert set(report["environment"]) == {"python", "platform", "processor", "cores", "gpu", "judged as"} | packages
-    assert report["environment"]["torch"] == torch.__version__
+    assert report["environment"]["torch"] == importlib.metadata.version("torch")
 
 
 def test_a_failing_clause_is_a_finding(judge: Judge) -> None:

