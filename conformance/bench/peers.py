@@ -68,7 +68,7 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
             f"{peer.name}, {compilation(True, device)}",
             partial(prepare, peer, shape(size)),
             budget=1.5,
-            seconds=24.0,
+            seconds=23.0,
             priority=peer.priority,
         )
         for peer in PEERS

@@ -50,7 +50,7 @@ class Row:
     """The row that this one is interleaved with: one that runs the same compiled code, or none either."""
     quick: bool = False
     """Whether a quick run has it."""
-    seconds: float = 6.5
+    seconds: float = 5.0
     """For the whole row, on an H100."""
     model: Mapping[str, Any] = field(default_factory=dict)
     """What the model has otherwise than :func:`shape`."""
@@ -71,7 +71,7 @@ EAGER = settings(compile=False)
 # Rows of the same precision, embedding and batch stand together: they run the same compiled code (compiler_for).
 # StableEmbedding is measured eager, where it can be interleaved with what it replaces.
 GPT2_ROWS = (
-    Row(FUSED, quick=True, seconds=30),
+    Row(FUSED, quick=True, seconds=26),
     Row("bf16-mixed, AdamW foreach", FOREACH, beside=FUSED, quick=True),
     Row("bf16-mixed, AdamW for-loop", FOR_LOOP, beside=FUSED),
     Row("bf16-mixed, AdamW captured", settings(capture_step=True), beside=FUSED),
@@ -102,11 +102,11 @@ TRUE_EAGER = replace(TRUE, compile=False)
 LLAMA_ROWS = tuple(
     replace(row, microbatch=16, priority=4, seconds=max(row.seconds, 10.0))
     for row in (
-        Row(TRUE_FUSED, TRUE, seconds=47),
+        Row(TRUE_FUSED, TRUE, seconds=43),
         Row("bf16-true, AdamW foreach", replace(FOREACH, precision="bf16-true"), beside=TRUE_FUSED),
         Row("bf16-true, AdamW for-loop", replace(FOR_LOOP, precision="bf16-true"), beside=TRUE_FUSED),
         Row("bf16-true, AdamW8bit", replace(TRUE, optimizer=EIGHT_BIT), beside=TRUE_FUSED),
-        Row(FUSED, seconds=52),
+        Row(FUSED, seconds=46),
         Row(TRUE_FUSED, TRUE_EAGER),
         Row(f"{TRUE_FUSED}, float32 logits", replace(TRUE_EAGER, logits="float32"), beside=TRUE_FUSED),
         Row("bf16-true, AdamW8bit", replace(TRUE_EAGER, optimizer=EIGHT_BIT), beside=TRUE_FUSED),
