@@ -78,8 +78,32 @@ def training_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def trainer_table() -> str:
+    """Whole runs of ``Trainer.fit`` on a GPU."""
+    runs = json.loads((README.parent / "reports" / "trainer-h100.json").read_text(encoding="utf-8"))["runs"]
+    lines = ["| | microbatches | tokens/s | MFU | memory | the GPU waits for the host |", "|---|--:|--:|--:|--:|--:|"]
+    for name, run in runs.items():
+        settings = run["settings"]
+        lines.append(
+            f"| {name} | {settings['microbatches']} x {settings['microbatch']} | {run['tokens_per_second']:,} "
+            f"| {run['mfu']:.1%} | {run['peak_gigabytes']:.1f} GB "
+            f"| {run['share_of_time_the_gpu_waits_for_the_host']:.2%} of the time |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def command_table() -> str:
+    """What the commands take on a CPU."""
+    seconds = json.loads((README.parent / "reports" / "commands-cpu.json").read_text(encoding="utf-8"))["seconds"]
+    lines = ["| command | wall time |", "|---|--:|"]
+    lines += [f"| `{name}` | {taken:,.0f} s |" for name, taken in seconds.items()]
+    return "\n".join(lines) + "\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "clauses": clause_table,
+    "commands": command_table,
+    "trainer": trainer_table,
     "optimizer step": optimizer_table,
     "training step": training_table,
 }
