@@ -6,6 +6,7 @@ With ``--no-venv`` they use the Python that runs nox, and install nothing.
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ nox.options.error_on_external_run = True
 
 HERE = Path(__file__).parent
 LATEST = HERE / "reports" / "latest"  # ignored by git: a second run leaves the checkout clean
-EXTRAS = {"litgpt", "transformers", "x-transformers"}  # subjects that are installed by an extra of the same name
+EXTRAS = {"litgpt", "transformers", "x-transformers"}  # subjects, each installed by an extra of the same name
 PEERS = {  # the stacks of the matrix: subject, and what pip installs for it beside this package
     "litgpt-0.4.12": ("litgpt", ["jsonargparse[signatures]", "requests", "tokenizers", "tqdm"]),
     "litgpt-0.5.13": ("litgpt", ["litgpt==0.5.13", "requests"]),
@@ -54,20 +55,37 @@ def environment(session: nox.Session) -> None:
     _python = str(Path(session.bin) / "python")
     # One at a time: litgpt and transformers want different releases of huggingface-hub, and what is left of one
     # breaks the other.
-    extras = sorted(EXTRAS.intersection(session.posargs))[:1]
-    stamp = Path(session.virtualenv.location) / "installed"
+    install(session, sorted(EXTRAS.intersection(session.posargs))[:1])
+
+
+def install(session: nox.Session, extras: list[str], alone: str = "") -> None:
+    """Install the package with extras into the shared environment; nothing if that was done before.
+
+    Args:
+        session: that runs.
+        extras: of pyproject.toml. Without any, those that are there stay.
+        alone: one more package, without what it requires.
+    """
+    stamp = Path(_python).parents[1] / "installed"
     installed = stamp.read_text().split() if stamp.exists() else []
     files = [HERE / "pyproject.toml", HERE / "constraints.txt"]
-    wanted = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
-    if installed[:1] == [wanted] and (not extras or extras == installed[1:]):
+    wanted = [hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()]
+    names = [*extras, *filter(None, [alone])]
+    if installed[:1] == wanted and (not names or names == installed[1:]):
         return  # nothing changed: pip would take seconds to find that out
-    if extras != installed[1:]:
-        session.run("python", "-m", "pip", "uninstall", "--quiet", "--yes", *sorted(EXTRAS), "accelerate", silent=True)
+
+    def pip(*arguments: str) -> None:
+        session.run(_python, "-m", "pip", *arguments, silent=True, external=True)
+
+    if names != installed[1:]:
+        pip("uninstall", "--quiet", "--yes", *sorted(EXTRAS), "accelerate")
     target = f".[{','.join(extras)}]" if extras else "."
-    session.run("python", "-m", "pip", "install", "--quiet", "--upgrade", "pip>=25.1", silent=True)  # knows --group
+    pip("install", "--quiet", "--upgrade", "pip>=25.1")  # knows --group
     groups = ("--group", "lint", "--group", "build", "--group", "test")
-    session.install("--quiet", "--constraint", "constraints.txt", "--editable", target, *groups)
-    stamp.write_text(" ".join([wanted, *extras]))
+    pip("install", "--quiet", "--constraint", "constraints.txt", "--editable", target, *groups)
+    if alone:
+        pip("install", "--quiet", "--constraint", "constraints.txt", "--no-deps", alone)
+    stamp.write_text(" ".join([*wanted, *names]))
 
 
 @nox.session(venv_backend="none", requires=["environment"])
@@ -94,6 +112,11 @@ def tests(session: nox.Session) -> None:
 @nox.session(venv_backend="none", requires=["environment"], default=False)
 def bench(session: nox.Session) -> None:
     """Measure optimizers and training steps on a GPU; `-- --quick`, `-- --compare FILE`, `-- --device cpu` (CI)."""
+    small = any(word.startswith(("--quick", "--device", "--help")) for word in session.posargs)
+    if not small and _python != sys.executable and shutil.which("nvidia-smi"):
+        # What the bench measures beside the reference. LitGPT alone: what it requires does not go together with
+        # transformers, and its model needs none of it.
+        install(session, ["torchao", "transformers", "x-transformers"], alone="litgpt")
     code = subprocess.run([_python, "-m", "conformance.bench", *session.posargs], check=False).returncode
     if code == 2:
         sys.exit(code)
