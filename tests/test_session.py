@@ -271,6 +271,7 @@ def test_a_rank_that_raises_is_named(ranks: str) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux" or torch.cuda.is_available(), reason="ranks are spawned here anyway")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")  # Python 3.12
 def test_ranks_are_spawned_where_autograd_refuses_a_fork(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch built for CUDA, without a GPU, after a FakeTensorMode: seen with 2.11."""
     parent, backward = os.getpid(), Tensor.backward
