@@ -195,8 +195,8 @@ def test_every_source_gives_cases() -> None:
 
 
 def test_what_is_wanted_most_runs_first_and_all_fits_in_nine_minutes() -> None:
-    everything = command.collect(torch.device("cuda"), quick=False)
-    cases = command.choose(everything, [])
+    cases = command.collect(torch.device("cuda"), quick=False)
+    assert command.choose(cases, []) == cases
     assert cases[0].name == "AdamW fused, fp32, against itself"
     names = [f"{case.size}, {case.name}" for case in cases]
 
@@ -211,13 +211,6 @@ def test_what_is_wanted_most_runs_first_and_all_fits_in_nine_minutes() -> None:
         if case.beside is not None:
             [other] = [o for o in cases if (o.group, o.size, o.name) == (case.group, case.size, case.beside)]
             assert other.priority <= case.priority
-    longer = command.choose(everything, ["16-bit residual", "GrokAdamW"])  # asked for by name
-    assert {case.name for case in longer} - {case.name for case in cases} == {
-        "reference, bf16-mixed, AdamW fused, 16-bit residual, compiled",
-        "reference, bf16-mixed, AdamW fused, 16-bit residual, microbatch 64, compiled",
-    }
-    assert [case.size for case in longer if case.name == "GrokAdamW, bf16"] == ["gpt2-124m", "llama-1.2b"]
-    assert [case.size for case in cases if case.name == "GrokAdamW, bf16"] == ["gpt2-124m"]
-    started = 20.0  # imports, and the card twice
-    assert started + sum(case.seconds for case in cases) < 540
+    started, ahead = 20.0, 100.0  # imports and the card twice; code compiled ahead
+    assert started + ahead + sum(case.seconds - case.compiling for case in cases) < 540
     assert started + sum(case.seconds for case in command.collect(torch.device("cuda"), quick=True)) < 110

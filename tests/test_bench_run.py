@@ -199,6 +199,17 @@ def test_a_lost_device_ends_the_run_in_words(bench: Bench, tmp_path: Path, monke
     assert not run.complete
 
 
+def test_compiled_code_is_forgotten_where_the_graph_changes(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards of other rows would cost the host time at every call."""
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: bench.log.append("reset"))
+    graphs = {"A": "one", "B": "one", "C": "", "D": "two", "E": "one"}
+    bench.run(*(bench.case(name, graph=graph) for name, graph in graphs.items()), folder=tmp_path)
+    seen = [word for word in bench.log if not word.startswith("close")]
+    assert seen == ["reset", "build A", "build B", "build C", "reset", "build D", "reset", "build E"]
+
+
 def test_a_limit_leaves_out_what_would_exceed_it(bench: Bench, tmp_path: Path) -> None:
     late = Case("group", "size", "B", bench.case("B").build, seconds=50.0)
     run = bench.run(bench.case("A"), late, folder=tmp_path, limit=40.0)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conformance.bench import peers, training
+from conformance.bench import measure, peers, training
 from conformance.bench.case import Case, Prepared, Setting, Unavailable
 from conformance.bench.measure import check_inputs
 from conformance.bench.throughput import throughput
@@ -126,7 +126,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.fx.GraphModul
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=collect, fullgraph=True))
     for module in (training, peers):
         monkeypatch.setattr(module, "compiles", lambda _: True)
-    training.compiler_for.cache_clear()
+    measure.compiler_for.cache_clear()
     torch._dynamo.reset()
     yield found
     torch._dynamo.reset()

@@ -25,7 +25,8 @@ SHAPE = GPTConfig.gpt2(vocab_size=64, block_size=16, n_layer=2, n_head=2, n_embd
 def test_an_update_waits_for_its_own_figures_only(precision: str, changes: dict[str, object]) -> None:
     device = torch.device("cuda")
     train = TrainConfig(updates=100, accelerator="cuda", precision=precision, **changes)  # type: ignore[arg-type] # of several types
-    updates = Updates(Trainer(partial(draw, SHAPE, device), train).setup(), random_batches(SHAPE, 2, device))
+    run = Trainer(partial(draw, SHAPE, device), train).setup()
+    updates = Updates(run, random_batches(SHAPE, 2, device), SHAPE.init_std)
     for _ in range(3):  # the optimizer's state is created, and the graph captured
         updates.step()
     try:

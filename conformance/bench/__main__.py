@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ SOURCES = ("optimizer_step", "training", "peers")
 
 EXAMPLES = """\
 examples:
-  python -m conformance.bench                                all rows, on the GPU (an H100: nine minutes)
+  python -m conformance.bench                                all rows, on the GPU (an H100: seven minutes)
   python -m conformance.bench --quick                        few rounds, the small model only (one minute)
   python -m conformance.bench --device cpu                   a small version, which says nothing about a GPU
   python -m conformance.bench --only 8bit --only "fused, fp32"   some rows
@@ -76,10 +77,13 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="TEXT",
-        help="rows with it in 'group / size / name', also those that are left out as too long; repeatable",
+        help="rows with it in 'group / size / name'; repeatable",
     )
     parser.add_argument(
-        "--limit", type=float, metavar="SECONDS", help="for everything: end at the first row that would take longer"
+        "--limit",
+        type=float,
+        metavar="SECONDS",
+        help="for everything: end at the first row that would take longer; nothing is compiled ahead",
     )
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help=f"default: {PUBLISHED}/CARD; for a part of the rows in {LATEST}"
@@ -197,6 +201,7 @@ def measure_all(
     from conformance.bench.card import doubts_about, drift_between, measure_card, slug
     from conformance.bench.clock import Clock, ClockError, CudaDevice, HostDevice
     from conformance.bench.measure import count_bytes
+    from conformance.bench.precompile import backward_with_forward, graphs, precompile
     from conformance.bench.run import Run, in_minutes
     from conformance.bench.suite import run_suite
     from conformance.bench.summary import make_summary
@@ -204,6 +209,10 @@ def measure_all(
     from conformance.report import write_json
 
     progress = make_console(sys.stderr)
+    ahead = [] if setting.small or options.limit is not None else graphs(cases)
+    if len(ahead) > 1:
+        precompile(ahead, lambda line: progress.print(line, markup=False, highlight=False, soft_wrap=True))
+        cases = [replace(case, seconds=case.seconds - case.compiling) for case in cases]
     clock = Clock(HostDevice() if setting.small else CudaDevice(setting.device))
     progress.print("Measuring what the card can do at most ...")
     begun = time.perf_counter()
@@ -228,7 +237,8 @@ def measure_all(
     run.say(f"{len(cases)} rows, about {run.time_left()}", style="dim")
     with tempfile.TemporaryDirectory() as temporary:
         written = Path(temporary) / "pytest-benchmark.json"
-        broke = not run_suite(run, written)
+        with backward_with_forward():
+            broke = not run_suite(run, written)
         if not run.rows:
             if broke:
                 return 1
@@ -276,12 +286,11 @@ def collect(device: Any, quick: bool) -> "list[Case]":
 
 
 def choose(cases: "list[Case]", only: Sequence[str]) -> "list[Case]":
-    """The cases that were asked for, and always the one that gives the noise floor. All but the long ones, if none was.
+    """The cases that were asked for, and always the one that gives the noise floor. All, if none was asked for.
 
     Raises:
         UsageError: if a text is found in no case.
     """
-    from conformance.bench.case import ON_DEMAND
     from conformance.bench.optimizer_step import AGAINST_ITSELF
 
     for text in only:
@@ -290,7 +299,7 @@ def choose(cases: "list[Case]", only: Sequence[str]) -> "list[Case]":
     return [
         case
         for case in cases
-        if (not only and case.priority < ON_DEMAND)
+        if not only
         or case.name.endswith(AGAINST_ITSELF)
         or any(text.lower() in " / ".join(case.key).lower() for text in only)
     ]

@@ -47,9 +47,6 @@ class Prepared:
     """Figures known only after the steps: bytes of the optimizer's state, the last loss, ..."""
 
 
-ON_DEMAND = 9  # the priority of what would make the bench longer than ten minutes
-
-
 @dataclass(frozen=True)
 class Case:
     """One row of the table."""
@@ -71,9 +68,13 @@ class Case:
     """Seconds that the timed rounds may take; at least two rounds are taken."""
     seconds: float = 5.0
     """What the whole case takes on an H100, about, with building and warm-up: for the time left."""
+    graph: str = ""
+    """Names the compiled code that the step runs; the same for rows that share it. Empty: it compiles nothing."""
+    compiling: float = 0.0
+    """How many of ``seconds`` it compiles, the first of its graph, if that was not done ahead."""
     priority: int = 1
     """Smaller numbers run first, so that a limit cuts what one misses least. The same for cases that are interleaved
-    or share compiled code. ON_DEMAND: only if a user asks for the case by name."""
+    or share compiled code."""
 
     @property
     def key(self) -> tuple[str, str, str]:

@@ -2,9 +2,11 @@
 
 import gc
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from conformance.bench.case import Case, Prepared
@@ -58,6 +60,18 @@ def compilations() -> int:
     # Frames that were looked at, also those that became no graph: each costs time.
     counters = dynamo.counters
     return int(counters["frames"]["total"] + counters["stats"]["unique_graphs"])
+
+
+@lru_cache(maxsize=1)
+def compiler_for(key: Hashable) -> None:
+    """Forget all compiled code, unless the last caller had the same key.
+
+    Rows with the same key, which are the same model on the same shapes in another instance, run the same compiled
+    code, and only the first waits for it. Others must not meet: another batch size alone has TorchDynamo compile for
+    any batch size, which is slower; each version adds guards for the host to check at every call; and after eight of
+    them it goes on eager with no more than a log line.
+    """
+    torch._dynamo.reset()
 
 
 def warm_up(step: Callable[[], object], clock: Clock, most: int = MOST_WARM_UPS) -> WarmUp:

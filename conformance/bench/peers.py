@@ -14,20 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
 
 from conformance.bench.case import Case, Prepared, Setting, Unavailable
+from conformance.bench.optimizer_step import clear_state
 from conformance.bench.training import (
     ADAMW,
     GROUP,
     common_facts,
     compilation,
-    compiler_for,
     compiles,
     describe_groups,
     later_facts,
     optimizer_name,
     random_batches,
-    rewind,
     shape,
 )
 from reference.config import GPTConfig
@@ -69,6 +69,8 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
             partial(prepare, peer, shape(size)),
             budget=1.5,
             seconds=23.0,
+            graph=peer.name if compiles(device) else "",
+            compiling=15.0,
             priority=peer.priority,
         )
         for peer in PEERS
@@ -229,7 +231,7 @@ def prepare(peer: Peer, config: GPTConfig, setting: Setting) -> Prepared:
     batches = random_batches(config, microbatch, device)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, **ADAMW, fused=True)
-    compute = compiled(peer, model, (config, peer.name)) if compiles(device) else partial(peer.loss, model)
+    compute = compiled(peer, model) if compiles(device) else partial(peer.loss, model)
     source = itertools.cycle(batches)
     value = torch.tensor(float("nan"))
 
@@ -263,6 +265,24 @@ def prepare(peer: Peer, config: GPTConfig, setting: Setting) -> Prepared:
     return Prepared(step, facts, reset, None, batches, lambda: later_facts(value, optimizer))
 
 
+def rewind(module: nn.Module, optimizer: Optimizer) -> Callable[[], None]:
+    """A function that brings parameters and optimizer back to where they are now, in place.
+
+    In place, because compiled code and captured graphs know the tensors by address. The optimizer must be new. The
+    copy is on the CPU, so that it does not show in the GPU's memory.
+    """
+    start = [(parameter, parameter.detach().to("cpu", copy=True)) for parameter in module.parameters()]
+
+    @torch.no_grad()
+    def back() -> None:
+        for parameter, value in start:
+            parameter.copy_(value)
+        optimizer.zero_grad()
+        clear_state(optimizer)
+
+    return back
+
+
 def release(package: str) -> str:
     """Name and version of a package. Our own may run from a checkout that is not installed."""
     try:
@@ -271,9 +291,8 @@ def release(package: str) -> str:
         return package
 
 
-def compiled(peer: Peer, model: nn.Module, key: tuple[Any, ...]) -> Callable[[Tensor, Tensor], Tensor]:
+def compiled(peer: Peer, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     """Ids and targets to the loss, compiled as far as the peer has it."""
-    compiler_for(key)
     if not peer.compiles_loss:
         return partial(peer.loss, torch.compile(model))
     return torch.compile(lambda ids, targets: peer.loss(model, ids, targets))

@@ -12,7 +12,16 @@ import torch
 from conformance.bench.card import Card
 from conformance.bench.case import Case, Prepared, Setting, Unavailable
 from conformance.bench.clock import Clock
-from conformance.bench.measure import MOST_WARM_UPS, SETTLE, Measurement, Pedantic, count_bytes, measure, warm_up
+from conformance.bench.measure import (
+    MOST_WARM_UPS,
+    SETTLE,
+    Measurement,
+    Pedantic,
+    compiler_for,
+    count_bytes,
+    measure,
+    warm_up,
+)
 from conformance.bench.summary import Row, empty_row, make_row
 from conformance.subject import describe_error
 
@@ -205,6 +214,8 @@ class Run:
 
     def build(self, case: Case) -> Built:
         """Build a case, and remember what there was before."""
+        if case.graph:
+            compiler_for(case.graph)
         before = count_bytes(self.clock.device)
         return Built(case, case.build(self.setting), before)
 
