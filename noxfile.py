@@ -161,7 +161,7 @@ def report(session: nox.Session) -> None:
     files = session.posargs or [os.path.relpath(path) for path in sorted((HERE / "reports/conformance").glob("*.json"))]
     target = ["--kill-matrix", "reports/kill-matrix.json", "--out", os.path.relpath(LATEST / "page")]
     run(session, "-m", "conformance", "report", *files, *target)
-    summaries = [os.path.relpath(path) for path in sorted((HERE / "reports/bench").glob("*/summary.json"))]
+    summaries = [os.path.relpath(path) for path in sorted((HERE / "reports/bench").rglob("summary.json"))]
     if summaries and not session.posargs:
         run(session, "-m", "conformance.bench.page", *summaries, "--out", os.path.relpath(LATEST / "bench"))
 

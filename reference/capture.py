@@ -1,7 +1,7 @@
 """The optimizer's step as a CUDA graph: recorded once, replayed by one launch at every later step.
 
-A fused AdamW takes 1.7 to 2.0 ms for GPT-2's 148 tensors on an H100, by how fast the host groups the tensors and
-launches the kernels. A replay needs one launch, and takes 1.4 ms (reports/bench).
+A fused AdamW takes 1.8 to 2.5 ms for GPT-2's 148 tensors on an H100, by how fast the host groups the tensors and
+launches the kernels. A replay needs one launch, and takes 1.4 to 1.5 ms (reports/bench).
 
 What a graph reads and writes is fixed at the time of its capture, by address. So the gradients stay where they are:
 ``zero_grad`` fills them with zeros instead of dropping them, and backward adds into them.

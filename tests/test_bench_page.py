@@ -288,6 +288,16 @@ def test_the_command_writes_the_page(
     assert "cannot be written" in capsys.readouterr().err
 
 
+def test_a_second_run_on_the_same_card_is_named_by_its_folder(summary: dict[str, Any], tmp_path: Path) -> None:
+    folders = [tmp_path / "card", tmp_path / "card/second-host"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    page = bench_page([folders[0], folders[1] / "summary.json"], tmp_path / "page").read_text(encoding="utf-8")
+    name = summary["card"]["name"]
+    assert re.findall(r'<a href="#run\d">(.*?)</a>', page) == [name, f"{name}: second-host"]
+
+
 def test_without_matplotlib_it_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

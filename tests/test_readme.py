@@ -19,6 +19,7 @@ from conformance.subject import load_subject
 
 README = Path(__file__).parent.parent / "README.md"
 CARD = "nvidia-h100-80gb-hbm3"
+Row = dict[str, Any]
 RESULTS = ("reference-0.1.0", "litgpt-0.4.12", "litgpt-0.5.13", "transformers-5.23.0", "x-transformers-2.31.10")
 
 
@@ -37,12 +38,19 @@ def clause_table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def bench_rows(group: str, size: str) -> list[dict[str, Any]]:
-    """The rows of the committed run on a GPU."""
-    summary = json.loads((README.parent / "reports" / "bench" / CARD / "summary.json").read_text(encoding="utf-8"))
-    assert summary["complete"]
-    assert not summary["label"]
-    return [row for row in summary["rows"] if (row["group"], row["size"]) == (group, size) and not row["unavailable"]]
+def bench_rows(group: str, size: str) -> dict[str, tuple[Row | None, Row | None]]:
+    """The rows of the two committed runs on a GPU, on two hosts, by name."""
+    folder = README.parent / "reports" / "bench" / CARD
+    found: dict[str, list[Row | None]] = {}
+    for number, path in enumerate((folder, folder / "second-host")):
+        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+        assert summary["complete"]
+        assert not summary["label"]
+        for row in summary["rows"]:
+            if (row["group"], row["size"]) == (group, size):
+                assert not row["unavailable"]
+                found.setdefault(row["name"], [None, None])[number] = row
+    return {name: (first, second) for name, (first, second) in found.items()}
 
 
 def figure(value: float) -> str:
@@ -51,30 +59,46 @@ def figure(value: float) -> str:
 
 
 def optimizer_table() -> str:
-    """Device time of each optimizer's step for float32 parameters, and its share of the floor."""
-    lines = ["| | 124M | of the floor | 1.3B | of the floor |", "|---|--:|--:|--:|--:|"]
-    sizes = [
-        {row["name"]: f"{figure(row['device_ms']['median'])} ms | {row['share_of_floor']:.1%}" for row in rows}
-        for rows in (bench_rows("optimizer step", size) for size in ("gpt2-124m", "llama-1.2b"))
-    ]
-    names = [name for name in sizes[0] if name.endswith(", fp32")]
-    lines += [f"| {name.removesuffix(', fp32')} | {sizes[0][name]} | {sizes[1].get(name, '|')} |" for name in names]
+    """Device time of each optimizer's step, and its share of the floor, for each size and dtype on both hosts."""
+    sizes = ("gpt2-124m", "llama-1.2b")
+    lines = ["| | 124M | of the floor | second host | | 1.3B | of the floor | second host | |", f"|---|{'--:|' * 8}"]
+    rows = {size: bench_rows("optimizer step", size) for size in sizes}
+    for short, dtype in (("fp32", "float32"), ("bf16", "bfloat16")):
+        lines.append(f"| **{dtype}** |{' |' * 8}")
+        for name in rows[sizes[0]]:
+            if not name.endswith(f", {short}"):
+                continue
+            cells = [
+                f"{figure(row['device_ms']['median'])} ms | {row['share_of_floor']:.1%}" if row else "|"
+                for size in sizes
+                for row in rows[size][name]
+            ]
+            lines.append(f"| {name.removesuffix(f', {short}')} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def training_table() -> str:
     """Training steps of the reference and of other libraries."""
-    lines = ["| | step | tokens/s | MFU | causal | memory | beside its baseline |", "|---|--:|--:|--:|--:|--:|--:|"]
+    lines = [
+        "| | step | tokens/s | MFU | causal | memory | beside its baseline | second host |",
+        f"|---|{'--:|' * 7}",
+    ]
     for title, size in (("GPT-2 124M", "gpt2-124m"), ("Llama 1.3B", "llama-1.2b")):
-        lines.append(f"| **{title}** | | | | | | |")
+        lines.append(f"| **{title}** |{' |' * 7}")
         rows = bench_rows("training step", size)
-        for row in sorted(rows, key=lambda row: not row["name"].startswith("reference")):
-            beside = f"{row['interleaved']['ratio']:.3f}" if row["interleaved"] else ""
-            lines.append(
-                f"| {row['name'].removesuffix(', compiled')} | {row['wall_ms']['median']:.1f} ms "
-                f"| {row['tokens_per_second']:,.0f} | {row['mfu']:.1%} | {row['mfu_causal']:.1%} "
-                f"| {row['peak_allocated'] / 1e9:.1f} GB | {beside} |"
-            )
+        for name, (row, again) in sorted(rows.items(), key=lambda item: not item[0].startswith("reference")):
+            cells = [""] * 6
+            if row is not None:
+                cells = [
+                    f"{row['wall_ms']['median']:.1f} ms",
+                    f"{row['tokens_per_second']:,.0f}",
+                    f"{row['mfu']:.1%}",
+                    f"{row['mfu_causal']:.1%}",
+                    f"{row['peak_allocated'] / 1e9:.1f} GB",
+                    f"{row['interleaved']['ratio']:.3f}" if row["interleaved"] else "",
+                ]
+            cells.append(f"{again['wall_ms']['median']:.1f} ms" if again else "")
+            lines.append(f"| {name.removesuffix(', compiled')} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -2,7 +2,7 @@
 
 The first is the noise floor: the ratio of a step to itself, interleaved round by round. Drift cancels in it. What
 stands alone drifts, mostly with the host, which does not launch kernels equally fast all the time: on an H100 one and
-the same fused AdamW took 1.69 to 2.03 ms in one run, beside other optimizers (reports/bench). So rows of two runs are
+the same fused AdamW took 1.75 to 2.22 ms in one run, beside other optimizers (reports/bench). So rows of two runs are
 compared with the second kind, which is larger the more of its time a step waits for the host.
 """
 

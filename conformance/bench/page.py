@@ -72,11 +72,14 @@ def bench_page(summaries: Sequence[Path], out: Path) -> Path:
         UsageError: without matplotlib, for a file that is no summary, or if the folder cannot be written.
     """
     check_matplotlib()
-    runs = []
+    runs: list[dict[str, Any]] = []
     for number, path in enumerate(summaries, 1):
         summary = read_summary(path)
         check_summary(summary, path)
-        runs.append(describe_run(summary, f"run{number}"))
+        run = describe_run(summary, f"run{number}")
+        if any(run["name"] == earlier["name"] for earlier in runs):  # another run on the same card
+            run["name"] += f": {(path if path.is_dir() else path.parent).name}"
+        runs.append(run)
     templates = Environment(loader=PackageLoader("conformance"), autoescape=True, undefined=StrictUndefined)
     templates.trim_blocks = templates.lstrip_blocks = True
     style = "".join(templates.get_template(name).render() for name in ("page.css", "bench.css"))
