@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from reference.config import GPTConfig
-from reference.initialize import initialize
+from reference.initialize import NoDefaultInitialization, initialize
 
 
 class Rotary(nn.Module):
@@ -185,15 +185,16 @@ class GPT(nn.Module):
         """
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
-        self.position = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
-        self.rotary = (
-            Rotary(config.block_size, config.head_size, config.rope_theta) if config.position == "rotary" else None
-        )
-        self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = build_norm(config)
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        with NoDefaultInitialization():
+            self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
+            self.position = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
+            self.rotary = (
+                Rotary(config.block_size, config.head_size, config.rope_theta) if config.position == "rotary" else None
+            )
+            self.dropout = nn.Dropout(config.dropout)
+            self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+            self.norm = build_norm(config)
+            self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         initialize(self, seed)

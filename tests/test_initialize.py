@@ -1,15 +1,25 @@
 """Initial weights: the table, its independence of everything but seed and name, and building on the meta device."""
 
 import logging
+import threading
 from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from reference.config import ConfigurationError, GPTConfig
 from reference.embedding import swap_embeddings
-from reference.initialize import build, choose_strategy, derive_seed, materialize, require_reset_parameters
+from reference.initialize import (
+    build,
+    choose_strategy,
+    derive_seed,
+    is_large,
+    materialize,
+    require_reset_parameters,
+    reset,
+)
 from reference.model import GPT
 
 SHAPE: dict[str, Any] = {"vocab_size": 256, "block_size": 64, "n_layer": 3, "n_head": 2, "n_embd": 64}
@@ -53,6 +63,51 @@ def assert_bit_equal(first: nn.Module, second: nn.Module) -> None:
     for name, tensor in left.items():
         assert tensor.dtype == right[name].dtype, name
         assert torch.equal(tensor, right[name]), name
+
+
+@pytest.mark.parametrize("config", BUILDS.values(), ids=BUILDS)
+def test_large_models_are_drawn_by_threads_and_are_the_same(config: GPTConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = GPT(config, seed=3)
+    threads: set[str] = set()
+
+    def watched(module: nn.Module) -> None:
+        threads.add(threading.current_thread().name)
+        reset(module)
+
+    monkeypatch.setattr("reference.initialize.is_large", lambda _: True)
+    monkeypatch.setattr("reference.initialize.reset", watched)
+    assert_bit_equal(GPT(config, seed=3), alone)
+    assert threads
+    assert threading.current_thread().name not in threads
+
+
+def test_a_thread_that_fails_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reference.initialize.is_large", lambda _: True)
+    monkeypatch.setattr("reference.initialize.generator", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        GPT(BUILDS["gpt2"])
+
+
+def test_threads_are_for_large_and_real_tensors() -> None:
+    with torch.device("meta"):
+        layers = nn.Linear(4000, 4000)
+    assert not is_large(layers)
+    assert is_large(layers.to_empty(device=CPU))
+    assert not is_large(nn.Linear(10, 10))
+    with FakeTensorMode():
+        assert not is_large(nn.Linear(4000, 4000))
+
+
+@pytest.mark.parametrize("config", BUILDS.values(), ids=BUILDS)
+def test_nothing_is_left_as_the_memory_was(config: GPTConfig) -> None:
+    """The layers' own initialisation is skipped, so each tensor must be filled by the table."""
+    alone = GPT(config)
+    torch.use_deterministic_algorithms(True)  # fills memory that is not initialised with NaN
+    try:
+        assert torch.empty(3).isnan().all()
+        assert_bit_equal(GPT(config), alone)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def expected_std(name: str, config: GPTConfig) -> float:

@@ -276,7 +276,7 @@ def forget_pages() -> None:
 def draw(config: GPTConfig, device: torch.device) -> nn.Module:
     """A GPT whose weights are drawn on the device, in the default dtype.
 
-    The reference draws on the CPU, so that a run starts the same everywhere, which takes ten seconds for 1.3 billion
+    The reference draws on the CPU, so that a run starts the same everywhere, which takes seconds for 1.3 billion
     weights. Speed does not depend on it.
     """
     from reference.model import GPT

@@ -8,13 +8,13 @@ MUTANTS = [
         "INIT-1",
         "litgpt#689, #759, #1150",
         (BUILD_MODULE, "empty_init=False", "empty_init=True"),
-        ("reference.initialize:initialize", "module.reset_parameters()", "pass"),
+        ("reference.initialize:reset", "module.reset_parameters()", "pass"),
     ),
     mutant(
         "init-skipped-fresh-run",
         "INIT-2",
         "litgpt#1150",
-        ("reference.initialize:initialize", "module.reset_parameters()", "pass"),
+        ("reference.initialize:reset", "module.reset_parameters()", "pass"),
     ),
     mutant(
         "init-residual-scale-never-applied",
