@@ -1,12 +1,16 @@
 """Fabric, started as the configuration says: accelerator, ranks, strategy, precision."""
 
 import atexit
+import contextlib
 import logging
+import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from reference.config import ConfigurationError, TrainConfig
+from reference.stopping import ended_by_signals
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -44,7 +48,8 @@ def launch(config: TrainConfig) -> "Fabric":
             "capture_step=True needs a CUDA device, parameters that are not sharded, and no loss scaler (16-mixed): "
             "set capture_step=False."
         )
-    fabric.launch()
+    with waiting_for_nodes(config):
+        fabric.launch()
     if fabric.world_size > 1:
         atexit.register(leave_group)
     if config.logits == "compute":
@@ -53,6 +58,24 @@ def launch(config: TrainConfig) -> "Fabric":
         fabric.strategy.precision.convert_output = keep_dtype  # type: ignore[method-assign, assignment] # of this instance
     logger.info("logits: leave the model in %s", "float32" if config.logits == "float32" else "the computing dtype")
     return fabric
+
+
+@contextlib.contextmanager
+def waiting_for_nodes(config: TrainConfig) -> Iterator[None]:
+    """Where there are several, say once on each what it waits for, and let Ctrl-C end it meanwhile."""
+    if config.num_nodes == 1:
+        yield
+        return
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "chosen freely")
+        node = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))
+        logger.warning(
+            "waiting for %d nodes of %d process(es) each at %s, port %s; this is node %s "
+            "(set MASTER_ADDR, MASTER_PORT and NODE_RANK on each)",
+            *(config.num_nodes, config.devices, address, port, node),
+        )
+    with ended_by_signals():
+        yield
 
 
 def sharding() -> Any:

@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM: the first one asks the run to save and stop, a second one stops it at once."""
+"""Ctrl-C and SIGTERM: the first one asks the run to save and stop, a second one stops it at once.
+
+While a run waits for other nodes there is nothing to save, and both end it.
+"""
 
 import contextlib
 import signal
@@ -42,3 +45,21 @@ def stop_on_signals() -> Iterator[Stop]:
         yield stop
     finally:
         put_back()
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Let SIGINT and SIGTERM end the process, by the operating system; afterwards they act as before.
+
+    PyTorch waits for other nodes in C++, for half an hour, where no handler of Python runs: not even Ctrl-C would be
+    heard. In a thread other than the main one, where Python allows no handlers, nothing is changed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -73,3 +74,24 @@ def test_a_run_on_two_processes_goes_on_with_one(folder: Path) -> None:
     command = [*LAUNCHERS["one process"], "--train.updates", "6", "--resume", "out/first", "--directory", "out/second"]
     run(folder, *command)
     assert len(losses(folder / "out" / "second")) == 2
+
+
+def test_waiting_for_another_node_is_said_and_ends_by_ctrl_c(folder: Path) -> None:
+    root = str(Path(__file__).parent.parent)
+    variables = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": root,
+        "MASTER_PORT": "0",
+    }
+    command = [sys.executable, *TRAIN, "--train.num_nodes", "2", "--directory", "out/nodes"]
+    process = subprocess.Popen(command, cwd=folder, env=variables, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        said = next(line for line in process.stderr if "waiting" in line)
+        assert "waiting for 2 nodes of 1 process(es) each at 127.0.0.1, port " in said
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) != 0
+    finally:
+        process.kill()
+        process.communicate()

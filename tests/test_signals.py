@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from reference import checkpoint
 from reference.config import GPTConfig, TrainConfig
 from reference.model import GPT
+from reference.stopping import ended_by_signals
 from reference.trainer import FitResult, Record, Trainer
 
 MODEL = GPTConfig.gpt2(vocab_size=16, block_size=8, n_layer=1, n_head=2, n_embd=8, dropout=0.1)
@@ -240,3 +241,20 @@ def test_a_second_signal_from_outside(tmp_path: Path, batches: list[Tensor], num
     else:
         assert os.WEXITSTATUS(status) == 50  # KeyboardInterrupt
     assert not any((tmp_path / "out").iterdir()), "a checkpoint was written"
+
+
+def test_while_it_waits_for_other_nodes_the_operating_system_ends_it() -> None:
+    """Handlers of Python do not run then."""
+    with ended_by_signals():
+        assert [signal.getsignal(number) for number in (SIGINT, SIGTERM)] == [signal.SIG_DFL] * 2
+    assert (signal.getsignal(SIGINT), signal.getsignal(SIGTERM)) == USUAL
+    found: list[object] = []
+
+    def elsewhere() -> None:
+        with ended_by_signals():
+            found.append(signal.getsignal(SIGINT))
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert found == [signal.default_int_handler]
