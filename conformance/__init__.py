@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from conformance.recipe import OptimizerChoice, Recipe
+    from conformance.recorder import record
     from conformance.subject import Constant, Normal, Subject, Uniform, everything_but
-    from conformance.trace import Checkpoint, TensorInfo, Trace, record
+    from conformance.trace import Checkpoint, TensorInfo, Trace
 
 _HOME = {
     "Checkpoint": "trace",
@@ -26,7 +27,7 @@ _HOME = {
     "Trace": "trace",
     "Uniform": "subject",
     "everything_but": "subject",
-    "record": "trace",
+    "record": "recorder",
 }
 
 __all__ = [

@@ -88,7 +88,7 @@ def run_rank(rank: int, subject: Subject, recipe: Recipe, directory: Path, port:
     }
     import torch
 
-    from conformance.trace import record
+    from conformance.recorder import record
 
     failure = ""
     with open(os.devnull, "w") as nowhere:

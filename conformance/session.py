@@ -90,7 +90,7 @@ class Session:
         Raises:
             AdapterFailed: if the adapter's own code raised.
         """
-        from conformance.trace import record
+        from conformance.recorder import record
 
         if recipe not in self.attempts:
             folder = Path(tempfile.mkdtemp(prefix="run-", dir=self.directory))
@@ -151,7 +151,7 @@ class Session:
 
     def load(self, checkpoint: "Checkpoint") -> "nn.Module":
         """The plain eager module in a checkpoint."""
-        from conformance.trace import quiet_and_deterministic
+        from conformance.isolation import quiet_and_deterministic
 
         with quiet_and_deterministic():
             module: nn.Module = self.subject.load(checkpoint)  # type: ignore[attr-defined] # claimed by not lacking it

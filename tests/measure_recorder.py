@@ -11,10 +11,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from conformance.isolation import quiet_and_deterministic
 from conformance.recipe import Recipe
+from conformance.recorder import record
 from conformance.report import environment
 from conformance.subjects.reference import Reference
-from conformance.trace import quiet_and_deterministic, record
 
 PAIRS = 40
 

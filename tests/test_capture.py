@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from conformance.trace import record
+from conformance.recorder import record
 from reference.capture import captured, settings
 from reference.config import ConfigurationError, GPTConfig, TrainConfig
 from reference.optimizer import build_optimizer, load_optimizer_state, optimizer_state

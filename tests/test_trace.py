@@ -19,8 +19,8 @@ from torch.optim import optimizer as step_hooks
 from torch.utils.checkpoint import checkpoint
 
 from conformance.recipe import OptimizerChoice
+from conformance.recorder import record
 from conformance.snapshot import equal_values
-from conformance.trace import record
 
 V, C, BF16, IDS = 11, 4, torch.bfloat16, torch.arange(10).view(2, 5)
 NAMES = ["table.weight", "head.weight", "head.bias"]
