@@ -48,7 +48,6 @@ def test_the_rows() -> None:
     assert {case.size for case in small} == {"tiny"}
     assert len({case.key for case in full}) == len(full)
     assert all(case.beside is None or case.beside in {c.name for c in full if c.size == case.size} for case in full)
-    assert sum(case.seconds - case.compiling for case in full) < 150
     assert sum(case.seconds for case in quick) < 20
 
 
