@@ -29,6 +29,7 @@ logger = logging.getLogger("reference")
 
 PIECE = 1 << 18  # characters of one document encoded as one text
 BATCH = 1 << 22  # characters encoded together
+RECORDS = {".jsonl", ".ndjson", ".json", ".csv", ".tsv"}
 CONTEXT = 500  # characters on either side by which a cut is judged
 
 
@@ -110,6 +111,7 @@ def prepare(
     paths = find_files(text, out) if text else standard_library()
     with bars(progress) as shown:
         documents, skipped = examine(paths, seed, shown)
+        warn_of_records(documents)
         train, validation, divided = divide(documents, validation_share)
         chosen = given if given is not None else train_tokenizer(read_all(train, shown), size)
         if chosen.vocab_size < size:
@@ -142,6 +144,17 @@ def prepare(
         divided=divided,
         skipped=tuple(skipped),
     )
+
+
+def warn_of_records(documents: Sequence[Document]) -> None:
+    """Say so if files look as if each held many documents, among what is not text."""
+    found = [document.path for document in documents if document.path.suffix.lower() in RECORDS]
+    if found:
+        logger.warning(
+            "%d of %d files hold records rather than text (%s): each is one document, with its keys and quotes. "
+            "If its records are to be documents, write the text of each into a file of its own.",
+            *(len(found), len(documents), found[0]),
+        )
 
 
 def prepare_default(out: Path, *, progress: bool = True) -> Prepared | None:

@@ -117,6 +117,19 @@ def test_what_cannot_be_used_is_left_out_and_said(tmp_path: Path) -> None:
     assert "200 text files" in said
 
 
+def test_records_are_read_as_text_and_that_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    text = tmp_path / "text"
+    text.mkdir()
+    (text / "a.txt").write_text("plain text\n" * 50)
+    prepare([str(text)], "bytes", tmp_path / "plain", progress=False)
+    assert not caplog.records
+    (text / "b.JSONL").write_text('{"text": "a record"}\n' * 50)
+    prepare([str(text)], "bytes", tmp_path / "records", progress=False)
+    [record] = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage().startswith(f"1 of 2 files hold records rather than text ({text / 'b.JSONL'}): ")
+
+
 def test_bytes_come_back_as_they_were(tmp_path: Path) -> None:
     content = "\ufeffmark\r\nline\r\n\n naïve 🙂 <|endoftext|> \x0c".encode()
     (tmp_path / "a.txt").write_bytes(content * 40)
