@@ -70,12 +70,20 @@ def test_as_many_at_once_as_there_are_cores_and_a_failure_is_said(processes: lis
     threads = "import os; assert os.environ['TORCHINDUCTOR_COMPILE_THREADS'] == '1'"
     cases = [case(threads), case("print('no CUDA', flush=True); raise ValueError('broken')"), case("pass"), case("1")]
     lines: list[str] = []
-    precompile.precompile(cases, lines.append)
+    assert precompile.precompile(cases, lines.append)
     assert [process.returncode == 0 for process in processes] == [True, False, True, True]
     assert lines[0].startswith("Compiling the code of 4 rows, 2 at a time")
     assert [line.partition("]")[0] for line in lines[1:]] == ["[1/4", "[2/4", "[3/4", "[4/4"]
     [failed] = [line for line in lines if "failed" in line]
     assert failed.endswith(": failed (ValueError: broken), so its row compiles it")
+
+
+def test_without_caches_nothing_is_compiled_ahead(processes: list[subprocess.Popen[bytes]]) -> None:
+    lines: list[str] = []
+    with torch._inductor.config.patch(force_disable_caches=True):
+        assert not precompile.precompile([case("pass"), case("1")], lines.append)
+    assert processes == []
+    assert lines == ["PyTorch's caches of compiled code are off, so each row compiles its own: some minutes more."]
 
 
 def test_ctrl_c_leaves_no_process(processes: list[subprocess.Popen[bytes]]) -> None:

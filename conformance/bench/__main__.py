@@ -210,8 +210,9 @@ def measure_all(
 
     progress = make_console(sys.stderr)
     ahead = [] if setting.small or options.limit is not None else graphs(cases)
-    if len(ahead) > 1:
-        precompile(ahead, lambda line: progress.print(line, markup=False, highlight=False, soft_wrap=True))
+    if len(ahead) > 1 and precompile(
+        ahead, lambda line: progress.print(line, markup=False, highlight=False, soft_wrap=True)
+    ):
         cases = [replace(case, seconds=case.seconds - case.compiling) for case in cases]
     clock = Clock(HostDevice() if setting.small else CudaDevice(setting.device))
     progress.print("Measuring what the card can do at most ...")

@@ -36,7 +36,7 @@ def graphs(cases: Sequence[Case]) -> list[Case]:
     return sorted(first.values(), key=lambda case: -case.compiling)
 
 
-def precompile(cases: Sequence[Case], say: Callable[[str], None]) -> None:
+def precompile(cases: Sequence[Case], say: Callable[[str], None]) -> bool:
     """Compile the graphs of these cases, as many at once as there are cores.
 
     What fails is said, and costs time only: its row compiles it.
@@ -44,7 +44,15 @@ def precompile(cases: Sequence[Case], say: Callable[[str], None]) -> None:
     Args:
         cases: of which each one's graph is compiled.
         say: prints a line of progress.
+
+    Returns:
+        False if nothing was compiled, since PyTorch was told to keep no compiled code.
     """
+    import torch._inductor.config as inductor
+
+    if inductor.force_disable_caches or not inductor.fx_graph_cache:
+        say("PyTorch's caches of compiled code are off, so each row compiles its own: some minutes more.")
+        return False
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # Threads of Triton's compiler in each process; PyTorch would take all cores for each.
     variables = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": str(max(1, 2 * cores // max(1, len(cases))))}
@@ -71,6 +79,7 @@ def precompile(cases: Sequence[Case], say: Callable[[str], None]) -> None:
             for process in running:  # Ctrl-C
                 process.kill()
                 process.wait()
+    return True
 
 
 def command(case: Case) -> list[str]:
