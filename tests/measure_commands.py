@@ -70,11 +70,13 @@ def main() -> None:
         before = json.loads(arguments.write.read_text(encoding="utf-8"))
         if before["environment"] == result["environment"]:
             result = before
-    for name, measure in commands().items():
-        if arguments.only and name not in arguments.only:
-            continue
-        result["seconds"][name] = round(measure(), 1)
-        print(f"{name}: {result['seconds'][name]} s", flush=True)
+    try:
+        for name, measure in commands().items():
+            if arguments.only and name not in arguments.only:
+                continue
+            result["seconds"][name] = round(measure(), 1)
+            print(f"{name}: {result['seconds'][name]} s", flush=True)
+    finally:  # not before, since the tests compare the file with the README
         if arguments.write:
             arguments.write.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
