@@ -78,6 +78,17 @@ def test_as_many_at_once_as_there_are_cores_and_a_failure_is_said(processes: lis
     assert failed.endswith(": failed (ValueError: broken), so its row compiles it")
 
 
+def test_the_time_left_counts_what_was_compiled_ahead(processes: list[subprocess.Popen[bytes]]) -> None:
+    cases = [replace(case("pass", "one", 8.0), seconds=10.0), replace(case("1", "", 0.0), seconds=3.0)]
+    assert precompile.compile_ahead(cases, print) == cases
+    assert processes == []  # one graph alone is compiled where it is needed
+    cases.append(replace(case("pass", "two", 2.0), seconds=5.0))
+    assert [found.seconds for found in precompile.compile_ahead(cases, print)] == [2.0, 3.0, 3.0]
+    assert len(processes) == 2
+    with torch._inductor.config.patch(force_disable_caches=True):
+        assert precompile.compile_ahead(cases, print) == cases
+
+
 def test_without_caches_nothing_is_compiled_ahead(processes: list[subprocess.Popen[bytes]]) -> None:
     lines: list[str] = []
     with torch._inductor.config.patch(force_disable_caches=True):

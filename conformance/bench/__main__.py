@@ -11,7 +11,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -201,7 +200,7 @@ def measure_all(
     from conformance.bench.card import doubts_about, drift_between, measure_card, slug
     from conformance.bench.clock import Clock, ClockError, CudaDevice, HostDevice
     from conformance.bench.measure import count_bytes
-    from conformance.bench.precompile import backward_with_forward, graphs, precompile
+    from conformance.bench.precompile import backward_with_forward, compile_ahead
     from conformance.bench.run import Run, in_minutes
     from conformance.bench.suite import run_suite
     from conformance.bench.summary import make_summary
@@ -209,11 +208,8 @@ def measure_all(
     from conformance.report import write_json
 
     progress = make_console(sys.stderr)
-    ahead = [] if setting.small or options.limit is not None else graphs(cases)
-    if len(ahead) > 1 and precompile(
-        ahead, lambda line: progress.print(line, markup=False, highlight=False, soft_wrap=True)
-    ):
-        cases = [replace(case, seconds=case.seconds - case.compiling) for case in cases]
+    if not setting.small and options.limit is None:
+        cases = compile_ahead(cases, lambda line: progress.print(line, markup=False, highlight=False, soft_wrap=True))
     clock = Clock(HostDevice() if setting.small else CudaDevice(setting.device))
     progress.print("Measuring what the card can do at most ...")
     begun = time.perf_counter()

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,22 @@ from conformance.bench.optimizer_step import GROUP as OPTIMIZER_STEP
 
 class Compiled(BaseException):
     """Raised where compiled code would run; no ``except Exception`` on the way out may catch it."""
+
+
+def compile_ahead(cases: Sequence[Case], say: Callable[[str], None]) -> list[Case]:
+    """Compile the code of all cases at once, if there are two graphs or more.
+
+    Args:
+        cases: all that will run.
+        say: prints a line of progress.
+
+    Returns:
+        The cases, with the seconds that they still take.
+    """
+    found = graphs(cases)
+    if len(found) < 2 or not precompile(found, say):
+        return list(cases)
+    return [replace(case, seconds=case.seconds - case.compiling) for case in cases]
 
 
 def graphs(cases: Sequence[Case]) -> list[Case]:
