@@ -66,6 +66,9 @@ class FakeDevice:
     def event(self) -> FakeEvent:
         return FakeEvent(max(self.host, self.busy_until))
 
+    def delay(self, seconds: float) -> None:
+        self.busy_until = max(self.host, self.busy_until) + 1.5 * seconds  # longer than asked for, as a real one
+
     def flush(self) -> None:
         self.work(1e-5)
         self.cached = False

@@ -22,7 +22,8 @@ def never(setting: Setting) -> Prepared:
     raise AssertionError("not built here")
 
 
-CASE = Case("group", "size", "name", never, budget=1e9)
+CASE = Case("training step", "size", "name", never, budget=1e9)
+BY_DEVICE = replace(CASE, group="optimizer step")  # judged by the device time, so with a lead
 
 
 def pedantic_with(clock: Clock) -> Callable[..., object]:
@@ -49,9 +50,16 @@ def some_work(device: FakeDevice) -> Callable[[int], object]:
     return work
 
 
-def measured(device: FakeDevice, step: Callable[[], object], **keywords: Any) -> Measurement:
+def measured(
+    device: FakeDevice,
+    step: Callable[[], object],
+    case: Case = CASE,
+    beside: Callable[[], object] | None = None,
+    **keywords: Any,
+) -> Measurement:
     clock = Clock(device)
-    return measure(CASE, Prepared(step), clock, pedantic_with(clock), **keywords)
+    other = None if beside is None else Prepared(beside)
+    return measure(case, Prepared(step), clock, pedantic_with(clock), beside=other, **keywords)
 
 
 def test_device_wall_and_host_time_come_from_the_same_round() -> None:
@@ -99,8 +107,9 @@ def test_a_missing_synchronisation_is_caught() -> None:
     device = Unsynchronised()
     with pytest.raises(ClockError, match="does not wait for the device"):
         check_clock(Clock(device), some_work(device))
-    [doubt] = doubts_about(measured(device, lambda: device.work(1e-3)), floor=None)
-    assert "did not wait for the device" in doubt
+    for case in (CASE, BY_DEVICE):
+        [doubt] = doubts_about(measured(device, lambda: device.work(1e-3), case), floor=None)
+        assert "did not wait for the device" in doubt
 
 
 def test_a_clock_that_does_not_see_the_work_is_caught() -> None:
@@ -406,3 +415,93 @@ def test_rounds_fit_the_budget() -> None:
         case = replace(CASE, budget=budget)
         found = measure(case, Prepared(lambda: device.work(1e-3)), clock, pedantic_with(clock))
         assert len(found.rounds) == rounds
+
+
+# --- with a lead of the host, where the device time is judged --------------------------------------------------------
+
+
+def launches(device: FakeDevice, kernels: int, seconds: float) -> Callable[[], None]:
+    """A step of so many kernels, of so many seconds in all."""
+
+    def step() -> None:
+        for _ in range(kernels):
+            device.work(seconds / kernels)
+
+    return step
+
+
+@pytest.mark.parametrize("launch_seconds", [5e-6, 5e-5])
+def test_the_device_time_is_that_of_the_device_however_slow_the_host_launches(launch_seconds: float) -> None:
+    device = FakeDevice()
+    device.launch_seconds = launch_seconds
+    found = measured(device, launches(device, 20, 1e-3), BY_DEVICE, beside=launches(device, 1, 1e-3))
+    assert [r.device for r in found.device_rounds] == pytest.approx([1e-3] * CASE.rounds)
+    assert [r.device for r in found.beside_ahead] == pytest.approx([1e-3] * CASE.rounds)
+    assert not found.waits_for_host
+    # The wall begins idle, so it has the gaps: before the first kernel, or with slow launches before each.
+    expected = max(1e-3 + launch_seconds, 20 * launch_seconds + 1e-3 / 20)
+    assert [r.wall for r in found.rounds] == pytest.approx([expected] * 10)
+    assert [r.host for r in found.rounds] == pytest.approx([20 * launch_seconds] * 10)
+    assert len(found.beside) == 10
+    assert doubts_about(found, floor=1e-3) == []
+
+
+def test_a_step_that_waits_for_the_device_is_told_from_one_that_does_not() -> None:
+    """As an optimizer that synchronises after every parameter: the host can never be ahead of it."""
+    device = FakeDevice()
+
+    def step() -> None:
+        for _ in range(4):
+            device.host += 1e-3  # what the host does for each parameter
+            device.work(1e-4)
+            device.synchronize()
+
+    found = measured(device, step, BY_DEVICE)
+    assert found.waits_for_host
+    assert found.device_rounds[0].device == pytest.approx(
+        3e-3 + 4e-4, rel=0.02
+    )  # without the lead, which hid the first
+    assert found.rounds[0].wall == pytest.approx(4e-3 + 4e-4, rel=0.02)
+    assert doubts_about(found, None) == []
+
+
+def test_a_step_of_seconds_gets_no_lead() -> None:
+    device = FakeDevice()
+    found = measured(device, lambda: device.work(1.0), BY_DEVICE)
+    assert (found.ahead, found.lead, found.waits_for_host) == ([], 0.0, True)
+    assert len(found.device_rounds) == len(found.rounds) == CASE.rounds
+
+
+def test_with_a_lead_rounds_are_interleaved_too() -> None:
+    device = FakeDevice(noise=0.003, drift=4.0)
+    order: list[str] = []
+
+    def step(name: str, seconds: float) -> Callable[[], None]:
+        def run() -> None:
+            order.append(name)
+            device.work(seconds)
+
+        return run
+
+    found = measured(device, step("B", 1.02e-3), BY_DEVICE, beside=step("A", 1e-3))
+    assert "".join(order).endswith("ABBA" * 20)
+    ratio = paired_ratio([r.device for r in found.ahead], [r.device for r in found.beside_ahead])
+    assert ratio.low < 1.02 < ratio.high
+    assert verdict(ratio, noise=0.005, rounds=len(found.ahead)) == "slower"
+
+
+def test_a_lead_is_used_up_by_one_round() -> None:
+    device = FakeDevice()
+    clock = Clock(device)
+    clock.lead = 1.0
+    first, second = (clock.time(lambda: device.work(1e-3)) for _ in range(2))
+    assert first.device == pytest.approx(1e-3)
+    assert first.wall > 1.5
+    assert second.wall == pytest.approx(1e-3, rel=0.01)
+
+
+def test_leads_fit_the_budget() -> None:
+    device = FakeDevice()
+    device.launch_seconds = 1e-3
+    found = measured(device, lambda: device.work(1e-3), replace(BY_DEVICE, budget=0.1))
+    assert (len(found.rounds), len(found.ahead)) == (10, 19)  # 2 ms each; with twice the lead of 1.6 ms 5.2 ms

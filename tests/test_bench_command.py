@@ -33,7 +33,7 @@ def test_a_small_version_runs_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureF
     assert "[5/5] tiny, AdamW fused, CUDA graph, bf16: a CUDA graph needs CUDA. (0:00 left)" in progress
     folder = tmp_path / "reports/latest/bench-cpu"
     summary = json.loads((folder / "summary.json").read_text())
-    assert (summary["label"], summary["schema"], summary["complete"]) == (LABEL, 1, True)
+    assert (summary["label"], summary["schema"], summary["complete"]) == (LABEL, 2, True)
     assert 0 < summary["seconds"] < 600
     assert "reports/latest/bench-cpu/summary.json, after 0:0" in progress
     assert summary["card"]["noise"]["low"] <= summary["card"]["noise"]["ratio"]
@@ -83,7 +83,7 @@ def test_mistakes_are_told_in_a_sentence(
 
 
 def test_other_versions_are_refused_before_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    old = {"schema": 1, "label": "CPU, small", "environment": {"torch": "1.0"}, "card": {"noise": None}, "rows": []}
+    old = {"schema": 2, "label": "CPU, small", "environment": {"torch": "1.0"}, "card": {"noise": None}, "rows": []}
     (tmp_path / "old.json").write_text(json.dumps(old))
     assert main(["--device", "cpu", "--compare", "old.json"]) == 2
     assert "torch 1.0 and" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import pytest
 
 from conformance.bench.__main__ import main
 from conformance.bench.compare import check_comparable, compare
-from conformance.bench.noise import level_spreads, noise_floor
+from conformance.bench.noise import host_drifts, level_spreads, noise_floor
 from conformance.bench.summary import read_summary
 from conformance.subject import UsageError
 
@@ -19,17 +19,17 @@ ENVIRONMENT = {"gpu": "NVIDIA H100 80GB HBM3", "torch": "2.11.0", "driver": "570
 
 
 def row(name: str, milliseconds: float, seed: int, group: str = "optimizer step", rounds: int = 30) -> dict[str, Any]:
-    """A row with 1 % of noise in its device times, all of it host's; the wall times are double."""
+    """A row with 1 % of noise in its device times; the wall times are double."""
     device = list(milliseconds * np.exp(np.random.default_rng(seed).normal(0, 0.01, rounds)))
     samples = {"device": device, "wall": [2 * value for value in device]}
     medians = {f"{clock}_ms": {"median": float(np.median(values))} for clock, values in samples.items()}
     row = {"group": group, "size": "gpt2-124m", "name": name, "samples_ms": samples, "unavailable": None}
-    return row | medians | {"host_ms": milliseconds}
+    return row | medians | {"host_ms": milliseconds, "waits_for_host": False if group == "optimizer step" else None}
 
 
 def summary(*rows: dict[str, Any], **environment: str) -> dict[str, Any]:
     return {
-        "schema": 1,
+        "schema": 2,
         "label": None,
         "environment": ENVIRONMENT | environment,
         "card": {"name": "NVIDIA H100 80GB HBM3", "noise": {"ratio": 1.0, "low": 0.997, "high": 1.004}},
@@ -63,13 +63,14 @@ def test_a_training_step_is_compared_by_the_wall() -> None:
     assert (found.clock, found.verdict) == ("wall", "slower")
 
 
-def interleaved(name: str, milliseconds: float, seed: int, beside_ms: float) -> dict[str, Any]:
-    """A row that was interleaved with A, which took ``beside_ms`` then."""
-    return row(name, milliseconds, seed) | {"interleaved": {"with": "A", "beside_ms": beside_ms}}
+def interleaved(name: str, milliseconds: float, seed: int, beside_ms: float, host_ms: float = 3.0) -> dict[str, Any]:
+    """A row that was interleaved with A, which took ``beside_ms`` on the device then, and ``host_ms`` on the host."""
+    beside = {"with": "A", "beside_ms": beside_ms, "beside_host_ms": host_ms}
+    return row(name, milliseconds, seed) | {"interleaved": beside}
 
 
 def test_two_runs_are_compared_no_finer_than_one_step_drifts_within_a_run() -> None:
-    # A against B cancels it within a run; A alone says only how busy the host was.
+    # A against B cancels it within a run; A alone says only how the device was clocked.
     drifting = summary(
         row("A", 3.0, 1), interleaved("B", 3.0, 2, beside_ms=3.5), interleaved("C", 3.0, 3, beside_ms=3.1)
     )
@@ -80,16 +81,29 @@ def test_two_runs_are_compared_no_finer_than_one_step_drifts_within_a_run() -> N
         found = {comparison.key[2]: comparison for comparison in compare(one, other)}
         assert {name: comparison.verdict for name, comparison in found.items()} == {"A": "ambiguous", "B": slower}
         assert found["A"].noise == pytest.approx(3.5 / 3.0 - 1, abs=0.01)
-    # A step whose kernels are launched by the host in half of its time drifts by half of that.
-    drifting["rows"][0]["host_ms"] = later["rows"][0]["host_ms"] = 1.5
-    found = {comparison.key[2]: comparison for comparison in compare(drifting, later)}
-    assert found["B"].noise == pytest.approx(2 * found["A"].noise, rel=0.03)
     # A part without such a step drifts as much as the worst one of its run.
     others = [row("T", 3.0 * factor, seed, group="training step") for seed, factor in ((1, 1.0), (2, 1.1))]
     [_, _, training] = compare(
         summary(*drifting["rows"], others[0]), summary(row("A", 3, 1), row("B", 3, 2), others[1])
     )
     assert training.verdict == "ambiguous"
+
+
+def test_what_waits_for_the_host_drifts_with_it() -> None:
+    # The device is steady, but the host's work for A goes from 3.0 to 3.9 ms.
+    busy = summary(row("A", 3.0, 1), interleaved("B", 3.0, 2, beside_ms=3.0, host_ms=3.9), row("C", 3.0, 3))
+    assert host_drifts(busy) == {("optimizer step", "gpt2-124m"): pytest.approx(0.3)}
+    later = summary(row("A", 3.0, 11), row("B", 3.3, 12), row("C", 3.3, 13))
+    for either in (busy, later):
+        either["rows"][2]["waits_for_host"] = True
+    found = {comparison.key[2]: comparison for comparison in compare(busy, later)}
+    assert {name: comparison.verdict for name, comparison in found.items()} == {
+        "A": "ambiguous",
+        "B": "slower",  # its launches were ahead, whatever the host did
+        "C": "ambiguous",
+    }
+    assert found["C"].noise == pytest.approx(0.3, abs=0.02)
+    assert found["B"].noise < 0.02
 
 
 def test_what_was_not_measured_is_not_compared() -> None:

@@ -40,9 +40,13 @@ def is_whole(summary: Mapping[str, Any]) -> bool:
         medians = [
             row[key].get("median") if isinstance(row.get(key), dict) else None for key in ("device_ms", "wall_ms")
         ]
-        if not isinstance(beside, dict) or not numbers([*medians, row.get("host_ms"), beside.get("beside_ms", 1.0)]):
+        if not isinstance(beside, dict) or not numbers([*medians, row.get("host_ms")]):
             return False
-        if "beside_ms" in beside and not isinstance(beside.get("with"), str):  # older runs have neither
+        if beside and not (
+            isinstance(beside.get("with"), str) and numbers([beside.get("beside_ms"), beside.get("beside_host_ms")])
+        ):
+            return False
+        if not isinstance(row.get("waits_for_host"), bool | None):
             return False
         return isinstance(samples, dict) and numbers(samples.get("device")) and numbers(samples.get("wall"))
 

@@ -1,13 +1,14 @@
 """How far apart figures lie although nothing differs: within a pair of rows, and from one time of a run to another.
 
 The first is the noise floor: the ratio of a step to itself, interleaved round by round. Drift cancels in it. What
-stands alone drifts, mostly with the host, which does not launch kernels equally fast all the time: on an H100 one and
-the same fused AdamW took 1.75 to 2.22 ms in one run, beside other optimizers (reports/bench). So rows of two runs are
-compared with the second kind, which is larger the more of its time a step waits for the host.
+stands alone drifts: the device with its clock, and the host, which does not launch kernels equally fast at all times
+(one and the same fused AdamW took 1.8 to 2.2 ms from an idle H100 within one run). So rows of two runs are
+compared with the drift of the steps that were measured at several times of the run; with the host's, too, where a step
+waits for the host.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from conformance.bench.case import HEADLINE
@@ -37,36 +38,46 @@ def level_spreads(summary: Mapping[str, Any]) -> dict[tuple[str, str, str], floa
     Such a step is one that others are interleaved with: it has a row of its own, and a median in each of these pairs.
 
     Returns:
-        Largest over smallest median, minus 1, by group, size and name; of steps that were measured twice.
+        Largest over smallest median of the time that is judged, minus 1, by group, size and name; of steps that were
+        measured twice.
+    """
+    return spreads(summary, "beside_ms", lambda row: row[f"{HEADLINE.get(row['group'], 'device')}_ms"]["median"])
+
+
+def spreads(
+    summary: Mapping[str, Any], beside_name: str, own: Callable[[Mapping[str, Any]], float]
+) -> dict[tuple[str, str, str], float]:
+    """As :func:`level_spreads`, of any time.
+
+    Args:
+        summary: the run.
+        beside_name: the key of the time in the row that the step was measured beside.
+        own: the time in the step's own row.
     """
     levels: dict[tuple[str, str, str], list[float]] = {}
     for row in summary["rows"]:
         if row.get("unavailable"):
             continue
-        own = row[f"{HEADLINE.get(row['group'], 'device')}_ms"]["median"]
-        levels.setdefault((row["group"], row["size"], row["name"]), []).append(own)
-        beside = row.get("interleaved") or {}
-        if "beside_ms" in beside:  # a summary from before November 2026 has none
-            levels.setdefault((row["group"], row["size"], beside["with"]), []).append(beside["beside_ms"])
+        levels.setdefault((row["group"], row["size"], row["name"]), []).append(own(row))
+        if beside := row.get("interleaved"):
+            levels.setdefault((row["group"], row["size"], beside["with"]), []).append(beside[beside_name])
     return {key: max(medians) / min(medians) - 1 for key, medians in levels.items() if len(medians) > 1}
 
 
-def host_share(row: Mapping[str, Any]) -> float:
-    """The share of its time, at most 1, that a step needs on the host. All of it where the wall is judged."""
-    if HEADLINE.get(row["group"]) == "wall":
-        return 1.0
-    return min(1.0, float(row["host_ms"] / row["device_ms"]["median"]))
-
-
-def drifts(summary: Mapping[str, Any]) -> dict[Part, float]:
-    """How far the time of a step that is all host would have drifted, by group and size: from :func:`level_spreads`."""
+def device_drifts(summary: Mapping[str, Any]) -> dict[Part, float]:
+    """How far the judged time of one step drifted at most, by group and size."""
     found: dict[Part, float] = {}
-    spreads = level_spreads(summary)
-    for row in summary["rows"]:
-        part = row["group"], row["size"]
-        key = (*part, row["name"])
-        if key in spreads and not row.get("unavailable"):
-            found[part] = max(found.get(part, 0.0), spreads[key] / host_share(row))
+    for (group, size, _), spread in level_spreads(summary).items():
+        found[group, size] = max(found.get((group, size), 0.0), spread)
+    return found
+
+
+def host_drifts(summary: Mapping[str, Any]) -> dict[Part, float]:
+    """How far the host's work for one step drifted at most, by group and size; of groups judged by the device time."""
+    found: dict[Part, float] = {}
+    for (group, size, _), spread in spreads(summary, "beside_host_ms", lambda row: float(row["host_ms"])).items():
+        if HEADLINE.get(group, "device") == "device":
+            found[group, size] = max(found.get((group, size), 0.0), spread)
     return found
 
 
@@ -78,12 +89,10 @@ def noise_between(old: Mapping[str, Any], new: Mapping[str, Any], key: tuple[str
         key: group, size and name of the row, which both have. Where no step of its group and size was measured at
             several times, the largest drift of the run stands in for it.
     """
-    share = max(
-        host_share(row)
-        for summary in (old, new)
-        for row in summary["rows"]
-        if (row["group"], row["size"], row["name"]) == key
-    )
-    known = [(found.get(key[:2]), max(found.values(), default=0.0)) for found in map(drifts, (old, new))]
-    drift = max(largest if own is None else own for own, largest in known)
-    return max(noise_floor(old), noise_floor(new), drift * share)
+    found = [noise_floor(old), noise_floor(new)]
+    for summary in (old, new):
+        [row] = [row for row in summary["rows"] if (row["group"], row["size"], row["name"]) == key]
+        for drifts in (device_drifts, host_drifts) if row["waits_for_host"] else (device_drifts,):
+            known = drifts(summary)
+            found.append(known.get(key[:2], max(known.values(), default=0.0)))
+    return max(found)

@@ -16,11 +16,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from conformance.bench.noise import noise_floor
+from conformance.bench.noise import device_drifts, host_drifts, noise_floor
 from conformance.bench.plots import Plot, draw_all, superscript
 from conformance.bench.summary import Row, grouped, parameters_of, read_summary
 from conformance.bench.svg import check_matplotlib
-from conformance.bench.table import LETTERS, describe_spreads, fact, figure, percent
+from conformance.bench.table import LETTERS, describe_drifts, fact, figure, percent
 from conformance.subject import UsageError
 
 
@@ -62,7 +62,7 @@ def bench_page(summaries: Sequence[Path], out: Path) -> Path:
     """Write ``index.html`` with the summaries in the order given.
 
     Args:
-        summaries: files of schema 1, or the folders with them.
+        summaries: files of schema 2, or the folders with them.
         out: the folder; made if it is not there.
 
     Returns:
@@ -176,8 +176,10 @@ def card_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         found.append(
             ("Noise floor", f"{noise_floor(summary):.2%}: a step took {text} of its own time, interleaved with itself")
         )
-    if spreads := describe_spreads(summary):
-        found.append(("Drift", f"one step, at several times of the run, differed by up to {spreads}"))
+    if drifted := describe_drifts(device_drifts(summary)):
+        found.append(("Drift", f"one step, at several times of the run, differed by up to {drifted}"))
+    if drifted := describe_drifts(host_drifts(summary)):
+        found.append(("Drift of the host", f"what it does for a step differed by up to {drifted}"))
     return found
 
 
@@ -209,6 +211,7 @@ COLUMNS: list[tuple[str, Callable[[Row], str]]] = [
     ("device, ms", interval("device_ms")),
     ("wall, ms", interval("wall_ms")),
     ("host, ms", value("host_ms")),
+    ("waits for", lambda row: "host" if row.get("waits_for_host") else ""),
     ("floor, ms", value("floor_ms")),
     ("share of floor", percent("share_of_floor")),
     ("tokens/s", value("tokens_per_second")),

@@ -302,6 +302,7 @@ class Run:
 EXTRA = (
     "wall_ms",
     "host_ms",
+    "waits_for_host",
     "facts",
     "floor_ms",
     "share_of_floor",

@@ -15,7 +15,7 @@ from conformance.bench.noise import noise_of
 from conformance.bench.throughput import throughput
 from conformance.subject import UsageError
 
-SCHEMA = 1
+SCHEMA = 2
 SMALL = "CPU, small: no figure of this run says anything about a GPU"
 
 Row = dict[str, Any]
@@ -29,18 +29,21 @@ def interval_ms(samples: Sequence[float]) -> dict[str, float]:
 def make_row(case: Case, measured: Measurement, facts: Mapping[str, float | str], card: Card) -> Row:
     """One row of the summary.
 
-    ``device_ms`` and ``wall_ms`` are medians with their 95 % intervals, ``host_ms`` a median. ``floor_ms`` is
-    ``floor bytes`` over the copy bandwidth, ``share_of_floor`` that over the device time. ``interleaved`` is the ratio
-    of this row's time to that of the row it was interleaved with, paired round by round, and the median of that one in
-    these rounds. The peaks are bytes above what
-    there was before the case was built; ``peak_reserved`` is None where the row beside it hides too much of it.
+    ``device_ms`` and ``wall_ms`` are medians with their 95 % intervals, ``host_ms`` a median. Where the device time is
+    judged, the host has a lead when it is taken (conformance.bench.measure), and ``waits_for_host`` says whether that
+    was used up. ``floor_ms`` is ``floor bytes`` over the copy bandwidth, ``share_of_floor`` that over the device time.
+    ``interleaved`` is the ratio of this row's time to that of the row it was interleaved with, paired round by round,
+    and the medians of that one in these rounds. The peaks are bytes above what there was before the case was built;
+    ``peak_reserved`` is None where the row beside it hides too much of it.
     """
-    device = [r.device for r in measured.rounds]
+    judged = HEADLINE.get(case.group, "device")
+    device = [r.device for r in measured.device_rounds]
     wall = [r.wall for r in measured.rounds]
     row = empty_row(case)
     row["device_ms"], row["wall_ms"] = interval_ms(device), interval_ms(wall)
     row["host_ms"] = median(r.host for r in measured.rounds) * 1e3
-    row["rounds"], row["warm_up"] = len(measured.rounds), measured.warm_up.calls
+    row["waits_for_host"] = measured.waits_for_host if judged == "device" else None
+    row["rounds"], row["warm_up"] = len(measured.device_rounds), measured.warm_up.calls
     row["facts"] = dict(facts)
     row["peak_allocated"], row["peak_reserved"] = measured.peak_allocated, measured.peak_reserved
     floor = None
@@ -48,14 +51,17 @@ def make_row(case: Case, measured: Measurement, facts: Mapping[str, float | str]
         floor = moved / card.copy_bandwidth
         row["floor_ms"], row["share_of_floor"] = floor * 1e3, floor / median(device)
     if measured.beside and case.beside is not None:
-        clock = HEADLINE.get(case.group, "device")
-        ratio = paired_ratio([getattr(r, clock) for r in measured.rounds], [getattr(r, clock) for r in measured.beside])
+        pair = [r.wall for r in measured.rounds], [r.wall for r in measured.beside]
+        if judged == "device":
+            pair = device, [r.device for r in (measured.beside_ahead or measured.beside)]
+        ratio = paired_ratio(*pair)
         row["interleaved"] = {
             "with": case.beside,
             "ratio": ratio.median,
             "low": ratio.low,
             "high": ratio.high,
-            "beside_ms": median(getattr(r, clock) for r in measured.beside) * 1e3,
+            "beside_ms": median(pair[1]) * 1e3,
+            "beside_host_ms": median(r.host for r in measured.beside) * 1e3,
         }
     row["doubts"] = doubts_about(measured, floor)
     if "tokens" in facts:
@@ -79,6 +85,7 @@ def empty_row(case: Case, unavailable: str | None = None) -> Row:
         "device_ms": None,
         "wall_ms": None,
         "host_ms": None,
+        "waits_for_host": None,
         "rounds": 0,
         "warm_up": 0,
         "facts": {},

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from conformance.bench.case import HEADLINE
 from conformance.bench.compare import Comparison
-from conformance.bench.noise import level_spreads, noise_floor
+from conformance.bench.noise import device_drifts, host_drifts, noise_floor
 from conformance.bench.summary import Row, grouped, parameters_of
 
 # What the letters of a floor's arithmetic stand for; the numbers behind them are bytes.
@@ -43,8 +43,10 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
             f"of its time, so ratios within {noise_floor(summary):.2%} of 1 are none",
             soft_wrap=True,
         )
-    if spreads := describe_spreads(summary):
-        console.print(f"drift: a step at several times of the run differed by up to {spreads}", soft_wrap=True)
+    if drifted := describe_drifts(device_drifts(summary)):
+        console.print(f"drift: a step at several times of the run differed by up to {drifted}", soft_wrap=True)
+    if drifted := describe_drifts(host_drifts(summary)):
+        console.print(f"drift of the host: what it does for a step differed by up to {drifted}", soft_wrap=True)
     for doubt in card["doubts"]:
         console.print(f"[yellow]Doubt:[/] {escape(doubt)}", soft_wrap=True)
     for (group, size), rows in grouped(summary["rows"]).items():
@@ -53,12 +55,9 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
         console.print("[yellow]Partial: not every row was measured.[/]")
 
 
-def describe_spreads(summary: Mapping[str, Any]) -> str:
-    """``44.5% (optimizer step, gpt2-124m), 0.4% (training step, gpt2-124m)``; empty if nothing was measured twice."""
-    found: dict[tuple[str, str], float] = {}
-    for (group, size, _), spread in level_spreads(summary).items():
-        found[group, size] = max(found.get((group, size), 0.0), spread)
-    return ", ".join(f"{spread:.1%} ({group}, {size})" for (group, size), spread in found.items())
+def describe_drifts(drifts: Mapping[tuple[str, str], float]) -> str:
+    """``1.5% (optimizer step, gpt2-124m), 0.4% (training step, gpt2-124m)``; empty if nothing was measured twice."""
+    return ", ".join(f"{drift:.1%} ({group}, {size})" for (group, size), drift in drifts.items())
 
 
 # Heading, and the cell of a row; a column that is empty in all rows is left out.
@@ -100,6 +99,7 @@ COLUMNS: list[Column] = [
     ("device ms", lambda row: milliseconds(row["device_ms"])),
     ("wall ms", lambda row: milliseconds(row["wall_ms"])),
     ("host ms", lambda row: figure(row["host_ms"])),
+    ("waits for", lambda row: "host" if row["waits_for_host"] else ""),
     ("floor ms", lambda row: figure(row["floor_ms"])),
     ("floor B/param", fact("floor bytes per parameter")),
     ("of floor", percent("share_of_floor")),
