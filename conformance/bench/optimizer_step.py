@@ -133,7 +133,7 @@ def make_case(variant: Variant, size: str, dtype: torch.dtype, suffix: str = "")
     installed = importlib.util.find_spec(variant.path.partition(".")[0]) is not None
     compiling = 0.0
     if variant.compiles:
-        seconds, compiling = 6.0, 20.0
+        seconds, compiling = 10.0, 20.0
     return Case(
         group=GROUP,
         size=size,
@@ -141,7 +141,7 @@ def make_case(variant: Variant, size: str, dtype: torch.dtype, suffix: str = "")
         build=functools.partial(build, variant, size, dtype),
         beside=None if name == fused else fused,
         rounds=3 if variant.slow else 40,
-        budget=(20.0 if large else 4.0) if variant.slow else 1.0,
+        budget=(20.0 if large else 4.0) if variant.slow else 4.0 if variant.compiles else 1.0,  # long leads
         seconds=seconds + compiling if installed else 0.0,  # otherwise its row says so
         graph=f"{variant.name}, {size}, {short}" if variant.compiles and installed else "",
         compiling=compiling if installed else 0.0,
