@@ -456,20 +456,39 @@ def test_a_step_that_waits_for_the_device_is_told_from_one_that_does_not() -> No
             device.work(1e-4)
             device.synchronize()
 
-    found = measured(device, step, BY_DEVICE)
-    assert found.waits_for_host
-    assert found.device_rounds[0].device == pytest.approx(
-        3e-3 + 4e-4, rel=0.02
-    )  # without the lead, which hid the first
-    assert found.rounds[0].wall == pytest.approx(4e-3 + 4e-4, rel=0.02)
+    found = measured(device, step, BY_DEVICE, beside=launches(device, 20, 1e-3))
+    assert (found.waits_for_host, found.ahead, found.lead) == (True, [], 0.0)
+    # All from an idle device, so that the waiting shows and the wall is never shorter.
+    assert [r.device for r in found.device_rounds] == pytest.approx([4e-3 + 4e-4] * CASE.rounds, rel=0.02)
+    assert [r.wall for r in found.rounds] == pytest.approx([4e-3 + 4e-4] * CASE.rounds, rel=0.02)
+    assert [r.device for r in found.beside_ahead] == pytest.approx([1e-3] * CASE.rounds)
+    assert len(found.beside) == 10
     assert doubts_about(found, None) == []
+
+
+def test_a_host_that_loses_its_lead_later_is_told() -> None:
+    device = FakeDevice()
+    calls = 0
+
+    def step() -> None:
+        nonlocal calls
+        calls += 1
+        device.host += 2e-2 if calls > 30 else 0.0
+        device.work(1e-3)
+
+    found = measured(device, step, BY_DEVICE)
+    assert len(found.ahead) == CASE.rounds
+    assert found.waits_for_host
 
 
 def test_a_step_of_seconds_gets_no_lead() -> None:
     device = FakeDevice()
-    found = measured(device, lambda: device.work(1.0), BY_DEVICE)
+    device.launch_seconds = 5e-5
+    found = measured(device, lambda: device.work(1.0), BY_DEVICE, beside=launches(device, 20, 1e-3))
     assert (found.ahead, found.lead, found.waits_for_host) == ([], 0.0, True)
     assert len(found.device_rounds) == len(found.rounds) == CASE.rounds
+    # What is beside it does, so that its time is the one that it has beside any other.
+    assert [r.device for r in found.beside_ahead] == pytest.approx([1e-3] * CASE.rounds)
 
 
 def test_with_a_lead_rounds_are_interleaved_too() -> None:
@@ -484,7 +503,7 @@ def test_with_a_lead_rounds_are_interleaved_too() -> None:
         return run
 
     found = measured(device, step("B", 1.02e-3), BY_DEVICE, beside=step("A", 1e-3))
-    assert "".join(order).endswith("ABBA" * 20)
+    assert "".join(order).endswith("ABBA" * (CASE.rounds // 2))
     ratio = paired_ratio([r.device for r in found.ahead], [r.device for r in found.beside_ahead])
     assert ratio.low < 1.02 < ratio.high
     assert verdict(ratio, noise=0.005, rounds=len(found.ahead)) == "slower"

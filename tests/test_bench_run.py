@@ -101,7 +101,7 @@ def test_rows_are_measured_and_written(bench: Bench, tmp_path: Path) -> None:
 def test_a_row_keeps_its_three_times_apart() -> None:
     rounds = [Round(device=1.0, wall=2.0, host=0.5)] * 5
     case = Case("training step", "size", "A", Bench().case("A").build, beside="B")
-    found = make_row(case, Measurement(rounds, [Round(1.0, 1.0, 1.0)] * 5), {}, CARD)
+    found = make_row(case, Measurement(rounds, beside=[Round(1.0, 1.0, 1.0)] * 5), {}, CARD)
     assert (found["device_ms"]["median"], found["wall_ms"]["median"], found["host_ms"]) == (1000, 2000, 500)
     assert found["samples_ms"] == {"device": [1000] * 5, "wall": [2000] * 5}
     assert found["interleaved"]["ratio"] == 2.0  # a training step is judged by the wall

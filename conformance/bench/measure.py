@@ -12,12 +12,12 @@ from torch import Tensor
 
 from conformance.bench.case import HEADLINE, Case, Prepared
 from conformance.bench.clock import Clock, Device, Round
+from conformance.bench.interleave import Interleaved, lead_for, time_without_gc, waits_for_device
 
 SLOW = 0.5  # seconds of a step against which caches and first launches are small: two calls warm it up
 VERY_SLOW = 4.0  # one call does, if it compiled nothing
 MOST_WARM_UPS = 20
 FROM_IDLE = 10  # rounds at most for wall and host time, of a step whose device time is taken with a lead
-LEAD, LEAST_LEAD = 1.5, 1e-4  # times what the host needs for the step, and seconds on top
 SETTLE = 0.3  # seconds of untimed rounds before the timed ones: what ran before heats the card, or lets it idle
 OUTLIER = 10.0  # a round that took so many times the median did something else as well
 
@@ -39,13 +39,13 @@ class Measurement:
 
     rounds: list[Round]
     """From an idle device."""
-    beside: list[Round] = field(default_factory=list)
-    """Of the case that it was interleaved with, round by round."""
     ahead: list[Round] = field(default_factory=list)
     """Rounds before which the host got a lead, as it has in training: of them only the device time counts. Empty where
-    the wall is judged, or where a step takes so long that a lead changes nothing."""
+    the wall is judged, where a step takes so long that a lead changes nothing, and where the host cannot get ahead."""
+    beside: list[Round] = field(default_factory=list)
+    """Of the case that it was interleaved with, from an idle device; with a lead, of a step that takes long."""
     beside_ahead: list[Round] = field(default_factory=list)
-    """Of the case that they were interleaved with."""
+    """Of that case, with a lead of its own; interleaved with ``device_rounds``."""
     lead: float = 0.0
     """How far the host was ahead, at least."""
     warm_up: WarmUp = field(default_factory=WarmUp)
@@ -65,8 +65,8 @@ class Measurement:
 
     @property
     def waits_for_host(self) -> bool:
-        """Whether the host used up its lead: it is slower than the device, or waits for it in the midst of the step."""
-        return not self.ahead or median(r.host for r in self.ahead) > self.lead
+        """Whether the host is slower than the device, or waits for it in the midst of the step; or was not ahead."""
+        return not self.ahead or waits_for_device(self.ahead, self.lead)
 
 
 # pytest-benchmark's benchmark.pedantic(target, setup=..., teardown=..., rounds=...), whose timer is a Clock's mark.
@@ -134,7 +134,8 @@ def measure(
     times: on an H100 the fused AdamW over 124 million parameters took 1.75 to 2.22 ms within one run, most of the
     difference in such gaps. In training the host runs ahead. So where the device time is judged, it comes from rounds
     before which the GPU is given nothing to do until the host has launched all of the step, as NVBench does; wall and
-    host time come from rounds that begin idle.
+    host time come from rounds that begin idle. Where the host cannot get ahead, or in a step that takes so long that it
+    does not matter, so does the device time; the step beside it has its lead nevertheless, as it has beside any other.
 
     Args:
         case: what is measured.
@@ -158,78 +159,40 @@ def measure(
         prepared.reset()
         if warmed.seconds < SLOW:
             prepared.step()  # what the reset freed is created again
-    other = Clock(device)  # so that its rounds are kept apart
-    peaks = [0, 0]
-    lead = other_lead = 0.0
-
-    def ready() -> None:
-        # The same before both: a host that comes from other work, or a device that has idled longer, is not as fast.
-        device.flush()
-        device.synchronize()
-        device.reset_peak()
-
-    def other_round() -> None:
-        # A B B A: in A B A B the second is always the later one, and a card that slows down slows it down more.
-        if beside is not None and len(clock.rounds) % 2 == 0:
-            ready()
-            other.lead = other_lead
-            time_without_gc(other, beside.step)
-
-    def before_round() -> None:
-        other_round()
-        ready()
-        clock.lead = lead
-
-    def after_round() -> None:
-        for place, value in enumerate(device.peak()):
-            peaks[place] = max(peaks[place], value - before[place])
-        other_round()
-
-    def one_round() -> None:
-        before_round()
-        time_without_gc(clock, prepared.step)
-        after_round()
-
-    def taken() -> tuple[list[Round], list[Round]]:
-        found = list(clock.rounds), list(other.rounds)
-        clock.rounds.clear()
-        other.rounds.clear()
-        return found
-
+    pair = Interleaved(prepared.step, clock, None if beside is None else beside.step, before)
     if beside is not None:
-        time_without_gc(other, beside.step)
+        time_without_gc(pair.other, beside.step)
     started = device.now()
     while warmed.seconds < SLOW and device.now() - started < settle:
-        one_round()
-    taken()
-    peaks[:] = [0, 0]
+        pair.round()
+    _, settled = pair.take()
+    pair.peaks = [0, 0]
     compiled, started, elapsed = compilations(), device.now(), 0.0
-    from_idle: tuple[list[Round], list[Round]] = [], []
-    if HEADLINE.get(case.group, "device") == "device" and warmed.seconds < SLOW:
-        for _ in range(choose_rounds(case, warmed.seconds, min(most, FROM_IDLE))):
-            one_round()
-        from_idle, elapsed = taken(), device.now() - started
-        lead, other_lead = (LEAD * median(r.host for r in found) + LEAST_LEAD if found else 0.0 for found in from_idle)
-    pedantic(
-        prepared.step,
-        setup=before_round,
-        teardown=after_round,
-        rounds=choose_rounds(case, warmed.seconds + 2 * lead, most),
-    )
-    timed = taken()
-    if not lead:
-        from_idle, timed, elapsed = timed, ([], []), device.now() - started
+    idle: list[Round] = []
+    idle_beside: list[Round] = []
+    if HEADLINE.get(case.group, "device") == "device":
+        if warmed.seconds < SLOW:
+            for _ in range(choose_rounds(case, warmed.seconds, min(most, FROM_IDLE))):
+                pair.round()
+            elapsed = device.now() - started
+            idle, idle_beside = pair.take()
+            pair.lead_host(idle)
+        pair.beside_lead = lead_for(idle_beside or settled)
+    rounds = choose_rounds(case, warmed.seconds + 2 * pair.lead, most)
+    started = device.now()
+    pedantic(prepared.step, setup=pair.setup, teardown=pair.teardown, rounds=rounds)
+    timed, timed_beside = pair.take()
     return Measurement(
-        rounds=from_idle[0],
-        beside=from_idle[1],
-        ahead=timed[0],
-        beside_ahead=timed[1],
-        lead=lead,
+        rounds=idle if pair.lead else timed,
+        ahead=timed if pair.lead else [],
+        beside=idle_beside or timed_beside,
+        beside_ahead=timed_beside if pair.beside_lead else [],
+        lead=pair.lead,
         warm_up=warmed,
-        elapsed=elapsed,
+        elapsed=elapsed if pair.lead else device.now() - started,
         compiled=compilations() - compiled,
-        peak_allocated=peaks[0],
-        peak_reserved=told_reserved(peaks, before),
+        peak_allocated=pair.peaks[0],
+        peak_reserved=told_reserved(pair.peaks, before),
     )
 
 
@@ -246,17 +209,6 @@ def told_reserved(peaks: Sequence[int], before: tuple[int, int]) -> int | None:
     allocated, reserved = peaks
     hidden = before[1] - before[0]
     return None if reserved < allocated or 8 * hidden > reserved else reserved
-
-
-def time_without_gc(clock: Clock, step: Callable[[], object]) -> None:
-    """One round as pytest-benchmark takes it with --benchmark-disable-gc."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        clock.time(step)
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def check_inputs(inputs: Sequence[Tensor]) -> None:

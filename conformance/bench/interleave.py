@@ -1,0 +1,107 @@
+"""Rounds of a step, interleaved with those of another so that drift cancels, and with a lead of the host if asked."""
+
+import gc
+from collections.abc import Callable
+from statistics import median
+
+from conformance.bench.clock import Clock, Round
+
+LEAD, LEAST_LEAD = 1.5, 1e-4  # times what the host needs for the step, and seconds on top
+PROBES = 3
+
+
+class Interleaved:
+    """A step's rounds on its clock, each next to one of the step beside it: A B B A.
+
+    In A B A B the second would always be the later one, and a card that slows down slows it down more.
+    """
+
+    lead = beside_lead = 0.0
+    """Seconds by which the host is ahead of the device in a round of the step, and of the one beside it."""
+
+    def __init__(
+        self,
+        step: Callable[[], object],
+        clock: Clock,
+        beside: Callable[[], object] | None,
+        before: tuple[int, int] = (0, 0),
+    ) -> None:
+        """``before``: bytes allocated and reserved that do not count as the step's."""
+        self.step, self.clock, self.beside, self.before = step, clock, beside, before
+        self.other = Clock(clock.device)  # so that its rounds are kept apart
+        self.peaks = [0, 0]
+
+    def setup(self) -> None:
+        """All that comes before a round of the step."""
+        self._round_beside()
+        self._ready()
+        self.clock.lead = self.lead
+
+    def teardown(self) -> None:
+        """All that comes after it."""
+        for place, value in enumerate(self.clock.device.peak()):
+            self.peaks[place] = max(self.peaks[place], value - self.before[place])
+        self._round_beside()
+
+    def round(self) -> None:
+        """One round, with what comes before and after it."""
+        self.setup()
+        time_without_gc(self.clock, self.step)
+        self.teardown()
+
+    def take(self) -> tuple[list[Round], list[Round]]:
+        """The rounds so far, of the step and of the one beside it; those that follow are others."""
+        found = list(self.clock.rounds), list(self.other.rounds)
+        self.clock.rounds.clear()
+        self.other.rounds.clear()
+        return found
+
+    def lead_host(self, rounds: list[Round]) -> None:
+        """Give the host a lead from now on, if it can get ahead of the device at all.
+
+        It cannot where a step waits for the device in its midst, as bitsandbytes' 8-bit ones for every parameter, or
+        launches more than the driver queues. Such a step begins idle, as before.
+
+        Args:
+            rounds: of the step, from an idle device.
+        """
+        self.lead = lead_for(rounds)
+        for _ in range(PROBES):
+            self.round()
+        probes, _ = self.take()
+        if waits_for_device(probes, self.lead):
+            self.lead = 0.0
+
+    def _round_beside(self) -> None:
+        if self.beside is not None and len(self.clock.rounds) % 2 == 0:
+            self._ready()
+            self.other.lead = self.beside_lead
+            time_without_gc(self.other, self.beside)
+
+    def _ready(self) -> None:
+        # The same before both: a host that comes from other work, or a device that has idled longer, is not as fast.
+        device = self.clock.device
+        device.flush()
+        device.synchronize()
+        device.reset_peak()
+
+
+def lead_for(rounds: list[Round]) -> float:
+    """Seconds that the host needs to launch all of a step before the device begins, from rounds of it."""
+    return LEAD * median(r.host for r in rounds) + LEAST_LEAD if rounds else 0.0
+
+
+def waits_for_device(rounds: list[Round], lead: float) -> bool:
+    """Whether the host was not done with the step when its lead ended."""
+    return median(r.host for r in rounds) > lead
+
+
+def time_without_gc(clock: Clock, step: Callable[[], object]) -> None:
+    """One round as pytest-benchmark takes it with --benchmark-disable-gc."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        clock.time(step)
+    finally:
+        if enabled:
+            gc.enable()
