@@ -1,5 +1,6 @@
 """A device that lags its host, in virtual time: launches return at once, and the work is done later."""
 
+from collections import deque
 from collections.abc import Callable
 
 import numpy as np
@@ -20,6 +21,7 @@ class FakeDevice:
 
     kind = "fake"
     launch_seconds = 5e-6
+    queue = 1000  # launches that the host can be ahead
     bandwidth, cache_bandwidth, cache_bytes = 1e12, 5e12, 50e6
 
     def __init__(self, noise: float = 0.0, drift: float = 0.0) -> None:
@@ -29,15 +31,19 @@ class FakeDevice:
         self.spread = noise
         self.cached = False
         self.tensors, self.peak_tensors = 0, 0
+        self.ends: deque[float] = deque(maxlen=self.queue)
 
     # what a step does
 
     def work(self, seconds: float) -> None:
         """Launch work of so many seconds; slower by ``drift`` for every second of the device's past."""
         self.host += self.launch_seconds
+        if len(self.ends) == self.queue:
+            self.host = max(self.host, self.ends[0])
         begin = max(self.host, self.busy_until)
         factor = (1 + self.drift * (begin - 1000.0)) * float(np.exp(self.noise.normal(0.0, self.spread)))
         self.busy_until = begin + seconds * factor
+        self.ends.append(self.busy_until)
 
     def read(self, size: float) -> None:
         """Launch a read of so many bytes of one buffer."""

@@ -5,6 +5,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
@@ -481,6 +482,33 @@ def test_a_host_that_loses_its_lead_later_is_told() -> None:
     assert found.waits_for_host
 
 
+@pytest.mark.parametrize(("kernel", "waits"), [(2e-5, False), (2e-6, True)])
+def test_a_full_queue_of_launches_is_no_waiting_unless_the_device_is_the_faster_one(kernel: float, waits: bool) -> None:
+    device = FakeDevice()  # 5 us per launch
+    found = measured(device, launches(device, 2000, 2000 * kernel), BY_DEVICE)
+    assert found.waits_for_host == waits
+    expected = 2000 * device.launch_seconds if waits else 2000 * kernel  # from an idle device; with all of it ahead
+    assert [r.device for r in found.device_rounds] == pytest.approx([expected] * CASE.rounds, rel=1e-3)
+    assert [r.host for r in found.rounds][0] == pytest.approx(2000 * 5e-6 if waits else 1000 * kernel, rel=0.01)
+
+
+def test_a_long_step_does_not_wait_for_a_host_that_got_slower() -> None:
+    device = FakeDevice()
+    calls = 0
+
+    def step() -> None:
+        nonlocal calls
+        calls += 1
+        for _ in range(10):
+            device.host += 5e-4 if calls > 30 else 0.0  # 5 ms in all, the lead is 1.1
+            device.work(2e-3)
+
+    found = measured(device, step, BY_DEVICE)
+    assert median(r.host for r in found.ahead) > found.lead
+    assert not found.waits_for_host
+    assert found.device_rounds[-1].device == pytest.approx(2e-2)
+
+
 def test_a_step_of_seconds_gets_no_lead() -> None:
     device = FakeDevice()
     device.launch_seconds = 5e-5
@@ -523,4 +551,4 @@ def test_leads_fit_the_budget() -> None:
     device = FakeDevice()
     device.launch_seconds = 1e-3
     found = measured(device, lambda: device.work(1e-3), replace(BY_DEVICE, budget=0.1))
-    assert (len(found.rounds), len(found.ahead)) == (10, 19)  # 2 ms each; with twice the lead of 1.6 ms 5.2 ms
+    assert (len(found.rounds), len(found.ahead)) == (10, 14)  # 2 ms each; with twice the lead of 2.5 ms 7 ms

@@ -6,8 +6,9 @@ from statistics import median
 
 from conformance.bench.clock import Clock, Round
 
-LEAD, LEAST_LEAD = 1.5, 1e-4  # times what the host needs for the step, and seconds on top
+LEAD, LEAST_LEAD = 1.5, 1e-3  # times what the host needs for the step, and seconds on top: short ones vary more
 PROBES = 3
+LITTLE = 0.1  # of a step's device time
 
 
 class Interleaved:
@@ -60,7 +61,7 @@ class Interleaved:
         """Give the host a lead from now on, if it can get ahead of the device at all.
 
         It cannot where a step waits for the device in its midst, as bitsandbytes' 8-bit ones for every parameter, or
-        launches more than the driver queues. Such a step begins idle, as before.
+        launches more than the driver queues and slower than the device works. Such a step begins idle, as before.
 
         Args:
             rounds: of the step, from an idle device.
@@ -69,7 +70,7 @@ class Interleaved:
         for _ in range(PROBES):
             self.round()
         probes, _ = self.take()
-        if waits_for_device(probes, self.lead):
+        if waits_for_host(probes, self.lead):
             self.lead = 0.0
 
     def _round_beside(self) -> None:
@@ -91,9 +92,15 @@ def lead_for(rounds: list[Round]) -> float:
     return LEAD * median(r.host for r in rounds) + LEAST_LEAD if rounds else 0.0
 
 
-def waits_for_device(rounds: list[Round], lead: float) -> bool:
-    """Whether the host was not done with the step when its lead ended."""
-    return median(r.host for r in rounds) > lead
+def waits_for_host(rounds: list[Round], lead: float) -> bool:
+    """Whether the device had to wait although the host had a lead.
+
+    It did if the host was still at it when the lead ended, and had hardly left the device anything to do when the call
+    returned. The first alone says nothing of a long step: the host stays ahead while the device works, or has been held
+    up by a full queue of launches.
+    """
+    used_up = median(r.host for r in rounds) > lead
+    return used_up and median((r.wall - r.host) / r.device for r in rounds) < LITTLE
 
 
 def time_without_gc(clock: Clock, step: Callable[[], object]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from conformance.bench.case import HEADLINE, Case, Prepared
 from conformance.bench.clock import Clock, Device, Round
-from conformance.bench.interleave import Interleaved, lead_for, time_without_gc, waits_for_device
+from conformance.bench.interleave import Interleaved, lead_for, time_without_gc, waits_for_host
 
 SLOW = 0.5  # seconds of a step against which caches and first launches are small: two calls warm it up
 VERY_SLOW = 4.0  # one call does, if it compiled nothing
@@ -65,8 +65,8 @@ class Measurement:
 
     @property
     def waits_for_host(self) -> bool:
-        """Whether the host is slower than the device, or waits for it in the midst of the step; or was not ahead."""
-        return not self.ahead or waits_for_device(self.ahead, self.lead)
+        """Whether waiting for the host is in the device time."""
+        return not self.ahead or waits_for_host(self.ahead, self.lead)
 
 
 # pytest-benchmark's benchmark.pedantic(target, setup=..., teardown=..., rounds=...), whose timer is a Clock's mark.
