@@ -83,7 +83,8 @@ def test_mistakes_are_told_in_a_sentence(
 
 
 def test_other_versions_are_refused_before_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    old = {"schema": 2, "label": "CPU, small", "environment": {"torch": "1.0"}, "card": {"noise": None}, "rows": []}
+    card = {"name": "CPU", "copy_bandwidth": 1e10, "bf16_rate": 1e11, "noise": None}
+    old = {"schema": 2, "label": "CPU, small", "environment": {"torch": "1.0"}, "card": card, "rows": []}
     (tmp_path / "old.json").write_text(json.dumps(old))
     assert main(["--device", "cpu", "--compare", "old.json"]) == 2
     assert "torch 1.0 and" in capsys.readouterr().err

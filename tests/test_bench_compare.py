@@ -32,7 +32,12 @@ def summary(*rows: dict[str, Any], **environment: str) -> dict[str, Any]:
         "schema": 2,
         "label": None,
         "environment": ENVIRONMENT | environment,
-        "card": {"name": "NVIDIA H100 80GB HBM3", "noise": {"ratio": 1.0, "low": 0.997, "high": 1.004}},
+        "card": {
+            "name": "NVIDIA H100 80GB HBM3",
+            "copy_bandwidth": 3e12,
+            "bf16_rate": 7e14,
+            "noise": {"ratio": 1.0, "low": 0.997, "high": 1.004},
+        },
         "rows": list(rows),
     }
 
@@ -106,6 +111,21 @@ def test_what_waits_for_the_host_drifts_with_it() -> None:
     assert found["B"].noise < 0.02
 
 
+def test_a_faster_card_of_the_same_model_is_no_faster_software() -> None:
+    def rows(factor: float, seed: int) -> list[dict[str, Any]]:
+        return [row("A", 3.0 * factor, seed), row("T", 3.0 * factor, seed, group="training step")]
+
+    old, new = summary(*rows(1.0, 1)), summary(*rows(0.97, 2))
+    assert [found.verdict for found in compare(old, new)] == ["faster", "faster"]
+    new["card"]["bf16_rate"] *= 1.03  # of matrix products, which training consists of
+    assert [found.verdict for found in compare(old, new)] == ["faster", "ambiguous"]
+    assert [found.verdict for found in compare(new, old)] == ["slower", "ambiguous"]
+    new["card"]["copy_bandwidth"] *= 1.03  # which bounds the optimizers
+    assert [found.verdict for found in compare(old, new)] == ["ambiguous", "ambiguous"]
+    new["card"]["name"] = "NVIDIA A10"  # compared on purpose
+    assert [found.verdict for found in compare(old, new)] == ["faster", "faster"]
+
+
 def test_what_was_not_measured_is_not_compared() -> None:
     absent = row("A", 1.0, 1) | {"unavailable": "out of memory."}
     assert compare(OLD, summary(absent)) == compare(summary(absent), OLD) == []
@@ -176,6 +196,8 @@ def damaged(change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
         lambda s: s.update(rows=[1, 2]),
         lambda s: s["card"].pop("noise"),
         lambda s: s["card"].update(noise={"low": "x", "high": 1.0}),
+        lambda s: s["card"].pop("bf16_rate"),
+        lambda s: s["card"].update(copy_bandwidth=0.0),
         lambda s: s["rows"][0].pop("name"),
         lambda s: s["rows"][0].pop("samples_ms"),
         lambda s: s["rows"][0]["samples_ms"].update(device=[]),
@@ -186,7 +208,7 @@ def damaged(change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
         lambda s: s["rows"][0].update(interleaved={"with": "B", "beside_ms": "x"}),
         lambda s: s["rows"][0].update(interleaved={"beside_ms": 1.0}),
     ],
-    ids=[f"fault {number}" for number in range(15)],
+    ids=[f"fault {number}" for number in range(17)],
 )
 def test_a_damaged_summary_is_told(
     change: Callable[[dict[str, Any]], object], tmp_path: Path, capsys: pytest.CaptureFixture[str]

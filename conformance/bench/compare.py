@@ -53,6 +53,8 @@ def is_whole(summary: Mapping[str, Any]) -> bool:
     card, rows, environment = summary["card"], summary["rows"], summary["environment"]
     if not isinstance(card, dict) or not isinstance(rows, list) or not isinstance(environment, dict):
         return False
+    if not numbers([card.get("copy_bandwidth"), card.get("bf16_rate")]) or not isinstance(card.get("name"), str):
+        return False
     noise = card.get("noise", False)  # None where it was not measured
     if noise is not None and not (isinstance(noise, dict) and numbers([noise.get("low"), noise.get("high")])):
         return False

@@ -1,4 +1,4 @@
-"""How far apart figures lie although nothing differs: within a pair of rows, and from one time of a run to another.
+"""How far apart figures lie although nothing differs: in a pair of rows, during a run, and from one run to another.
 
 The first is the noise floor: the ratio of a step to itself, interleaved round by round. Drift cancels in it. What
 stands alone drifts: the device with its clock, and the host, which does not launch kernels equally fast at all times
@@ -81,8 +81,21 @@ def host_drifts(summary: Mapping[str, Any]) -> dict[Part, float]:
     return found
 
 
+def card_difference(old: Mapping[str, Any], new: Mapping[str, Any], group: str) -> float:
+    """By how much the card itself was faster in one of two runs: two of a model are not equal, nor is one at all times.
+
+    Told by the copy bandwidth for what is judged by the device time, which is optimizer steps, and by the rate of
+    matrix products for training steps. Between models it is no noise, and 0.
+    """
+    if old["card"]["name"] != new["card"]["name"]:
+        return 0.0
+    measure = "copy_bandwidth" if HEADLINE.get(group, "device") == "device" else "bf16_rate"
+    before, after = old["card"][measure], new["card"][measure]
+    return float(max(before, after) / min(before, after) - 1)
+
+
 def noise_between(old: Mapping[str, Any], new: Mapping[str, Any], key: tuple[str, str, str]) -> float:
-    """Below which difference of a row in two runs nothing can be said.
+    """Below which difference of a row in two runs nothing can be said: the noise floor or the drift, and the card's.
 
     Args:
         old, new: the summaries.
@@ -95,4 +108,4 @@ def noise_between(old: Mapping[str, Any], new: Mapping[str, Any], key: tuple[str
         for drifts in (device_drifts, host_drifts) if row["waits_for_host"] else (device_drifts,):
             known = drifts(summary)
             found.append(known.get(key[:2], max(known.values(), default=0.0)))
-    return max(found)
+    return max(found) + card_difference(old, new, key[0])
