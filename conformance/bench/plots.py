@@ -60,14 +60,14 @@ def share_of_floor(rows: Sequence[Row], marked: Mapping[str, str], identity: str
     """Bars, the best first; blue for float32 parameters, orange for bfloat16."""
     bars = []
     for row in sorted(rows, key=lambda row: -row["share_of_floor"]):
-        floor, time = row["floor_ms"] * 100, row["device_ms"]
+        floor, time, wall = row["floor_ms"] * 100, row["device_ms"], row["wall_ms"]["median"]
         bars.append(
             Bar(
                 name=marked[row["name"]],
                 value=floor / time["median"],
                 low=floor / time["high"],
                 high=floor / time["low"],
-                label=f"{row['share_of_floor']:.1%}, {figure(time['median'])} ms",
+                label=f"{row['share_of_floor']:.1%}, {figure(time['median'])} ms, wall {figure(wall)}",
                 color=SECOND if row["facts"].get("parameter dtype") == "bfloat16" else FIRST,
             )
         )
@@ -75,7 +75,7 @@ def share_of_floor(rows: Sequence[Row], marked: Mapping[str, str], identity: str
     return make_plot(
         "Share of the floor",
         "The floor is the time in which the card copies as many bytes as the step must read and write. "
-        "Beside the bar: the share, and the device's time for a step.",
+        "Beside the bar: the share, the device's time for a step, and the wall time from an idle device.",
         f"{len(bars)} optimizers. The best is {best.name} at {best.label}, the last {worst.name} at {worst.label}.",
         identity,
         lambda width: draw_bars(bars, "% of the floor", width, (100.0, "the floor")),
