@@ -29,7 +29,7 @@ SOURCES = ("optimizer_step", "training", "peers")
 
 EXAMPLES = """\
 examples:
-  python -m conformance.bench                                all rows, on the GPU (an H100: seven minutes)
+  python -m conformance.bench                                all rows, on the GPU (an H100: eight minutes)
   python -m conformance.bench --quick                        few rounds, the small model only (one minute)
   python -m conformance.bench --device cpu                   a small version, which says nothing about a GPU
   python -m conformance.bench --only 8bit --only "fused, fp32"   some rows
