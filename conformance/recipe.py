@@ -119,6 +119,8 @@ class Recipe:
     """compute: let the logits leave in the dtype they were computed in (capability logits-opt-out)."""
     initialization: Literal["eager", "meta"] = "eager"
     """meta: build on the meta device and materialise afterwards, as FSDP does (capability meta-init)."""
+    activation_checkpointing: bool = False
+    """Compute activations again in the backward instead of keeping them (capability activation-checkpointing)."""
     compile: bool = False
     """Train through torch.compile; the recorder keeps it eager (capability compile)."""
     world_size: int = 1

@@ -36,6 +36,7 @@ CAPABILITIES = {
     "logits-opt-out": "can be told to leave logits in the dtype they were computed in",
     "stable-embedding": "can train with bitsandbytes' StableEmbedding",
     "meta-init": "can build the model on the meta device and materialise it afterwards, on one device",
+    "activation-checkpointing": "can compute activations again in the backward instead of keeping them",
     "compile": "has torch.compile as an option",
     "two-ranks": "trains on two CPU processes with gloo",
 }

@@ -51,6 +51,7 @@ class LitGPT:
         "logits-opt-out": "pretrain.setup has no setting for Fabric's conversion of outputs",
         "stable-embedding": "pretrain has none; litgpt.finetune swaps only with quantisation, Fabric's on CUDA",
         "meta-init": "on one device pretrain.main initialises at once; the meta device is used by FSDP only",
+        "activation-checkpointing": "pretrain.setup has none; litgpt.finetune's FSDPStrategy has",
         "compile": "pretrain.main always compiles",
         "two-ranks": "several devices mean FSDP, which Fabric offers on GPUs only",
     }

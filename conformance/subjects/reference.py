@@ -59,6 +59,7 @@ class Reference:
     def train_config(self, recipe: Recipe) -> reference.TrainConfig:
         """The run of the recipe; tests override it too."""
         same = "updates microbatches warmup clip precision logits stable_embedding initialization compile seed"
+        same += " activation_checkpointing"
         optimizer: dict[str, Any] = recipe.optimizer.config()
         return reference.TrainConfig(
             **{name: getattr(recipe, name) for name in same.split()},

@@ -1,4 +1,4 @@
-"""ACC: an update is that of its sequences, however they are split into microbatches and over ranks."""
+"""ACC: an update is that of its sequences, however they are split into microbatches and over ranks, or computed."""
 
 from dataclasses import replace
 from typing import Any
@@ -166,3 +166,21 @@ def test_sequences_of_an_update(subject: Subject, trace: Any, attempt: Any) -> N
                 "10 sequences per update as asked for, or an error, with microbatches of 4",
                 f"{' and '.join(map(str, sorted(counts)))} sequences, without a word",
             )
+
+
+@clause(
+    "ACC-7",
+    needs=("activation-checkpointing",),
+    why="The gradients are those of other activations than the loss was computed from, while the loss looks as always.",
+    mend="Leave preserve_rng_state on, and have nothing else change between the two forwards.",
+    source="allenai/OLMo-core#828 (loss 2.50 in place of 2.20), openai/guided-diffusion#167, pytorch#7617",
+    bound="as ACC-1 (healthy: 0; dropout drawn anew: 0.48)",
+)
+def test_activations_computed_again(subject: Subject, trace: Any) -> None:
+    """Activation checkpointing changes no gradient, with dropout if the stack has some."""
+    kept = everyday(subject, dropout=0.0 if "dropout" in subject.lacks else 0.1)
+    gradients_agree(
+        trace(kept).updates[0].gradients,
+        trace(replace(kept, activation_checkpointing=True)).updates[0].gradients,
+        "activations computed again against activations kept",
+    )

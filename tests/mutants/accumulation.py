@@ -74,6 +74,22 @@ MUTANTS = [
         (UPDATE, "pairs, shared[0])", "pairs, shared[0] + fabric.world_size * sum(len(ids) for ids, _ in pairs))"),
     ),
     mutant(
+        "ac-rng-mismatch",
+        "ACC-7",
+        "OLMo-core#828, OLMo#702",
+        ("reference.model:GPT.forward", "preserve_rng_state=True", "preserve_rng_state=False"),
+    ),
+    mutant(
+        "ac-detaches",
+        "ACC-7",
+        "pytorch#7617, open_clip#573 (an input that needs no gradient: the block gets none)",
+        (
+            "reference.model:GPT.forward",
+            "checkpoint(block, x, ",
+            "x + checkpoint(lambda x, *rest: (block(x, *rest) - x).detach(), x, ",
+        ),
+    ),
+    mutant(
         "global-batch-wrong",
         "ACC-6",
         "litgpt#1927, axolotl#134",
