@@ -21,6 +21,7 @@ CHAPTERS = {
     "RESUME": "save and resume",
     "DATA": "order and content of data",
     "EVAL": "evaluation",
+    "REPORT": "what the run reports",
     "CAUSAL": "what a logit may depend on",
     "TIE": "tied embedding and head",
 }

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from conformance import Constant, Normal, Uniform, checks
-from conformance.checks import clipping, data, evaluation, initialization, precision, schedule
+from conformance.checks import clipping, data, evaluation, initialization, precision, reports, schedule
 from conformance.checks.accumulation import gradient_is_of
 from conformance.checks.optimizer import keywords_arrive
 from conformance.clause import Violation
@@ -249,6 +249,27 @@ def test_reported_losses_are_found(line: str, numbers: list[str]) -> None:
 
 def test_a_reported_loss_may_be_rounded_but_not_off() -> None:
     evaluation.reports(["val loss 4.81", "val loss: 4.852"], 4.8523)
-    assert evaluation.is_rounded("4.9e0", 4.86)
+    assert reports.is_rounded("4.9e0", 4.86)
     with pytest.raises(Violation, match=r"reported: 4\.81, 4\.852"):
         evaluation.reports(["val loss 4.81", "val loss: 4.852"], 4.8529)
+
+
+TOLD = [
+    ("update 6/6: loss 4.8348, validation 4.8340, lr 0.02, gradient norm 0.940", "4.8348", "0.02", "0.940"),
+    ("{'loss': '4.568', 'grad_norm': '1.527', 'learning_rate': '1e-04', 'epoch': '1'}", "4.568", "1e-04", "1.527"),
+    ("{'train_runtime': '0.1479', 'train_loss': '4.568', 'epoch': '1'}", "4.568", None, None),
+    ("Epoch 1 | iter 4 step 1 | loss train: 4.812, val: n/a | iter time: 2.31 ms", "4.812", None, None),
+    ("Training: 50%| 1/2 [00:00<00:00, 97.5it/s, loss=4.85, lr=1.0e-4]", "4.85", "1.0e-4", None),
+    ("step   0: loss 5.663", "5.663", None, None),
+    ("Final evaluation | val loss: 4.852", None, None, None),
+    (" 'optimizer': {'init_args': {'lr': 0.1}}, 'max_grad_norm': 1.0, 'epochs': 3", None, None, None),
+    ("iter 4: lr 0.1, gradient norm 1.5", None, "0.1", "1.5"),
+    ("{'eval_loss': '4.573'}; aux loss 0.01; loss scale 65536.0; loss (0.53 s)", None, None, None),
+    ("step 3, loss: 12, lr: 0, gradient norm of 3 tensors 4.5", None, None, None),
+]
+
+
+@pytest.mark.parametrize(("line", "loss", "rate", "norm"), TOLD)
+def test_what_a_run_reports_is_found(line: str, loss: str | None, rate: str | None, norm: str | None) -> None:
+    found = reports.training_losses([line]), reports.learning_rates([line]), reports.gradient_norms([line])
+    assert found == tuple([] if number is None else [number] for number in (loss, rate, norm))

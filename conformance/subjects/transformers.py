@@ -58,7 +58,7 @@ class Transformers:
             --weight_decay {optimizer["init_args"].get("weight_decay", 0)} --max_grad_norm {recipe.clip or 0}
             --lr_scheduler_type {"constant_with_warmup" if recipe.minimum_lr is None else "cosine_with_min_lr"}
             --lr_scheduler_kwargs {{"min_lr":{recipe.minimum_lr or 0}}} --bf16 {recipe.precision == "bf16-mixed"}
-            {"--gradient_checkpointing" if recipe.activation_checkpointing else ""}
+            --logging_steps 1 {"--gradient_checkpointing" if recipe.activation_checkpointing else ""}
             --torch_compile {recipe.compile} --seed {recipe.seed} --output_dir""".split()
         sizes: dict[str, Any] = {"vocab_size": recipe.vocab_size, "max_position_embeddings": recipe.block_size + 1}
         sizes |= {"num_hidden_layers": recipe.n_layer, "num_attention_heads": recipe.n_head}

@@ -62,10 +62,8 @@ class XTransformers(Reference):
     name = "x-transformers"
     version = importlib.metadata.version("x-transformers")
     policy = XTransformersPolicy()
-    lacks = Reference.lacks | {
-        "meta-init": "TransformerWrapper, Attention and the norms have no reset_parameters()",
-        "activation-checkpointing": "reference.Trainer checkpoints the blocks of its own GPT only",
-    }
+    lacks = Reference.lacks | {"meta-init": "TransformerWrapper, Attention and the norms have no reset_parameters()"}
+    lacks["activation-checkpointing"] = "reference.Trainer checkpoints the blocks of its own GPT only"
     recipes: dict[Path, Recipe] = {}  # by directory: a checkpoint cannot say how to build a module of somebody else's
 
     def model_config(self, recipe: Recipe) -> Any:  # a function, which Trainer takes as well as a GPTConfig

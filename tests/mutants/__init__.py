@@ -16,6 +16,7 @@ from tests.mutants import (
     initialization,
     optimizer,
     precision,
+    reports,
     resume,
     schedule,
     ties,
@@ -37,6 +38,7 @@ MUTANTS: list[Mutant] = [
     *resume.MUTANTS,
     *data.MUTANTS,
     *evaluation.MUTANTS,
+    *reports.MUTANTS,
     *causality.MUTANTS,
     *ties.MUTANTS,
 ]

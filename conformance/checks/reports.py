@@ -1,0 +1,60 @@
+"""Rules of what a run reports about itself: training loss, learning rate, gradient norm."""
+
+import re
+from collections.abc import Iterable, Sequence
+
+from conformance.clause import Violation
+
+# Behind a name: "loss 4.8520", "loss train: 4.852", "{'grad_norm': '0.9402'", "lr=1.0e-04". Only numbers with a point
+# or an exponent: counters are none.
+NUMBER = r"\W{0,5}(\d+\.\d+(?:e[-+]?\d+)?|\d+e[-+]?\d+)(?![\d.]*\s*(?:%|m?s\b|sec|it/|tok))"
+LOSS = re.compile(r"(?:([a-z]+)[ _/])?(?<![a-z])loss(?:[ _/]([a-z]+))?" + NUMBER, re.IGNORECASE)
+RATE = re.compile(r"(?<![a-z])(?:lr|learning[ _]rate)" + NUMBER, re.IGNORECASE)
+NORM = re.compile(r"(?<![a-z])(?:grad|gradient)[ _]?norm" + NUMBER, re.IGNORECASE)
+PROGRESS = re.compile(r"\b(?:step|iter|iteration|update|epoch)[ :=]{1,3}\d", re.IGNORECASE)
+OTHERS = {"val", "valid", "validation", "eval", "evaluation", "test", "dev", "aux", "auxiliary", "balance", "scale"}
+"""Words beside ``loss`` that make it another one than that of training."""
+
+
+def training_losses(messages: Iterable[str]) -> list[str]:
+    """The losses in what a run said, as they stand there, without those of validation."""
+    found = [match for line in messages for match in LOSS.findall(line)]
+    return [number for before, after, number in found if not {before.lower(), after.lower()} & OTHERS]
+
+
+def learning_rates(messages: Iterable[str]) -> list[str]:
+    """The learning rates in what a run said about its progress; in settings that it printed it is the peak."""
+    return [number for line in messages if is_progress(line) for number in RATE.findall(line)]
+
+
+def gradient_norms(messages: Iterable[str]) -> list[str]:
+    """The gradient norms in what a run said about its progress; in settings that it printed it is the limit."""
+    return [number for line in messages if is_progress(line) for number in NORM.findall(line)]
+
+
+def is_progress(line: str) -> bool:
+    """Whether a message is about an update, and not about settings."""
+    return bool(PROGRESS.search(line) or training_losses([line]))
+
+
+def is_rounded(text: str, value: float) -> bool:
+    """Whether a printed number is this value, rounded to as many digits as were printed."""
+    digits, _, exponent = text.lower().partition("e")
+    unit = 10.0 ** (int(exponent or 0) - len(digits.partition(".")[2]))
+    return abs(float(text) - value) <= 0.5 * unit + 1e-6 * abs(value)
+
+
+def one_is_among(numbers: Sequence[str], values: Iterable[float], what: str) -> None:
+    """One of the numbers reported is one of these values, rounded.
+
+    Args:
+        numbers: as they were printed.
+        values: what they may be.
+        what: is expected, for the message.
+
+    Raises:
+        Violation: with the numbers.
+    """
+    allowed = list(values)
+    if not any(is_rounded(number, value) for number in numbers for value in allowed):
+        raise Violation(what, f"reported: {', '.join(dict.fromkeys(numbers))}")

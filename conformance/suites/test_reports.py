@@ -1,0 +1,100 @@
+"""REPORT: the numbers that a run prints about its training are those of its training."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from conformance.checks.accumulation import total_norm
+from conformance.checks.data import mean_entropy, next_tokens, sample_numbers
+from conformance.checks.reports import gradient_norms, learning_rates, one_is_among, training_losses
+from conformance.clause import NotApplicable, clause
+from conformance.recipe import OptimizerChoice, Recipe
+from conformance.subject import Subject
+from conformance.suites import everyday
+from conformance.suites.test_clipping import clipped
+from conformance.trace import Trace
+
+
+def update_losses(recipe: Recipe, run: Trace) -> list[float]:
+    """The mean cross entropy of the next tokens of each update.
+
+    Raises:
+        NotApplicable: if an update trained on other sequences than those of the recipe.
+    """
+    rows = torch.cat(recipe.batches())
+    losses: list[list[float]] = [[] for _ in run.updates]
+    for forward in run.forwards:
+        numbers = sample_numbers(forward.ids, rows)
+        if not (forward.training and forward.grad_enabled and forward.update < len(losses)):
+            continue
+        if None in numbers:
+            raise NotApplicable("an update trained on other sequences than those asked for: see ACC-6")
+        pairs = zip(forward.logits, numbers, strict=True)
+        losses[forward.update] += [mean_entropy(*next_tokens(logits[None], rows[n][None])) for logits, n in pairs]
+    return [sum(found) / len(found) for found in losses]
+
+
+@clause(
+    "REPORT-1",
+    why="The curve that decides about a run is not that of the run, and jumps when the batch is split otherwise.",
+    mend="Add up the losses of all microbatches of an update, each weighed as in the gradient.",
+    source="huggingface/transformers#35204, pytorch-lightning#2569, allenai/allennlp#4706",
+    bound="all digits of the number reported",
+)
+def test_reported_loss(subject: Subject, trace: Any) -> None:
+    """The training loss that the run reports is the mean cross entropy of an update, or of several in a row."""
+    recipe = everyday(subject)
+    run = trace(recipe)
+    found = training_losses(run.messages)
+    if not found:
+        raise NotApplicable("no message of the run gives a training loss")
+    losses = update_losses(recipe, run)
+    windows = [losses[first:last] for last in range(1, len(losses) + 1) for first in range(last)]
+    one_is_among(
+        found,
+        [sum(window) / len(window) for window in windows],
+        f"a training loss of {losses[0]:.4f} for the first update, {losses[-1]:.4f} for the last, or a mean of updates",
+    )
+
+
+@clause(
+    "REPORT-2",
+    needs=("schedule",),
+    level="should",
+    why="The schedule that one sees is not the one that was trained with; at a restart it is off by the whole range.",
+    mend="Read the rate before the scheduler moves on to the next one.",
+    source="huggingface/transformers#35942, catalyst-team/catalyst#60",
+    bound="all digits of the number reported",
+)
+def test_reported_rate(subject: Subject, trace: Any) -> None:
+    """The learning rate that the run reports last is one that an update had."""
+    # Three rates, and the next is another one; with digits enough to tell them apart.
+    step = OptimizerChoice.of("torch.optim.SGD", lr=0.0987)
+    run = trace(everyday(subject, optimizer=step, updates=3, warmup=3, minimum_lr=None))
+    found = learning_rates(run.messages)
+    if not found:
+        raise NotApplicable("no message of the run gives a learning rate")
+    rates = [float(update.groups[0].settings["lr"]) for update in run.updates]
+    one_is_among(found[-1:], rates, f"one of the rates {', '.join(f'{rate:.4g}' for rate in rates)}")
+
+
+@clause(
+    "REPORT-3",
+    needs=("clip",),
+    level="should",
+    why="A norm that never exceeds the limit hides that every update is clipped; a rank's own part is too small.",
+    mend="Report what clip_grad_norm_ returns: the norm of the whole gradient before it was scaled.",
+    source="ray-project/ray#4965, radixark/miles_diffusion#35 (a shard's norm), pytorch#1032",
+    bound="all digits of the number reported",
+)
+def test_reported_norm(subject: Subject, trace: Any) -> None:
+    """The gradient norm that the run reports last is that of a whole gradient, before it was clipped."""
+    still = OptimizerChoice.of("torch.optim.SGD", lr=0.0)  # so that the gradients are those of a run that clips none
+    plain = Recipe(optimizer=still, microbatch_size=4)
+    norms = [total_norm(update.gradients) for update in trace(plain).updates]
+    run = trace(clipped(replace(plain), norms[0], 0.1))
+    found = gradient_norms(run.messages)
+    if not found:
+        raise NotApplicable("no message of the run gives a gradient norm")
+    one_is_among(found[-1:], norms, f"one of the norms {', '.join(f'{norm:.4g}' for norm in norms)}")

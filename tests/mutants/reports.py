@@ -1,0 +1,34 @@
+"""Faults of what a run reports: the training is right, and the numbers about it are not."""
+
+from tests.mutants.planting import ACCUMULATE, FIT, UPDATE, mutant
+
+MUTANTS = [
+    mutant(
+        "reported-loss-not-divided",
+        "REPORT-1",
+        "transformers#35204",
+        (UPDATE, "Done(loss_value, ", "Done(loss_value * len(pairs), "),
+    ),
+    mutant(
+        "reported-loss-of-the-last-microbatch",
+        "REPORT-1",
+        "allennlp#4706, nanoGPT train.py",
+        (ACCUMULATE, "total += loss.detach()", "total = loss.detach() * len(pairs)"),
+    ),
+    mutant(
+        "reported-rate-of-the-next-update",
+        "REPORT-2",
+        "transformers#35942",
+        (
+            FIT,
+            'float(run.bare.param_groups[0]["lr"])',
+            "run.peaks[0] * (update + 2) / (config.warmup + 1)",
+        ),
+    ),
+    mutant(
+        "reported-norm-after-clipping",
+        "REPORT-3",
+        "ray#4965",
+        ("reference.update:clip", "return norm", "return norm.clamp(max=limit) if limit else norm"),
+    ),
+]
