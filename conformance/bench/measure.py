@@ -131,7 +131,7 @@ def measure(
     """Warm up, reset, and time the step round by round, interleaved with another if there is one.
 
     A GPU that is idle when a step begins waits for its first kernels, and a host does not launch equally fast at all
-    times: for the fused AdamW over 124 million parameters, 1.3 ms of an H100's time, it took 0.5 to 1.0 ms within one
+    times: for the fused AdamW over 124 million parameters, 1.3 ms of an H100's time, it took 0.4 to 1.2 ms within one
     run (reports/bench). In training the host runs ahead. So where the device time is judged, it comes from rounds
     before which the GPU is given nothing to do until the host has launched all of the step, as NVBench does; wall and
     host time come from rounds that begin idle. Where the host cannot get ahead, or in a step that takes so long that it

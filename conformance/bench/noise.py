@@ -2,7 +2,7 @@
 
 The first is the noise floor: the ratio of a step to itself, interleaved round by round. Drift cancels in it. What
 stands alone drifts: the device with its clock, and the host, which does not launch kernels equally fast at all times
-(for one and the same fused AdamW 0.5 to 1.0 ms within one run: reports/bench). So rows of two runs are compared with
+(for one and the same fused AdamW 0.4 to 1.2 ms within one run: reports/bench). So rows of two runs are compared with
 the drift of the steps that were measured at several times of the run; with the host's, too, where a step waits for the
 host.
 """
