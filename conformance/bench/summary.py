@@ -30,11 +30,11 @@ def make_row(case: Case, measured: Measurement, facts: Mapping[str, float | str]
     """One row of the summary.
 
     ``device_ms`` and ``wall_ms`` are medians with their 95 % intervals, ``host_ms`` a median. Where the device time is
-    judged, the host has a lead when it is taken (conformance.bench.measure), and ``waits_for_host`` says whether that
-    was used up. ``floor_ms`` is ``floor bytes`` over the copy bandwidth, ``share_of_floor`` that over the device time.
-    ``interleaved`` is the ratio of this row's time to that of the row it was interleaved with, paired round by round,
-    and the medians of that one in these rounds. The peaks are bytes above what there was before the case was built;
-    ``peak_reserved`` is None where the row beside it hides too much of it.
+    judged, the host has a lead when it is taken (conformance.bench.measure); ``waits_for_host`` says whether waiting
+    for it is in the time nevertheless. ``floor_ms`` is ``floor bytes`` over the copy bandwidth, ``share_of_floor`` that
+    over the device time. ``interleaved`` is the ratio of this row's time to that of the row it was interleaved with,
+    paired round by round, and the medians of that one in these rounds. The peaks are bytes above what there was before
+    the case was built; ``peak_reserved`` is None where the row beside it hides too much of it.
     """
     judged = HEADLINE.get(case.group, "device")
     device = [r.device for r in measured.device_rounds]
