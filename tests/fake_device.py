@@ -2,8 +2,14 @@
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
+
+from conformance.bench.case import Case, Prepared, Setting
+from conformance.bench.clock import Clock
+from conformance.bench.measure import Measurement, measure
 
 
 class FakeEvent:
@@ -90,3 +96,38 @@ class FakeDevice:
 
     def release(self) -> None:
         pass
+
+
+def never(setting: Setting) -> Prepared:
+    raise AssertionError("not built here")
+
+
+CASE = Case("training step", "size", "name", never, budget=1e9)
+BY_DEVICE = replace(CASE, group="optimizer step")  # judged by the device time, so with a lead
+
+
+def pedantic_with(clock: Clock) -> Callable[..., object]:
+    """As pytest-benchmark's, with the clock's mark as its timer."""
+
+    def pedantic(target: Callable[[], object], *, setup: Any, teardown: Any, rounds: int) -> None:
+        for _ in range(rounds):
+            setup()
+            start = clock.mark()
+            target()
+            clock.mark() - start
+            teardown()
+
+    return pedantic
+
+
+def measured(
+    device: FakeDevice,
+    step: Callable[[], object],
+    case: Case = CASE,
+    beside: Callable[[], object] | None = None,
+    **keywords: Any,
+) -> Measurement:
+    """What measure() makes of a step on a fake device."""
+    clock = Clock(device)
+    other = None if beside is None else Prepared(beside)
+    return measure(case, Prepared(step), clock, pedantic_with(clock), beside=other, **keywords)
