@@ -1,14 +1,11 @@
 """What the tests of checkpoints share: a tiny one, and the sentence of an error."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from reference import checkpoint
-from reference.checkpoint import CheckpointError
 from reference.config import GPTConfig
 from reference.integrity import digest, write_sums
 from reference.model import GPT
@@ -43,14 +40,3 @@ def load(folder: Path) -> None:
     checkpoint.load_config(folder)
     checkpoint.load_state(folder)
     checkpoint.load_model(folder, gpt())
-
-
-def sentence_of(action: Callable[[], Any]) -> str:
-    """The message of the CheckpointError that ``action`` raises: one line, ended, free of terminal codes."""
-    with pytest.raises(CheckpointError) as caught:
-        action()
-    message = str(caught.value)
-    assert "\n" not in message
-    assert "\x1b" not in message
-    assert message.endswith(".")
-    return message

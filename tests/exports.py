@@ -53,16 +53,6 @@ def ids() -> Tensor:
     return torch.randint(300, (2, 32), generator=torch.Generator().manual_seed(1))
 
 
-def sentence_of(kind: type[Exception], action: Callable[[], Any]) -> str:
-    """The message of the error that ``action`` raises: one line, ended."""
-    with pytest.raises(kind) as caught:
-        action()
-    message = str(caught.value)
-    assert "\n" not in message
-    assert message.endswith(".")
-    return message
-
-
 def edit(folder: Path, **changes: Any) -> None:
     """Change fields of a config.json; ``...`` removes one."""
     path = folder / "config.json"

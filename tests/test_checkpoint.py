@@ -16,9 +16,11 @@ from safetensors.torch import save_model
 from torch import nn
 
 from reference import checkpoint, integrity
+from reference.checkpoint import CheckpointError
 from reference.config import TrainConfig, as_plain
 from reference.weights import first_names
-from tests.checkpoints import STATE, gpt, load, saved, sentence_of
+from tests.checkpoints import STATE, gpt, load, saved
+from tests.sentences import sentence_of
 
 WHOLE = sorted([*checkpoint.FILES, "SHA256SUMS"])
 
@@ -71,7 +73,7 @@ def test_the_tokenizer_is_kept_beside_the_weights(tmp_path: Path, way: str) -> N
     assert (folder / "tokenizer.json").read_bytes() == b"{}"
     assert checkpoint.load_config(folder)["tokenizer"] == "tokenizer.json"
     (folder / "tokenizer.json").unlink()
-    assert "(missing: tokenizer.json)" in sentence_of(lambda: checkpoint.find(folder, tmp_path))
+    assert "(missing: tokenizer.json)" in sentence_of(CheckpointError, lambda: checkpoint.find(folder, tmp_path))
 
 
 def test_a_checkpoint_of_the_first_release_loads(tmp_path: Path) -> None:
@@ -160,7 +162,7 @@ def test_every_mapping_of_arguments_can_be_written() -> None:
 )
 def test_another_model(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
     folder, model, before = saved(tmp_path), gpt(2, **changes), gpt(2, **changes).state_dict()
-    message = sentence_of(lambda: checkpoint.load_model(folder, model))
+    message = sentence_of(CheckpointError, lambda: checkpoint.load_model(folder, model))
     assert message.startswith(f"{folder / 'model.safetensors'} belongs to {sentence}")
     assert message.endswith(". Build the model from the config.json beside it.")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()), "half loaded"
@@ -169,7 +171,7 @@ def test_another_model(tmp_path: Path, changes: dict[str, Any], sentence: str) -
 def test_a_head_that_is_tied_only_here(tmp_path: Path) -> None:
     folder, untied = tmp_path / "step-00000001", gpt(tie_embeddings=False)
     checkpoint.save(folder, untied, STATE, {})
-    message = sentence_of(lambda: checkpoint.load_model(folder, gpt()))
+    message = sentence_of(CheckpointError, lambda: checkpoint.load_model(folder, gpt()))
     assert "head.weight is a tensor of its own there, and tied to embedding.weight here" in message
     # Gathered from shards, tied tensors come as two that are equal.
     untied.head.weight.data.copy_(untied.embedding.weight)
@@ -198,7 +200,7 @@ def test_find(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         (copy / name).unlink()
         assert checkpoint.find(True, tmp_path) == second
         assert caplog.messages == [f"resume: {copy} is passed over, it lacks {name}"]
-        assert f"(missing: {name})" in sentence_of(lambda copy=copy: checkpoint.find(copy, tmp_path))  # type: ignore[misc]
+        assert f"(missing: {name})" in sentence_of(CheckpointError, lambda copy=copy: checkpoint.find(copy, tmp_path))  # type: ignore[misc]
         shutil.rmtree(copy)
         caplog.clear()
 
@@ -210,9 +212,9 @@ def test_numbers_of_nine_digits_come_last(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_is_asked_for_and_not_there(tmp_path: Path) -> None:
-    message = sentence_of(lambda: checkpoint.find(True, tmp_path))
+    message = sentence_of(CheckpointError, lambda: checkpoint.find(True, tmp_path))
     assert message == f"resume=True, but {tmp_path} holds no checkpoint: start with resume=False or 'auto'."
-    message = sentence_of(lambda: checkpoint.find(tmp_path / "step-00000003", tmp_path))
+    message = sentence_of(CheckpointError, lambda: checkpoint.find(tmp_path / "step-00000003", tmp_path))
     assert re.search(r"step-00000003 is no checkpoint .*\(missing: model.safetensors, state.pt, config.json\)", message)
 
 

@@ -18,7 +18,8 @@ from reference.checkpoint import CheckpointError
 from reference.config import TrainConfig
 from reference.integrity import as_written
 from reference.trainer import Trainer
-from tests.checkpoints import STATE, gpt, load, saved, sentence_of, sum_up
+from tests.checkpoints import STATE, gpt, load, saved, sum_up
+from tests.sentences import sentence_of
 
 FILES = (*checkpoint.FILES, "SHA256SUMS")
 
@@ -38,7 +39,7 @@ def test_a_failed_write_leaves_the_previous_checkpoint(
     previous = saved(tmp_path, update=1, seed=1)
     with monkeypatch.context() as patch:
         patch.setattr(target, full_disk)
-        message = sentence_of(lambda: saved(tmp_path, update=update, seed=2))
+        message = sentence_of(CheckpointError, lambda: saved(tmp_path, update=update, seed=2))
     assert "could not be written: [Errno 28] No space left on device. Earlier checkpoints are complete; " in message
     assert checkpoint.find(True, tmp_path) == previous
     assert checkpoint.load_config(previous)["train"] == {"seed": 1}
@@ -54,7 +55,7 @@ def test_a_disk_that_is_really_full(tmp_path: Path, room: int) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
     try:
-        message = sentence_of(lambda: saved(tmp_path, update=2))
+        message = sentence_of(CheckpointError, lambda: saved(tmp_path, update=2))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "could not be written: " in message
@@ -68,8 +69,8 @@ def test_a_folder_without_write_permission(tmp_path: Path) -> None:
     previous = saved(tmp_path, update=1)
     tmp_path.chmod(0o500)
     try:
-        assert "Permission denied" in sentence_of(lambda: saved(tmp_path, update=2))
-        assert "Permission denied" in sentence_of(lambda: checkpoint.require_writable(tmp_path))
+        assert "Permission denied" in sentence_of(CheckpointError, lambda: saved(tmp_path, update=2))
+        assert "Permission denied" in sentence_of(CheckpointError, lambda: checkpoint.require_writable(tmp_path))
         load(previous)
     finally:
         tmp_path.chmod(0o700)
@@ -78,17 +79,19 @@ def test_a_folder_without_write_permission(tmp_path: Path) -> None:
 def test_a_file_in_the_place_of_the_directory(tmp_path: Path) -> None:
     taken = tmp_path / "out"
     taken.write_text("my notes")
-    assert f"the checkpoint {taken / 'step-00000001'} could not be written: " in sentence_of(lambda: saved(taken))
-    message = sentence_of(lambda: checkpoint.require_writable(taken))
+    assert f"the checkpoint {taken / 'step-00000001'} could not be written: " in sentence_of(
+        CheckpointError, lambda: saved(taken)
+    )
+    message = sentence_of(CheckpointError, lambda: checkpoint.require_writable(taken))
     assert message == f"checkpoints cannot be written to {taken}: File exists. Choose a directory that can be written."
-    assert "holds no checkpoint" in sentence_of(lambda: checkpoint.find(True, taken))
+    assert "holds no checkpoint" in sentence_of(CheckpointError, lambda: checkpoint.find(True, taken))
     assert taken.read_text() == "my notes"
 
 
 def test_a_file_in_the_place_of_the_checkpoint(tmp_path: Path) -> None:
     taken = tmp_path / "step-00000001"
     taken.write_text("my notes")
-    assert "could not be written: " in sentence_of(lambda: saved(tmp_path))
+    assert "could not be written: " in sentence_of(CheckpointError, lambda: saved(tmp_path))
     assert taken.read_text() == "my notes"
     assert os.listdir(tmp_path) == [taken.name]
 
@@ -117,7 +120,7 @@ def test_what_could_not_be_loaded_again_is_not_written(
 ) -> None:
     previous = saved(tmp_path, 1)
     folder = checkpoint.step_folder(tmp_path, 2)
-    message = sentence_of(lambda: checkpoint.save(folder, model, STATE | state, {}))
+    message = sentence_of(CheckpointError, lambda: checkpoint.save(folder, model, STATE | state, {}))
     assert message.startswith(f"the checkpoint {folder} could not be written: {problem}")
     assert os.listdir(tmp_path) == [previous.name]
 
@@ -131,7 +134,7 @@ def test_a_truncated_file(tmp_path: Path, name: str, kept: float) -> None:
     folder = saved(tmp_path)
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(content[: len(content) // 2 if kept == 0.5 else int(kept)])
-    message = sentence_of(lambda: load(folder))
+    message = sentence_of(CheckpointError, lambda: load(folder))
     assert message.startswith(f"{folder}{os.sep}")
     assert "SHA256SUMS" in message if name == "SHA256SUMS" else f"{name} is damaged (" in message
     assert message.endswith(": no earlier checkpoint beside it is intact.")
@@ -157,7 +160,9 @@ def test_a_file_of_another_checkpoint(tmp_path: Path, name: str) -> None:
     folder, other = saved(tmp_path, 2, seed=1), checkpoint.step_folder(tmp_path / "other", 2)
     checkpoint.save(other, gpt(seed=2), STATE | {"update": 8}, {"train": {"seed": 2}})
     shutil.copy(other / name, folder / name)
-    assert sentence_of(lambda: load(folder)).startswith(f"{folder / name} is damaged (it is not the file of which ")
+    assert sentence_of(CheckpointError, lambda: load(folder)).startswith(
+        f"{folder / name} is damaged (it is not the file of which "
+    )
 
 
 @pytest.mark.parametrize("name", checkpoint.FILES)
@@ -170,7 +175,7 @@ def test_a_missing_file(tmp_path: Path, name: str) -> None:
 def test_missing_checksums(tmp_path: Path) -> None:
     folder = saved(tmp_path)
     (folder / "SHA256SUMS").unlink()
-    assert sentence_of(lambda: load(folder)).startswith(f"{folder / 'SHA256SUMS'} is missing: ")
+    assert sentence_of(CheckpointError, lambda: load(folder)).startswith(f"{folder / 'SHA256SUMS'} is missing: ")
 
 
 def test_the_error_names_the_newest_intact_checkpoint_before(tmp_path: Path) -> None:
@@ -178,7 +183,7 @@ def test_the_error_names_the_newest_intact_checkpoint_before(tmp_path: Path) -> 
     for folder in (second, third):
         (folder / "state.pt").write_bytes(b"damaged")
     assert [as_written(folder) for folder in (first, second, third, fourth)] == [True, False, False, True]
-    message = sentence_of(lambda: load(third))
+    message = sentence_of(CheckpointError, lambda: load(third))
     assert message.endswith(f"checksum is in SHA256SUMS): resume from {first} instead.")
     trainer = Trainer(gpt(), TrainConfig(accelerator="cpu", updates=9), tmp_path)
     with pytest.raises(CheckpointError, match=f"resume from {first} instead"):
@@ -194,7 +199,7 @@ def test_a_truncated_file_of_the_first_release(tmp_path: Path, name: str, kept: 
     (folder / "config.json").write_text('{"train": {}}')
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(content[: len(content) // 2 if kept == 0.5 else int(kept)])
-    message = sentence_of(lambda: load(folder))
+    message = sentence_of(CheckpointError, lambda: load(folder))
     assert message.startswith(
         f"{folder / name} {'is damaged (' if name == 'model.safetensors' else 'cannot be read ('}"
     )
@@ -223,7 +228,7 @@ def test_a_hostile_state_runs_no_code(tmp_path: Path, way: str) -> None:
     else:
         path.write_bytes(pickle.dumps(payload, protocol=2))
     sum_up(folder)
-    message = sentence_of(lambda: checkpoint.load_state(folder))
+    message = sentence_of(CheckpointError, lambda: checkpoint.load_state(folder))
     assert message.startswith(f"{path} cannot be read (damaged, or more than tensors and values)")
     assert not trace.exists()
     assert "weights_only" not in message, "torch's advice, to switch the protection off, is passed on"
@@ -237,7 +242,7 @@ def test_a_state_of_another_program(tmp_path: Path, content: Any) -> None:
     torch.save(content, folder / "state.pt")
     sum_up(folder)
     trainer = Trainer(gpt(), TrainConfig(accelerator="cpu", updates=9), tmp_path)
-    message = sentence_of(lambda: trainer.fit([torch.ones(1, 3, dtype=torch.long)], resume=True))
+    message = sentence_of(CheckpointError, lambda: trainer.fit([torch.ones(1, 3, dtype=torch.long)], resume=True))
     assert message.startswith(f"{folder / 'state.pt'} was not written by this trainer: it lacks some of optimizer, ")
 
 
@@ -246,7 +251,7 @@ def test_a_config_that_is_none(tmp_path: Path, content: str) -> None:
     folder = saved(tmp_path)
     (folder / "config.json").write_text(content)
     sum_up(folder)
-    assert "config.json cannot be read (" in sentence_of(lambda: checkpoint.load_config(folder))
+    assert "config.json cannot be read (" in sentence_of(CheckpointError, lambda: checkpoint.load_config(folder))
 
 
 @pytest.mark.parametrize(
@@ -261,4 +266,4 @@ def test_a_config_that_is_none(tmp_path: Path, content: str) -> None:
 def test_a_checkpoint_that_describes_no_gpt(tmp_path: Path, config: dict[str, Any], problem: str) -> None:
     folder = checkpoint.step_folder(tmp_path, 1)
     checkpoint.save(folder, gpt(), STATE, config)
-    assert problem in sentence_of(lambda: checkpoint.load_for_inference(folder))
+    assert problem in sentence_of(CheckpointError, lambda: checkpoint.load_for_inference(folder))

@@ -11,7 +11,9 @@ import torch
 
 from reference.config import ConfigurationError
 from reference.data import shuffled
-from tests.token_files import END, counting, opened, sentence_of, taken, windows, write
+from reference.tokenfile import DataError
+from tests.sentences import sentence_of
+from tests.token_files import END, counting, opened, taken, windows, write
 
 # The order
 
@@ -134,7 +136,7 @@ def test_batches_are_the_callers_own(tmp_path: Path) -> None:
 def test_too_little_text_for_one_sequence_is_told_at_once(tmp_path: Path) -> None:
     write(tmp_path, [[1, 2, 3]])
     data = opened(tmp_path, block_size=4)
-    assert "4 tokens, but a sequence needs 5" in sentence_of(lambda: data.batches_from(0))
+    assert "4 tokens, but a sequence needs 5" in sentence_of(DataError, lambda: data.batches_from(0))
     assert len(list(data.once())) == 1
     assert taken(opened(tmp_path, block_size=3, microbatch_size=1), 1)[0].tolist() == [[1, 2, 3, END]]
 
@@ -149,7 +151,7 @@ def test_what_is_not_trained_on_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("start", "rank", "world_size"), [(-1, 0, 1), (0, 1, 1), (0, -1, 1), (0, 2, 2), (0, 0, 0)])
 def test_starts_and_ranks_that_are_none(tmp_path: Path, start: int, rank: int, world_size: int) -> None:
     data = opened(counting(tmp_path, 50))
-    sentence_of(lambda: data.batches_from(start, rank, world_size), ConfigurationError)
+    sentence_of(ConfigurationError, lambda: data.batches_from(start, rank, world_size))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
@@ -177,7 +179,7 @@ def test_once_is_the_same_every_time_and_in_the_order_of_the_file(tmp_path: Path
 
 def test_once_needs_two_tokens(tmp_path: Path) -> None:
     write(tmp_path, [[]])
-    assert "single token" in sentence_of(lambda: opened(tmp_path).once())
+    assert "single token" in sentence_of(DataError, lambda: opened(tmp_path).once())
 
 
 def test_another_process_opens_the_file_instead_of_copying_it(tmp_path: Path) -> None:

@@ -24,10 +24,10 @@ from tests.exports import (
     ids,
     rewrite,
     saved,
-    sentence_of,
     stable_run,
     tokenizer_of,
 )
+from tests.sentences import sentence_of
 
 
 @pytest.fixture

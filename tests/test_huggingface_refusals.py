@@ -19,8 +19,8 @@ from tests.exports import (
     edit,
     rewrite,
     saved,
-    sentence_of,
 )
+from tests.sentences import sentence_of
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """From text to token files: every byte is in one split, or in the list of what was left out."""
 
 import re
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from reference.documents import SPLITS
 from reference.prepare import Prepared, pieces, prepare, prepare_default
 from reference.tokenfile import DataError
 from reference.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer, load_tokenizer, train_tokenizer
+from tests.sentences import sentence_of
 
 
 def texts(folder: Path, number: int = 200) -> Path:
@@ -46,15 +46,6 @@ def read_back(out: Path, split: str) -> list[bytes]:
     ]
     assert len(ends) == data.documents
     return [text.encode() for text in found[: len(ends)] + ([found[-1]] if len(parts[-1]) else [])]
-
-
-def sentence_of(action: Callable[[], Any], error: type[Exception] = DataError) -> str:
-    with pytest.raises(error) as caught:
-        action()
-    message = str(caught.value)
-    assert "\n" not in message
-    assert message.endswith(".")
-    return message
 
 
 def test_every_file_is_one_document_of_one_split(tmp_path: Path) -> None:
@@ -174,14 +165,14 @@ def test_a_text_without_lines_is_cut_between_characters(tmp_path: Path) -> None:
 def test_too_little_text_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("🙂", encoding="utf-8")
     assert "too few for a training and a validation split" in sentence_of(
-        lambda: prepared(tmp_path / "a.txt", tmp_path / "out")
+        DataError, lambda: prepared(tmp_path / "a.txt", tmp_path / "out")
     )
     (tmp_path / "a.txt").write_bytes(b"\xff")
     assert "no text file is left of 1 (1 not UTF-8)" in sentence_of(
-        lambda: prepared(tmp_path / "a.txt", tmp_path / "out")
+        DataError, lambda: prepared(tmp_path / "a.txt", tmp_path / "out")
     )
     (tmp_path / "none").mkdir()
-    assert "no text file is left of 0" in sentence_of(lambda: prepared(tmp_path / "none", tmp_path / "out"))
+    assert "no text file is left of 0" in sentence_of(DataError, lambda: prepared(tmp_path / "none", tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -194,8 +185,8 @@ def test_files_folders_and_patterns(tmp_path: Path) -> None:
     odd = tmp_path / "[odd].txt"
     odd.write_text("one\ntwo\nthree\n" * 9)
     assert prepared(odd, tmp_path / "out").files == 1
-    assert "there is no text at" in sentence_of(lambda: prepared([str(source / "*.md")], tmp_path / "out"))
-    assert "there is no text at '':" in sentence_of(lambda: prepared([""], tmp_path / "out"))
+    assert "there is no text at" in sentence_of(DataError, lambda: prepared([str(source / "*.md")], tmp_path / "out"))
+    assert "there is no text at '':" in sentence_of(DataError, lambda: prepared([""], tmp_path / "out"))
 
 
 def test_the_data_folder_may_lie_within_the_text(tmp_path: Path) -> None:
@@ -235,14 +226,14 @@ def test_data_of_another_tokenizer_is_kept_unless_told(tmp_path: Path) -> None:
     prepared(source, out)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     assert "holds data of another tokenizer (bytes)" in sentence_of(
-        lambda: prepared(source, out, "bpe:260"), ConfigurationError
+        ConfigurationError, lambda: prepared(source, out, "bpe:260")
     )
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     prepared(source, out, "bpe:260", overwrite=True)
     assert load_tokenizer(out).vocab_size == 260
     prepared(source, out, "bpe:260")  # the same tokenizer again
     for spec in ("bytes", "bpe:270"):
-        assert "(tokenizer.json)" in sentence_of(partial(prepared, source, out, spec), ConfigurationError)
+        assert "(tokenizer.json)" in sentence_of(ConfigurationError, partial(prepared, source, out, spec))
     prepared(source, out, overwrite=True)
     assert load_tokenizer(out).name == "bytes"
 
@@ -271,22 +262,22 @@ def test_a_file_that_changes_meanwhile_is_told(tmp_path: Path, monkeypatch: pyte
         return divide(found, share)
 
     monkeypatch.setattr(prepare_module, "divide", changed)
-    assert "became shorter while it was read" in sentence_of(lambda: prepared(source, tmp_path / "out"))
+    assert "became shorter while it was read" in sentence_of(DataError, lambda: prepared(source, tmp_path / "out"))
     assert list((tmp_path / "out").iterdir()) == []
 
 
 @pytest.mark.parametrize("spec", ["bpe:", "bpe:x", "bpe:-5", "bpe:256", "bpe:1.5", "absent.json", "byte"])
 def test_tokenizers_that_are_none(tmp_path: Path, spec: str) -> None:
-    sentence_of(lambda: prepared(texts(tmp_path / "texts", 2), tmp_path / "out", spec), ConfigurationError)
+    sentence_of(ConfigurationError, lambda: prepared(texts(tmp_path / "texts", 2), tmp_path / "out", spec))
     assert not (tmp_path / "out").exists()
 
 
 def test_other_settings_that_cannot_work(tmp_path: Path) -> None:
     source = texts(tmp_path / "texts", 2)
     for share in (0.0, 1.0, -1.0, float("nan")):
-        sentence_of(partial(prepared, source, tmp_path / "out", validation_share=share), ConfigurationError)
-    sentence_of(lambda: prepared(source, source / "1.txt"), ConfigurationError)
-    sentence_of(lambda: prepared(source, source / "1.txt" / "out"))
+        sentence_of(ConfigurationError, partial(prepared, source, tmp_path / "out", validation_share=share))
+    sentence_of(ConfigurationError, lambda: prepared(source, source / "1.txt"))
+    sentence_of(DataError, lambda: prepared(source, source / "1.txt" / "out"))
 
 
 # Long documents
@@ -351,9 +342,9 @@ def test_the_standard_library_is_text_on_every_machine(
     assert prepare_default(tmp_path / "out") is None  # it is there
     assert (tmp_path / "out" / "train.bin").stat().st_mtime_ns == before
     (tmp_path / "out" / "train.bin").write_bytes(b"x")
-    assert "truncated or foreign" in sentence_of(lambda: prepare_default(tmp_path / "out"))
+    assert "truncated or foreign" in sentence_of(DataError, lambda: prepare_default(tmp_path / "out"))
 
 
 def test_a_python_without_sources_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
-    assert "give files with --text" in sentence_of(lambda: prepared([], tmp_path / "out"))
+    assert "give files with --text" in sentence_of(DataError, lambda: prepared([], tmp_path / "out"))

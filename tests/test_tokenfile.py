@@ -14,7 +14,8 @@ from reference import tokenfile
 from reference.config import ConfigurationError
 from reference.data import write_tokens
 from reference.tokenfile import DataError, Ids, TokenWriter, publish
-from tests.token_files import END, opened, sentence_of, taken, write
+from tests.sentences import sentence_of
+from tests.token_files import END, opened, taken, write
 
 # What is written
 
@@ -52,16 +53,16 @@ def test_no_id_wraps_around(tmp_path: Path, vocab_size: int, dtype: str) -> None
     ],
 )
 def test_ids_that_do_not_fit_are_refused_and_leave_nothing(tmp_path: Path, document: Any, said: str) -> None:
-    message = sentence_of(lambda: write(tmp_path, [[1], document]))
+    message = sentence_of(DataError, lambda: write(tmp_path, [[1], document]))
     assert said in message
     assert "document 1 of train" in message
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_split_without_documents_or_with_an_impossible_end_is_refused(tmp_path: Path) -> None:
-    assert "at least one document" in sentence_of(lambda: write(tmp_path, []))
-    assert "below vocab_size" in sentence_of(lambda: write(tmp_path, [[1]], end=1000))
-    assert "at most 2**32" in sentence_of(lambda: write(tmp_path, [[1]], vocab_size=(1 << 32) + 1))
+    assert "at least one document" in sentence_of(DataError, lambda: write(tmp_path, []))
+    assert "below vocab_size" in sentence_of(DataError, lambda: write(tmp_path, [[1]], end=1000))
+    assert "at most 2**32" in sentence_of(DataError, lambda: write(tmp_path, [[1]], vocab_size=(1 << 32) + 1))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -91,7 +92,7 @@ def test_what_a_killed_writing_left_is_removed_by_a_later_one_when_it_is_old(tmp
     old, new = (tmp_path / f".train.bin.{name}.partial" for name in ("old", "new"))
     for left in (old, new):
         left.write_bytes(b"half")
-        assert "there is: no token file" in sentence_of(lambda: opened(tmp_path))
+        assert "there is: no token file" in sentence_of(DataError, lambda: opened(tmp_path))
     os.utime(old, (0, 0))
     write(tmp_path, [[1]])
     assert not old.exists()
@@ -122,7 +123,7 @@ def test_splits_published_together_never_open_as_old_beside_new(
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "replace", stopped)
-        assert "No space left on device" in sentence_of(lambda: both(2))
+        assert "No space left on device" in sentence_of(DataError, lambda: both(2))
     found = []
     for split in ("train", "validation"):
         try:
@@ -139,7 +140,7 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    assert "No space left on device" in sentence_of(lambda: write(tmp_path, [[1]]))
+    assert "No space left on device" in sentence_of(DataError, lambda: write(tmp_path, [[1]]))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -187,15 +188,15 @@ def test_damage_is_one_sentence_at_the_opening(tmp_path: Path, what: str) -> Non
     harm, said = HARM[what]
     write(tmp_path, [list(range(110))])
     harm(tmp_path)
-    message = sentence_of(lambda: opened(tmp_path))
+    message = sentence_of(DataError, lambda: opened(tmp_path))
     assert said in message
     assert str(tmp_path) in message
 
 
 def test_what_is_not_there_is_one_sentence(tmp_path: Path) -> None:
-    assert "there is: no token file" in sentence_of(lambda: opened(tmp_path / "absent"))
+    assert "there is: no token file" in sentence_of(DataError, lambda: opened(tmp_path / "absent"))
     write(tmp_path, [[1]], split="train")
-    assert "there is: train" in sentence_of(lambda: opened(tmp_path, split="validation"))
+    assert "there is: train" in sentence_of(DataError, lambda: opened(tmp_path, split="validation"))
 
 
 def test_a_large_file_is_sampled_at_the_opening_and_read_whole_to_verify(tmp_path: Path) -> None:
@@ -204,17 +205,17 @@ def test_a_large_file_is_sampled_at_the_opening_and_read_whole_to_verify(tmp_pat
     path = tmp_path / "train.bin"
     flip(path, 100_000)  # between two of the blocks
     data = opened(tmp_path)
-    assert "checksum differs" in sentence_of(data.verify)
+    assert "checksum differs" in sentence_of(DataError, data.verify)
     flip(path, 100_000)
     opened(tmp_path).verify()
     for position in (0, 4095, path.stat().st_size - 1):
         flip(path, position)
-        assert "its content differs" in sentence_of(lambda: opened(tmp_path))
+        assert "its content differs" in sentence_of(DataError, lambda: opened(tmp_path))
         flip(path, position)
     other = tmp_path / "other"
     write(other, [generator.integers(0, 999, 400_000)])
     (other / "train.bin").replace(path)
-    assert "its content differs" in sentence_of(lambda: opened(tmp_path))  # the same size, another content
+    assert "its content differs" in sentence_of(DataError, lambda: opened(tmp_path))  # the same size, another content
 
 
 def test_tokens_are_bound_to_the_tokenizer_beside_them(tmp_path: Path) -> None:
@@ -223,9 +224,9 @@ def test_tokens_are_bound_to_the_tokenizer_beside_them(tmp_path: Path) -> None:
     write_tokens(tmp_path, "train", [[1]], vocab_size=9, tokenizer="tokenizer.json", end_of_document=8)
     assert opened(tmp_path).tokenizer_file == file
     file.write_text("two")
-    assert "not the tokenizer that train.bin was written with" in sentence_of(lambda: opened(tmp_path))
+    assert "not the tokenizer that train.bin was written with" in sentence_of(DataError, lambda: opened(tmp_path))
     file.unlink()
-    assert "tokenizer.json cannot be read" in sentence_of(lambda: opened(tmp_path))
+    assert "tokenizer.json cannot be read" in sentence_of(DataError, lambda: opened(tmp_path))
     write(tmp_path / "bytes", [[1]])
     assert opened(tmp_path / "bytes").tokenizer_file is None
 
@@ -234,5 +235,5 @@ def test_tokens_are_bound_to_the_tokenizer_beside_them(tmp_path: Path) -> None:
 def test_sizes_are_positive(tmp_path: Path, block_size: int, microbatch_size: int) -> None:
     write(tmp_path, [[1, 2, 3]])
     assert "must be at least 1" in sentence_of(
-        lambda: opened(tmp_path, block_size, microbatch_size), ConfigurationError
+        ConfigurationError, lambda: opened(tmp_path, block_size, microbatch_size)
     )

@@ -1,7 +1,6 @@
 """Tokenizers: every text comes back, text is never a command, and what cannot work is said."""
 
 import json
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import pytest
 
 from reference.config import ConfigurationError
 from reference.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer, load_tokenizer, train_tokenizer
+from tests.sentences import sentence_of
 
 TEXTS = [
     "",
@@ -44,15 +44,6 @@ def word_level(vocabulary: dict[str, int], special: str | None = "<|endoftext|>"
         built.add_special_tokens([special])
     content: dict[str, Any] = json.loads(built.to_str()) | more
     return json.dumps(content).encode()
-
-
-def sentence_of(action: Callable[[], Any]) -> str:
-    with pytest.raises(ConfigurationError) as caught:
-        action()
-    message = str(caught.value)
-    assert "\n" not in message
-    assert message.endswith(".")
-    return message
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -108,11 +99,13 @@ def test_words_that_are_joined_by_spaces_are_streamed_as_they_are_decoded() -> N
 
 def test_foreign_ids_and_half_characters_are_one_sentence(tokenizer: Tokenizer) -> None:
     size = tokenizer.vocab_size
-    assert f"token id {size} is not of this tokenizer" in sentence_of(lambda: tokenizer.decode([size]))
-    sentence_of(lambda: tokenizer.decode([-1]))
-    sentence_of(lambda: list(tokenizer.stream([size])))
-    assert "'\\ud83d' at position 2" in sentence_of(lambda: tokenizer.encode("ab\ud83d"))
-    assert "surrogate" in sentence_of(lambda: tokenizer.encode_batch(["ab", "\ud83d"]))
+    assert f"token id {size} is not of this tokenizer" in sentence_of(
+        ConfigurationError, lambda: tokenizer.decode([size])
+    )
+    sentence_of(ConfigurationError, lambda: tokenizer.decode([-1]))
+    sentence_of(ConfigurationError, lambda: list(tokenizer.stream([size])))
+    assert "'\\ud83d' at position 2" in sentence_of(ConfigurationError, lambda: tokenizer.encode("ab\ud83d"))
+    assert "surrogate" in sentence_of(ConfigurationError, lambda: tokenizer.encode_batch(["ab", "\ud83d"]))
 
 
 def test_training_is_repeatable_and_sized(trained: FileTokenizer) -> None:
@@ -122,7 +115,7 @@ def test_training_is_repeatable_and_sized(trained: FileTokenizer) -> None:
     assert (trained.vocab_size, trained.end_of_document, trained.name) == (280, 0, "tokenizer.json")
     assert len(trained.encode("the cat sat on the mat")) < 22 / 2
     for size in (0, 256, 1 << 25):
-        assert f"bpe:{size} cannot be trained" in sentence_of(partial(train_tokenizer, [], size))
+        assert f"bpe:{size} cannot be trained" in sentence_of(ConfigurationError, partial(train_tokenizer, [], size))
 
 
 def test_a_file_is_taken_as_it_is(tmp_path: Path, trained: FileTokenizer) -> None:
@@ -174,13 +167,15 @@ def test_the_end_of_a_document_is_found_and_gaps_between_ids_are_counted(marker:
 
 
 def test_a_file_without_an_end_of_document_is_refused() -> None:
-    message = sentence_of(lambda: FileTokenizer(word_level({"?": 0}, special=None), "it.json"))
+    message = sentence_of(ConfigurationError, lambda: FileTokenizer(word_level({"?": 0}, special=None), "it.json"))
     assert "looked for <|endoftext|>, </s>, <|end_of_text|>" in message
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"\xff\xfe", b'{"model": null}'])
 def test_files_that_are_none_are_refused(content: bytes) -> None:
-    assert sentence_of(lambda: FileTokenizer(content, "it.json")).startswith("it.json is no tokenizer.json")
+    assert sentence_of(ConfigurationError, lambda: FileTokenizer(content, "it.json")).startswith(
+        "it.json is no tokenizer.json"
+    )
 
 
 def test_a_folder_that_states_its_tokenizer_is_believed(tmp_path: Path, trained: FileTokenizer) -> None:
@@ -197,6 +192,6 @@ def test_a_folder_that_states_its_tokenizer_is_believed(tmp_path: Path, trained:
 
 
 def test_what_is_no_tokenizer_is_one_sentence(tmp_path: Path) -> None:
-    assert "is a tokenizer yet to be trained" in sentence_of(lambda: load_tokenizer("bpe:300"))
-    assert "there is no tokenizer at" in sentence_of(lambda: load_tokenizer(tmp_path / "absent"))
-    assert "there is no tokenizer at" in sentence_of(lambda: load_tokenizer(tmp_path))
+    assert "is a tokenizer yet to be trained" in sentence_of(ConfigurationError, lambda: load_tokenizer("bpe:300"))
+    assert "there is no tokenizer at" in sentence_of(ConfigurationError, lambda: load_tokenizer(tmp_path / "absent"))
+    assert "there is no tokenizer at" in sentence_of(ConfigurationError, lambda: load_tokenizer(tmp_path))

@@ -1,16 +1,14 @@
 """Token files for tests, and what is read from them."""
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pytest
 from torch import Tensor
 
 from reference.data import TokenData, write_tokens
-from reference.tokenfile import DataError, Ids
+from reference.tokenfile import Ids
 
 END = 999
 
@@ -40,13 +38,3 @@ def taken(data: TokenData, number: int, start: int = 0, rank: int = 0, world_siz
 def windows(batches: Iterable[Tensor], block_size: int) -> list[int]:
     """Which window each row is, of a file of :func:`counting`."""
     return [int(row[0]) // block_size for batch in batches for row in batch]
-
-
-def sentence_of(action: Callable[[], Any], error: type[Exception] = DataError) -> str:
-    """The message of the error that ``action`` raises: one line, ended."""
-    with pytest.raises(error) as caught:
-        action()
-    message = str(caught.value)
-    assert "\n" not in message
-    assert message.endswith(".")
-    return message
