@@ -206,9 +206,12 @@ def damaged(change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
         lambda s: s["rows"][0].pop("device_ms"),
         lambda s: s["rows"][0].update(host_ms=None),
         lambda s: s["rows"][0].update(interleaved={"with": "B", "beside_ms": "x"}),
-        lambda s: s["rows"][0].update(interleaved={"beside_ms": 1.0}),
+        lambda s: s["rows"][0].update(interleaved={"beside_ms": 1.0, "beside_host_ms": 1.0}),
+        lambda s: s["rows"][0].update(interleaved={"with": "B", "beside_ms": 1.0}),
+        lambda s: s["rows"][0].pop("waits_for_host"),
+        lambda s: s["rows"][0].update(waits_for_host="x"),
     ],
-    ids=[f"fault {number}" for number in range(17)],
+    ids=[f"fault {number}" for number in range(20)],
 )
 def test_a_damaged_summary_is_told(
     change: Callable[[dict[str, Any]], object], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -167,8 +167,12 @@ def test_all_figures_are_on_the_page(summary: dict[str, Any], tmp_path: Path) ->
             low, middle, high = (f"{measured[clock][name]:.4g}" for name in ("low", "median", "high"))
             assert f"{middle} ({low}–{high})" in text  # noqa: RUF001 # an en dash is meant
         assert f"{measured['host_ms']:.4g}" in text
+        if measured["share_of_floor"]:  # in the plot
+            assert f"{measured['device_ms']['median']:.4g} ms, wall {measured['wall_ms']['median']:.4g}" in text
+        assert measured["waits_for_host"] == (True if measured["group"] == "optimizer step" else None)
     for expected in (
         "share of floor",
+        "waits for",
         "read p4 g4 m4 v4, write p4 m4 v4",
         "p: parameter, g: gradient",
         "optimizer state, bytes/parameter",

@@ -46,9 +46,9 @@ LONG = "bitsandbytes PagedAdamW8bit with a name that nobody would read to its en
 @pytest.mark.parametrize("limit", [None, (100.0, "the floor")])
 def test_bars_have_room(width: int, limit: tuple[float, str] | None) -> None:
     bars = [
-        Bar("AdamW fused, fp32", 99.0, 97.0, 104.0, "99.0%, 1.97 ms"),
-        Bar(LONG, 30.0, 1.0, 31.0, "30.0%, 15.12 ms", SECOND),
-        Bar("a $x^2$", 0.1, 0.1, 0.1, "0.1%, 5366 ms"),
+        Bar("AdamW fused, fp32", 99.0, 97.0, 104.0, "99.0%, 1.972 ms, wall 2.113"),
+        Bar(LONG, 30.0, 1.0, 31.0, "30.0%, 0.8188 ms, wall 0.9139", SECOND),
+        Bar("a $x^2$", 0.1, 0.1, 0.1, "0.1%, 12734 ms, wall 12734"),
     ]
     check_layout(draw_bars(bars, "% of the floor", width, limit), width)
 

@@ -323,6 +323,7 @@ def test_the_table_has_figures_reasons_and_doubts(bench: Bench, tmp_path: Path) 
         "noise floor: a step against itself",
         "drift: a step at several times of the run differed by up to",
         "Doubt: the card is warm.",
+        "drift of the host: what it does for a step differed by up to",
         "device ms",
         "of floor",
         "unavailable: D: no D.",

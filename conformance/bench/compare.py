@@ -46,7 +46,7 @@ def is_whole(summary: Mapping[str, Any]) -> bool:
             isinstance(beside.get("with"), str) and numbers([beside.get("beside_ms"), beside.get("beside_host_ms")])
         ):
             return False
-        if not isinstance(row.get("waits_for_host"), bool | None):
+        if "waits_for_host" not in row or not isinstance(row["waits_for_host"], bool | None):
             return False
         return isinstance(samples, dict) and numbers(samples.get("device")) and numbers(samples.get("wall"))
 

@@ -77,7 +77,7 @@ def draw_bars(bars: Sequence[Bar], unit: str, width: int, limit: tuple[float, st
     names = [cut(bar.name, width - 12 if narrow else 0.42 * width) for bar in bars]
     left = 5.0 if narrow else max(text_width(name) for name in names) + 18
     most = max([bar.high for bar in bars] + ([limit[0]] if limit else []))
-    inner = width - left - max(text_width(bar.label) for bar in bars) - 16
+    inner = width - left - max(text_width(bar.label) for bar in bars) - 18
     height = top + step * len(bars) + bottom
     figure, axes = new_figure(width, height, left, top, inner, step * len(bars))
     axes.set_xlim(0, most)

@@ -60,6 +60,20 @@ def mean_entropy(logits: Tensor, targets: Tensor) -> float:
     return F.cross_entropy(logits.double().flatten(0, 1), targets.flatten(), ignore_index=IGNORED).item()
 
 
+def sequence_entropies(logits: Tensor, ids: Tensor, rows: Tensor) -> list[float | None]:
+    """Mean cross entropy of the next tokens of each sequence; None for one that is none of the rows.
+
+    Args:
+        logits: of the sequences, (B, T, V) or (B, T + 1, V).
+        ids: of the sequences, (B, T) or (B, T + 1).
+        rows: known ones with the token behind each, (N, T + 1).
+    """
+    return [
+        None if number is None else mean_entropy(*next_tokens(one[None], rows[number][None]))
+        for one, number in zip(logits, sample_numbers(ids, rows), strict=True)
+    ]
+
+
 # Spread of loss / cross entropy over the microbatches, relative. Healthy runs show 3e-7; targets that are shifted by
 # another number of tokens, 4e-3 and more.
 SHIFT_BOUND = 1e-4

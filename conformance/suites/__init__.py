@@ -42,6 +42,11 @@ def everyday(subject: Subject, **changes: Any) -> Recipe:
     return replace(recipe, **changes)
 
 
+def clipped(recipe: Recipe, norm: float, factor: float) -> Recipe:
+    """The same run, with a limit that is a multiple of the norm of its first gradient."""
+    return replace(recipe, clip=float(f"{factor * norm:.3g}"))  # round: a stack may print it, or parse it
+
+
 def on_two_ranks(recipe: Recipe) -> Recipe:
     """The same updates on two ranks: half of the microbatches, or of each microbatch, on either."""
     part = "microbatches" if recipe.microbatches > 1 else "microbatch_size"

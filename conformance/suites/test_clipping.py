@@ -9,12 +9,7 @@ from conformance.checks.comparison import tensors_equal
 from conformance.clause import clause
 from conformance.recipe import Recipe
 from conformance.subject import Subject
-from conformance.suites import everyday, on_two_ranks
-
-
-def clipped(recipe: Recipe, norm: float, factor: float) -> Recipe:
-    """The same run, with a limit that is a multiple of the norm of its first gradient."""
-    return replace(recipe, clip=float(f"{factor * norm:.3g}"))  # round: a stack may print it, or parse it
+from conformance.suites import clipped, everyday, on_two_ranks
 
 
 @clause(

@@ -1,12 +1,13 @@
 """EVAL: evaluation measures the model on the validation data, and changes nothing."""
 
 from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 import torch
 
 from conformance.checks.comparison import same, tensors_equal
-from conformance.checks.data import mean_entropy, next_tokens, sample_numbers
+from conformance.checks.data import sample_numbers, sequence_entropies
 from conformance.checks.evaluation import reported_losses, reports
 from conformance.clause import NotApplicable, Violation, clause
 from conformance.recipe import OptimizerChoice, Recipe
@@ -33,13 +34,8 @@ def last_loss(recipe: Recipe, runs: list[Trace]) -> float:
     """The mean cross entropy of the next tokens over all logits of the last evaluation."""
     rows = validation(recipe)
     last = [forward for run in runs for forward in evaluations(recipe, run) if forward.update == recipe.updates]
-    losses = [
-        mean_entropy(*next_tokens(logits[None], rows[number][None]))
-        for forward in last
-        for logits, number in zip(forward.logits, sample_numbers(forward.ids, rows), strict=True)
-        if number is not None
-    ]
-    return sum(losses) / len(losses)
+    found = [loss for forward in last for loss in sequence_entropies(forward.logits, forward.ids, rows)]
+    return fmean(loss for loss in found if loss is not None)
 
 
 @clause(

@@ -1,18 +1,18 @@
 """REPORT: the numbers that a run prints about its training are those of its training."""
 
 from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 import torch
 
 from conformance.checks.accumulation import total_norm
-from conformance.checks.data import mean_entropy, next_tokens, sample_numbers
+from conformance.checks.data import sequence_entropies
 from conformance.checks.reports import gradient_norms, learning_rates, one_is_among, training_losses
 from conformance.clause import NotApplicable, clause
 from conformance.recipe import OptimizerChoice, Recipe
 from conformance.subject import Subject
-from conformance.suites import everyday
-from conformance.suites.test_clipping import clipped
+from conformance.suites import clipped, everyday
 from conformance.trace import Trace
 
 
@@ -20,19 +20,19 @@ def update_losses(recipe: Recipe, run: Trace) -> list[float]:
     """The mean cross entropy of the next tokens of each update.
 
     Raises:
-        NotApplicable: if an update trained on other sequences than those of the recipe.
+        NotApplicable: if an update trained on other sequences than those of the recipe, or on none.
     """
     rows = torch.cat(recipe.batches())
     losses: list[list[float]] = [[] for _ in run.updates]
     for forward in run.forwards:
-        numbers = sample_numbers(forward.ids, rows)
-        if not (forward.training and forward.grad_enabled and forward.update < len(losses)):
-            continue
-        if None in numbers:
-            raise NotApplicable("an update trained on other sequences than those asked for: see ACC-6")
-        pairs = zip(forward.logits, numbers, strict=True)
-        losses[forward.update] += [mean_entropy(*next_tokens(logits[None], rows[n][None])) for logits, n in pairs]
-    return [sum(found) / len(found) for found in losses]
+        if forward.training and forward.grad_enabled and forward.update < len(losses):
+            for loss in sequence_entropies(forward.logits, forward.ids, rows):
+                if loss is None:
+                    raise NotApplicable("an update trained on other sequences than those asked for: see ACC-6")
+                losses[forward.update].append(loss)
+    if not all(losses):
+        raise NotApplicable("no forward on the sequences asked for led to an update: see ACC-6")
+    return [fmean(found) for found in losses]
 
 
 @clause(
@@ -53,7 +53,7 @@ def test_reported_loss(subject: Subject, trace: Any) -> None:
     windows = [losses[first:last] for last in range(1, len(losses) + 1) for first in range(last)]
     one_is_among(
         found,
-        [sum(window) / len(window) for window in windows],
+        map(fmean, windows),
         f"a training loss of {losses[0]:.4f} for the first update, {losses[-1]:.4f} for the last, or a mean of updates",
     )
 
