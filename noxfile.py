@@ -161,7 +161,8 @@ def report(session: nox.Session) -> None:
     files = session.posargs or [os.path.relpath(path) for path in sorted((HERE / "reports/conformance").glob("*.json"))]
     target = ["--kill-matrix", "reports/kill-matrix.json", "--out", os.path.relpath(LATEST / "page")]
     run(session, "-m", "conformance", "report", *files, *target)
-    summaries = [os.path.relpath(path) for path in sorted((HERE / "reports/bench").rglob("summary.json"))]
+    folders = sorted(path.parent for path in (HERE / "reports/bench").rglob("summary.json"))  # whole runs before parts
+    summaries = [os.path.relpath(folder / "summary.json") for folder in folders]
     if summaries and not session.posargs:
         run(session, "-m", "conformance.bench.page", *summaries, "--out", os.path.relpath(LATEST / "bench"))
 
