@@ -105,7 +105,7 @@ def conformance(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["environment"], default=False)
 def tests(session: nox.Session) -> None:
-    """Run this project's own tests; `-- tests/test_trace.py -k hooks` selects."""
+    """Run this project's own tests; `-- tests/conformance/test_trace.py -k hooks` selects."""
     run(session, "-m", "pytest", *session.posargs, **NO_GPU)
 
 
@@ -127,7 +127,7 @@ def bench(session: nox.Session) -> None:
 @nox.session(venv_backend="none", requires=["environment"], default=False)
 def mutants(session: nox.Session) -> None:
     """Print the kill matrix: every planted fault against every clause (some ten minutes)."""
-    run(session, "-m", "tests.kill_matrix", *session.posargs, **NO_GPU)
+    run(session, "-m", "tests.mutants.kill_matrix", *session.posargs, **NO_GPU)
 
 
 @nox.session(default=False)

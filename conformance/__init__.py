@@ -12,22 +12,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from conformance.recipe import OptimizerChoice, Recipe
-    from conformance.recorder import record
+    from conformance.recording.recorder import record
+    from conformance.recording.trace import Checkpoint, TensorInfo, Trace
     from conformance.subject import Constant, Normal, Subject, Uniform, everything_but
-    from conformance.trace import Checkpoint, TensorInfo, Trace
 
 _HOME = {
-    "Checkpoint": "trace",
+    "Checkpoint": "recording.trace",
     "Constant": "subject",
     "Normal": "subject",
     "OptimizerChoice": "recipe",
     "Recipe": "recipe",
     "Subject": "subject",
-    "TensorInfo": "trace",
-    "Trace": "trace",
+    "TensorInfo": "recording.trace",
+    "Trace": "recording.trace",
     "Uniform": "subject",
     "everything_but": "subject",
-    "record": "recorder",
+    "record": "recording.recorder",
 }
 
 __all__ = [

@@ -10,7 +10,7 @@ from typing import Any
 
 from conformance.clause import Clause, catalogue, find_clauses
 from conformance.deviations import load_deviations
-from conformance.report import as_json, check_writable, print_letter, repeat_command, write_json
+from conformance.report.letter import as_json, check_writable, print_letter, repeat_command, write_json
 from conformance.session import BAD, Result, Session
 from conformance.subject import UsageError, load_subject
 
@@ -182,7 +182,7 @@ def mutants_of(identity: str) -> list[dict[str, Any]]:
 
 def report_command(options: argparse.Namespace) -> int:
     """Render the page."""
-    from conformance.page import read_kill_matrix, read_results, render
+    from conformance.report.page import read_kill_matrix, read_results, render
 
     kill_matrix = read_kill_matrix(options.kill_matrix) if options.kill_matrix else None
     render(read_results(options.results), kill_matrix, options.out)

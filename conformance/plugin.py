@@ -38,7 +38,7 @@ class Sitting:
     def __init__(self, config: pytest.Config) -> None:
         from conformance.clause import catalogue, find_clauses
         from conformance.deviations import load_deviations
-        from conformance.report import check_writable
+        from conformance.report.letter import check_writable
         from conformance.session import Session
         from conformance.subject import load_subject
 
@@ -169,7 +169,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
         session.exitstatus = USAGE
     if run.report is not None and run.results:
-        from conformance.report import as_json, write_json
+        from conformance.report.letter import as_json, write_json
 
         write_json(run.report, as_json(run.session.subject, run.spec, ordered(run), run.partial))
 
@@ -189,7 +189,7 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
         return
     from rich.console import Console
 
-    from conformance.report import print_letter
+    from conformance.report.letter import print_letter
 
     file = terminalreporter._tw._file
     console = Console(file=file, highlight=False, width=None if file.isatty() else 100)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     import torch
 
-    from conformance.trace import Checkpoint
+    from conformance.recording.trace import Checkpoint
 
 DATA_SEED = 20240229  # of the token ids; another than Recipe.seed, which decides the weights only
 
@@ -217,6 +217,6 @@ class Recipe:
 
     def missing_checkpoint(self) -> "Checkpoint":
         """A checkpoint that is not there, for asking what a stack does about it."""
-        from conformance.trace import Checkpoint
+        from conformance.recording.trace import Checkpoint
 
         return Checkpoint(update=1, files=(), folder=Path(tempfile.gettempdir()) / "no-such-checkpoint")

@@ -22,7 +22,7 @@ from conformance.subject import POLICY_METHODS, Subject, describe_error
 if TYPE_CHECKING:
     from torch import nn
 
-    from conformance.trace import Checkpoint, Trace
+    from conformance.recording.trace import Checkpoint, Trace
 
 Outcome = Literal["pass", "fail", "deviates", "fixed", "n/a", "error"]
 OUTCOMES: tuple[Outcome, ...] = ("pass", "fail", "deviates", "fixed", "n/a", "error")
@@ -90,7 +90,7 @@ class Session:
         Raises:
             AdapterFailed: if the adapter's own code raised.
         """
-        from conformance.recorder import record
+        from conformance.recording.recorder import record
 
         if recipe not in self.attempts:
             folder = Path(tempfile.mkdtemp(prefix="run-", dir=self.directory))
@@ -142,7 +142,7 @@ class Session:
         Raises:
             RunFailed: if a rank raised.
         """
-        from conformance.ranks import run_on_ranks
+        from conformance.recording.ranks import run_on_ranks
 
         if recipe not in self.groups:
             folder = Path(tempfile.mkdtemp(prefix="ranks-", dir=self.directory))
@@ -151,7 +151,7 @@ class Session:
 
     def load(self, checkpoint: "Checkpoint") -> "nn.Module":
         """The plain eager module in a checkpoint."""
-        from conformance.isolation import quiet_and_deterministic
+        from conformance.recording.isolation import quiet_and_deterministic
 
         with quiet_and_deterministic():
             module: nn.Module = self.subject.load(checkpoint)  # type: ignore[attr-defined] # claimed by not lacking it
@@ -237,7 +237,8 @@ def raised_by_adapter(error: BaseException, subject: Subject) -> bool:
 
     Frames of the standard library below it (a file that was not found, a module that was not there) do not count.
     """
-    from conformance import recipe, trace
+    from conformance import recipe
+    from conformance.recording import trace
 
     trail = [path for path, _ in frames(error)]
     while trail and is_standard_library(trail[-1]):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from conformance.recipe import Recipe
-    from conformance.trace import TensorInfo
+    from conformance.recording.trace import TensorInfo
 
 CAPABILITIES = {
     "llama-shape": "trains a model with RMSNorm, SwiGLU and no biases",

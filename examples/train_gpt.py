@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from reference import GPTConfig, TokenData, TrainConfig, Trainer, load_tokenizer
-from reference.generate import generate
-from reference.prepare import prepare
+from reference.data.prepare import prepare
+from reference.model.generation import generate
 
 
 def main(folder: Path, updates: int = 200) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from reference import FitResult, TokenData, TrainConfig, Trainer
-from reference.prepare import prepare
+from reference.data.prepare import prepare
 
 
 def build() -> nn.Module:

@@ -17,37 +17,37 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from reference.checkpoint import CheckpointError, load_for_inference
+    from reference.checkpoint.folder import CheckpointError, load_for_inference
     from reference.config import ConfigurationError, GPTConfig, TrainConfig
-    from reference.data import DataError, TokenData
-    from reference.embedding import restore_embeddings, swap_embeddings
-    from reference.huggingface import export_huggingface, import_huggingface
-    from reference.model import GPT
-    from reference.optimizer import build_optimizer, decay_groups
-    from reference.tokenizer import load_tokenizer
-    from reference.trainer import FitResult, Record, Trainer
-    from reference.update import TrainingError
+    from reference.data.tokenizer import load_tokenizer
+    from reference.data.tokens import DataError, TokenData
+    from reference.interchange.huggingface import export_huggingface, import_huggingface
+    from reference.model.embedding import restore_embeddings, swap_embeddings
+    from reference.model.gpt import GPT
+    from reference.optimizers.build import build_optimizer, decay_groups
+    from reference.training.trainer import FitResult, Record, Trainer
+    from reference.training.update import TrainingError
 
 _HOME = {
-    "CheckpointError": "checkpoint",
+    "CheckpointError": "checkpoint.folder",
     "ConfigurationError": "config",
-    "DataError": "data",
-    "FitResult": "trainer",
-    "GPT": "model",
+    "DataError": "data.tokens",
+    "FitResult": "training.trainer",
+    "GPT": "model.gpt",
     "GPTConfig": "config",
     "TrainConfig": "config",
-    "Record": "trainer",
-    "TokenData": "data",
-    "Trainer": "trainer",
-    "TrainingError": "update",
-    "build_optimizer": "optimizer",
-    "decay_groups": "optimizer",
-    "export_huggingface": "huggingface",
-    "import_huggingface": "huggingface",
-    "load_for_inference": "checkpoint",
-    "load_tokenizer": "tokenizer",
-    "restore_embeddings": "embedding",
-    "swap_embeddings": "embedding",
+    "Record": "training.trainer",
+    "TokenData": "data.tokens",
+    "Trainer": "training.trainer",
+    "TrainingError": "training.update",
+    "build_optimizer": "optimizers.build",
+    "decay_groups": "optimizers.build",
+    "export_huggingface": "interchange.huggingface",
+    "import_huggingface": "interchange.huggingface",
+    "load_for_inference": "checkpoint.folder",
+    "load_tokenizer": "data.tokenizer",
+    "restore_embeddings": "model.embedding",
+    "swap_embeddings": "model.embedding",
 }
 
 __all__ = [

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from reference.command import checkpoint_folder, logged, train_command
+from reference.cli.settings import hint, no_option
+from reference.cli.train import checkpoint_folder, logged, train_command
 from reference.config import ConfigurationError, DataConfig, TrainConfig
-from reference.settings import hint, no_option
 
 OVERVIEW = """\
 usage: python -m reference COMMAND [OPTION ...]
@@ -86,7 +86,7 @@ def prepare_command(arguments: Sequence[str]) -> int:
     options = parser.read(arguments)
     if options.out is None and options.text:
         raise ConfigurationError("--text needs --out, the folder to write to, for example --out data/mine.")
-    from reference.prepare import prepare
+    from reference.data.prepare import prepare
 
     with logged():
         written = prepare(
@@ -121,9 +121,9 @@ def generate_command(arguments: Sequence[str]) -> int:
     options = parser.read(arguments)
     import torch
 
-    from reference.checkpoint import load_for_inference
-    from reference.generate import generate
-    from reference.tokenizer import load_tokenizer
+    from reference.checkpoint.folder import load_for_inference
+    from reference.data.tokenizer import load_tokenizer
+    from reference.model.generation import generate
 
     with logged():
         checkpoint = checkpoint_folder(options.checkpoint)
@@ -162,7 +162,7 @@ def evaluate_command(arguments: Sequence[str]) -> int:
     precisions = ("32-true", "bf16-mixed")
     parser.add_argument("--precision", choices=precisions, default="32-true", help="default: 32-true")
     options = parser.read(arguments)
-    from reference.evaluation import evaluate_checkpoint
+    from reference.training.evaluation import evaluate_checkpoint
 
     with logged():
         checkpoint = checkpoint_folder(options.checkpoint)
@@ -182,7 +182,7 @@ def export_command(arguments: Sequence[str]) -> int:
     add_format(parser)
     parser.add_argument("--out", type=folder, required=True, metavar="DIR", help="a folder that is empty or not there")
     options = parser.read(arguments)
-    from reference.huggingface import export_huggingface
+    from reference.interchange.huggingface import export_huggingface
 
     with logged():
         print(f"Written: {export_huggingface(checkpoint_folder(options.checkpoint), options.out)}")
@@ -201,7 +201,7 @@ def import_command(arguments: Sequence[str]) -> int:
     parser.add_argument("--from", type=folder, required=True, metavar="DIR", dest="source", help="has config.json")
     parser.add_argument("--out", type=folder, required=True, metavar="DIR", help="gets step-00000000")
     options = parser.read(arguments)
-    from reference.huggingface import import_huggingface
+    from reference.interchange.huggingface import import_huggingface
 
     with logged():
         print(f"Written: {import_huggingface(options.source, options.out)}")
@@ -290,9 +290,9 @@ def exit_code(error: Exception) -> int | None:
     """2 for a setting that cannot work, 1 for another error of ours, None for one that is a fault of the program."""
     if isinstance(error, ConfigurationError):
         return 2
-    from reference.checkpoint import CheckpointError  # these import torch
-    from reference.tokenfile import DataError
-    from reference.update import TrainingError
+    from reference.checkpoint.folder import CheckpointError  # these import torch
+    from reference.data.tokenfile import DataError
+    from reference.training.update import TrainingError
 
     return 1 if isinstance(error, CheckpointError | DataError | TrainingError) else None
 

@@ -159,7 +159,7 @@ class TrainConfig:
     tokens; ndim: tensors of two and more dimensions, as nanoGPT does; all: everything."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """After the warm-up: a cosine down to min_lr; the peak and then a cooldown (warmup-stable-decay); or the peak
-    throughout. See reference.schedule."""
+    throughout. See reference.training.schedule."""
     warmup: int = 0
     """Updates of linear warm-up, before the peak."""
     cooldown: int | None = None

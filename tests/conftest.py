@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 # Autograd starts now, before a test compiles something: a PyTorch that is built for CUDA would otherwise refuse to work
-# in a fork where there is no GPU (conformance.ranks.works_in_a_fork), and some tests fork.
+# in a fork where there is no GPU (conformance.recording.ranks.works_in_a_fork), and some tests fork.
 torch.ones(1, requires_grad=True).sum().backward()
 
 

@@ -15,7 +15,7 @@ import torch
 
 from conformance.bench.__main__ import collect
 from conformance.clause import CHAPTERS, catalogue
-from conformance.page import SIGNS, read_results
+from conformance.report.page import SIGNS, read_results
 from conformance.session import Session
 from conformance.subject import load_subject
 

@@ -205,7 +205,7 @@ def measure_all(
     from conformance.bench.suite import run_suite
     from conformance.bench.summary import make_summary
     from conformance.bench.table import print_summary
-    from conformance.report import write_json
+    from conformance.report.letter import write_json
 
     progress = make_console(sys.stderr)
     if not setting.small and options.limit is None:

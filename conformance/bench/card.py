@@ -12,8 +12,8 @@ import torch
 from conformance.bench.bootstrap import median_interval
 from conformance.bench.clock import Clock, check_clock
 from conformance.bench.measure import SETTLE, check_inputs
-from conformance.report import environment
-from reference.throughput import dense_peak
+from conformance.report.letter import environment
+from reference.training.throughput import dense_peak
 
 UNKNOWN = "unknown"
 PACKAGES = ("pytest-benchmark", "triton", "torchao", "litgpt", "transformers", "x-transformers")

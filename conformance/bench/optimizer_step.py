@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from conformance.bench.case import Case, Prepared, Setting, Unavailable
 from reference.config import GPTConfig
-from reference.model import GPT
+from reference.model.gpt import GPT
 
 GROUP = "optimizer step"
 AGAINST_ITSELF = "against itself"  # the row that gives the noise floor ends in it
@@ -61,7 +61,7 @@ class Variant:
     traffic: str
     """Which moments it keeps: the first half of a key of TRAFFIC."""
     captured: bool = False
-    """Inside a CUDA graph, by reference.capture."""
+    """Inside a CUDA graph, by reference.training.capture."""
     needs_cuda: str = ""
     """Why it cannot run on a CPU, up to the word CUDA."""
     note: str = ""
@@ -218,7 +218,7 @@ def find_optimizer(variant: Variant) -> Callable[..., Optimizer]:
     except AttributeError as error:
         raise Unavailable(f"this release of {module} has no {name}.") from error
     if variant.captured:
-        from reference.capture import captured
+        from reference.training.capture import captured
 
         return captured(found)
     return found  # type: ignore[no-any-return] # what a path leads to

@@ -80,7 +80,7 @@ def bench_page(summaries: Sequence[Path], out: Path) -> Path:
         if any(run["name"] == earlier["name"] for earlier in runs):  # another run on the same card
             run["name"] += f": {(path if path.is_dir() else path.parent).name}"
         runs.append(run)
-    templates = Environment(loader=PackageLoader("conformance"), autoescape=True, undefined=StrictUndefined)
+    templates = Environment(loader=PackageLoader("conformance.report"), autoescape=True, undefined=StrictUndefined)
     templates.trim_blocks = templates.lstrip_blocks = True
     style = "".join(templates.get_template(name).render() for name in ("page.css", "bench.css"))
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()

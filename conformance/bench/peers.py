@@ -80,7 +80,7 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
 
 def reference_model(config: GPTConfig) -> nn.Module:
     """The reference's GPT, to be run by the loop of the others: what its own loop costs is the difference."""
-    from reference.model import GPT
+    from reference.model.gpt import GPT
 
     return GPT(config)
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from conformance.subject import UsageError
-from reference.throughput import dense_peak
+from reference.training.throughput import dense_peak
 
 # How many times longer than the other each of a row's clocks may be. On an H100 wall over device was 1.000 to 1.003;
 # a timestamp that is taken for a duration is off by thousands.
@@ -43,7 +43,7 @@ def throughput(row: Mapping[str, Any]) -> dict[str, float]:
     if known is None or peak > known:
         raise UsageError(
             f"{name}: a peak of {peak / 1e12:.1f} TFLOP/s is not the dense one of {facts['card']}, "
-            f"{'which is unknown' if known is None else f'{known / 1e12:.1f}'}: see reference.throughput.CARDS."
+            f"{'which is unknown' if known is None else f'{known / 1e12:.1f}'}: see CARDS in reference.training."
         )
     for key in ("flops_per_token", "flops_per_token_causal"):
         mfu = figures["tokens_per_second"] * facts[key] / peak

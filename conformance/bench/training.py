@@ -18,10 +18,10 @@ from torch.optim import Optimizer
 from conformance.bench.case import Case, Prepared, Setting, Unavailable
 from conformance.bench.optimizer_step import clear_state, state_bytes
 from reference.config import ConfigurationError, GPTConfig, TrainConfig
-from reference.throughput import dense_peak, flops_per_token
+from reference.training.throughput import dense_peak, flops_per_token
 
 if TYPE_CHECKING:
-    from reference.run import Run
+    from reference.training.run import Run
 
 GROUP = "training step"
 ADAMW: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
@@ -182,7 +182,7 @@ def prepare(row: Row, config: GPTConfig, setting: Setting) -> Prepared:
     Raises:
         Unavailable: if the optimizer, its package or the capture of its step is not to be had here.
     """
-    from reference.trainer import Trainer
+    from reference.training.trainer import Trainer
 
     device = setting.device
     paged = row.train.optimizer == PAGED
@@ -279,7 +279,7 @@ def draw(config: GPTConfig, device: torch.device) -> nn.Module:
     The reference draws on the CPU, so that a run starts the same everywhere, which takes seconds for 1.3 billion
     weights. Speed does not depend on it.
     """
-    from reference.model import GPT
+    from reference.model.gpt import GPT
 
     with torch.device("meta"):
         model = GPT(config)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from conformance.clause import Violation, quoted
-from conformance.snapshot import bits_equal, equal_values
+from conformance.recording.snapshot import bits_equal, equal_values
 
 
 def tensors_equal(expected: Mapping[str, Tensor], seen: Mapping[str, Tensor], what: str) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from conformance.clause import Violation, quoted
-from conformance.snapshot import EmbeddingInfo, TensorInfo
+from conformance.recording.snapshot import EmbeddingInfo, TensorInfo
 
 STABLE = "StableEmbedding"
 SMALLEST_8_BIT = 4096  # elements; bitsandbytes keeps 32-bit state for smaller tensors

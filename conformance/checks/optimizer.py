@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from conformance.clause import Violation, quoted
-from conformance.snapshot import Group, equal_values, plain_value
+from conformance.recording.snapshot import Group, equal_values, plain_value
 
 
 def keywords_arrive(groups: Sequence[Group], arguments: Mapping[str, Any], varying: Sequence[str] = ()) -> None:

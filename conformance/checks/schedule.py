@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from conformance.clause import Violation
-from conformance.snapshot import Group
+from conformance.recording.snapshot import Group
 
 RATE_BOUND = 1e-6  # relative: schedules are computed in float64, and some are kept in float32
 

@@ -12,7 +12,7 @@ import reference
 from conformance import Checkpoint, Constant, Normal, Recipe, TensorInfo
 from conformance.probes import DECAYED
 from conformance.subject import Distribution
-from reference.data import TokenData, write_tokens
+from reference.data.tokens import TokenData, write_tokens
 
 
 class ReferencePolicy:
@@ -48,7 +48,7 @@ class Reference:
     policy = ReferencePolicy()
     lacks: dict[str, str] = {"batch-total": "TrainConfig.microbatches counts the microbatches"}
     if not torch.cuda.is_available():
-        lacks["16-mixed"] = "reference.launch refuses it on the CPU, and this machine has no GPU"
+        lacks["16-mixed"] = "reference.training.launch refuses it on the CPU, and this machine has no GPU"
 
     def model_config(self, recipe: Recipe) -> reference.GPTConfig:
         """The model of the recipe; tests override it to vary what must not matter."""

@@ -11,9 +11,9 @@ from conformance.checks.comparison import tensors_equal
 from conformance.checks.data import mean_entropy, next_tokens, sample_numbers
 from conformance.clause import NotApplicable, Violation, clause
 from conformance.recipe import OptimizerChoice, Recipe
+from conformance.recording.trace import Forward, Trace
 from conformance.subject import Subject
 from conformance.suites import everyday, on_two_ranks
-from conformance.trace import Forward, Trace
 
 
 def in_one_batch(recipe: Recipe) -> Recipe:

@@ -8,9 +8,9 @@ import torch
 from conformance.checks.data import once_each, predicts_next, sample_numbers
 from conformance.clause import NotApplicable, Violation, clause
 from conformance.recipe import OptimizerChoice, Recipe
+from conformance.recording.trace import Forward, Trace
 from conformance.subject import Subject
 from conformance.suites import shapes, shuffled, shuffled_on_two_ranks
-from conformance.trace import Forward, Trace
 
 EPOCHS = 2  # of shuffled()
 

@@ -6,9 +6,9 @@ from typing import Any
 from conformance.checks import decay
 from conformance.clause import Violation, clause, quoted
 from conformance.recipe import OptimizerChoice, Recipe
+from conformance.recording.trace import Trace
 from conformance.subject import Subject
 from conformance.suites import shapes
-from conformance.trace import Trace
 
 MEMORY = "conformance.probes:MemoryTransformer"
 STRONG = OptimizerChoice.of("torch.optim.AdamW", lr=1e-2, weight_decay=0.1)

@@ -10,10 +10,10 @@ from conformance.checks import decay, embedding
 from conformance.checks.comparison import tensors_equal
 from conformance.clause import Violation, clause
 from conformance.recipe import OptimizerChoice, Recipe
-from conformance.snapshot import find_logits
+from conformance.recording.snapshot import find_logits
+from conformance.recording.trace import Trace
 from conformance.subject import Subject, describe_error
 from conformance.suites import shapes
-from conformance.trace import Trace
 
 EIGHT_BIT = OptimizerChoice.of("bitsandbytes.optim.AdamW8bit", lr=1e-2)
 STABLE = Recipe(optimizer=EIGHT_BIT, stable_embedding=True)

@@ -11,9 +11,9 @@ from conformance.checks.data import sample_numbers, sequence_entropies
 from conformance.checks.evaluation import reported_losses, reports
 from conformance.clause import NotApplicable, Violation, clause
 from conformance.recipe import OptimizerChoice, Recipe
+from conformance.recording.trace import Forward, Trace
 from conformance.subject import Subject
 from conformance.suites import everyday, on_two_ranks
-from conformance.trace import Forward, Trace
 
 
 def validation(recipe: Recipe) -> torch.Tensor:

@@ -8,8 +8,8 @@ import torch
 from conformance.checks import precision
 from conformance.clause import NotApplicable, Violation, clause
 from conformance.recipe import OptimizerChoice, Recipe
+from conformance.recording.trace import Forward, Trace
 from conformance.subject import Subject
-from conformance.trace import Forward, Trace
 
 WEIGHTS = {
     "32-true": torch.float32,

@@ -11,9 +11,9 @@ from conformance.checks.data import sequence_entropies
 from conformance.checks.reports import gradient_norms, learning_rates, one_is_among, training_losses
 from conformance.clause import NotApplicable, clause
 from conformance.recipe import OptimizerChoice, Recipe
+from conformance.recording.trace import Trace
 from conformance.subject import Subject
 from conformance.suites import clipped, everyday
-from conformance.trace import Trace
 
 
 def update_losses(recipe: Recipe, run: Trace) -> list[float]:

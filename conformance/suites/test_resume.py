@@ -14,11 +14,11 @@ from conformance.checks.comparison import tensors_equal
 from conformance.checks.data import sample_numbers
 from conformance.clause import NotApplicable, Violation, clause
 from conformance.recipe import OptimizerChoice, Recipe
+from conformance.recording.snapshot import equal_values
+from conformance.recording.trace import Checkpoint, NotWritten, Trace
 from conformance.session import Attempt, RunFailed
-from conformance.snapshot import equal_values
 from conformance.subject import Subject, describe_error
 from conformance.suites import everyday, on_two_ranks, shuffled, shuffled_on_two_ranks
-from conformance.trace import Checkpoint, NotWritten, Trace
 
 ADAMW = OptimizerChoice.of("torch.optim.AdamW", lr=1e-2, weight_decay=0.1)
 

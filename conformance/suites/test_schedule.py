@@ -6,9 +6,9 @@ from typing import Any
 from conformance.checks.schedule import rates_are
 from conformance.clause import Violation, clause
 from conformance.recipe import OptimizerChoice, Recipe
+from conformance.recording.trace import Trace
 from conformance.subject import Subject
 from conformance.suites import everyday, on_two_ranks
-from conformance.trace import Trace
 
 PEAK = OptimizerChoice.of("torch.optim.AdamW", lr=1e-2)
 

@@ -1,7 +1,7 @@
 """Planted faults and harmless variants of the reference: how the suite proves that it can tell them apart.
 
 A mutant is the reference with one fault, made by replacing text in one function (now and then two). Each comes from
-a published bug where there is one. ``tests/test_mutants.py`` demands that the clauses named beside it kill it, and
+a published bug where there is one. ``test_mutants.py`` demands that the clauses named beside it kill it, and
 that the harmless variants are killed by none. One file per chapter of clauses.
 """
 

@@ -50,7 +50,7 @@ MUTANTS = [
         "ACC-3",
         "minimind#853, openvla-oft#160",
         (
-            "reference.update:batch_loss",
+            "reference.training.update:batch_loss",
             "return token_loss(model(ids), targets)",
             "bare = model._forward_module; return token_loss(getattr(bare, 'module', bare)(ids), targets)",
         ),
@@ -65,7 +65,7 @@ MUTANTS = [
         "chunked-ce-ignore-index",
         "ACC-5",
         "litgpt#751",
-        ("reference.update:count_targets", "(targets != IGNORE).sum()", "torch.tensor(targets.numel())"),
+        ("reference.training.update:count_targets", "(targets != IGNORE).sum()", "torch.tensor(targets.numel())"),
     ),
     mutant(
         "loss-counts-one-token-too-many",
@@ -77,14 +77,14 @@ MUTANTS = [
         "ac-rng-mismatch",
         "ACC-7",
         "OLMo-core#828, OLMo#702",
-        ("reference.model:GPT.forward", "preserve_rng_state=True", "preserve_rng_state=False"),
+        ("reference.model.gpt:GPT.forward", "preserve_rng_state=True", "preserve_rng_state=False"),
     ),
     mutant(
         "ac-detaches",
         "ACC-7",
         "pytorch#7617, open_clip#573 (an input that needs no gradient: the block gets none)",
         (
-            "reference.model:GPT.forward",
+            "reference.model.gpt:GPT.forward",
             "checkpoint(block, x, ",
             "x + checkpoint(lambda x, *rest: (block(x, *rest) - x).detach(), x, ",
         ),
@@ -93,6 +93,6 @@ MUTANTS = [
         "global-batch-wrong",
         "ACC-6",
         "litgpt#1927, axolotl#134",
-        ("reference.run:Run.fetch", "self.config.microbatches)]", "self.config.microbatches // 3 * 3 or 1)]"),
+        ("reference.training.run:Run.fetch", "self.config.microbatches)]", "self.config.microbatches // 3 * 3 or 1)]"),
     ),
 ]

@@ -2,7 +2,7 @@
 
 from tests.mutants.planting import mutant
 
-ATTENTION = "reference.model:Attention.forward"
+ATTENTION = "reference.model.gpt:Attention.forward"
 
 MUTANTS = [
     mutant("not-causal", "CAUSAL-1", "transformers#48745", (ATTENTION, "is_causal=past == 0", "is_causal=False")),
@@ -27,7 +27,7 @@ MUTANTS = [
         "statistics-over-batch",
         "CAUSAL-2",
         "Megatron-DeepSpeed#335",
-        ("reference.model:GPT.forward", "x = self.dropout(x)", "x = self.dropout(x - x.mean(0, keepdim=True))"),
+        ("reference.model.gpt:GPT.forward", "x = self.dropout(x)", "x = self.dropout(x - x.mean(0, keepdim=True))"),
     ),
     mutant(
         "window-of-zero",

@@ -2,7 +2,7 @@
 
 from tests.mutants.planting import UPDATE, mutant
 
-CLIP = "reference.update:clip"
+CLIP = "reference.training.update:clip"
 CALL = 'fabric.clip_gradients(model, optimizer, max_norm=limit or float("inf"), error_if_nonfinite=False)'
 LIMIT = 'max_norm=limit or float("inf")'
 
@@ -54,14 +54,14 @@ MUTANTS = [
         "nonfinite-continues",
         "CLIP-3",
         "pytorch-lightning#21928",
-        ("reference.update:require_finite", "loss, norm, *_ = values", "return"),
+        ("reference.training.update:require_finite", "loss, norm, *_ = values", "return"),
     ),
     mutant(
         "nonfinite-loss-only",
         "CLIP-3",
         "a check of the loss, which is finite when backward overflows",
         (
-            "reference.update:require_finite",
+            "reference.training.update:require_finite",
             "(math.isfinite(loss) and math.isfinite(norm))",
             "math.isfinite(loss)",
         ),

@@ -2,7 +2,7 @@
 
 from tests.mutants.planting import mutant
 
-PLACES, BATCHES = "reference.data:TokenData.places", "reference.data:TokenData.microbatches"
+PLACES, BATCHES = "reference.data.tokens:TokenData.places", "reference.data.tokens:TokenData.microbatches"
 ORDER = "shuffled(positions[here], self.sequences, self.seed, epoch)"
 PLAIN = "return batch[:, :-1], batch[:, 1:]"
 
@@ -40,7 +40,7 @@ MUTANTS = [
         "data-unseeded",
         "DATA-3",
         "a sampler that is seeded by the clock",
-        ("reference.data:TokenData.__init__", "self.seed = seed", "self.seed = __import__('time').time_ns()"),
+        ("reference.data.tokens:TokenData.__init__", "self.seed = seed", "self.seed = __import__('time').time_ns()"),
     ),
     mutant(
         "rank-overlap",
@@ -58,14 +58,14 @@ MUTANTS = [
         "labels-unshifted",
         "DATA-6",
         "transformers#27517, GenerativeModels#314",
-        ("reference.update:split_targets", PLAIN, "return batch[:, :-1], batch[:, :-1]"),
+        ("reference.training.update:split_targets", PLAIN, "return batch[:, :-1], batch[:, :-1]"),
     ),
     mutant(
         "end-of-document-masked",
         "DATA-6",
         "transformers#23530, #22794 (padded with the end of a document, then padding ignored)",
         (
-            "reference.update:split_targets",
+            "reference.training.update:split_targets",
             PLAIN,
             "return batch[:, :-1], batch[:, 1:].masked_fill(batch[:, 1:] == 127, IGNORE)",
         ),
@@ -75,7 +75,7 @@ MUTANTS = [
         "DATA-6",
         "a shift in the data and another in the loss",
         (
-            "reference.update:split_targets",
+            "reference.training.update:split_targets",
             PLAIN,
             "return batch[:, :-1], nn.functional.pad(batch[:, 2:], (0, 1), value=IGNORE)",
         ),

@@ -2,7 +2,7 @@
 
 from tests.mutants.planting import BUILD, SETUP, mutant
 
-STABLE = "reference.embedding:stable_embedding"
+STABLE = "reference.model.embedding:stable_embedding"
 
 MUTANTS = [
     mutant(
@@ -32,7 +32,7 @@ MUTANTS = [
         "stableemb-drops-sparse",
         "EMB-2",
         "litgpt finetune/lora.py",
-        ("reference.embedding:swap_embeddings", "if module.sparse:", "if False:"),
+        ("reference.model.embedding:swap_embeddings", "if module.sparse:", "if False:"),
         (STABLE, "sparse=plain.sparse,", ""),
     ),
     mutant(
@@ -55,7 +55,7 @@ MUTANTS = [
         "EMB-4",
         "bitsandbytes#1269",
         (
-            "reference.optimizer:own_override_manager",
+            "reference.optimizers.build:own_override_manager",
             '[(module, "weight", {"optim_bits": 32}) for module in wide] + registered',
             "[]",
         ),
@@ -64,7 +64,7 @@ MUTANTS = [
         "bnb-override-leaks",
         "EMB-5",
         "bitsandbytes 0.50.2",
-        ("reference.optimizer:own_override_manager", "if not is_bitsandbytes(optimizer):", "if True:"),
+        ("reference.optimizers.build:own_override_manager", "if not is_bitsandbytes(optimizer):", "if True:"),
     ),
     mutant(
         "stableemb-unties",
@@ -76,23 +76,27 @@ MUTANTS = [
         "stableemb-without-bitsandbytes",
         "EMB-7",
         "-",
-        ("reference.embedding:swap_wanted", "if requested and not is_bitsandbytes(optimizer_class):", "if False:"),
+        (
+            "reference.model.embedding:swap_wanted",
+            "if requested and not is_bitsandbytes(optimizer_class):",
+            "if False:",
+        ),
     ),
     mutant(
         "stableemb-not-exported",
         "EMB-8",
         "litgpt save_lora_checkpoint",
         (
-            "reference.embedding:folded",
+            "reference.model.embedding:folded",
             "weight = norm(table.to(norm.weight.dtype)).to(stable.weight.dtype)",
             "weight = table.clone()",
         ),
-        ("reference.embedding:restore_embeddings", "if plain:", "if False:"),
+        ("reference.model.embedding:restore_embeddings", "if plain:", "if False:"),
     ),
     mutant(
         "stableemb-kept-for-inference",
         "EMB-8",
         "-",
-        ("reference.embedding:restore_embeddings", "if is_stable(module):", "if False:"),
+        ("reference.model.embedding:restore_embeddings", "if is_stable(module):", "if False:"),
     ),
 ]

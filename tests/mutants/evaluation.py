@@ -2,7 +2,7 @@
 
 from tests.mutants.planting import EVALUATE, FIT, UPDATE, mutant
 
-MODE, RUN = "reference.update:evaluation_mode", "reference.run:Run.evaluate"
+MODE, RUN = "reference.training.update:evaluation_mode", "reference.training.run:Run.evaluate"
 SPLIT = "ids, targets = split_targets(batch, fabric.device)"
 PART = "itertools.islice(batches, self.config.evaluate_batches)"
 
@@ -14,7 +14,7 @@ MUTANTS = [
         "eval-dropout-on",
         "EVAL-2",
         "nanoGPT 7399dfe3, pytorch#124464",
-        ("reference.model:Attention.forward", "self.dropout if self.training else 0.0", "self.dropout"),
+        ("reference.model.gpt:Attention.forward", "self.dropout if self.training else 0.0", "self.dropout"),
     ),
     mutant(
         "val-subset-drifts",

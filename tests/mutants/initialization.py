@@ -8,13 +8,13 @@ MUTANTS = [
         "INIT-1",
         "litgpt#689, #759, #1150",
         (BUILD_MODULE, "empty_init=False", "empty_init=True"),
-        ("reference.initialize:reset", "module.reset_parameters()", "pass"),
+        ("reference.model.initialization:reset", "module.reset_parameters()", "pass"),
     ),
     mutant(
         "init-skipped-fresh-run",
         "INIT-2",
         "litgpt#1150",
-        ("reference.initialize:reset", "module.reset_parameters()", "pass"),
+        ("reference.model.initialization:reset", "module.reset_parameters()", "pass"),
     ),
     mutant(
         "init-residual-scale-never-applied",
@@ -57,7 +57,7 @@ MUTANTS = [
         "INIT-6",
         "nanotron#245, OpenTau#185",
         (
-            "reference.run:Run.save",
+            "reference.training.run:Run.save",
             "weights: Any = self.module\n",
             "weights: Any = __import__('copy').deepcopy(self.module).bfloat16()\n",
         ),
@@ -67,7 +67,7 @@ MUTANTS = [
         "INIT-7",
         "torchtitan#1311",
         (
-            "reference.checkpoint:find",
+            "reference.checkpoint.folder:find",
             "raise CheckpointError(\n",
             "return None\n        raise CheckpointError(\n",
         ),
@@ -76,15 +76,19 @@ MUTANTS = [
         "meta-buffers-lost",
         "INIT-8",
         "torchtitan's freqs_cis",
-        ("reference.initialize:materialize", "if owns_tensors(module):", "if list(module.parameters(recurse=False)):"),
+        (
+            "reference.model.initialization:materialize",
+            "if owns_tensors(module):",
+            "if list(module.parameters(recurse=False)):",
+        ),
     ),
     mutant(
         "tie-broken-by-meta",
         "INIT-9",
         "facebookresearch/lingua#75, verl#7834",
-        ("reference.initialize:materialize", "for other in others:", "for other in ():"),
+        ("reference.model.initialization:materialize", "for other in others:", "for other in ():"),
         (
-            "reference.initialize:tie",
+            "reference.model.initialization:tie",
             "module.weight = model.get_submodule(owner).weight",
             "pass",
         ),
@@ -94,7 +98,7 @@ MUTANTS = [
         "INIT-9",
         "litgpt#1150",
         (
-            "reference.initialize:bind_reset_parameters",
+            "reference.model.initialization:bind_reset_parameters",
             "nn.Linear | nn.Embedding)",
             "nn.Linear | nn.Embedding) and not module.weight.is_meta",
         ),
@@ -103,9 +107,9 @@ MUTANTS = [
         "adapter-init-skipped",
         "INIT-10",
         "litgpt f3ef7c4d, 1f61627c",
-        ("reference.initialize:require_reset_parameters", "if lost:", "if False:"),
+        ("reference.model.initialization:require_reset_parameters", "if lost:", "if False:"),
         (
-            "reference.initialize:materialize",
+            "reference.model.initialization:materialize",
             "module.reset_parameters()",
             "getattr(module, 'reset_parameters', lambda: None)()",
         ),

@@ -69,14 +69,14 @@ MUTANTS = [
         "kwarg-typo-swallowed",
         "OPT-10",
         "pykale#587, DeepTab#415",
-        ("reference.optimizer:check_keywords", "if key not in named and not takes_any:", "if False:"),
+        ("reference.optimizers.build:check_keywords", "if key not in named and not takes_any:", "if False:"),
         (BUILD, MERGE, keywords_without("accepts(optimizer_class, k)")),
     ),
     mutant(
         "kwarg-typo-unexplained",
         "OPT-11",
         "-",
-        ("reference.optimizer:check_keywords", 'f"did you mean {nearest[0]!r}? " if nearest else ""', '""'),
+        ("reference.optimizers.build:check_keywords", 'f"did you mean {nearest[0]!r}? " if nearest else ""', '""'),
     ),
     mutant(
         "opt-state-not-saved",
@@ -88,6 +88,6 @@ MUTANTS = [
         "opt-state-outside-state",
         "OPT-13",
         "grokadamw 0.1.2",
-        ("reference.optimizer:optimizer_state", 'state["state_in_groups"] = misplaced', "pass"),
+        ("reference.optimizers.build:optimizer_state", 'state["state_in_groups"] = misplaced', "pass"),
     ),
 ]

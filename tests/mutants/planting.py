@@ -77,15 +77,15 @@ def edited_code(function: FunctionType, edit: Edit) -> Any:
     return code
 
 
-FIT, SETUP = "reference.trainer:Trainer.fit", "reference.trainer:Trainer.setup"
-BUILD_MODULE, UPDATE = "reference.trainer:Trainer.build_module", "reference.run:Run.update_once"
-BUILD, ADDED = "reference.optimizer:build_optimizer", "reference.optimizer:added_keywords"
-GROUPS, DECAYED = "reference.optimizer:decay_groups", "reference.optimizer:is_decayed"
-DRAW, STD = "reference.initialize:draw", "reference.initialize:declared_std"
-LAUNCH, RESTORE = "reference.launch:launch", "reference.resume:restore"
+FIT, SETUP = "reference.training.trainer:Trainer.fit", "reference.training.trainer:Trainer.setup"
+BUILD_MODULE, UPDATE = "reference.training.trainer:Trainer.build_module", "reference.training.run:Run.update_once"
+BUILD, ADDED = "reference.optimizers.build:build_optimizer", "reference.optimizers.build:added_keywords"
+GROUPS, DECAYED = "reference.optimizers.build:decay_groups", "reference.optimizers.build:is_decayed"
+DRAW, STD = "reference.model.initialization:draw", "reference.model.initialization:declared_std"
+LAUNCH, RESTORE = "reference.training.launch:launch", "reference.checkpoint.resume:restore"
 # load_model() is these words and nothing else.
-LOAD, PUT = "reference.checkpoint:load_model", "put_into(model, load_weights(folder), folder / WEIGHTS)"
-ACCUMULATE, EVALUATE = "reference.update:accumulate", "reference.update:evaluate"
+LOAD, PUT = "reference.checkpoint.folder:load_model", "put_into(model, load_weights(folder), folder / WEIGHTS)"
+ACCUMULATE, EVALUATE = "reference.training.update:accumulate", "reference.training.update:evaluate"
 PEAKS = 'peaks = [group["lr"] for group in bare.param_groups]'
 
 

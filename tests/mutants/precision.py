@@ -9,13 +9,13 @@ MUTANTS = [
         "loss-in-bf16",
         "PREC-3",
         "modalities#464, marin#8217",
-        ("reference.update:token_loss", "logits.float()", "logits.bfloat16()"),
+        ("reference.training.update:token_loss", "logits.float()", "logits.bfloat16()"),
     ),
     mutant(
         "loss-not-upcast",
         "PREC-3",
         "modalities#464",
-        ("reference.update:token_loss", "logits.float().flatten", "logits.flatten"),
+        ("reference.training.update:token_loss", "logits.float().flatten", "logits.flatten"),
     ),
     mutant(
         "precision-ignored",
@@ -53,14 +53,14 @@ MUTANTS = [
         "bf16-update-lost",
         "PREC-6",
         "pytorch/ao#1124, torchtune#2254",
-        ("reference.trainer:warn_about_rounding", 'if config.precision == "bf16-true"', "if False"),
+        ("reference.training.trainer:warn_about_rounding", 'if config.precision == "bf16-true"', "if False"),
     ),
     mutant(
         "rope-phase-bf16",
         "PREC-7",
         "transformers#25681, #29285, gpt-neox#1003",
         (
-            "reference.model:Rotary.reset_parameters",
+            "reference.model.gpt:Rotary.reset_parameters",
             "torch.outer(position, self.theta**-exponent)",
             "torch.outer(position.to(self.cos.dtype), (self.theta**-exponent).to(self.cos.dtype))",
         ),

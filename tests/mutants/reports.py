@@ -29,6 +29,6 @@ MUTANTS = [
         "reported-norm-after-clipping",
         "REPORT-3",
         "ray#4965",
-        ("reference.update:clip", "return norm", "return norm.clamp(max=limit) if limit else norm"),
+        ("reference.training.update:clip", "return norm", "return norm.clamp(max=limit) if limit else norm"),
     ),
 ]

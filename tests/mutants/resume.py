@@ -2,7 +2,7 @@
 
 from tests.mutants.planting import FIT, LOAD, PUT, UPDATE, mutant
 
-BATCHES, SAVE = "reference.run:Run.batches", "reference.run:Run.save"
+BATCHES, SAVE = "reference.training.run:Run.batches", "reference.training.run:Run.save"
 START = "start = done * self.config.microbatches"
 STREAM = "train.batches_from(start, self.fabric.global_rank, self.fabric.world_size)"
 NUMBER = "learning_rate(\n            update,"
@@ -63,7 +63,7 @@ MUTANTS = [
         "load_state_dict(strict=False) over a prefix",
         WRAPPED,
         (
-            "reference.checkpoint:put_into",
+            "reference.checkpoint.folder:put_into",
             "own = model.state_dict()",
             "own = model.state_dict(); saved = own | {name: saved[name] for name in own if name in saved}",
         ),

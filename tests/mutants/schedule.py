@@ -2,7 +2,7 @@
 
 from tests.mutants.planting import UPDATE, mutant
 
-RATE, NUMBER = "reference.schedule:learning_rate", "learning_rate(\n            update,"
+RATE, NUMBER = "reference.training.schedule:learning_rate", "learning_rate(\n            update,"
 
 MUTANTS = [
     mutant(

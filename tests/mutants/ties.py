@@ -2,7 +2,7 @@
 
 from tests.mutants.planting import LOAD, PUT, mutant
 
-TIE, WEIGHT = "reference.initialize:tie", "module.weight = model.get_submodule(owner).weight"
+TIE, WEIGHT = "reference.model.initialization:tie", "module.weight = model.get_submodule(owner).weight"
 
 MUTANTS = [
     mutant(

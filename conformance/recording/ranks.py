@@ -1,0 +1,138 @@
+"""A recipe on several processes, each recorded: started as torchrun starts them, so any stack finds its rank."""
+
+import dataclasses
+import multiprocessing
+import os
+import pickle
+import socket
+import sys
+import warnings
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from conformance.recipe import Recipe
+from conformance.session import RunFailed
+from conformance.subject import Subject, describe_error
+
+if TYPE_CHECKING:
+    from conformance.recording.trace import Trace
+
+TIMEOUT = 120.0  # seconds for the whole run; a rank that waits for a dead one would wait forever
+
+
+def run_on_ranks(subject: Subject, recipe: Recipe, directory: Path) -> "list[Trace]":
+    """Train ``recipe`` on ``recipe.world_size`` processes and give back their traces, by rank.
+
+    Raises:
+        RunFailed: if a rank raised or did not end in time.
+    """
+    port = free_port()
+    ranks = []
+    with warnings.catch_warnings():
+        # Python 3.12 warns that a forked process may deadlock on locks held by other threads. Ours compute with one.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        context = multiprocessing.get_context("fork" if works_in_a_fork() else "spawn")
+        for rank in range(recipe.world_size):
+            ours, theirs = context.Pipe(duplex=False)
+            # mypy: the contexts of multiprocessing share no base class that has Process
+            process = context.Process(target=run_rank, args=(rank, subject, recipe, directory, port, theirs))  # type: ignore[attr-defined]
+            process.start()
+            theirs.close()
+            ranks.append((process, ours))
+    try:
+        return receive_all({pipe: rank for rank, (_, pipe) in enumerate(ranks)})
+    except BaseException:
+        for process, _ in ranks:
+            process.kill()  # the others wait for the one that failed
+        raise
+    finally:
+        for process, pipe in ranks:
+            pipe.close()
+            process.join()
+
+
+def works_in_a_fork() -> bool:
+    """Whether autograd does, by trying it: forking spares each rank the imports, some seconds.
+
+    Where there is a GPU, autograd has a thread for it from the first backward on, also of a run on the CPU, and refuses
+    to work in a fork. The same holds where PyTorch is built for CUDA and there is no GPU, if a ``FakeTensorMode``,
+    which torch.compile uses, came before the first backward: it puts a pretended device in CUDA's place.
+    """
+    import torch
+
+    if sys.platform != "linux" or torch.cuda.is_available():
+        return False
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            torch.ones(1, requires_grad=True).sum().backward()
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def run_rank(rank: int, subject: Subject, recipe: Recipe, directory: Path, port: int, pipe: Connection) -> None:
+    """What one process does: find its place by torchrun's variables, train, send the trace."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "GROUP_RANK": "0",
+        "WORLD_SIZE": str(recipe.world_size),
+        "LOCAL_WORLD_SIZE": str(recipe.world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "conformance",
+    }
+    import torch
+
+    from conformance.recording.recorder import record
+
+    failure = ""
+    with open(os.devnull, "w") as nowhere:
+        for stream in (1, 2):  # by number: handlers of loggers and native code keep the streams they once had
+            os.dup2(nowhere.fileno(), stream)
+        with record(directory, recipe.zero_gradients, rank, recipe.nan_gradient) as trace:
+            try:
+                subject.train(dataclasses.replace(recipe, directory=directory))
+            except BaseException as error:
+                failure = f"rank {rank} raised {describe_error(error)}"
+        # Sent before the process group is left, which makes the others fail; so the first to arrive is the cause. As
+        # bytes: a tensor sent as an object would be passed by a file descriptor that dies with this process.
+        pipe.send_bytes(pickle.dumps((trace, failure)))
+        pipe.close()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def receive_all(pipes: dict[Connection, int]) -> "list[Trace]":
+    """The traces that the ranks send, by rank.
+
+    Raises:
+        RunFailed: as soon as a rank raised or died, with the first to do so: the others only lose their peer.
+    """
+    traces: dict[int, Trace] = {}
+    waiting = dict(pipes)
+    while waiting:
+        ready = wait(list(waiting), TIMEOUT)
+        if not ready:
+            raise RunFailed(f"rank {min(waiting.values())} did not end within {TIMEOUT:.0f} s")
+        for pipe in ready:
+            assert isinstance(pipe, Connection)
+            rank = waiting.pop(pipe)
+            try:
+                traces[rank], failure = pickle.loads(pipe.recv_bytes())
+            except EOFError:
+                failure = f"rank {rank} died without sending its trace"
+            if failure:
+                raise RunFailed(failure)
+    return [traces[rank] for rank in sorted(traces)]
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

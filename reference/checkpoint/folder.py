@@ -1,0 +1,355 @@
+"""Checkpoints: weights in safetensors, the rest loadable with weights_only, complete or absent, never half.
+
+A checkpoint is a folder ``step-00000100`` with
+
+    model.safetensors   weights and persistent buffers, whole also if they were trained in shards; a tied tensor once
+    state.pt            optimizer state, progress, precision state: tensors and plain values only
+    config.json         the model's configuration, if it has one, the training configuration, the tokenizer's name
+    tokenizer.json      the tokenizer, if it has a file
+    SHA256SUMS          checksums of them all, checked on load
+
+It is written under another name, flushed to the disk and then renamed, so a run that is killed while saving leaves
+the previous checkpoint as the newest. Only one run at a time may write into a directory; any number may read.
+"""
+
+import json
+import logging
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from pickle import PicklingError
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from reference.checkpoint.integrity import (
+    SUMS,
+    as_written,
+    digest,
+    hidden,
+    read_sums,
+    recover,
+    replace_folder,
+    require_loadable,
+    sealed,
+    tidy,
+    write_sums,
+)
+from reference.checkpoint.weights import misfit, read_weights, write_weights
+from reference.config import ConfigurationError, GPTConfig
+from reference.model.embedding import restore_embeddings, swap_embeddings
+from reference.model.gpt import GPT
+
+logger = logging.getLogger("reference")
+
+STEP = re.compile(r"step-(\d{8,})")
+STATE = {"update", "optimizer", "optimizer_class", "precision", "stable_embedding"}  # what state.pt holds
+WEIGHTS, PROGRESS, CONFIG = FILES = ("model.safetensors", "state.pt", "config.json")
+FORMAT = 1  # in config.json since there are checksums: where it stands, SHA256SUMS must be there
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is missing, incomplete, damaged or of another model. The message says which and what to do."""
+
+
+def step_folder(directory: Path, update: int) -> Path:
+    """Where the checkpoint after ``update`` updates lies."""
+    return directory / f"step-{update:08d}"
+
+
+def number(folder: Path) -> int:
+    """Updates done at a checkpoint, from its name; 0 if it is called otherwise."""
+    found = STEP.fullmatch(folder.name)
+    return int(found[1]) if found else 0
+
+
+def require_writable(directory: Path) -> None:
+    """Raise CheckpointError if nothing can be written there. For the start of a run, before hours are spent."""
+    try:
+        str(directory).encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointError(
+            f"the name of the directory {str(directory)!a} is not UTF-8, and torch reads no files there: "
+            "choose another."
+        ) from error
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoints cannot be written to {directory}: {error.strerror}. Choose a directory that can be written."
+        ) from error
+
+
+def save(
+    folder: Path,
+    weights: nn.Module | Mapping[str, Tensor],
+    state: dict[str, Any],
+    config: dict[str, Any],
+    files: Mapping[str, bytes | Path] = MappingProxyType({}),
+) -> None:
+    """Write a checkpoint folder; it appears complete or not at all.
+
+    Args:
+        folder: its name, from :func:`step_folder`. One that is there is replaced.
+        weights: a module, or its state dict: whole, if it was sharded.
+        state: for ``state.pt``, with the keys in ``STATE``; tensors and plain values only.
+        config: for ``config.json``: ``model``, ``train``, ``tokenizer``.
+        files: further files, such as tokenizer.json, by name: the content, or where to copy it from.
+
+    Raises:
+        CheckpointError: if the disk does not take it, or if it could not be loaded again. Earlier checkpoints are
+            untouched.
+    """
+    from safetensors import SafetensorError
+
+    partial = hidden(folder, "partial")
+    state_dict = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    plain = {"format": FORMAT, "tokenizer": None} | config
+    content = {**files, CONFIG: (json.dumps(plain, indent=2, default=str) + "\n").encode()}
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        tidy(folder.parent)
+        partial.mkdir()
+        with ThreadPoolExecutor(2) as pool:  # one file is flushed and summed up while the next is written
+            write_weights(partial / WEIGHTS, state_dict)
+            sums = {WEIGHTS: pool.submit(sealed, partial / WEIGHTS)}
+            with (partial / PROGRESS).open("wb") as file:  # so that a full disk is an OSError of Python's
+                torch.save(state, file)
+            require_loadable(partial / PROGRESS)
+            sums[PROGRESS] = pool.submit(sealed, partial / PROGRESS)
+            for name, source in content.items():
+                (partial / name).write_bytes(source if isinstance(source, bytes) else source.read_bytes())
+                sums[name] = pool.submit(sealed, partial / name)
+            write_sums(partial, {name: future.result() for name, future in sums.items()})
+        replace_folder(partial, folder)
+    # A full disk is the second and third to safetensors and torch. The others: what cannot be stored at all.
+    except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, AttributeError, PicklingError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"the checkpoint {folder} could not be written: {cause_of(error)}. Earlier checkpoints are complete; "
+            "make room or choose another directory, and resume from the newest."
+        ) from error
+
+
+def prune(directory: Path, keep_last: int | None, newest: Path | None = None) -> list[Path]:
+    """Remove the checkpoints before the last ``keep_last`` (None: keep all), and say which.
+
+    Only complete ones count and only they are removed: no link, and none with a file that was not written with it. A
+    folder is renamed before it is emptied, so a run that is killed leaves none of them half.
+
+    Args:
+        directory: of the run.
+        keep_last: how many to keep.
+        newest: the one just written, which is the last. Higher numbers are of a run before, that this one went back
+            behind; they are left alone. None: the one with the highest number.
+    """
+    found = [folder for folder in checkpoints(directory) if newest is None or number(folder) <= number(newest)]
+    removed = []
+    for folder in found[:-keep_last] if keep_last is not None else []:
+        foreign = {path.name for path in folder.iterdir()} - {*FILES, SUMS, *(read_sums(folder) or {})}
+        if foreign or folder.is_symlink():
+            logger.info("checkpoint: %s is kept, because of %s", folder, ", ".join(sorted(foreign)) or "its link")
+            continue
+        try:
+            folder.rename(hidden(folder, "removed"))
+        except OSError as error:  # no reason to end a run
+            logger.warning("checkpoint: %s cannot be removed: %s", folder, error.strerror)
+            continue
+        shutil.rmtree(hidden(folder, "removed"), ignore_errors=True)
+        removed.append(folder)
+    return removed
+
+
+def lacking(folder: Path) -> list[str]:
+    """The files of a checkpoint that are not there."""
+    return [name for name in dict.fromkeys((*FILES, *(read_sums(folder) or {}))) if not (folder / name).is_file()]
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether all files of a checkpoint are there."""
+    return not lacking(folder)
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """The complete checkpoints in ``directory``, by number."""
+    found = [path for path in directory.glob("step-*") if STEP.fullmatch(path.name) and is_complete(path)]
+    return sorted(found, key=number)
+
+
+def find(resume: bool | Literal["auto"] | str | Path, directory: Path) -> Path | None:
+    """The checkpoint folder to resume from, or None for a fresh start.
+
+    Args:
+        resume: False: none. True: the newest in ``directory``. ``auto``: the newest, or None if there is none.
+            A path: that checkpoint.
+        directory: where the run keeps its checkpoints.
+
+    Raises:
+        CheckpointError: if the one asked for is not there. Starting from random weights instead would look like
+            success (torchtitan#1311).
+    """
+    if resume is False:
+        return None
+    if resume is True or resume == "auto":
+        recover(directory)
+        found = checkpoints(directory)
+        for folder in directory.glob("step-*"):
+            if STEP.fullmatch(folder.name) and folder not in found:
+                logger.warning("resume: %s is passed over, it lacks %s", folder, ", ".join(lacking(folder)))
+        if found:
+            return found[-1]
+        if resume == "auto":
+            return None
+        raise CheckpointError(f"resume=True, but {directory} holds no checkpoint: start with resume=False or 'auto'.")
+    if not isinstance(resume, str | Path):
+        raise CheckpointError(f"resume is {resume!r}: give False, True, 'auto' or the folder of a checkpoint.")
+    folder = Path(resume)
+    if lacking(folder):
+        recover(folder.parent)
+    if not is_complete(folder):
+        raise CheckpointError(
+            f"{folder} is no checkpoint of this trainer (missing: {', '.join(lacking(folder))}): give a folder like "
+            f"{step_folder(directory, 100)}, or resume=False for a fresh start."
+        )
+    return folder
+
+
+def verify(folder: Path, name: str) -> None:
+    """Check that a file of a checkpoint is the one that was written.
+
+    Raises:
+        CheckpointError: if it is damaged, missing or that of another checkpoint.
+    """
+    sums = read_sums(folder)
+    try:
+        if sums is None and b'"format"' in (folder / CONFIG).read_bytes():
+            raise damaged(folder / SUMS, "is missing")
+        if sums is None:
+            logger.info("checkpoint: %s is not checked, because it was written without checksums", folder / name)
+        elif sums.get(name) != digest(folder / name):
+            raise damaged(folder / name, f"is damaged (it is not the file of which the checksum is in {SUMS})")
+    except OSError as error:
+        raise damaged(folder / name, f"cannot be read ({error.strerror})") from error
+
+
+def damaged(path: Path, problem: str) -> CheckpointError:
+    """The error for a file of a checkpoint. It names the newest intact checkpoint before that one."""
+    before = [folder for folder in checkpoints(path.parent.parent) if number(folder) < number(path.parent)]
+    intact = next((folder for folder in reversed(before) if as_written(folder)), None)
+    advice = "no earlier checkpoint beside it is intact" if intact is None else f"resume from {intact} instead"
+    return CheckpointError(f"{path} {problem}: {advice}.")
+
+
+def load_weights(folder: Path) -> dict[str, Tensor]:
+    """The whole weights of a checkpoint on the CPU, mapped from the file; tied names share one tensor.
+
+    Raises:
+        CheckpointError: if the file is damaged.
+    """
+    from safetensors import SafetensorError
+
+    verify(folder, WEIGHTS)
+    try:
+        return read_weights(folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise damaged(folder / WEIGHTS, f"is damaged ({first_line(error)})") from error
+
+
+def load_model(folder: Path, model: nn.Module) -> None:
+    """Load the weights of a checkpoint into ``model``, in place, rounded to its dtype.
+
+    Raises:
+        CheckpointError: if the file is damaged or of a model with other tensors. The model is untouched then.
+    """
+    put_into(model, load_weights(folder), folder / WEIGHTS)
+
+
+def put_into(model: nn.Module, saved: dict[str, Tensor], path: Path) -> None:
+    """Load weights that were read from ``path``, or raise CheckpointError if they do not fit."""
+    own = model.state_dict()
+    if problem := misfit(saved, own):
+        raise CheckpointError(f"{path} belongs to {problem}. Build the model from the config.json beside it.")
+    casts = {f"{saved[name].dtype} as {own[name].dtype}" for name in own if saved[name].dtype != own[name].dtype}
+    if casts:
+        logger.warning("checkpoint: %s is loaded in another dtype: %s", path, ", ".join(sorted(casts)))
+    model.load_state_dict(saved)
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """Load optimizer state and progress, onto the CPU.
+
+    Raises:
+        CheckpointError: if the file is damaged or holds anything but tensors and plain values.
+    """
+    path = folder / PROGRESS
+    verify(folder, PROGRESS)
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever the zip reader and the unpickler raise
+        # Without torch's own words: they advise to switch the protection against hostile files off.
+        raise damaged(path, "cannot be read (damaged, or more than tensors and values)") from error
+    if not isinstance(state, dict) or not STATE.issubset(state):
+        raise CheckpointError(f"{path} was not written by this trainer: it lacks some of {', '.join(sorted(STATE))}.")
+    return state
+
+
+def load_config(folder: Path) -> dict[str, Any]:
+    """Load what was written beside the weights: ``model`` (if it is a GPT of ours), ``train`` and ``tokenizer``.
+
+    Raises:
+        CheckpointError: if the file is damaged.
+    """
+    path = folder / CONFIG
+    verify(folder, CONFIG)
+    try:
+        config: dict[str, Any] = {"tokenizer": None} | json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError) as error:
+        raise damaged(path, f"cannot be read ({first_line(error)})") from error
+    return config
+
+
+def load_for_inference(folder: str | Path) -> GPT:
+    """The GPT of a checkpoint, in eval mode on the CPU, with plain embeddings.
+
+    Raises:
+        CheckpointError: if the checkpoint is missing, damaged, or of a module that is no GPT of ours.
+    """
+    path = find(Path(folder), Path(folder).parent)
+    assert path is not None
+    config = load_config(path)
+    if "model" not in config:
+        raise CheckpointError(f"{path} holds a module that is not reference.GPT: build it yourself and use load_model.")
+    try:
+        model: nn.Module = GPT(GPTConfig(**config["model"]))
+    except (ConfigurationError, TypeError) as error:
+        problem = first_line(error).rstrip(".")
+        raise CheckpointError(f"{path / CONFIG} describes no model of this version: {problem}.") from error
+    if config["train"]["precision"] == "bf16-true":
+        model.to(torch.bfloat16)
+    weights = load_weights(path)
+    if "embedding.norm.weight" in weights:  # state.pt says it too, but is twice as large as the weights
+        swap_embeddings(model)
+    put_into(model, weights, path / WEIGHTS)
+    restored = restore_embeddings(model)
+    assert isinstance(restored, GPT)
+    return restored
+
+
+def cause_of(error: BaseException) -> str:
+    """What the system said, if it was during its error that this one was raised: torch says only "unexpected pos"."""
+    context: BaseException | None = error
+    while context is not None and not isinstance(context, OSError):
+        context = context.__context__
+    return first_line(context or error)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line that says something, of a message that may have many."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if not line.startswith("Error(s) in loading")), type(error).__name__)

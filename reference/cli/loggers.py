@@ -1,0 +1,106 @@
+"""Metrics on disk, as callbacks of the Trainer, written by Fabric's loggers: CSV always, TensorBoard if wanted.
+
+Both go on where a resumed run goes on: rows of updates that are done again are not kept twice.
+"""
+
+import contextlib
+import csv
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reference.config import ConfigurationError
+from reference.training.update import TrainingError
+
+if TYPE_CHECKING:
+    from reference.training.trainer import Record
+
+
+def metrics_file(directory: Path) -> Path:
+    """Where :func:`csv_metrics` writes: one row per update, with ``step`` as its number."""
+    return directory / "metrics" / "metrics.csv"
+
+
+def csv_metrics(directory: Path) -> Callable[["Record"], None]:
+    """A callback that writes a row per update, on rank 0.
+
+    A run that begins at update 1 begins a new file. One that was resumed keeps the rows before it. The callback raises
+    TrainingError if the file cannot be written.
+    """
+    from lightning.fabric.loggers.csv_logs import CSVLogger
+    from lightning.fabric.utilities import rank_zero_only
+
+    file = metrics_file(directory)
+    # Flushed at each row: a run that is killed keeps its metrics.
+    logger = CSVLogger(directory, name="metrics", version="", flush_logs_every_n_steps=1)
+    started = False
+
+    def write(record: "Record") -> None:
+        nonlocal started
+        try:
+            if not started:
+                earlier = read_rows(file, before=record.update)
+                file.unlink(missing_ok=True)  # the logger would remove it too, but with a warning
+                for row in earlier:
+                    logger.log_metrics(row, int(row.pop("step")))
+                started = True
+            logger.log_metrics(metrics(record), record.update)
+        except OSError as error:
+            raise TrainingError(
+                f"the metrics of update {record.update} cannot be written to {file} ({error.strerror}): make room, and "
+                "resume from the newest checkpoint."
+            ) from error
+
+    return rank_zero_only(write)
+
+
+def read_rows(file: Path, before: int) -> list[dict[str, Any]]:
+    """Rows of a metrics file with a ``step`` below ``before``; none if there is no file.
+
+    A row that a killed run did not finish is left out.
+    """
+    if not file.is_file():
+        return []
+    with file.open(newline="", encoding="utf-8") as lines:
+        rows = [row for row in csv.DictReader(lines) if None not in row.values() and str(row["step"]).isdecimal()]
+    return [row for row in rows if int(row["step"]) < before]
+
+
+@contextlib.contextmanager
+def tensorboard(directory: Path) -> Iterator[Callable[["Record"], None]]:
+    """A callback that writes TensorBoard's event files to ``directory/tensorboard``, on rank 0; closed on leaving.
+
+    Raises:
+        ConfigurationError: if the package tensorboard is missing.
+    """
+    from lightning.fabric.loggers.tensorboard import TensorBoardLogger
+    from lightning.fabric.utilities import rank_zero_only
+
+    try:
+        importlib.import_module("tensorboard")
+    except ImportError as error:
+        raise ConfigurationError(
+            "--tensorboard needs the package tensorboard: run pip install 'gpt-conformance[tensorboard]', "
+            "or leave it out; metrics are written as CSV in any case."
+        ) from error
+    logger: TensorBoardLogger | None = None
+
+    def write(record: "Record") -> None:
+        nonlocal logger
+        if logger is None:  # what an earlier run wrote of this and later updates is marked as void
+            logger = TensorBoardLogger(directory, name="tensorboard", version="", purge_step=record.update)
+        present = {key: value for key, value in metrics(record).items() if value is not None}
+        logger.log_metrics(present, record.update)
+
+    try:
+        yield rank_zero_only(write)
+    finally:
+        if logger is not None:
+            logger.finalize("finished")
+
+
+def metrics(record: "Record") -> dict[str, Any]:
+    """A record as columns: all of its fields but the number of the update."""
+    return {key: value for key, value in asdict(record).items() if key != "update"}

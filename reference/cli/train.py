@@ -1,0 +1,193 @@
+"""What ``python -m reference train`` does: data, settings on disk, callbacks, and the Trainer."""
+
+import contextlib
+import dataclasses
+import logging
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from reference.cli.presets import PRESETS
+from reference.cli.settings import Settings, read_settings
+from reference.config import ConfigurationError, DataConfig
+
+if TYPE_CHECKING:
+    from reference.data.tokens import TokenData
+    from reference.training.trainer import Callback, Record
+
+logger = logging.getLogger("reference")
+
+
+@contextlib.contextmanager
+def logged() -> Iterator[None]:
+    """Show on stderr what the reference logs."""
+    from rich.console import Console
+
+    from reference.cli.progress import logging_to
+
+    with logging_to(Console(stderr=True)):
+        yield
+
+
+def train_command(arguments: Sequence[str]) -> int:
+    """Train; the exit code.
+
+    Raises:
+        ConfigurationError, CheckpointError, DataError, TrainingError: in one sentence each.
+    """
+    wanted = [argument for argument in arguments if argument != "--print_config"]
+    settings = read_settings(wanted)
+    if len(wanted) < len(arguments):
+        print(settings.yaml(), end="")
+        return 0
+    return train(settings)
+
+
+def train(settings: Settings) -> int:
+    """Run what the settings describe; the exit code."""
+    import torch
+    from lightning.fabric.utilities import rank_zero_only
+    from rich.console import Console
+
+    from reference.cli.loggers import csv_metrics, tensorboard
+    from reference.cli.progress import logging_to, progress
+    from reference.training.throughput import flops_per_token
+    from reference.training.trainer import Trainer
+
+    console = Console(stderr=True)
+    folder = checkpoint_to_resume(settings.resume, Path(settings.directory))
+    first_rank = getattr(rank_zero_only, "rank", 0) == 0
+    directory = Path(settings.directory)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(logging_to(console, first_rank))
+        settings, training, validation = open_data(settings)
+        if first_rank:
+            require_directory(directory)
+        flops = flops_per_token(settings.model, settings.model.block_size)
+        run = settings.train
+        shown = stack.enter_context(progress(run.updates, run.log_every, flops, run.precision, console))
+        callbacks = [shown, rank_zero_only(settings_writer(settings)), csv_metrics(directory)]
+        if settings.tensorboard:
+            callbacks.append(stack.enter_context(tensorboard(directory)))
+        trainer = Trainer(settings.model, run, directory, callbacks)
+        try:
+            result = trainer.fit(training, validation, folder or False)
+        except torch.OutOfMemoryError as error:
+            raise ConfigurationError(
+                f"the GPU has not enough memory for microbatches of {settings.data.microbatch_size}: halve "
+                "--data.microbatch_size and double --train.microbatches (the updates are the same), "
+                "or set --train.activation_checkpointing true."
+            ) from error
+    if first_rank:
+        again = f"python -m reference train --config {directory / 'config.yaml'} --resume auto"
+        if result.stopped is not None:
+            print(f"Go on with: {again}", file=sys.stderr)
+        elif run.save_every is not None:
+            print(f"Try: python -m reference generate --checkpoint {directory}", file=sys.stderr)
+    return 0 if result.stopped is None else 128 + result.stopped
+
+
+def checkpoint_to_resume(resume: bool | str, directory: Path) -> Path | None:
+    """The checkpoint that a run goes on from, None for a fresh start.
+
+    Raises:
+        CheckpointError: if it is missing.
+        ConfigurationError: if a fresh start would mix its checkpoints with those of an earlier run.
+    """
+    from reference.checkpoint.folder import checkpoints, find
+
+    if isinstance(resume, str) and resume != "auto":
+        return checkpoint_folder(Path(resume))
+    if resume is False and (there := checkpoints(directory)):
+        raise ConfigurationError(
+            f"{directory} holds checkpoints of an earlier run, up to {there[-1].name}: go on with it by --resume auto, "
+            "choose another --directory, or delete it."
+        )
+    return find(True if resume is True else "auto", directory)
+
+
+def checkpoint_folder(path: Path) -> Path:
+    """The checkpoint at ``path``: it itself, or the newest one in a run's directory.
+
+    Raises:
+        CheckpointError: if it is neither.
+    """
+    from reference.checkpoint.folder import CheckpointError, find, is_complete
+
+    if is_complete(path):
+        return path
+    found = find("auto", path)
+    if found is None:
+        raise CheckpointError(
+            f"{path} is no checkpoint and holds none: give a folder like out/tiny, or out/tiny/step-00000100."
+        )
+    return found
+
+
+def open_data(settings: Settings) -> "tuple[Settings, TokenData, TokenData | None]":
+    """Training and validation split, and the settings with a vocabulary that fits them.
+
+    The default data is prepared if it is not there yet. The preset tiny takes the vocabulary of the data unless the
+    settings have another than the preset's; for the others the Trainer checks that the data fits.
+
+    Raises:
+        DataError: if the data is missing or damaged.
+    """
+    from reference.data.prepare import prepare_default
+    from reference.data.tokens import TokenData
+
+    folder, model = Path(settings.data.path), settings.model
+    if settings.data.path == DataConfig().path:
+        if not (folder / "train.json").exists():
+            logger.info("data: preparing %s from this Python's standard library, as bytes", folder)
+        prepare_default(folder, progress=sys.stderr.isatty())  # does nothing where it is there
+    shape = {
+        "block_size": model.block_size,
+        "microbatch_size": settings.data.microbatch_size,
+        "seed": settings.train.seed,
+    }
+    training = TokenData(folder, "train", **shape)
+    validation = TokenData(folder, "validation", **shape) if settings.train.evaluate_every is not None else None
+    for data in (training, validation):
+        if data is not None:
+            logger.info("data: %s", data.describe())
+    if settings.preset == "tiny" and model.vocab_size == PRESETS["tiny"].model.vocab_size != training.vocab_size:
+        logger.info("model: the vocabulary of the data, %d, instead of %d", training.vocab_size, model.vocab_size)
+        settings = dataclasses.replace(settings, model=dataclasses.replace(model, vocab_size=training.vocab_size))
+    return settings, training, validation
+
+
+def require_directory(directory: Path) -> None:
+    """Make the run's directory.
+
+    Raises:
+        ConfigurationError: if that cannot be, or nothing can be written there.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        reason = "it is a file" if directory.is_file() else error.strerror
+        raise ConfigurationError(
+            f"the directory {directory} cannot be written ({reason}): choose another with --directory."
+        ) from error
+
+
+def settings_writer(settings: Settings) -> "Callback":
+    """A callback that writes ``config.yaml`` in the run's directory, after the first update.
+
+    Not before: settings that do not fit the checkpoint would replace those that do, and keep the run from going on.
+    """
+    from reference.data.tokenfile import write_file
+
+    written = False
+
+    def write(record: "Record") -> None:
+        nonlocal written
+        if not written:
+            write_file(Path(settings.directory) / "config.yaml", settings.yaml().encode())
+            written = True
+
+    return write

@@ -1,0 +1,282 @@
+"""From text files to token files: find and divide them, train or load the tokenizer, encode, publish."""
+
+import contextlib
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from reference.config import ConfigurationError
+from reference.data.documents import SPLITS, Document, divide, examine, find_files, read, standard_library, total_size
+from reference.data.tokenfile import TokenWriter, open_sidecar, publish, write_file
+from reference.data.tokenizer import (
+    FILE,
+    ByteTokenizer,
+    FileTokenizer,
+    Tokenizer,
+    check_size,
+    load_tokenizer,
+    stated_tokenizer,
+    train_tokenizer,
+)
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+logger = logging.getLogger("reference")
+
+PIECE = 1 << 18  # characters of one document encoded as one text
+BATCH = 1 << 22  # characters encoded together
+RECORDS = {".jsonl", ".ndjson", ".json", ".csv", ".tsv"}
+CONTEXT = 500  # characters on either side by which a cut is judged
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What :func:`prepare` has written."""
+
+    folder: Path
+    tokenizer: str
+    """``bytes`` or ``tokenizer.json``."""
+    vocab_size: int
+    files: int
+    """Text files used."""
+    size: int
+    """Their bytes."""
+    tokens: dict[str, int]
+    """By split, ends of documents included."""
+    documents: dict[str, int]
+    """Ends of documents by split."""
+    divided: str
+    """How the splits were told apart: ``by file`` or ``by position``."""
+    skipped: tuple[tuple[Path, str], ...]
+    """Files that were left out, each with the reason."""
+
+    def describe(self) -> str:
+        """Some lines: what was written, and what was left out."""
+        lines = [
+            f"{self.folder}: {self.files:,} text files, {self.size:,} bytes, split {self.divided}; "
+            f"{self.tokenizer}, vocabulary {self.vocab_size:,}"
+        ]
+        lines += [
+            f"{split}: {self.tokens[split]:,} tokens, {self.documents[split]:,} ends of documents" for split in SPLITS
+        ]
+        reasons = Counter(reason for _, reason in self.skipped)
+        for reason, number in reasons.most_common():
+            example = next(path for path, why in self.skipped if why == reason)
+            lines.append(f"left out: {number:,} {'file' if number == 1 else 'files'} ({reason}), e.g. {example}")
+        return "\n".join(lines)
+
+
+def prepare(
+    text: Sequence[str],
+    tokenizer: str,
+    out: Path,
+    *,
+    validation_share: float = 0.05,
+    seed: int = 1337,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Prepared:
+    """Write the token files of both splits, and tokenizer.json, from text files.
+
+    Files that are not UTF-8, hold NUL bytes, are empty, hidden or copies of others are left out, and the result says
+    so. The split is by file. Where that cannot come near the share asked for (few files, or one that outweighs the
+    rest), it is by position in the whole text: the end of it is for validation, and one document may be cut.
+
+    Args:
+        text: files, folders (all files below, but hidden ones) and glob patterns. None given: the sources of Python's
+            standard library, without its tests.
+        tokenizer: ``bytes``; ``bpe:SIZE``, trained on the training split; or the path of a tokenizer.json.
+        out: data folder. Made if it is not there; nothing in it changes before all is written.
+        validation_share: part of the text that is kept for validation.
+        seed: chooses which.
+        overwrite: also replace data of another tokenizer.
+        progress: draw bars on standard error.
+
+    Raises:
+        ConfigurationError: for settings that cannot work.
+        DataError: if there is no text, or the disk does not take the files.
+    """
+    if not 0.0 < validation_share < 1.0:
+        raise ConfigurationError(f"validation_share is {validation_share}, but must lie between 0 and 1.")
+    if out.exists() and not out.is_dir():
+        raise ConfigurationError(f"{out} is a file: give a folder to write the token files to.")
+    given = None if tokenizer.startswith("bpe:") else load_tokenizer(tokenizer)
+    size = 0 if given is not None else bpe_size(tokenizer)
+    if given is not None:
+        check_folder(out, given, overwrite)  # before the work rather than after it
+    paths = find_files(text, out) if text else standard_library()
+    with bars(progress) as shown:
+        documents, skipped = examine(paths, seed, shown)
+        warn_of_records(documents)
+        train, validation, divided = divide(documents, validation_share)
+        chosen = given if given is not None else train_tokenizer(read_all(train, shown), size)
+        if chosen.vocab_size < size:
+            logger.info("tokenizer: the text has pairs for %d ids only, not for %d", chosen.vocab_size, size)
+        check_folder(out, chosen, overwrite)
+        with contextlib.ExitStack() as stack:
+            writers = []
+            for split, part in zip(SPLITS, (train, validation), strict=True):
+                writer = TokenWriter(
+                    out,
+                    split,
+                    vocab_size=chosen.vocab_size,
+                    tokenizer=chosen.name,
+                    end_of_document=chosen.end_of_document,
+                )
+                writers.append(stack.enter_context(writer))
+                write(writer, part, chosen, shown)
+            if isinstance(chosen, FileTokenizer):
+                with writers[0].told():
+                    write_file(out / FILE, chosen.content)
+            publish(writers[::-1])  # the training split last: where it opens, all is there
+    return Prepared(
+        folder=out,
+        tokenizer=chosen.name,
+        vocab_size=chosen.vocab_size,
+        files=len(documents),
+        size=total_size(documents),
+        tokens={writer.split: writer.tokens for writer in writers},
+        documents={writer.split: writer.documents for writer in writers},
+        divided=divided,
+        skipped=tuple(skipped),
+    )
+
+
+def warn_of_records(documents: Sequence[Document]) -> None:
+    """Say so if files look as if each held many documents, among what is not text."""
+    found = [document.path for document in documents if document.path.suffix.lower() in RECORDS]
+    if found:
+        logger.warning(
+            "%d of %d files hold records rather than text (%s): each is one document, with its keys and quotes. "
+            "If its records are to be documents, write the text of each into a file of its own.",
+            *(len(found), len(documents), found[0]),
+        )
+
+
+def prepare_default(out: Path, *, progress: bool = True) -> Prepared | None:
+    """Python's standard library as bytes, unless the folder holds data already (then None, and it is not touched).
+
+    Several processes may call this at once: each writes the same, and the files appear whole.
+
+    Raises:
+        DataError: if the folder holds data that does not open, or the disk does not take it.
+    """
+    if (out / "train.json").exists():  # which is published last
+        for split in SPLITS:
+            open_sidecar(out, split)
+        return None
+    return prepare([], ByteTokenizer.name, out, progress=progress)
+
+
+def bpe_size(spec: str) -> int:
+    """The size in ``bpe:SIZE``.
+
+    Raises:
+        ConfigurationError: if there is none, or too small a one.
+    """
+    size = spec.removeprefix("bpe:")
+    if not (size.isascii() and size.isdecimal()):
+        raise ConfigurationError(f"tokenizer {spec!r} has no size: write bpe:SIZE, for example bpe:4096.")
+    check_size(int(size))
+    return int(size)
+
+
+def check_folder(out: Path, tokenizer: Tokenizer, overwrite: bool) -> None:
+    """Raise ConfigurationError if ``out`` holds data or a tokenizer.json of another tokenizer, unless told."""
+    if overwrite:
+        return
+    stated = stated_tokenizer(out)
+    file = out / FILE
+    other = stated not in (None, tokenizer.name)
+    if isinstance(tokenizer, FileTokenizer) and file.is_file():
+        other = other or file.read_bytes() != tokenizer.content
+    if other:
+        raise ConfigurationError(
+            f"{out} holds data of another tokenizer ({stated or FILE}): choose another folder, or set overwrite."
+        )
+
+
+def read_all(documents: list[Document], shown: "Progress") -> Iterator[str]:
+    """The texts of all of them, in chunks, to train a tokenizer."""
+    task = shown.add_task("training the tokenizer", total=total_size(documents))
+    done = 0
+    for document in documents:
+        for chunk in read(document):
+            yield chunk
+            shown.advance(task, len(chunk))
+        done += document.size
+        shown.update(task, completed=done)
+
+
+def pieces(chunks: Iterable[str], tokenizer: Tokenizer) -> Iterator[tuple[str, bool]]:
+    """A text in pieces whose ids, one behind the other, are those of the whole text; the last is marked.
+
+    It is cut where that changes nothing, judged by encoding some characters around the place with and without the
+    cut. A tokenizer that permits none (one that begins every text with a space) gets the document whole.
+    """
+    held: list[str] = []
+    size, enough = 0, PIECE
+    for chunk in chunks:
+        held.append(chunk)
+        size += len(chunk)
+        if size >= enough:
+            text = "".join(held)
+            place = harmless_cut(text, tokenizer)
+            if place:
+                yield text[:place], False
+            held, size = [text[place:]], len(text) - place
+            enough = PIECE if place else 2 * size  # joined and tried ever more rarely: no quadratic cost
+    yield "".join(held), True
+
+
+def harmless_cut(text: str, tokenizer: Tokenizer) -> int:
+    """The last place in ``text`` where a cut changes no id, or 0 if none of some 40 is one."""
+    places = [len(text) - CONTEXT]
+    while len(places) < 40 and (line := text.rfind("\n", CONTEXT, places[-1] - 1)) > 0:
+        places += [line + 1, line]
+    for place in places:
+        before, behind = text[place - CONTEXT : place], text[place : place + CONTEXT]
+        if tokenizer.encode(before) + tokenizer.encode(behind) == tokenizer.encode(before + behind):
+            return place
+    return 0
+
+
+def write(writer: TokenWriter, documents: list[Document], tokenizer: Tokenizer, shown: "Progress") -> None:
+    """Encode documents and append them, some at a time: the tokenizers library encodes several in parallel."""
+    task = shown.add_task(f"encoding, {writer.split}", total=total_size(documents))
+    texts: list[str] = []
+    ends: list[bool] = []
+
+    def append() -> None:
+        for ids, end in zip(tokenizer.encode_batch(texts), ends, strict=True):
+            writer.write(ids)
+            if end:
+                writer.end_document()
+        texts.clear()
+        ends.clear()
+
+    characters = done = 0
+    for document in documents:
+        for piece, last in pieces(read(document), tokenizer):
+            texts.append(piece)
+            ends.append(last and document.ends)
+            characters += len(piece)
+            if characters > BATCH:
+                append()
+                characters = 0
+            shown.advance(task, len(piece))
+        done += document.size
+        shown.update(task, completed=done)
+    append()
+
+
+def bars(progress: bool) -> "Progress":
+    """Progress bars on standard error, or none."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    return Progress(console=Console(stderr=True), disable=not progress)

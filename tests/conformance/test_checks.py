@@ -1,0 +1,275 @@
+"""conformance.checks as a library: each rule passes what is right (its doctest) and names what is wrong."""
+
+import doctest
+import importlib
+import pkgutil
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+from conformance import Constant, Normal, Uniform, checks
+from conformance.checks import clipping, data, evaluation, initialization, precision, reports, schedule
+from conformance.checks.accumulation import gradient_is_of
+from conformance.checks.optimizer import keywords_arrive
+from conformance.clause import Violation
+from conformance.recording.snapshot import Group
+from reference.config import GPTConfig
+from reference.model.gpt import GPT
+
+MODULES = [f"conformance.checks.{entry.name}" for entry in pkgutil.iter_modules(checks.__path__)]
+
+
+def test_every_public_rule_has_an_example() -> None:
+    for name in checks.__all__:
+        assert ">>> " in (getattr(checks, name).__doc__ or ""), name
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_run(name: str) -> None:
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+def test_initialised_names_the_tensor() -> None:
+    model = nn.Linear(2, 3)
+    with torch.no_grad():
+        model.weight[0, 0] = float("nan")
+    with pytest.raises(Violation, match=r"in 1 of 2 tensors: weight \(1 of 6\)"):
+        checks.initialised(model)
+
+
+def test_a_mask_of_minus_infinity_is_initialised() -> None:
+    model, mask = nn.Linear(2, 3), torch.full((2, 2), -torch.inf).triu(1)
+    checks.initialised(model, {"mask": mask})
+    with pytest.raises(Violation, match=r"in 1 of 3 tensors: mask \(1 of 4\)"):
+        checks.initialised(model, {"mask": mask - mask.nan_to_num(0.0, neginf=-torch.inf)})
+
+
+def test_a_learning_rate_in_a_tensor_is_the_number() -> None:
+    groups = [Group((), {"lr": torch.tensor(0.00123)})]
+    keywords_arrive(groups, {"lr": 0.00123})
+    with pytest.raises(Violation, match="lr is tensor"):
+        keywords_arrive(groups, {"lr": 0.00124})
+
+
+def test_decay_groups_cover_names_what_is_missing_and_what_is_foreign() -> None:
+    model, other = nn.Linear(2, 2), nn.Parameter(torch.zeros(3))
+    with pytest.raises(Violation, match="missing: bias"):
+        checks.decay_groups_cover(model, torch.optim.SGD([model.weight]))
+    with pytest.raises(Violation, match=r"also there: a tensor \(3,\)"):
+        checks.decay_groups_cover(model, torch.optim.SGD([*model.parameters(), other]))
+    model.bias.requires_grad_(False)
+    with pytest.raises(Violation, match=r"also there: a tensor \(2,\)"):
+        checks.decay_groups_cover(model, torch.optim.SGD(model.parameters()))
+
+
+def build(kind: type[Optimizer], keywords: dict[str, Any]) -> Optimizer:
+    return kind([nn.Parameter(torch.zeros(2))], **keywords)
+
+
+@pytest.mark.parametrize(
+    ("builder", "seen"),
+    [
+        (lambda kind, keywords: build(kind, keywords | {"fused": True}), "unexpected keyword argument 'fused'"),
+        (lambda kind, keywords: build(kind, {"lr": keywords["lr"]}), "weight_decay is"),
+        (lambda kind, keywords: build(kind, keywords | {"lr": 1.0}), "lr is 1.0"),
+        (
+            lambda kind, keywords: build(
+                kind, {k: v for k, v in keywords.items() if k[0] in "lwe" and k != "wieght_decay"}
+            ),
+            "without it",
+        ),
+    ],
+    ids=["injects fused", "drops weight_decay", "changes lr", "swallows a misspelt keyword"],
+)
+def test_builders_that_are_wrong(builder: Any, seen: str) -> None:
+    with pytest.raises(Violation, match=seen):
+        checks.accepts_only_supported_keywords(builder)
+
+
+def test_embedding_swaps_that_lose_something() -> None:
+    table = nn.Embedding(8, 4, padding_idx=1)
+    weight = table.weight.detach()
+    with pytest.raises(Violation, match="seen: another"):
+        checks.embedding_swap_lossless(table, nn.Embedding(8, 4, padding_idx=1, _weight=weight + 1))
+    with pytest.raises(Violation, match="after the swap: padding_idx=None"):
+        checks.embedding_swap_lossless(table, nn.Embedding(8, 4, _weight=weight.clone()))
+    with pytest.raises(Violation, match="bfloat16"):
+        checks.embedding_swap_lossless(table, nn.Embedding(8, 4, padding_idx=1, _weight=weight.bfloat16()))
+
+
+def test_a_model_that_sees_later_tokens_is_found() -> None:
+    ids = torch.randint(16, (2, 9), generator=torch.Generator().manual_seed(0))
+    model = GPT(GPTConfig.tiny(vocab_size=16, block_size=16)).eval()
+    checks.looks_back_only(model, ids)
+    checks.looks_back_only(lambda tokens: SimpleNamespace(logits=model(tokens)), ids)
+
+    def ahead(tokens: Tensor) -> Tensor:
+        return model(tokens) + 1e-4 * model(tokens).roll(-1, dims=1)
+
+    with pytest.raises(Violation, match=r"logits before token 4 as they were(.|\n)*seen: those at 3 differ, by up to"):
+        checks.looks_back_only(ahead, ids)
+    checks.looks_back_only(ahead, ids, bound=1e-3)
+    with pytest.raises(Violation, match="those at 0, 1, 2, 3 differ, by up to nan"):
+        checks.looks_back_only(lambda tokens: model(tokens) * float("nan"), ids, bound=1e-3)
+    for bad in (torch.tensor([1, 2]), torch.tensor([[1]]), torch.tensor([[2, 2, 2]])):
+        with pytest.raises(ValueError, match=r"give \(B, T\) with T of at least 2, and different tokens"):
+            checks.looks_back_only(model, bad)
+
+
+def test_losses_in_bfloat16_are_seen_by_dtype_and_by_value() -> None:
+    logits, targets = torch.randn(2, 8, 50, generator=torch.Generator().manual_seed(0)), torch.arange(16).view(2, 8)
+    coarse = F.cross_entropy(logits.bfloat16().flatten(0, 1), targets.flatten())
+    with pytest.raises(Violation, match=r"seen: torch.bfloat16"):
+        checks.loss_in_float32(logits, targets, coarse)
+    with pytest.raises(Violation, match="relative bound 1e-05"):
+        checks.loss_in_float32(logits, targets, coarse.float())
+    exact = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    checks.loss_in_float32(logits, targets, exact)
+    with pytest.raises(Violation, match="the loss"):
+        checks.loss_in_float32(logits, targets, exact * 16 / 17)
+
+
+def test_a_factor_that_losses_share_is_found() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, targets = torch.randn(4, 2, 8, 50, generator=generator), torch.arange(64).remainder(50).view(4, 2, 8)
+    losses = [F.cross_entropy(x.flatten(0, 1), t.flatten()) for x, t in zip(logits, targets, strict=True)]
+    for factor in (1.0, 16 / 17, 2.0**16):
+        pairs = [(x, t, loss * factor) for x, t, loss in zip(logits, targets, losses, strict=True)]
+        assert precision.shared_factor(pairs) == pytest.approx(factor, rel=1e-6)
+    coarse = [(x, t, loss.bfloat16().float()) for x, t, loss in zip(logits, targets, losses, strict=True)]
+    assert precision.shared_factor(coarse) == 1.0
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_healthy_draws_are_rarely_suspects(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    normal = torch.randn(4096, generator=generator) * 0.02
+    uniform = torch.rand(4096, generator=generator) * 2 - 1
+    # Three standard errors, three statistics: one draw in a hundred may be a suspect. None of these twenty is.
+    assert not initialization.deviation(normal, Normal(0.0, 0.02))
+    assert not initialization.deviation(uniform, Uniform(-1.0, 1.0))
+    assert initialization.deviation(normal, Normal(0.0, 0.022)).startswith("std")
+    assert initialization.deviation(normal + 0.004, Normal(0.0, 0.02)).startswith("mean")
+    assert initialization.deviation(uniform / 3**0.5, Normal(0.0, 1 / 3)).startswith(("kurtosis", "std"))
+    assert initialization.deviation(normal, Constant(0.0)) == "4096 of 4096 elements are not 0"
+
+
+def test_gradients_that_differ_are_named() -> None:
+    model, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    for module in (model, other):
+        module(torch.ones(1, 2)).sum().backward()
+    checks.gradients_agree(model, other)
+    bias = other.bias.grad
+    assert bias is not None
+    bias *= 2
+    with pytest.raises(Violation, match=r"off by 0.58 of it, 1.414 times as long; most in bias"):
+        checks.gradients_agree(model, other)
+    other.bias.grad = None
+    with pytest.raises(Violation, match="only one of them has bias"):
+        checks.gradients_agree(model, other)
+
+
+@pytest.mark.parametrize("factor", [1.0, 16 / 17])
+def test_the_scale_of_a_gradient_shows_in_the_fall_of_the_loss(factor: float) -> None:
+    start = torch.randn(50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    end = start - 0.01 * start.sin()
+    losses = (-start.cos()).sum().item(), (-end.cos()).sum().item()
+    gradients = {"w": factor * start.sin()}, {"w": factor * end.sin()}
+    if factor == 1.0:
+        gradient_is_of(losses, {"w": end - start}, gradients)
+    else:
+        with pytest.raises(Violation, match=r"0.9412 times as large"):
+            gradient_is_of(losses, {"w": end - start}, gradients)
+
+
+def test_clipping_by_tensor_has_another_direction() -> None:
+    free: dict[str, Any] = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([4.0]), "c": None}
+    clipping.clipped_as_one(free, {"a": torch.tensor([0.6, 0.0]), "b": torch.tensor([0.8]), "c": None}, 1.0)
+    with pytest.raises(Violation, match=r"off by 0\.45"):
+        clipping.clipped_as_one(free, {"a": torch.tensor([1.0, 0.0]), "b": torch.tensor([1.0]), "c": None}, 1.0)
+
+
+def test_the_update_with_another_rate_is_named() -> None:
+    updates = [[Group(("w",), {"lr": rate})] for rate in (0.5, 1.0, 0.8)]
+    schedule.rates_are(updates, [0.5, 1.0, 0.8])
+    with pytest.raises(Violation, match=r"0.5, 1, 0.8: another from update 3 on"):
+        schedule.rates_are(updates, [0.5, 1.0, 0.7])
+    with pytest.raises(Violation, match="seen: 3"):
+        schedule.rates_are(updates, [0.5, 1.0])
+
+
+SAMPLES = torch.arange(8).view(2, 4)
+
+
+def test_samples_are_recognised_with_and_without_their_last_token() -> None:
+    assert data.sample_numbers(SAMPLES[[1, 0]], SAMPLES) == [1, 0]
+    assert data.sample_numbers(SAMPLES[:, :3], SAMPLES) == [0, 1]
+    assert data.sample_numbers(SAMPLES[:, :3] + 1, SAMPLES) == [None, None]
+    assert data.sample_numbers(SAMPLES[:, :2], SAMPLES) == [None, None]
+    with pytest.raises(Violation, match=r"not seen: 1; more than once: 0 \(2 times\); .* no sample: 1"):
+        data.once_each([0, 0, None], 2, "epoch 1")
+
+
+@pytest.mark.parametrize(("shift", "name"), [(0, "the token itself"), (2, "the token after the next")])
+def test_targets_at_another_distance_are_named(shift: int, name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = list(torch.randint(20, (4, 2, 9), generator=generator))
+    logits = list(torch.randn(4, 2, 8, 20, generator=generator))
+
+    def losses(distance: int) -> list[float]:
+        length = 9 - max(1, distance)
+        pairs = zip(logits, rows, strict=True)
+        return [0.9 * data.mean_entropy(x[:, :length], t[:, distance : distance + length]) for x, t in pairs]
+
+    data.predicts_next(logits, rows, losses(1))
+    with pytest.raises(Violation, match=f"that of {name}"):
+        data.predicts_next(logits, rows, losses(shift))
+
+
+SAID = [
+    ("update 6/6: loss 4.8, validation 4.8520, lr 0.1", ["4.8520"]),
+    ("Final evaluation | val loss: 4.852 | val ppl: 128.0", ["4.852"]),
+    ("{'eval_loss': '4.852', 'eval_runtime': '0.0131', 'eval_steps_per_second': '145.5'}", ["4.852"]),
+    ("Epoch 1 | iter 4 | loss train: 4.812, val: n/a | iter time: 2.31 ms", []),
+    ("interval 3.5, value 2.5, evaluated 4.5", []),
+    ("Validation: 50.0%| 1/2 [00:00<00:00], eval 12.31it/s, eval (0.53 s), validation 104.25 %", []),
+    ("Validation: 100%| 2/2 [00:00<00:00, 97.5it/s, val_loss=4.852]", ["4.852"]),
+]
+
+
+@pytest.mark.parametrize(("line", "numbers"), SAID)
+def test_reported_losses_are_found(line: str, numbers: list[str]) -> None:
+    assert evaluation.reported_losses([line]) == numbers
+
+
+def test_a_reported_loss_may_be_rounded_but_not_off() -> None:
+    evaluation.reports(["val loss 4.81", "val loss: 4.852"], 4.8523)
+    assert reports.is_rounded("4.9e0", 4.86)
+    with pytest.raises(Violation, match=r"reported: 4\.81, 4\.852"):
+        evaluation.reports(["val loss 4.81", "val loss: 4.852"], 4.8529)
+
+
+TOLD = [
+    ("update 6/6: loss 4.8348, validation 4.8340, lr 0.02, gradient norm 0.940", "4.8348", "0.02", "0.940"),
+    ("{'loss': '4.568', 'grad_norm': '1.527', 'learning_rate': '1e-04', 'epoch': '1'}", "4.568", "1e-04", "1.527"),
+    ("{'train_runtime': '0.1479', 'train_loss': '4.568', 'epoch': '1'}", "4.568", None, None),
+    ("Epoch 1 | iter 4 step 1 | loss train: 4.812, val: n/a | iter time: 2.31 ms", "4.812", None, None),
+    ("Training: 50%| 1/2 [00:00<00:00, 97.5it/s, loss=4.85, lr=1.0e-4]", "4.85", "1.0e-4", None),
+    ("step   0: loss 5.663", "5.663", None, None),
+    ("Final evaluation | val loss: 4.852", None, None, None),
+    (" 'optimizer': {'init_args': {'lr': 0.1}}, 'max_grad_norm': 1.0, 'epochs': 3", None, None, None),
+    ("iter 4: lr 0.1, gradient norm 1.5", None, "0.1", "1.5"),
+    ("{'eval_loss': '4.573'}; aux loss 0.01; loss scale 65536.0; loss (0.53 s)", None, None, None),
+    ("step 3, loss: 12, lr: 0, gradient norm of 3 tensors 4.5", None, None, None),
+]
+
+
+@pytest.mark.parametrize(("line", "loss", "rate", "norm"), TOLD)
+def test_what_a_run_reports_is_found(line: str, loss: str | None, rate: str | None, norm: str | None) -> None:
+    found = reports.training_losses([line]), reports.learning_rates([line]), reports.gradient_norms([line])
+    assert found == tuple([] if number is None else [number] for number in (loss, rate, norm))

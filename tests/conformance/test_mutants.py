@@ -1,0 +1,74 @@
+"""The suite can fail: every mutant is killed by the clauses beside it, and harmless variants by none."""
+
+from dataclasses import replace
+
+import pytest
+
+from conformance.clause import catalogue
+from conformance.recipe import Recipe
+from conformance.session import Session
+from conformance.subjects.reference import Reference
+from conformance.suites.test_causality import NOT_AS_GIVEN
+from tests.mutants import HARMLESS, MUTANTS, Edit, Harmless, Mutant, planted
+from tests.mutants.planting import BUILD
+
+CLAUSES = catalogue()
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_mutant_is_killed(mutant: Mutant) -> None:
+    with planted(mutant.edits), Session(Reference()) as session:
+        outcomes = {identity: session.judge(CLAUSES[identity]) for identity in mutant.killers}
+    survived = {identity: (r.outcome, r.reason) for identity, r in outcomes.items() if r.outcome != "fail"}
+    assert not survived, f"{mutant.name} survives {survived}"
+
+
+@pytest.mark.slow  # each judges all clauses
+@pytest.mark.parametrize("variant", HARMLESS, ids=lambda variant: variant.name)
+def test_harmless_variant_survives(variant: Harmless) -> None:
+    with planted(variant.edits), Session(variant.subject()) as session:
+        results = [session.judge(clause) for clause in CLAUSES.values()]
+    killed = {r.clause.id: r.seen or r.reason for r in results if r.outcome not in ("pass", "n/a")}
+    assert not killed, f"{variant.name} is killed by {killed}"
+
+
+def test_a_class_derived_from_the_one_asked_for_is_accepted_and_the_one_above_it_is_not() -> None:
+    built = "optimizer = optimizer_class(groups, **keywords)"
+    derived = Edit(BUILD, built, "optimizer = type('Own', (optimizer_class,), {})(groups, **keywords)")
+    with planted((derived,)), Session(Reference()) as session:
+        results = [session.judge(CLAUSES[identity]) for identity in ("OPT-1", "OPT-2", "OPT-7")]
+    assert [result.outcome for result in results] == ["pass"] * 3
+    above = Edit(BUILD, built, "optimizer = torch.optim.Adam(groups, **keywords)")  # from which AdamW derives
+    with planted((above,)), Session(Reference()) as session:
+        result = session.judge(CLAUSES["OPT-7"])
+    assert (result.outcome, result.seen) == ("fail", "those of Adam")
+
+
+@pytest.mark.parametrize("identity", ["CAUSAL-1", "CAUSAL-2", "CAUSAL-3"])
+def test_a_stack_that_takes_other_tokens_gets_no_verdict_on_causality(identity: str) -> None:
+    class Elsewhere(Reference):
+        def train(self, recipe: Recipe) -> None:
+            super().train(replace(recipe, altered=None))
+
+    with Session(Elsewhere()) as session:
+        result = session.judge(CLAUSES[identity])
+    assert (result.outcome, result.reason) == ("n/a", NOT_AS_GIVEN)
+
+
+def test_every_clause_kills_a_mutant() -> None:
+    named = {identity for mutant in MUTANTS for identity in mutant.killers}
+    assert set(CLAUSES) == named
+
+
+def test_mutants_are_told_apart() -> None:
+    names = [mutant.name for mutant in MUTANTS] + [variant.name for variant in HARMLESS]
+    assert len(names) == len(set(names))
+    assert len({mutant.edits for mutant in MUTANTS}) == len(MUTANTS)
+
+
+def test_an_edit_that_does_not_fit_is_an_error() -> None:
+    with (
+        pytest.raises(ValueError, match="stands 0 times"),
+        planted((MUTANTS[0].edits[0].__class__("reference.training.schedule:learning_rate", "no such text", ""),)),
+    ):
+        pass

@@ -1,0 +1,197 @@
+"""The pages show every result, link only to what is there, fetch nothing, and let no result file in as markup."""
+
+import base64
+import hashlib
+import json
+import re
+import shlex
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conformance.clause import catalogue
+from conformance.report import page
+from conformance.report.page import FINDINGS, SIGNS, Report, read_kill_matrix, read_results, render
+from conformance.subject import UsageError
+
+REPORTS = Path(__file__).parents[2] / "reports"
+RESULTS = sorted((REPORTS / "conformance").glob("*.json"))
+KILLS = read_kill_matrix(REPORTS / "kill-matrix.json")
+HOSTILE = "\"'><script>alert(1)</script><img src=x onerror=alert(2)> | a\n| b {{ 7 * 7 }}"
+
+
+class Page(HTMLParser):
+    """What a test wants to know about a page."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.text = ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, {name: value or "" for name, value in attrs}))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def all(self, attribute: str) -> list[str]:
+        return [attributes[attribute] for _, attributes in self.tags if attribute in attributes]
+
+
+def written(tmp_path: Path, *results: Any) -> list[Report]:
+    """Write results to files, read them, and render them to ``pages``."""
+    paths = [tmp_path / f"{number}.json" for number in range(len(results))]
+    for path, result in zip(paths, results, strict=True):
+        path.write_text(json.dumps(result) if isinstance(result, dict) else result, encoding="utf-8")
+    reports = read_results(paths)
+    render(reports, KILLS, tmp_path / "pages")
+    return reports
+
+
+@pytest.fixture
+def result() -> dict[str, Any]:
+    return json.loads(RESULTS[0].read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def pages(tmp_path: Path) -> Path:
+    """The committed results, beside the committed findings."""
+    (tmp_path / "findings").mkdir()
+    (tmp_path / "findings" / "README.md").write_bytes((REPORTS / "findings" / "README.md").read_bytes())
+    render(read_results(RESULTS), KILLS, tmp_path / "pages")
+    return tmp_path / "pages"
+
+
+def test_every_cell_is_there_once(pages: Path) -> None:
+    cells = [a for tag, a in Page(pages / "index.html").tags if tag == "td" and "data-subject" in a]
+    found = [(a["data-clause"], a["data-subject"], a["data-outcome"]) for a in cells]
+    clauses = [(c, report) for c in catalogue().values() for report in read_results(RESULTS)]
+    assert sorted(found) == sorted((c.id, report.slug, report.verdict(c).outcome) for c, report in clauses)
+    assert len(found) == len(RESULTS) * len(catalogue())
+
+
+def test_subject_page_tells_everything(pages: Path) -> None:
+    for report in read_results(RESULTS):
+        shown = Page(pages / f"subject-{report.slug}.html")
+        ids = shown.all("data-clause")
+        assert sorted(ids) == sorted(catalogue())
+        bad = [v.id for v in report.verdicts.values() if v.outcome in FINDINGS]
+        assert set(ids[: len(bad)]) == set(bad), "findings come first"
+        text = " ".join(shown.text.split())
+        for verdict in report.verdicts.values():
+            for part in (verdict.requirement, verdict.expected, verdict.seen, verdict.reason):
+                assert " ".join(part.replace("`", "").split()) in text
+            assert f"--clause {verdict.id}" in text
+        assert ("../findings/README.md" in shown.all("href")) == (report.slug.startswith("litgpt-0.5.13"))
+
+
+def test_links_work_and_nothing_is_fetched(pages: Path) -> None:
+    parsed = {path.name: Page(path) for path in pages.glob("*.html")}
+    for name, shown in parsed.items():
+        assert len(shown.all("id")) == len(set(shown.all("id")))
+        assert not shown.all("src")
+        for link in shown.all("href"):
+            file, _, fragment = link.partition("#")
+            assert ":" not in link
+            assert (pages / (file or name)).is_file(), link
+            assert not fragment or fragment in parsed[file or name].all("id"), link
+        source = (pages / name).read_text(encoding="utf-8")
+        assert not re.search(r"@import|url\(", source)
+        policy = next(a["content"] for tag, a in shown.tags if tag == "meta" and "http-equiv" in a)
+        for tag in ("style", "script"):  # a digest that does not match would switch the text off in silence
+            inlined = re.findall(rf"<{tag}>(.*?)</{tag}>", source, re.DOTALL)
+            assert len(inlined) == 1
+            digest = base64.b64encode(hashlib.sha256(inlined[0].encode()).digest()).decode()
+            assert f"{tag}-src 'sha256-{digest}'" in policy
+
+
+def test_hostile_strings_stay_text(tmp_path: Path, result: dict[str, Any]) -> None:
+    result["subject"] = {"name": HOSTILE, "version": HOSTILE}
+    result["environment"] = {"gpu": HOSTILE, HOSTILE: HOSTILE, "judged as": HOSTILE}
+    result["clauses"][0] |= dict.fromkeys(("requirement", "level", "expected", "seen", "reason"), HOSTILE)
+    result["clauses"].append(result["clauses"][0] | {"id": "NEW-1"})
+    (report,) = written(tmp_path, result)
+    assert re.fullmatch(r"[a-z0-9.-]+", report.slug)
+    for path in (tmp_path / "pages").iterdir():
+        if path.suffix == ".html":
+            shown = Page(path)
+            assert [tag for tag, _ in shown.tags if tag in ("script", "img")] == ["script"]
+            assert not [name for _, attributes in shown.tags for name in attributes if name.startswith("on")]
+            assert HOSTILE in shown.text
+        else:
+            assert not re.search("<(script|img)", path.read_text(encoding="utf-8"))
+    table, _ = (tmp_path / "pages" / "matrix.md").read_text(encoding="utf-8").split("\n\n")
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()} == {4}
+    assert shlex.split(report.repeat(catalogue()["INIT-1"]))[6:9] == [HOSTILE, "--clause", "INIT-1"]
+
+
+def test_markdown_is_the_results(pages: Path) -> None:
+    rows = [line.strip("| ").split(" | ") for line in (pages / "matrix.md").read_text(encoding="utf-8").splitlines()]
+    found = {row[0]: row[2:] for row in rows if row[0] in catalogue()}
+    assert found == {k: [SIGNS[r.verdict(c).outcome] for r in read_results(RESULTS)] for k, c in catalogue().items()}
+
+
+def test_badges(tmp_path: Path, result: dict[str, Any]) -> None:
+    good = result | {"clauses": [clause | {"outcome": "pass"} for clause in result["clauses"]]}
+    partial = result | {"partial": True}
+    bad, fine, unfinished = written(tmp_path, result, good, partial)
+    badges = {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "pages").glob("*.svg")}
+    assert set(badges) == {f"badge-{bad.slug}.svg", f"badge-{fine.slug}.svg"}
+    text = ", ".join(f"{number} {outcome}" for outcome, number in result["summary"].items() if number)
+    assert f"<title>gpt-conformance: {text}</title>" in badges[f"badge-{bad.slug}.svg"]
+    assert f"<title>gpt-conformance: {len(good['clauses'])} pass</title>" in badges[f"badge-{fine.slug}.svg"]
+    render([unfinished], None, tmp_path / "pages")
+    assert not list((tmp_path / "pages").glob("*.svg")), "a badge outlives its result"
+    assert "Not all clauses were judged" in Page(tmp_path / "pages" / f"subject-{unfinished.slug}.html").text
+
+
+def test_twins_and_missing_clauses(tmp_path: Path, result: dict[str, Any]) -> None:
+    first, second = written(tmp_path, result, result | {"clauses": result["clauses"][1:]})
+    assert (first.name, first.version) == (second.name, second.version)
+    assert first.machine != second.machine
+    cells = {(a.get("data-subject"), a.get("data-clause")): a for _, a in Page(tmp_path / "pages" / "index.html").tags}
+    assert cells[second.slug, "INIT-1"]["data-outcome"] == "not judged"
+
+
+def test_kill_matrix_is_shown(pages: Path) -> None:
+    source = (pages / "index.html").read_text(encoding="utf-8")
+    assert source.count("<b>●</b></td>") == sum(len(row["named"]) for row in KILLS["mutants"])
+    parts = [row["variant"] for row in KILLS["harmless"]] + [line for row in KILLS["mutants"] for line in row["diff"]]
+    text = Page(pages / "index.html").text
+    assert not [part for part in parts if part.removeprefix("--- ") not in text]
+
+
+@pytest.mark.parametrize("scheme", [0, 1])
+def test_contrast(scheme: int) -> None:
+    """WCAG AA, 4.5 to 1, for every sign and text, in both schemes."""
+
+    def luminance(color: str) -> float:
+        channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    css = (Path(page.__file__).parent / "templates" / "page.css").read_text(encoding="utf-8")
+    colors = dict(re.findall(r"--([\w-]+): (#\w{6})", css.split(":root {")[1 + scheme]))
+    pairs = [(name.removesuffix("-back"), name) for name in colors if name.endswith("-back")]
+    assert len(pairs) == 6
+    for front, back in [*pairs, *((text, back) for text in ("ink", "dim", "link") for back in ("page", "raised"))]:
+        dark, light = sorted((luminance(colors[front]), luminance(colors[back])))
+        assert (light + 0.05) / (dark + 0.05) >= 4.5, (front, back)
+
+
+def test_usage_errors(tmp_path: Path, result: dict[str, Any]) -> None:
+    clause = result["clauses"][0]
+    rows = [clause | wrong for wrong in ({"outcome": "good"}, {"seen": None}, {"id": 'x"'}, {"seconds": "1"})]
+    fields = ({"schema": 2}, {"partial": None}, {"subject": {"name": "x"}}, {"clauses": [clause, clause]})
+    for wrong in ("{", "[]", *(result | field for field in fields), *(result | {"clauses": [row]} for row in rows)):
+        with pytest.raises(UsageError, match=r"the result file .*0\.json.*\.$"):
+            written(tmp_path, wrong)
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_results([tmp_path / "none.json"])
+    with pytest.raises(UsageError, match="no list 'mutants'"):
+        read_kill_matrix(RESULTS[0])
+    with pytest.raises(UsageError, match="cannot be written"):
+        render(read_results(RESULTS[:1]), None, tmp_path / "0.json")

@@ -1,0 +1,191 @@
+"""The settings of python -m reference: presets, files and options, and what is wrong with them."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml  # type: ignore[import-untyped]
+
+from reference.__main__ import COMMANDS, main
+from reference.cli.presets import PRESETS
+from reference.cli.settings import Settings, read_settings, sentence
+from reference.config import DataConfig, GPTConfig, TrainConfig
+from tests.reference.commands import one_error
+
+
+def test_the_default_is_the_preset_tiny() -> None:
+    tiny = PRESETS["tiny"]
+    assert read_settings([]) == Settings("tiny", tiny.model, tiny.train, tiny.data, "out/tiny", False, False)
+
+
+def test_preset_then_file_then_command_line(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text(
+        "preset: gpt2-350m\nmodel: {n_layer: 3, n_head: 2}\ntrain: {updates: 7, warmup: 0, optimizer_args: {lr: 1}}\n"
+    )
+    second.write_text("model: {n_layer: 4}\n")
+    settings = read_settings(["--train.updates", "9", "--config", str(first), f"--config={second}", "--train.warmup=1"])
+    assert settings.preset == "gpt2-350m"
+    assert settings.model == GPTConfig(n_layer=4, n_head=2, n_embd=1024, fp32_residual=False)
+    assert (settings.train.updates, settings.train.microbatches) == (9, 16)
+    assert settings.train.optimizer_args == {"lr": 1}  # a mapping in a file replaces the preset's
+    assert read_settings(["--config", str(first), "--preset", "tiny"]).model.n_embd == 128
+
+
+def test_one_keyword_of_the_optimizer() -> None:
+    settings = read_settings(["--train.optimizer_args.lr", "3e-4", "--train.optimizer_args.betas", "[0.8, 0.9]"])
+    assert settings.train.optimizer_args == {"lr": 3e-4, "betas": [0.8, 0.9], "weight_decay": 0.1}
+    assert read_settings(["--train.optimizer_args", "{lr: 1e-2}"]).train.optimizer_args == {"lr": 0.01}
+
+
+@pytest.mark.parametrize(
+    ("given", "resume"),
+    [("true", True), ("false", False), ("auto", "auto"), ("out/step-00000002", "out/step-00000002")],
+)
+def test_resume(given: str, resume: bool | str) -> None:
+    assert read_settings(["--resume", given]).resume == resume
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_what_print_config_prints_runs_the_same(
+    preset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = ["--train.min_lr", "1e-05", "--model.rope_theta", "1e16", "--train.clip", "null", "--resume", "auto"]
+    arguments = ["--preset", preset, "--directory", "out/ü", "--tensorboard", *changes]
+    assert main(["train", *arguments, "--print_config"]) == 0
+    file = tmp_path / "run.yaml"
+    file.write_text(capsys.readouterr().out, encoding="utf-8")
+    assert read_settings(["--config", str(file)]) == read_settings(arguments)
+
+
+def test_print_config_of_settings_that_cannot_work_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--model.n_head", "3", "--print_config"]) == 2
+    assert "n_embd 128 is not divisible by n_head 3" in one_error(capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("trian", "there is no command 'trian', did you mean train?"),
+        ("train --lr 3", "there is no option '--lr', did you mean --train.optimizer_args.lr?"),
+        ("train --updates 3", "there is no option '--updates', did you mean --train.updates?"),
+        ("train --train.updats=3", "there is no option '--train.updats', did you mean --train.updates?"),
+        ("train --model.n_layr 3", "there is no option '--model.n_layr', did you mean --model.n_layer?"),
+        ("train --train.upd 3", "there is no option '--train.upd', did you mean --train.updates?"),  # no abbreviations
+        ("train --frobnicate", "there is no option '--frobnicate', see python -m reference train --help."),
+        ("train now", "'now' belongs to no option: write --NAME VALUE, "),
+        ("train --preset gpt2-124", "there is no preset 'gpt2-124': did you mean gpt2-124m"),
+        ("train --preset", "--preset: expected one argument."),
+        ("train --model.n_layer 3.5", "model.n_layer is '3.5', but must be a whole number."),
+        ("train --train.min_lr None", "train.min_lr is 'None', but must be a number or null."),
+        ("train --train.compile 1", "train.compile is '1', but must be true or false."),
+        (
+            "train --train.optimizer_args 3",
+            "train.optimizer_args is '3', but must be a mapping, for example {lr: 3e-4}.",
+        ),
+        ("train --train run.yaml", "--train takes a YAML file or a mapping of settings; "),
+        ("train --train.seed -1", "seed is -1, but must lie between 0 and 2**32 - 1."),
+        ("train --train.min_lr -1", "min_lr is -1.0: give a rate of at least 0, or None for a tenth of lr."),
+        ("train --directory=", "--directory is empty: give a folder, for example out/tiny."),
+        ("export --checkpoint x --out=", "--out: the name is empty."),
+        ("train --data.microbatch_size 0", "microbatch_size is 0, but must be at least 1."),
+        (
+            "train --config missing.yaml",
+            "the configuration file missing.yaml cannot be read: No such file or directory.",
+        ),
+        ("generate", "the following arguments are required: --checkpoint."),
+        ("generate --chekpoint x", "there is no option '--chekpoint', did you mean --checkpoint?"),
+        ("generate --checkpoint x --top_k two", "--top_k: invalid int value: 'two'."),
+        ("generate --checkpoint x y", "'y' belongs to no option: "),
+        ("export --format onnx --checkpoint x --out y", "--format: invalid choice: 'onnx' (choose from "),
+        ("prepare --text x", "--text needs --out, the folder to write to, for example --out data/mine."),
+    ],
+)
+def test_a_wrong_command_line_is_one_sentence(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments.split()) == 2
+    assert one_error(capsys).startswith(message)
+
+
+def test_a_value_that_is_no_choice_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--model.norm", "rms"]) == 2
+    said = one_error(capsys).replace("is 'rms', but ", "")  # jsonargparse 4.53 tells the value, 4.41 does not
+    assert said == "model.norm must be one of layernorm, rmsnorm."
+
+
+@pytest.mark.parametrize("word", ["Unrecognized", "unrecognized"])  # jsonargparse 4.41, 4.53
+def test_an_unknown_option_is_told_by_all_releases_of_jsonargparse(word: str) -> None:
+    said = sentence(f"{word} arguments: --updates 3", ["--train.updates", "--train.seed"])
+    assert said == "there is no option '--updates', did you mean --train.updates?"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("model: {n_layer: 2\n", "is no valid YAML at line 2, column 1: "),
+        ("model:\n  n_layr: 2\n", "has 'model.n_layr', did you mean model.n_layer?"),
+        ("modle:\n  n_layer: 2\n", "has 'modle', did you mean model?"),
+        ("- 1\n", "holds no settings: write lines like 'preset: tiny'."),
+        ("", "holds no settings: write lines like 'preset: tiny'."),
+    ],
+)
+def test_a_wrong_file_is_one_sentence(
+    content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(content)
+    assert main(["train", "--config", str(file)]) == 2
+    assert one_error(capsys).startswith(f"the configuration file {file} {message}")
+
+
+def test_a_wrong_type_in_a_file_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model: {n_layer: two}\n")
+    assert main(["train", "--config", str(file)]) == 2
+    assert one_error(capsys) == "model.n_layer is 'two', but must be a whole number."
+
+
+# help ------------------------------------------------------------------------------------------------------------
+
+
+def test_help_needs_no_torch() -> None:
+    """In a process of its own, since torch is imported here: help must come at once."""
+    code = (
+        "import sys; from reference.__main__ import COMMANDS, main\n"
+        "main(['--help'])\n"
+        "for command in COMMANDS:\n"
+        "    try: main([command, '--help'])\n"
+        "    except SystemExit as end: assert end.code == 0\n"
+        "sys.exit(','.join({'torch', 'lightning', 'numpy'}.intersection(sys.modules)) or None)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("examples:") == 1 + len(COMMANDS)
+
+
+def test_help_of_train_shows_the_docstrings_and_the_presets_values(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", "--preset", "llama-1.2b", "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Longest sequence, in tokens, that the model can see. (type: int, default: 2048)" in printed
+    assert "e.g. bitsandbytes.optim.AdamW8bit" in printed
+    assert all(preset.about in printed for preset in PRESETS.values())
+
+
+def test_no_command_is_the_overview(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    printed = capsys.readouterr().out
+    assert all(f"\n  {command} " in printed for command in COMMANDS)
+
+
+def test_every_field_can_be_given_in_a_file(tmp_path: Path) -> None:
+    plain = read_settings([]).plain()
+    file = tmp_path / "all.yaml"
+    file.write_text(yaml.safe_dump(plain))
+    assert read_settings(["--config", str(file)]).plain() == plain
+    groups: dict[str, Any] = {"model": GPTConfig, "train": TrainConfig, "data": DataConfig}
+    assert {name: list(plain[name]) for name in groups} == {
+        name: [field.name for field in dataclasses.fields(config)] for name, config in groups.items()
+    }

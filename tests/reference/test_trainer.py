@@ -1,0 +1,425 @@
+"""The loop: what it learns, accumulates, clips, evaluates, saves, resumes and refuses."""
+
+import copy
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from reference.checkpoint.folder import CheckpointError, load_config, load_for_inference, save
+from reference.config import ConfigurationError, GPTConfig, TrainConfig, as_plain
+from reference.data.tokens import TokenData, write_tokens
+from reference.model.gpt import GPT
+from reference.training import update
+from reference.training.launch import launch
+from reference.training.trainer import FitResult, Record, Trainer
+from reference.training.update import TrainingError, evaluate, token_loss
+
+GPT2 = GPTConfig.gpt2(vocab_size=16, block_size=8, n_layer=1, n_head=2, n_embd=8)
+DROPPING = replace(GPT2, dropout=0.1)
+SGD: dict[str, Any] = {"optimizer": "torch.optim.SGD", "optimizer_args": {"lr": 1.0}}
+
+
+class Bigram(nn.Module):  # somebody else's module, which notes in which mode it is called
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(16, 8)
+        self.dropout = nn.Dropout(0.5)
+        self.head = nn.Linear(8, 16)
+        self.modes: list[tuple[bool, bool]] = []
+
+    def forward(self, ids: Tensor) -> Tensor:
+        self.modes.append((self.training, self.dropout.training))
+        return self.head(self.dropout(self.table(ids)))
+
+
+def fit(model: Any, train: Any, validation: Any = None, resume: Any = False, **changes: Any) -> FitResult:
+    directory, callbacks = changes.pop("directory", "unused"), changes.pop("callbacks", [])
+    config = TrainConfig(**{"updates": 1, "accelerator": "cpu", "schedule": "constant", **changes})
+    return Trainer(model, config, directory, callbacks).fit(train, validation, resume)
+
+
+def flat(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def ragged() -> tuple[Tensor, Tensor]:
+    """Ids and targets (8, 8) whose rows have 8, 1, 5, 0, 3, 8, 2 and 7 targets."""
+    ids = torch.randint(16, (8, 9), generator=torch.Generator().manual_seed(3))
+    lengths = torch.tensor([8, 1, 5, 0, 3, 8, 2, 7]).view(-1, 1)
+    return ids[:, :-1], ids[:, 1:].where(torch.arange(8) < lengths, -100)
+
+
+def token_mean(model: nn.Module, pairs: list[tuple[Tensor, Tensor]]) -> float:
+    """Cross entropy over all tokens at once."""
+    with torch.no_grad():
+        logits = torch.cat([model(ids).flatten(0, 1) for ids, _ in pairs])
+        return F.cross_entropy(logits.double(), torch.cat([t.flatten() for _, t in pairs])).item()
+
+
+def test_loss_falls_to_nothing_on_one_batch() -> None:
+    batch = (torch.arange(9) * 5 % 16).expand(2, 9)  # every token has one successor
+    records = fit(GPT2, [batch], updates=60, optimizer_args={"lr": 0.03}, warmup=5).records
+    assert records[0].loss == pytest.approx(2.77, abs=0.05)  # ln 16
+    assert records[-1].loss < 0.02
+
+
+@pytest.mark.parametrize("rows", [[4, 4], [1, 2, 1, 4], [1] * 8], ids=str)
+def test_microbatches_give_the_gradient_of_one_batch(rows: list[int]) -> None:
+    (ids, targets), start = ragged(), GPT(GPT2)
+    whole = fit(GPT2, [(ids, targets)], clip=None, **SGD)
+    parts = fit(GPT2, zip(ids.split(rows), targets.split(rows)), clip=None, microbatches=len(rows), **SGD)
+    assert (flat(parts.model) - flat(whole.model)).norm() <= 1e-6 * flat(whole.model).norm()
+    # And that is the gradient of the mean over all tokens that have a target.
+    loss = F.cross_entropy(start(ids).flatten(0, 1), targets.flatten())
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(start.parameters()))])
+    assert gradient.norm() > 0.1 * flat(start).norm(), "the step is too small to tell"
+    torch.testing.assert_close(flat(whole.model), flat(start) - gradient, rtol=0, atol=1e-6)
+    for record in whole.records + parts.records:
+        assert record.tokens == 34
+        assert record.loss == pytest.approx(loss.item(), rel=1e-6)
+
+
+def test_clipping_limits_the_step_and_reports_the_norm_before_it(batches: list[Tensor]) -> None:
+    steps = {clip: fit(GPT2, batches, clip=clip, **SGD) for clip in (None, 0.125, 1e6)}
+    lengths = {clip: (flat(result.model) - flat(GPT(GPT2))).norm().item() for clip, result in steps.items()}
+    assert lengths[0.125] == pytest.approx(0.125, rel=1e-4)
+    assert lengths[1e6] == lengths[None]
+    for result in steps.values():
+        assert result.records[0].gradient_norm == pytest.approx(lengths[None], rel=1e-4)
+
+
+@pytest.mark.parametrize("modes", [(True, True), (False, False), (True, False)], ids=str)
+def test_evaluation_weighs_tokens_and_restores_the_mode_of_every_module(modes: tuple[bool, bool]) -> None:
+    torch.manual_seed(0)
+    ids, targets = ragged()
+    pairs: Any = [(ids[:1], targets[:1]), (ids[1:4], targets[1:4]), (ids[4:], targets[4:])]
+    model = Bigram()
+    model.training, model.dropout.training = modes
+    seen = evaluate(launch(TrainConfig(accelerator="cpu")), model, pairs)
+    assert (model.training, model.dropout.training) == modes
+    assert seen == pytest.approx(token_mean(model.eval(), pairs), rel=1e-6)
+    assert seen != pytest.approx(sum(token_mean(model, [pair]) for pair in pairs) / 3, rel=1e-3)
+
+
+def test_a_module_that_comes_in_eval_mode_is_trained_in_train_mode(batches: list[Tensor]) -> None:
+    model = Bigram().eval()
+    fit(model, batches, batches[:1], updates=2, evaluate_every=1)
+    assert model.modes == [(True, True), (False, False)] * 2
+
+
+def test_validation_loss_is_recorded_where_it_is_due(batches: list[Tensor]) -> None:
+    result = fit(DROPPING, batches, batches[:2], updates=5, evaluate_every=2)
+    assert [r.update for r in result.records if r.validation_loss is not None] == [2, 4, 5]
+    expected = token_mean(result.model.eval(), [(b[:, :-1], b[:, 1:]) for b in batches[:2]])
+    assert result.records[-1].validation_loss == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["torch.optim.AdamW", "grokadamw.GrokAdamW", "bitsandbytes.optim.AdamW8bit"])
+# grokadamw 0.1.2 opens torch.cuda.amp.autocast at every step: deprecated, and off without a GPU.
+@pytest.mark.filterwarnings("ignore:.*torch.cuda.amp.autocast:FutureWarning", "ignore:CUDA is not available")
+def test_resume_is_bit_equal(tmp_path: Path, batches: list[Tensor], optimizer: str) -> None:
+    def power_cut(record: Record) -> None:
+        if record.update == 4:  # before its checkpoint
+            raise InterruptedError
+
+    settings: dict[str, Any] = {
+        "updates": 5,
+        "microbatches": 2,
+        "warmup": 1,
+        "schedule": "cosine",
+        "min_lr": 1e-5,
+        "save_every": 2,
+    }
+    settings |= {"optimizer": optimizer, "optimizer_args": {"lr": 0.01}}
+    whole = fit(DROPPING, batches, directory=tmp_path / "whole", **settings)
+    with pytest.raises(InterruptedError):
+        fit(DROPPING, batches, directory=tmp_path / "cut", callbacks=[power_cut], **settings)
+    resumed = fit(DROPPING, batches, directory=tmp_path / "cut", resume=True, **settings)
+    assert resumed.records == whole.records[2:]
+    assert torch.equal(flat(resumed.model), flat(whole.model))
+
+
+def test_every_update_drops_other_activations(batches: list[Tensor]) -> None:
+    records = fit(DROPPING, batches[:1], updates=4, optimizer_args={"lr": 0.0}).records
+    assert len({record.loss for record in records}) == 4
+
+
+@pytest.mark.parametrize("shuffle", [False, True], ids=["in-order", "shuffled"])
+def test_resume_with_a_data_loader(tmp_path: Path, batches: list[Tensor], shuffle: bool) -> None:
+    rows: Any = torch.cat(batches)
+    first, second = (DataLoader(rows, batch_size=2, shuffle=shuffle) for _ in range(2))
+    whole = fit(DROPPING, first, directory=tmp_path, updates=5, save_every=2)
+    resumed = fit(DROPPING, second, updates=5, resume=tmp_path / "step-00000002")
+    assert resumed.records == whole.records[2:]
+
+
+@pytest.mark.parametrize("clip", [1.0, None], ids=["clipped", "unclipped"])
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_not_finite_stops_the_run_before_the_step(batches: list[Tensor], clip: float | None, what: str) -> None:
+    model, poisoned = Bigram(), dict[str, Tensor]()
+
+    def poison(record: Record) -> None:
+        if what == "loss":
+            model.head.bias.data[0] = torch.inf
+        else:
+            model.head.bias.register_hook(lambda gradient: gradient * torch.nan)
+        poisoned.update(copy.deepcopy(model.state_dict()))
+
+    with pytest.raises(TrainingError, match=rf"the {what}.* at update 2 on rank 0; the parameters are those of the"):
+        fit(model, batches, updates=2, clip=clip, callbacks=[poison], **SGD)
+    assert poisoned
+    assert all(torch.equal(tensor, poisoned[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("count", [0, 1], ids=["empty", "read-once"])
+def test_batches_that_end_are_an_error(batches: list[Tensor], count: int) -> None:
+    with pytest.raises(TrainingError, match="the training batches ended: give a list, a DataLoader or another iter"):
+        fit(GPT2, iter(batches[:count]), updates=2)
+
+
+def test_no_validation_batches_are_an_error(batches: list[Tensor]) -> None:
+    with pytest.raises(TrainingError, match=r"there are no validation batches .an iterator gives them only once"):
+        fit(GPT2, batches, [], evaluate_every=1)
+
+
+ROW = torch.ones(8, dtype=torch.long)
+FORMS = {
+    "dict": ({"ids": ROW}, "dict"),
+    "1-d": (ROW, "(8,)"),
+    "no-row": (torch.ones(0, 8, dtype=torch.long), "(0, 8)"),
+    "one-token": (ROW[None, :1], "(1, 1)"),
+    "shapes": ((ROW.view(1, 8), ROW.view(2, 4)), "tuple"),
+    "single": ([ROW.view(1, 8)], "list"),
+    "1-d-pair": ((ROW, ROW), "tuple"),
+    "lists": ([[1, 2, 3], [4, 5, 6]], "list"),
+}
+
+
+@pytest.mark.parametrize(("batch", "form"), FORMS.values(), ids=FORMS)
+def test_a_batch_of_another_form_is_refused(batch: Any, form: str) -> None:
+    sentence = f"a batch has the form {form}: expected integer token ids (B, T + 1), or a pair of ids and targets."
+    with pytest.raises(TrainingError, match=re.escape(sentence)):
+        fit(GPT2, [batch])
+
+
+class Gives(nn.Module):
+    """A module that gives what a function makes of the logits (B, T, V)."""
+
+    def __init__(self, change: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.bigram, self.change = Bigram(), change
+
+    def forward(self, ids: Tensor) -> Any:
+        return self.change(self.bigram(ids))
+
+
+@pytest.mark.parametrize(
+    ("change", "form"),
+    [
+        (lambda logits: (logits,), "tuple"),
+        (lambda logits: logits[:, :-1], r"\(2, 7, 16\)"),
+        (lambda logits: logits.mean(-1), r"\(2, 8\)"),
+    ],
+    ids=["tuple", "shorter", "no-vocabulary"],
+)
+def test_a_module_that_gives_no_logits_is_refused(
+    batches: list[Tensor], change: Callable[[Tensor], Any], form: str
+) -> None:
+    with pytest.raises(TrainingError, match=f"the model gave {form} for targets .*: it must map token ids"):
+        fit(Gives(change), batches)
+
+
+def test_a_foreign_module_is_trained_as_it_is_and_a_factory_from_the_seed(batches: list[Tensor]) -> None:
+    before = flat(model := Bigram())
+    assert fit(model, batches).model is model
+    assert not torch.equal(flat(model), before)
+    same, again, other = (fit(Bigram, batches, updates=2, seed=seed).model for seed in (1, 1, 2))
+    assert torch.equal(flat(same), flat(again))
+    assert not torch.equal(flat(same), flat(other))
+
+
+def test_callbacks_get_every_record(batches: list[Tensor]) -> None:
+    seen: list[Record] = []
+    result = fit(GPT2, batches, updates=3, callbacks=[seen.append], warmup=1, optimizer_args={"lr": 0.5})
+    assert seen == result.records
+    assert [(r.update, r.learning_rate, r.tokens) for r in seen] == [(1, 0.25, 16), (2, 0.5, 16), (3, 0.5, 16)]
+
+
+# Fabric warns that it will compute in another precision, before we refuse it.
+@pytest.mark.filterwarnings("ignore:.*AMP with fp16 is not supported on CPU:UserWarning")
+def test_16_mixed_is_refused_on_the_cpu(batches: list[Tensor]) -> None:
+    with pytest.raises(ConfigurationError, match="precision='16-mixed' needs a GPU: on the CPU choose 'bf16-mixed' or"):
+        fit(GPT2, batches, precision="16-mixed")
+
+
+@pytest.mark.parametrize(("logits", "dtype"), [("compute", torch.bfloat16), ("float32", torch.float32)])
+def test_logits(batches: list[Tensor], monkeypatch: pytest.MonkeyPatch, logits: str, dtype: torch.dtype) -> None:
+    seen = []
+
+    def spy(output: Tensor, targets: Tensor) -> Tensor:
+        loss = token_loss(output, targets)
+        seen.append((output.dtype, loss.dtype))
+        return loss
+
+    monkeypatch.setattr(update, "token_loss", spy)
+    fit(GPT2, batches, batches[:1], precision="bf16-mixed", logits=logits, evaluate_every=1)
+    assert seen == [(dtype, torch.float32)] * 2
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize("stable", [False, True], ids=["plain", "stable"])
+def test_load_for_inference(tmp_path: Path, batches: list[Tensor], precision: str, stable: bool) -> None:
+    changes: dict[str, Any] = {"optimizer": "bitsandbytes.optim.AdamW8bit", "stable_embedding": stable}
+    result = fit(GPT2, batches, updates=2, directory=tmp_path, save_every=2, precision=precision, **changes)
+    loaded = load_for_inference(tmp_path / "step-00000002")
+    ids = batches[0][:, :-1]
+    assert not loaded.training
+    assert torch.equal(loaded(ids), result.for_inference()(ids))
+    if precision != "bf16-true":  # StableEmbedding computes in the default dtype
+        assert torch.equal(loaded(ids), result.model.eval()(ids))
+    assert type(loaded.get_submodule("embedding")) is nn.Embedding
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"strategy": "nonsense"}, "Fabric refuses .*strategy='nonsense'.*: "),
+        ({"accelerator": "cuda"}, "Fabric refuses accelerator='cuda'.*: "),
+        ({"capture_step": True}, "capture_step=True needs a CUDA device"),
+    ],
+)
+def test_what_cannot_be_launched_is_refused_in_one_sentence(
+    batches: list[Tensor], changes: dict[str, Any], message: str
+) -> None:
+    if changes.get("accelerator") == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        fit(GPT2, batches, **changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_record_tells_time_and_memory(batches: list[Tensor]) -> None:
+    records = fit(GPT2, batches, updates=3).records
+    assert all(0 < record.seconds < 10 for record in records)
+    assert [record.memory for record in records] == [0, 0, 0]  # there is no GPU memory on the CPU
+
+
+def test_the_loss_may_be_inside_the_model(batches: list[Tensor]) -> None:
+    with torch.compiler.set_stance("force_eager"):
+        compiled = fit(GPT2, batches, batches, updates=3, compile=True, evaluate_every=1)
+    eager = fit(GPT2, batches, batches, updates=3, evaluate_every=1)
+    assert compiled.records == eager.records
+    assert list(compiled.model.state_dict()) == list(eager.model.state_dict())
+
+
+def test_only_the_first_validation_batches_are_evaluated(batches: list[Tensor]) -> None:
+    first = fit(GPT2, batches, batches[:2], evaluate_every=1).records[-1].validation_loss
+    assert fit(GPT2, batches, batches, evaluate_every=1, evaluate_batches=2).records[-1].validation_loss == first
+    assert fit(GPT2, batches, batches, evaluate_every=1).records[-1].validation_loss != first
+
+
+def test_activation_checkpointing_changes_nothing(batches: list[Tensor]) -> None:
+    kept, again = (fit(DROPPING, batches, updates=3, activation_checkpointing=on) for on in (False, True))
+    assert torch.equal(flat(kept.model), flat(again.model))
+    with pytest.raises(ConfigurationError, match=r"works on reference\.GPT, not on Bigram"):
+        fit(Bigram, batches, activation_checkpointing=True)
+
+
+def test_a_vocabulary_that_is_too_small_is_refused(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"vocab_size": 257, "tokenizer": "bytes", "end_of_document": 256}
+    write_tokens(tmp_path, "train", [list(range(200))], **settings)
+    data = TokenData(tmp_path, "train", block_size=8, microbatch_size=2, seed=0)
+    with pytest.raises(ConfigurationError, match="vocabulary of 257 tokens, but the model one of 16: set vocab_size"):
+        fit(GPT2, data)
+
+
+def test_older_checkpoints_go_when_a_newer_one_is_complete(batches: list[Tensor], tmp_path: Path) -> None:
+    fit(GPT2, batches, updates=5, save_every=1, keep_last=2, directory=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004", "step-00000005"]
+
+
+def test_a_checkpoint_keeps_the_tokenizer(batches: list[Tensor], tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"vocab_size": 16, "end_of_document": 15}
+    for kind in ("bytes", "tokenizer.json"):
+        folder = tmp_path / kind
+        write_tokens(folder, "train", [list(range(15)) * 4], tokenizer=kind, **settings)
+        (folder / "tokenizer.json").write_text("{}")
+        data = TokenData(folder, "train", block_size=8, microbatch_size=2, seed=0)
+        fit(GPT2, data, updates=1, save_every=1, directory=tmp_path / "out")
+        step = tmp_path / "out" / "step-00000001"
+        assert load_config(step)["tokenizer"] == kind
+        assert (step / "tokenizer.json").exists() == (kind == "tokenizer.json")
+
+
+def test_weights_without_optimizer_state_are_trained_on(batches: list[Tensor], tmp_path: Path) -> None:
+    start = GPT(GPT2, seed=5)
+    state: dict[str, Any] = {
+        "update": 0,
+        "optimizer": None,
+        "optimizer_class": None,
+        "precision": {},
+        "stable_embedding": False,
+    }
+    save(tmp_path / "step-00000000", start, state, {"train": as_plain(TrainConfig()), "model": as_plain(GPT2)})
+    resumed = fit(GPT2, batches, updates=2, resume=tmp_path / "step-00000000")
+    assert [record.update for record in resumed.records] == [1, 2]
+    assert torch.equal(flat(resumed.model), flat(fit(start, batches, updates=2).model))
+
+
+def test_going_back_behind_newer_checkpoints_is_said(
+    batches: list[Tensor], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fit(GPT2, batches, updates=3, save_every=1, directory=tmp_path)
+    fit(GPT2, batches, updates=3, resume=tmp_path / "step-00000002", directory=tmp_path)
+    assert "holds newer checkpoints than step-00000002, up to step-00000003" in caplog.text
+
+
+def test_a_run_that_is_complete_is_said(
+    batches: list[Tensor], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    done = fit(GPT2, batches, updates=2, save_every=1, directory=tmp_path)
+    again = fit(GPT2, batches, updates=2, save_every=1, directory=tmp_path, resume=True)
+    assert again.records == []
+    assert torch.equal(flat(again.model), flat(done.model))
+    assert "step-00000002 has done 2 updates, and updates=2: nothing is left to train" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("ids", "targets", "named"),
+    [
+        ([[1, 64, 2]], None, 64),
+        ([[1, -1, 2]], None, -1),
+        ([[1, 2, 3]], [[2, 65, 3]], 65),
+        ([[1, 2, 3]], [[-100, -7, 3]], -7),
+    ],
+)
+def test_ids_that_the_model_has_no_row_for_are_told(ids: Any, targets: Any, named: int) -> None:
+    bad = torch.tensor(ids) if targets is None else (torch.tensor(ids), torch.tensor(targets))
+    good = torch.tensor([[1, 2, 3]]), torch.tensor([[2, -100, 63]])
+    model = GPTConfig.tiny(vocab_size=64, block_size=4)
+    expected = f"holds the token id {named}, but the model knows 0 to 63: tokenize the text with"
+    trainer = Trainer(model, TrainConfig(updates=2, evaluate_every=1, accelerator="cpu"))
+    with pytest.raises(TrainingError, match=expected):
+        trainer.fit([bad])
+    with pytest.raises(TrainingError, match=expected):
+        trainer.fit([good], [bad])
+    ignored = torch.tensor([[1, 2, 3]]), torch.tensor([[-100, -100, -100]])
+    assert len(trainer.fit([good, ignored], [good]).records) == 2
+
+
+def test_a_least_rate_above_the_peak_is_refused(batches: list[Tensor]) -> None:
+    with pytest.raises(ConfigurationError, match=r"min_lr is 0\.1, above the optimizer's lr of 0\.01: the rate would"):
+        fit(GPT2, batches, optimizer_args={"lr": 0.01}, min_lr=0.1, schedule="cosine")
+
+
+def test_resume_from_nothing_known_is_told(batches: list[Tensor]) -> None:
+    with pytest.raises(CheckpointError, match=r"resume is None: give False, True, 'auto' or the folder"):
+        fit(GPT2, batches, resume=None)
