@@ -1,13 +1,18 @@
 """A clause: one rule, one pytest test. Its docstring is the requirement and is printed when it fails."""
 
+import difflib
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from conformance.subject import CAPABILITIES, UsageError
+from conformance.capabilities import CAPABILITIES
+from conformance.errors import NotApplicable as NotApplicable  # adapters and tests of 0.1 import both from here
+from conformance.errors import UsageError
+from conformance.errors import Violation as Violation
+from conformance.runs import Runs
 
 CHAPTERS = {
     "INIT": "initial weights",
@@ -27,22 +32,10 @@ CHAPTERS = {
 }
 """Chapters in the order in which they are run and printed."""
 
+PACKAGES = {"bitsandbytes": "optimizers", "grokadamw": "optimizers"}
+"""Packages that clauses may need, and the extra that installs each."""
 
-class Violation(AssertionError):
-    """A rule is broken.
-
-    Args:
-        expected: what a healthy stack shows.
-        seen: what was seen instead: tensors by name, numbers, the first few of many.
-    """
-
-    def __init__(self, expected: str, seen: str) -> None:
-        super().__init__(f"expected: {expected}\nseen: {seen}")
-        self.expected, self.seen = expected, seen
-
-
-class NotApplicable(Exception):
-    """The clause cannot be judged on this machine; the message is the reason."""
+Test = Callable[[Runs], None]
 
 
 @dataclass(frozen=True)
@@ -62,15 +55,24 @@ class Clause:
     bound: str
     """The tolerance, with the noise of healthy runs and the weakest mutant beside it."""
     level: Literal["must", "should"]
+    since: str
+    """The version of the suite that has the clause first."""
     needs: tuple[str, ...]
     """Capabilities without which the clause does not apply."""
-    function: Callable[..., None]
+    packages: tuple[str, ...]
+    """Packages that the clause trains with."""
+    test: Test
     """The pytest test."""
 
     @property
     def chapter(self) -> str:
         """The part of the id before the number."""
-        return self.id.partition("-")[0]
+        return chapter_and_number(self.id)[0]
+
+    @property
+    def part(self) -> Literal["core", "extension"]:
+        """``extension`` if only stacks with an option that most do not have can be asked."""
+        return "extension" if any(CAPABILITIES[need].extension for need in self.needs) else "core"
 
 
 _CLAUSES: dict[str, Clause] = {}
@@ -82,69 +84,75 @@ def clause(
     why: str,
     mend: str,
     source: str,
+    since: str,
     bound: str = "bit equality",
     level: Literal["must", "should"] = "must",
     needs: tuple[str, ...] = (),
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    packages: tuple[str, ...] = (),
+) -> Callable[[Test], Test]:
     """Make a test function a clause.
 
     Raises:
-        ValueError: for an id that is taken or of no chapter, an unknown capability, or a test without a docstring.
+        ValueError: for an id that is taken or of an unknown chapter, an unknown capability or package, or a test
+            without a docstring.
     """
 
-    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+    def decorate(test: Test) -> Test:
         earlier = _CLAUSES.get(identity)
-        if earlier is not None and earlier.function.__qualname__ != function.__qualname__:
-            raise ValueError(f"the clause id {identity} is taken by {earlier.function.__qualname__}")
+        if earlier is not None and earlier.test.__qualname__ != test.__qualname__:
+            raise ValueError(f"the clause id {identity} is taken by {earlier.test.__qualname__}")
         if identity.partition("-")[0] not in CHAPTERS or not identity.partition("-")[2].isdigit():
-            raise ValueError(f"{identity!r} is no clause id: it needs a chapter of {list(CHAPTERS)} and a number")
-        unknown = [name for name in needs if name not in CAPABILITIES]
+            raise ValueError(f"{identity!r} is not a clause id: give a chapter of {list(CHAPTERS)} and a number")
+        unknown = [name for name in needs if name not in CAPABILITIES] + [p for p in packages if p not in PACKAGES]
         if unknown:
-            raise ValueError(f"{identity} needs {unknown}, which is no capability of {list(CAPABILITIES)}")
-        requirement = " ".join((inspect.getdoc(function) or "").split("\n\n")[0].split())
+            raise ValueError(f"{identity} needs {unknown}: not a capability of {list(CAPABILITIES)}, nor a package")
+        requirement = " ".join((inspect.getdoc(test) or "").split("\n\n")[0].split())
         if not requirement:
             raise ValueError(f"{identity} has no docstring, but a clause's docstring is its requirement")
-        _CLAUSES[identity] = Clause(identity, requirement, why, mend, source, bound, level, needs, function)
-        function.conformance_clause = identity  # type: ignore[attr-defined] # how the plugin knows a clause
-        return function
+        _CLAUSES[identity] = Clause(
+            identity, requirement, why, mend, source, bound, level, since, needs, packages, test
+        )
+        test.conformance_clause = identity  # type: ignore[attr-defined] # how the plugin knows a clause
+        return test
 
     return decorate
 
 
 def catalogue() -> dict[str, Clause]:
-    """Every clause of the suite by id, in the order of chapters and numbers."""
+    """Return every clause of the suite by id, in the order of chapters and numbers."""
     package = importlib.import_module("conformance.suites")
     for entry in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"conformance.suites.{entry.name}")
-    chapters = list(CHAPTERS)
-    return dict(
-        sorted(_CLAUSES.items(), key=lambda item: (chapters.index(item[1].chapter), int(item[0].partition("-")[2])))
-    )
+        if entry.name.startswith("test_"):
+            importlib.import_module(f"conformance.suites.{entry.name}")
+    return {identity: _CLAUSES[identity] for identity in sorted(_CLAUSES, key=in_order)}
 
 
-def find_clauses(ids: list[str]) -> dict[str, Clause]:
-    """Clauses by id or chapter; all of them if ``ids`` is empty.
+def in_order(identity: str) -> tuple[int, int]:
+    """Return a sort key for clause ids: chapters as in CHAPTERS, unknown ones last, then numbers."""
+    chapter, number = chapter_and_number(identity)
+    return list(CHAPTERS).index(chapter) if chapter in CHAPTERS else len(CHAPTERS), number
+
+
+def chapter_and_number(identity: str) -> tuple[str, int]:
+    """Return ``("OPT", 7)`` for "OPT-7"."""
+    chapter, _, number = identity.partition("-")
+    return chapter, int(number)
+
+
+def find_clauses(ids: Iterable[str]) -> dict[str, Clause]:
+    """Return clauses by id or chapter; all of them if ``ids`` is empty.
 
     Raises:
         UsageError: for an id that does not exist.
     """
-    import difflib
-
-    everything = catalogue()
-    chosen: dict[str, Clause] = {}
+    everything, ids = catalogue(), list(ids)
+    chosen: set[str] = set()
     for wanted in ids:
-        matching = {k: c for k, c in everything.items() if wanted.upper() in (k, c.chapter)}
+        matching = {k for k, c in everything.items() if wanted.upper() in (k, c.chapter)}
         if not matching:
             nearest = difflib.get_close_matches(wanted.upper(), [*everything, *CHAPTERS], n=1, cutoff=0.0)
             raise UsageError(
-                f"there is no clause {wanted!r}; the nearest is {nearest[0]}. Chapters: {', '.join(CHAPTERS)}."
+                f"unknown clause {wanted!r}: the nearest is {nearest[0]}. Chapters: {', '.join(CHAPTERS)}."
             )
         chosen |= matching
     return {key: value for key, value in everything.items() if not ids or key in chosen}
-
-
-def quoted(names: Any, limit: int = 4) -> str:
-    """The first few of many names, and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(str(name) for name in names[:limit]) + more

@@ -9,11 +9,11 @@ import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 
-from conformance.subject import UsageError
+from conformance.errors import UsageError
 
 
 def load_deviations(path: Path, known: Iterable[str]) -> dict[str, str]:
-    """Reasons by clause id.
+    """Return reasons by clause id.
 
     Raises:
         UsageError: if the file cannot be read, names a clause that does not exist, or gives no reason.
@@ -22,13 +22,17 @@ def load_deviations(path: Path, known: Iterable[str]) -> dict[str, str]:
         entries = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"the deviations file {path} cannot be read: {error.strerror or error}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # not TOML, not UTF-8, or NUL in the path
         raise UsageError(f"the deviations file {path} is not TOML: {error}.") from error
+    except RecursionError as error:
+        raise UsageError(
+            f"the deviations file {path} is not TOML that can be read: it is nested too deeply."
+        ) from error
     known = set(known)
     deviations = {}
     for identity, entry in entries.items():
         if identity not in known:
-            raise UsageError(f"the deviations file {path} names {identity!r}, which is no clause: correct it.")
+            raise UsageError(f"the deviations file {path} names {identity!r}, which is not a clause: correct it.")
         reason = entry.get("reason") if isinstance(entry, dict) else None
         if not isinstance(reason, str) or not reason.strip():
             raise UsageError(f'the deviations file {path} gives no reason for {identity}: add reason = "...".')

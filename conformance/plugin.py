@@ -1,95 +1,55 @@
-"""The pytest plugin: options, the clause as a test item, the letter at the end.
+"""The pytest door: ``pytest -p conformance.plugin --pyargs conformance.suites --subject ...``.
 
-It is loaded by every pytest run of whoever has the package installed, so it imports nothing but pytest until a
-clause is collected or one of its options is used.
+The plugin is opt-in, so that a pytest run of somebody who has this package installed is as it would be without.
 """
 
+import sys
 from collections.abc import Generator, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
+from rich.console import Console
 
-if TYPE_CHECKING:
-    from conformance.clause import Clause
-    from conformance.session import Result
+from conformance.clause import Clause
+from conformance.cli import sentence
+from conformance.engine import Sitting
+from conformance.errors import UsageError
+from conformance.options import OPTIONS, USAGE, Options
+from conformance.session import BAD, Result
 
 LETTERS = {"pass": ".", "fail": "F", "deviates": "d", "fixed": "X", "n/a": "-", "error": "E"}
-USAGE = 2  # exit code of a mistake in the command line; pytest's own would be 4, and 5 for an empty selection
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("conformance", "conformance of GPT training stacks")
-    group.addoption(
-        "--subject",
-        metavar="NAME",
-        help="the stack to judge: reference, litgpt, or module:Attribute of an adapter (default: reference)",
-    )
-    group.addoption("--report", metavar="FILE", help="write the results as JSON")
-    group.addoption("--deviations", metavar="FILE", help="TOML file of clauses that are broken knowingly, with reasons")
-    group.addoption(
-        "--clause", metavar="ID", action="append", default=[], help="judge only this clause or chapter; repeatable"
-    )
-
-
-class Sitting:
-    """What one pytest run keeps: the session with the subject, and the results so far."""
-
-    def __init__(self, config: pytest.Config) -> None:
-        from conformance.clause import catalogue, find_clauses
-        from conformance.deviations import load_deviations
-        from conformance.report.letter import check_writable
-        from conformance.session import Session
-        from conformance.subject import load_subject
-
-        self.spec: str = config.option.subject or "reference"
-        self.report = Path(config.option.report) if config.option.report else None
-        if self.report is not None:
-            check_writable(self.report)
-        self.everything = catalogue()
-        self.chosen = find_clauses(config.option.clause)
-        file = config.option.deviations
-        deviations = load_deviations(Path(file), self.everything) if file else {}
-        self.session: Session = Session(load_subject(self.spec), deviations)
-        self.results: list[Result] = []
-
-    @property
-    def partial(self) -> bool:
-        """Whether any clause of the suite was not judged."""
-        return {result.clause.id for result in self.results} != set(self.everything)
-
-
 SITTING = pytest.StashKey[Sitting]()
 
 
-def sitting(config: pytest.Config) -> Sitting:
-    """The run's sitting, opened on first use. A mistake of the user's ends the run with one sentence."""
-    if SITTING not in config.stash:
-        from conformance.subject import UsageError
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Take the options of ``python -m conformance run``."""
+    group = parser.getgroup("conformance", "conformance of GPT training stacks")
+    for flag, settings in OPTIONS.items():
+        group.addoption(flag, **settings)
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Open the sitting if an option asks for one: a mistake is told before anything is collected."""
+    if Options.of(config.option) != Options():
+        sitting(config)
+
+
+def sitting(config: pytest.Config) -> Sitting:
+    """Return the run's sitting, opened on first use. A mistake of the user's ends the run with one sentence."""
+    if SITTING not in config.stash:
         if getattr(config.option, "numprocesses", None) or hasattr(config, "workerinput"):
+            # pytest's own code for a wrong command line would be 4, and 5 for an empty selection
             pytest.exit("The clauses share their runs, so they cannot be spread over processes: drop -n.", USAGE)
         try:
-            config.stash[SITTING] = Sitting(config)
+            config.stash[SITTING] = Sitting(Options.of(config.option))
         except UsageError as error:
             pytest.exit(sentence(error), USAGE)
     return config.stash[SITTING]
 
 
-def sentence(error: Exception) -> str:
-    """A message with a capital letter."""
-    text = str(error)
-    return text[:1].upper() + text[1:]
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    # Early, so that a mistake is told before anything is collected.
-    option = config.option
-    if option.subject or option.report or option.deviations or option.clause:
-        sitting(config)
-
-
 def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove what the runs wrote."""
     if SITTING in config.stash:
         config.stash[SITTING].session.close()
 
@@ -97,30 +57,30 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 class ClauseItem(pytest.Item):
     """One clause as a test."""
 
-    def __init__(self, *, clause: "Clause", **arguments: Any) -> None:
+    def __init__(self, *, clause: Clause, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.clause = clause
         self.result: Result | None = None
 
     def runtest(self) -> None:
-        from conformance.session import BAD
-
-        run = sitting(self.config)
-        self.result = run.session.judge(self.clause)
-        run.results.append(self.result)
+        """Judge the clause."""
+        self.result = sitting(self.config).judge(self.clause)
         if self.result.outcome in BAD:
             raise AssertionError(self.result.seen or self.result.reason)
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> str:
+        """Return the line that pytest prints for a failure; the letter says the rest."""
         if self.result is None:  # the plugin itself broke: pytest's own words
             return str(super().repr_failure(excinfo, style))
         return f"{self.clause.id} {self.result.outcome}: {self.result.seen or self.result.reason}"
 
     def reportinfo(self) -> tuple[Path, int | None, str]:
+        """Return where the clause is, and what it is called."""
         return self.path, None, f"{self.clause.id} {self.clause.requirement}"
 
 
 def pytest_pycollect_makeitem(collector: pytest.Module | pytest.Class, name: str, obj: object) -> ClauseItem | None:
+    """Make an item of a function that is a clause."""
     identity = getattr(obj, "conformance_clause", None)
     if isinstance(identity, str):
         clause = sitting(collector.config).everything[identity]
@@ -130,20 +90,23 @@ def pytest_pycollect_makeitem(collector: pytest.Module | pytest.Class, name: str
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if SITTING in config.stash:
-        chosen = sitting(config).chosen
-        left_out = [item for item in items if isinstance(item, ClauseItem) and item.clause.id not in chosen]
-        if left_out:
-            items[:] = [item for item in items if item not in left_out]
-            config.hook.pytest_deselected(items=left_out)
-        order = {identity: number for number, identity in enumerate(chosen)}
-        items.sort(key=lambda item: order[item.clause.id] if isinstance(item, ClauseItem) else -1)
+    """Leave out the clauses that were not asked for, and put the others into the order of the suite."""
+    if SITTING not in config.stash:
+        return
+    chosen = sitting(config).chosen
+    left_out = [item for item in items if isinstance(item, ClauseItem) and item.clause.id not in chosen]
+    if left_out:
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
+    order = {identity: number for number, identity in enumerate(chosen)}
+    items.sort(key=lambda item: order[item.clause.id] if isinstance(item, ClauseItem) else -1)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Mark pytest's report with the outcome of the clause."""
     report = yield
     if isinstance(item, ClauseItem) and call.when == "call" and item.result is not None:
         report.conformance = item.result.outcome  # type: ignore[attr-defined] # read in report_teststatus
@@ -154,6 +117,7 @@ def pytest_runtest_makereport(
 
 
 def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
+    """Return category, letter and word for the outcome of a clause."""
     outcome = getattr(report, "conformance", None)
     if outcome is None or report.when != "call":
         return None
@@ -163,43 +127,26 @@ def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] 
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    if SITTING not in session.config.stash:
-        return
-    run = sitting(session.config)
-    if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
+    """Call an empty selection a wrong command line, as the other door does."""
+    if SITTING in session.config.stash and exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
         session.exitstatus = USAGE
-    if run.report is not None and run.results:
-        from conformance.report.letter import as_json, write_json
-
-        write_json(run.report, as_json(run.session.subject, run.spec, ordered(run), run.partial))
 
 
-def ordered(run: Sitting) -> "list[Result]":
-    """Results in the order of the suite."""
-    order = list(run.everything)
-    return sorted(run.results, key=lambda result: order.index(result.clause.id))
-
-
-def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config) -> None:
+    """Write the report and print the letter."""
     if SITTING not in config.stash:
         return
     run = sitting(config)
     if not run.results:
         terminalreporter.write_line("No clause was selected: check --clause, -k and the paths given.")
         return
-    from rich.console import Console
-
-    from conformance.report.letter import print_letter
-
-    file = terminalreporter._tw._file
+    file: Any = getattr(terminalreporter, "_tw")._file if hasattr(terminalreporter, "_tw") else sys.stdout  # noqa: B009 # private, and the only way to print where pytest prints
     console = Console(file=file, highlight=False, width=None if file.isatty() else 100)
-    verbose = config.get_verbosity() > 0
-    print_letter(console, run.session.subject, run.spec, ordered(run), run.partial, verbose)
-    if run.report is not None:
-        console.print(f"[dim]Written: {run.report}[/]")
+    run.finish(console, config.get_verbosity() > 0)
 
 
 def pytest_report_header(config: pytest.Config) -> Iterable[str]:
+    """Return the line that says what is judged."""
     if SITTING in config.stash:
         run = sitting(config)
         return [f"conformance: {run.session.subject.name} {run.session.subject.version}, {len(run.chosen)} clauses"]

@@ -7,13 +7,18 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
     import torch
 
     from conformance.recording.trace import Checkpoint
 
+Shape = Literal["gpt", "llama"]
+SHAPES: tuple[Shape, ...] = get_args(Shape)
+Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+Alteration = Literal["later tokens", "first token", "other sequences"]
 DATA_SEED = 20240229  # of the token ids; another than Recipe.seed, which decides the weights only
 
 _handed_out: ContextVar[list[tuple[dict[str, Any], dict[str, Any]]] | None] = ContextVar("handed_out", default=None)
@@ -30,6 +35,11 @@ class OptimizerChoice:
     def of(cls, class_path: str, **arguments: Any) -> "OptimizerChoice":
         """``OptimizerChoice.of("torch.optim.SGD", lr=0.1)``."""
         return cls(class_path, tuple(arguments.items()))
+
+    @property
+    def rate(self) -> float:
+        """The learning rate among the arguments; every choice of the suite has one."""
+        return float(dict(self.arguments)["lr"])
 
     def config(self) -> dict[str, Any]:
         """``{"class_path": ..., "init_args": {...}}``: a fresh dictionary, as a config file would give it.
@@ -62,7 +72,7 @@ class Recipe:
     subject's ``lacks``; the suite then never asks for it.
     """
 
-    shape: Literal["gpt", "llama"] = "gpt"
+    shape: Shape = "gpt"
     """gpt: LayerNorm, GELU, biases. llama: RMSNorm, SwiGLU, no biases. Positions as the stack does them."""
     module: str | None = None
     """``package.module:function`` that builds the module to train instead of the stack's own model
@@ -80,7 +90,7 @@ class Recipe:
     """Probability of dropping an activation, wherever the stack drops some (capability dropout)."""
     seed: int = 1
     """Decides the weights, the dropout and the order of samples."""
-    precision: Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed"] = "32-true"
+    precision: Precision = "32-true"
     """Fabric's names: -mixed keeps float32 weights and computes in 16 bits, -true keeps 16-bit weights."""
     optimizer: OptimizerChoice = field(default_factory=OptimizerChoice)
     microbatch_size: int = 2
@@ -131,7 +141,7 @@ class Recipe:
     """The recorder puts a NaN into the gradients of this update, counted from 0, when their backward has ended."""
     same_batches: bool = False
     """Not for the adapter: every update trains on the sequences of the first."""
-    altered: Literal["later tokens", "first token", "other sequences"] | None = None
+    altered: Alteration | None = None
     """Not for the adapter: which of the tokens in batches() are others. Later: those of the second half of a sequence;
     other sequences: every second one."""
     repeat: int = 0

@@ -1,6 +1,6 @@
 """The rules: plain functions on tensors, modules and optimizers, one file per chapter, without pytest.
 
-Each raises :class:`conformance.clause.Violation`, an AssertionError that says what was expected and what was seen,
+Each raises :class:`conformance.errors.Violation`, an AssertionError that says what was expected and what was seen,
 so they can be called in anybody's own tests.
 """
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from conformance.clause import Violation, quoted
+from conformance.errors import Violation, quoted
 
 # Of the whole gradient vector, relative to its length. Healthy runs show at most 1.4e-7 (another order of summation);
 # the weakest mutant, the mean of means over ragged microbatches, 0.27.

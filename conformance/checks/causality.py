@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from conformance.checks.comparison import largest_difference
-from conformance.clause import Violation, quoted
+from conformance.errors import Violation, quoted
 
 
 def looks_back_only(model: Callable[[Tensor], Any], ids: Tensor, bound: float = 0.0) -> None:

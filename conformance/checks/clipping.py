@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from conformance.checks.accumulation import gradients_agree, total_norm
-from conformance.clause import Violation, quoted
+from conformance.errors import Violation, quoted
 
 # Of the gradient vector, relative to its length. Healthy runs show 1e-6, which torch adds to the norm it divides by.
 # The weakest mutant, clipping after each microbatch, shows 0.88.

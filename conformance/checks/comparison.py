@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from conformance.clause import Violation, quoted
+from conformance.errors import Violation, quoted
 from conformance.recording.snapshot import bits_equal, equal_values
 
 

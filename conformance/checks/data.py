@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn import functional as F
 
-from conformance.clause import Violation, quoted
+from conformance.errors import Violation, quoted
 
 IGNORED = -100  # a target that is not to be predicted
 

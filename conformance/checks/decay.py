@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from conformance.checks.optimizer import trainable_ids
-from conformance.clause import Violation, quoted
+from conformance.errors import Violation, quoted
 
 # Relative: one rounding of the factor and one of the product are at most 1.2e-7. Healthy runs on the CPU in float32
 # show 7.2e-8; the weakest mutant, a tensor that decays and should not (or the reverse), is off by lr * wd = 1e-3.

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from conformance.clause import Violation, quoted
-from conformance.recording.snapshot import EmbeddingInfo, TensorInfo
+from conformance.errors import Violation, quoted
+from conformance.recording.trace import EmbeddingInfo, TensorInfo
 
 STABLE = "StableEmbedding"
 SMALLEST_8_BIT = 4096  # elements; bitsandbytes keeps 32-bit state for smaller tensors

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from conformance.clause import Violation, quoted
+from conformance.errors import Violation, quoted
 from conformance.subject import Constant, Distribution, Normal, Uniform
 
 SIGMAS = 3.0  # standard errors; a tensor beyond them is drawn again under other seeds before it is called wrong

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from conformance.clause import Violation, quoted
-from conformance.recording.snapshot import Group, equal_values, plain_value
+from conformance.errors import Violation, quoted
+from conformance.recording.snapshot import equal_values, plain_value
+from conformance.recording.trace import Group
 
 
 def keywords_arrive(groups: Sequence[Group], arguments: Mapping[str, Any], varying: Sequence[str] = ()) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from conformance.clause import Violation, quoted
+from conformance.errors import Violation, quoted
 
 # Relative. Healthy runs show at most 1e-7 (the order of summation); losses computed in bfloat16, 5e-5 to 1e-2.
 LOSS_BOUND = 1e-5

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 
-from conformance.clause import Violation
+from conformance.errors import Violation
 
 # Behind a name: "loss 4.8520", "loss train: 4.852", "{'grad_norm': '0.9402'", "lr=1.0e-04". Only numbers with a point
 # or an exponent: counters are none.

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from conformance.clause import Violation
-from conformance.recording.snapshot import Group
+from conformance.errors import Violation
+from conformance.recording.trace import Group
 
 RATE_BOUND = 1e-6  # relative: schedules are computed in float64, and some are kept in float32
 

@@ -11,9 +11,9 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from conformance.errors import RunFailed, describe_error
 from conformance.recipe import Recipe
-from conformance.session import RunFailed
-from conformance.subject import Subject, describe_error
+from conformance.subject import Subject
 
 if TYPE_CHECKING:
     from conformance.recording.trace import Trace
@@ -88,7 +88,7 @@ def run_rank(rank: int, subject: Subject, recipe: Recipe, directory: Path, port:
     }
     import torch
 
-    from conformance.recording.recorder import record
+    from conformance.recording import record
 
     failure = ""
     with open(os.devnull, "w") as nowhere:

@@ -47,19 +47,8 @@ from conformance.recording.trace import Checkpoint, Forward, Loss, Trace, Update
 
 
 @contextlib.contextmanager
-def record(
-    directory: Path | None = None, zero_gradients: bool = False, rank: int = 0, nan_gradient: int | None = None
-) -> Iterator[Trace]:
-    """Record the training run inside the ``with`` block.
-
-    Everything is put back on exit, also after an exception; recordings may be nested or repeated.
-
-    Args:
-        directory: where the run writes its files; None: files are not recorded.
-        zero_gradients: zero every gradient on entry to ``step``, before anything else sees it.
-        rank: only kept in the trace.
-        nan_gradient: the update, counted from 0, whose gradients get a NaN when their backward has ended.
-    """
+def recording(directory: Path | None, zero_gradients: bool, rank: int, nan_gradient: int | None) -> Iterator[Trace]:
+    """Record the training run inside a ``with`` block; see :func:`conformance.record`."""
     recorder = Recorder(Trace(rank=rank), directory, zero_gradients, nan_gradient)
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:

@@ -1,12 +1,13 @@
 """Live modules, optimizers and values as plain data: names without the prefixes of wrappers, copies on the CPU."""
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from conformance.recording.trace import EmbeddingInfo, Group, TensorInfo
 
 WRAPPER_PARTS = (
     "_forward_module",
@@ -16,46 +17,6 @@ WRAPPER_PARTS = (
     "_checkpoint_wrapped_module",
 )
 WRAPPER_CLASSES = ("DistributedDataParallel", "DataParallel")  # these call what they wrap ``module``
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """A parameter or buffer of the trained module."""
-
-    name: str
-    """Dotted name without the prefixes of wrappers; of a tied tensor the first."""
-    names: tuple[str, ...]
-    """All names of the same tensor."""
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: str
-    trainable: bool
-    owner: str
-    """Class name of the module that holds it (under its first name)."""
-
-
-@dataclass(frozen=True)
-class EmbeddingInfo:
-    """An nn.Embedding (or a subclass) of the trained module."""
-
-    name: str
-    kind: str
-    """Class path."""
-    shape: tuple[int, int]
-    options: tuple[tuple[str, Any], ...]
-    """padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse."""
-    dtype: torch.dtype
-    device: str
-
-
-@dataclass(frozen=True)
-class Group:
-    """One parameter group, on entry to ``step``."""
-
-    tensors: tuple[str, ...]
-    """Names; a tensor that is not in the module is called ``foreign-<n>``."""
-    settings: dict[str, Any]
-    """lr, betas, weight_decay, ...: plain values; anything else as its repr."""
 
 
 def describe_group(group: dict[str, Any], names: dict[int, str]) -> Group:

@@ -1,15 +1,54 @@
-"""What a training run really did, as plain data: updates, forwards, losses and checkpoints."""
+"""What a training run really did, as plain data: updates, forwards, losses, and checkpoints."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from conformance.errors import NotWritten
 
-from conformance.recording.snapshot import EmbeddingInfo, Group, TensorInfo
+if TYPE_CHECKING:  # so that whoever only reads a trace need not import PyTorch
+    import torch
+    from torch import Tensor
 
-__all__ = ["Checkpoint", "EmbeddingInfo", "Forward", "Group", "Loss", "NotWritten", "TensorInfo", "Trace", "Update"]
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A parameter of the trained module."""
+
+    name: str
+    """Dotted name without the prefixes of wrappers; of a tied tensor the first."""
+    names: tuple[str, ...]
+    """All names of the same tensor."""
+    shape: tuple[int, ...]
+    dtype: "torch.dtype"
+    device: str
+    trainable: bool
+    owner: str
+    """Class name of the module that holds it (under its first name)."""
+
+
+@dataclass(frozen=True)
+class EmbeddingInfo:
+    """An nn.Embedding (or a subclass) of the trained module."""
+
+    name: str
+    kind: str
+    """Class path."""
+    shape: tuple[int, int]
+    options: tuple[tuple[str, Any], ...]
+    """padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse."""
+    dtype: "torch.dtype"
+    device: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """One parameter group, on entry to ``step``."""
+
+    tensors: tuple[str, ...]
+    """Names; a tensor that is not in the module is called ``foreign-<n>``."""
+    settings: dict[str, Any]
+    """lr, betas, weight_decay, ...: plain values; anything else as its repr."""
 
 
 @dataclass(frozen=True)
@@ -18,13 +57,13 @@ class Forward:
 
     update: int
     """Updates done before it."""
-    ids: Tensor
+    ids: "Tensor"
     """Token ids, (B, T)."""
-    logits: Tensor
+    logits: "Tensor"
     """As they left that module: (B, T, V), dtype untouched."""
     training: bool
     grad_enabled: bool
-    autocast: torch.dtype | None
+    autocast: "torch.dtype | None"
     """The dtype of autocast inside the module; None where it was off."""
     inside: bool = False
     """The outermost module gave a loss, and the logits stayed inside."""
@@ -35,7 +74,7 @@ class Loss:
     """A tensor on which backward was called."""
 
     update: int
-    value: Tensor
+    value: "Tensor"
     autocast: bool
     """Whether autocast was on when backward began."""
 
@@ -47,18 +86,14 @@ class Update:
     optimizer: tuple[str, ...]
     """Class paths: of the optimizer, and of the classes that it derives from."""
     groups: tuple[Group, ...]
-    gradients: dict[str, Tensor | None]
+    gradients: "dict[str, Tensor | None]"
     """On entry, or after the closure where the stack hands one over. None where there was none."""
-    before: dict[str, Tensor]
-    after: dict[str, Tensor]
+    before: "dict[str, Tensor]"
+    after: "dict[str, Tensor]"
     state_before: dict[str, dict[str, Any]]
     """Optimizer state by tensor, wherever the class keeps it."""
     state_after: dict[str, dict[str, Any]]
     autocast: bool
-
-
-class NotWritten(FileNotFoundError):
-    """A file that a checkpoint should have."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +107,10 @@ class Checkpoint:
     """Of a checkpoint that does not exist: where its files would lie."""
 
     def find(self, name: str) -> Path:
-        """The file called ``name``; for adapters, which know what their stack calls its files.
+        """Return the file called ``name``; for adapters, which know what their stack calls its files.
 
         Raises:
-            NotWritten: if none is called so; the message lists those that were written.
+            NotWritten: if there is no such file; the message lists those that were written.
         """
         if self.folder is not None:
             return self.folder / name
@@ -92,9 +127,9 @@ class Trace:
     rank: int = 0
     tensors: dict[str, TensorInfo] = field(default_factory=dict)
     """Parameters at the first forward, by name."""
-    initial: dict[str, Tensor] = field(default_factory=dict)
+    initial: "dict[str, Tensor]" = field(default_factory=dict)
     """Their values at the first forward."""
-    buffers: dict[str, Tensor] = field(default_factory=dict)
+    buffers: "dict[str, Tensor]" = field(default_factory=dict)
     """Buffers at the first forward."""
     embeddings: tuple[EmbeddingInfo, ...] = ()
     forwards: list[Forward] = field(default_factory=list)
@@ -107,6 +142,15 @@ class Trace:
     """Optimizer configurations that the stack altered: (as given, as found afterwards)."""
     seconds: float = 0.0
 
+    @property
+    def trainable(self) -> list[str]:
+        """Names of the trainable tensors."""
+        return [name for name, info in self.tensors.items() if info.trainable]
+
+    def training_forwards(self, update: int | None = None) -> list[Forward]:
+        """Return the forwards in training mode and with gradients: those that led to ``update``, or to any."""
+        return [f for f in self.forwards if f.training and f.grad_enabled and update in (None, f.update)]
+
     def checkpoint(self, update: int) -> Checkpoint | None:
-        """The files written after ``update`` updates, if any."""
+        """Return the files written after ``update`` updates, if any."""
         return next((c for c in self.checkpoints if c.update == update), None)

@@ -10,7 +10,6 @@ from torch import nn
 
 import reference
 from conformance import Checkpoint, Constant, Normal, Recipe, TensorInfo
-from conformance.probes import DECAYED
 from conformance.subject import Distribution
 from reference.data.tokens import TokenData, write_tokens
 
@@ -29,7 +28,7 @@ class ReferencePolicy:
         if recipe.decay == "ndim":
             return len(tensor.shape) >= 2
         if recipe.module is not None:
-            return tensor.name in DECAYED
+            return tensor.owner == "Linear" and tensor.name.endswith(".weight")
         return tensor.name.endswith(("qkv.weight", "proj.weight", "fc.weight", "gate.weight", "head.weight"))
 
     def learning_rate(self, recipe: Recipe, update: int) -> float:

@@ -1,7 +1,6 @@
 """ACC: an update is that of its sequences, however they are split into microbatches and over ranks, or computed."""
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,11 +8,12 @@ from torch import Tensor
 from conformance.checks.accumulation import gradient_is_of, gradients_agree
 from conformance.checks.comparison import tensors_equal
 from conformance.checks.data import mean_entropy, next_tokens, sample_numbers
-from conformance.clause import NotApplicable, Violation, clause
+from conformance.clause import clause
+from conformance.errors import NotApplicable, Violation
 from conformance.recipe import OptimizerChoice, Recipe
-from conformance.recording.trace import Forward, Trace
-from conformance.subject import Subject
-from conformance.suites import everyday, on_two_ranks
+from conformance.recording.trace import Trace
+from conformance.runs import Runs
+from conformance.suites import SGD, dropping, everyday, on_two_ranks
 
 
 def in_one_batch(recipe: Recipe) -> Recipe:
@@ -28,54 +28,57 @@ def dense(gradients: dict[str, Tensor | None]) -> dict[str, Tensor]:
 
 @clause(
     "ACC-1",
+    since="0.1",
     needs=("microbatches",),
     why="The gradient is too large or too small by the number of microbatches: another learning rate than the one set.",
     mend="Divide the loss of each microbatch by the number of microbatches, or all by the count of target tokens.",
     source="karpathy/nanoGPT#168, #206; huggingface/transformers#37766, #35438",
     bound="1e-5 of the gradient vector (healthy: 1.4e-7; the last microbatch only: 0.87; not divided: 3)",
 )
-def test_split_into_microbatches(subject: Subject, trace: Any) -> None:
+def test_split_into_microbatches(runs: Runs) -> None:
     """k microbatches give the gradient of one batch of the same sequences."""
-    split = everyday(subject)
-    whole = trace(in_one_batch(split))
+    split = everyday(runs)
+    whole = runs.trace(in_one_batch(split))
     gradients_agree(
         whole.updates[0].gradients,
-        trace(split).updates[0].gradients,
+        runs.trace(split).updates[0].gradients,
         f"{split.microbatches} microbatches against one batch",
     )
 
 
 @clause(
     "ACC-2",
+    since="0.1",
     needs=("microbatches", "ignored-targets"),
     why="Tokens in microbatches with few targets weigh more than others; the loss curve depends on the split.",
     mend="Sum the losses and divide by the number of targets of the whole update; do not average averages.",
     source="huggingface/transformers#34191, torchtune#1878, marin-community/levanter#842",
     bound="as ACC-1 (healthy: 1.1e-7; mean of means: 0.27)",
 )
-def test_ragged_microbatches(subject: Subject, trace: Any) -> None:
+def test_ragged_microbatches(runs: Runs) -> None:
     """So they do if the microbatches have different numbers of targets: every target token weighs the same."""
-    split = everyday(subject, ignored_targets=True)
-    whole = trace(in_one_batch(split))
+    split = replace(everyday(runs), ignored_targets=True)
+    whole = runs.trace(in_one_batch(split))
     gradients_agree(
         whole.updates[0].gradients,
-        trace(split).updates[0].gradients,
+        runs.trace(split).updates[0].gradients,
         f"{split.microbatches} ragged microbatches against one batch",
     )
 
 
 @clause(
     "ACC-3",
+    since="0.1",
     needs=("two-ranks",),
     why="Ranks that do not exchange their gradients train different models, on half of the data each.",
     mend="Call the wrapped module, and give both forward and backward of the last microbatch outside no_sync().",
     source="karpathy/build-nanogpt#30, jingyaogong/minimind#853, moojink/openvla-oft#160",
     bound="as ACC-1 (healthy: 5e-8; not exchanged: 0.7); bit equality between the ranks",
 )
-def test_split_over_ranks(subject: Subject, trace: Any, ranks: Any) -> None:
+def test_split_over_ranks(runs: Runs) -> None:
     """Two ranks give the gradient of one process on all of the sequences, and agree bit for bit."""
-    split = everyday(subject)
-    one, (first, second) = trace(split), ranks(on_two_ranks(split))
+    split = everyday(runs)
+    one, (first, second) = runs.trace(split), runs.ranks(on_two_ranks(split))
     for update, other in zip(first.updates, second.updates, strict=True):
         tensors_equal(dense(update.gradients), dense(other.gradients), "gradients of rank 0 against rank 1")
         tensors_equal(update.after, other.after, "parameters of rank 0 against rank 1")
@@ -84,33 +87,35 @@ def test_split_over_ranks(subject: Subject, trace: Any, ranks: Any) -> None:
 
 @clause(
     "ACC-4",
+    since="0.1",
     needs=("two-ranks", "ignored-targets"),
     why="A token weighs by the rank that it happens to be on.",
     mend="Divide by the number of targets over all ranks, and undo the average that DDP takes.",
     source="huggingface/transformers#34242, #34373, vllm-project/speculators#942",
     bound="as ACC-1 (healthy: 5e-8; each rank's own mean: 0.2)",
 )
-def test_ragged_ranks(subject: Subject, trace: Any, ranks: Any) -> None:
+def test_ragged_ranks(runs: Runs) -> None:
     """So they do if the ranks have different numbers of targets."""
-    split = everyday(subject, ignored_targets=True)
-    first, _ = ranks(on_two_ranks(split))
-    gradients_agree(trace(split).updates[0].gradients, first.updates[0].gradients, "two ragged ranks against one")
+    split = replace(everyday(runs), ignored_targets=True)
+    first, _ = runs.ranks(on_two_ranks(split))
+    gradients_agree(runs.trace(split).updates[0].gradients, first.updates[0].gradients, "two ragged ranks against one")
 
 
 @clause(
     "ACC-5",
+    since="0.1",
     why="A gradient that is off by a factor is another learning rate and another clip limit than those set.",
     mend="Divide by the number of tokens that are predicted: not by those that are ignored, or have no next token.",
     source="huggingface/transformers#46204 (GPT-2 still: one token too many), Lightning-AI/litgpt#751",
     bound="5e-3 of the fall of the loss over a small step (healthy: 1.4e-4; 17 tokens counted in place of 16: 5.9e-2)",
 )
-def test_gradient_of_the_mean(subject: Subject, trace: Any) -> None:
+def test_gradient_of_the_mean(runs: Runs) -> None:
     """The gradient is that of the mean cross entropy over exactly the target tokens."""
-    step = OptimizerChoice.of("torch.optim.SGD", lr=1e-3)
+    step = OptimizerChoice.of(SGD, lr=1e-3)
     plain = Recipe(optimizer=step, same_batches=True)
-    recipes = [plain] if "ignored-targets" in subject.lacks else [plain, replace(plain, ignored_targets=True)]
+    recipes = [plain, replace(plain, ignored_targets=True)] if runs.has("ignored-targets") else [plain]
     for recipe in recipes:
-        run = trace(recipe)
+        run = runs.trace(recipe)
         losses = [loss_of(recipe, run, update) for update in (0, 1)]
         first, second = run.updates
         moved = {name: first.after[name].double() - first.before[name].double() for name in first.before}
@@ -125,32 +130,28 @@ def loss_of(recipe: Recipe, run: Trace, update: int) -> float:
         NotApplicable: if the forwards are not those of the recipe.
     """
     (rows,) = recipe.labels()[update : update + 1]
-    found = training(run, update)
+    found = run.training_forwards(update)
     if len(found) != 1 or sample_numbers(found[0].ids, torch.cat(recipe.batches())) != list(range(len(rows))):
         raise NotApplicable("the forward of an update is not the one asked for: see ACC-6")
     return mean_entropy(*next_tokens(found[0].logits, rows))
 
 
-def training(run: Trace, update: int) -> list[Forward]:
-    """The forwards that led to an update."""
-    return [f for f in run.forwards if f.update == update and f.training and f.grad_enabled]
-
-
 @clause(
     "ACC-6",
+    since="0.1",
     why="A batch of another size than the one set trains another model, and experiments do not compare.",
     mend="Refuse a number of sequences that cannot be split, or give a last microbatch of another size.",
     source="Lightning-AI/litgpt#1927, litgpt TrainArgs (10 sequences in fours become 8), axolotl#134",
     bound="the sequences themselves; for a total that does not split: their number, or an error",
 )
-def test_sequences_of_an_update(subject: Subject, trace: Any, attempt: Any) -> None:
+def test_sequences_of_an_update(runs: Runs) -> None:
     """Every update trains on exactly the sequences that it was given, as many as asked for, and there are as many."""
-    recipe = everyday(subject)
-    run, samples, size = trace(recipe), torch.cat(recipe.batches()), recipe.update_size
+    recipe = everyday(runs)
+    run, samples, size = runs.trace(recipe), torch.cat(recipe.batches()), recipe.update_size
     if len(run.updates) != recipe.updates:
         raise Violation(f"{recipe.updates} updates", f"{len(run.updates)}")
     for update in range(recipe.updates):
-        seen = [number for forward in training(run, update) for number in sample_numbers(forward.ids, samples)]
+        seen = [number for forward in run.training_forwards(update) for number in sample_numbers(forward.ids, samples)]
         if seen != list(range(update * size, (update + 1) * size)):
             raise Violation(
                 f"update {update + 1} trains on its {size} sequences, {update * size} to {(update + 1) * size - 1}",
@@ -158,9 +159,9 @@ def test_sequences_of_an_update(subject: Subject, trace: Any, attempt: Any) -> N
                 if seen
                 else "no forward in training mode and with gradients leads to it",
             )
-    if "batch-total" not in subject.lacks:
-        tried = attempt(Recipe(microbatch_size=4, batch_total=10))
-        counts = {sum(len(f.ids) for f in training(tried.trace, update)) for update in range(2)}
+    if runs.has("batch-total"):
+        tried = runs.attempt(Recipe(microbatch_size=4, batch_total=10))
+        counts = {sum(len(f.ids) for f in tried.trace.training_forwards(update)) for update in range(2)}
         if tried.error is None and counts != {10}:
             raise Violation(
                 "10 sequences per update as asked for, or an error, with microbatches of 4",
@@ -170,17 +171,18 @@ def test_sequences_of_an_update(subject: Subject, trace: Any, attempt: Any) -> N
 
 @clause(
     "ACC-7",
+    since="0.1",
     needs=("activation-checkpointing",),
     why="The gradients are those of other activations than the loss was computed from, while the loss looks as always.",
     mend="Leave preserve_rng_state on, and have nothing else change between the two forwards.",
     source="allenai/OLMo-core#828 (loss 2.50 in place of 2.20), openai/guided-diffusion#167, pytorch#7617",
     bound="as ACC-1 (healthy: 0; dropout drawn anew: 0.48)",
 )
-def test_activations_computed_again(subject: Subject, trace: Any) -> None:
+def test_activations_computed_again(runs: Runs) -> None:
     """Activation checkpointing changes no gradient, with dropout if the stack has some."""
-    kept = everyday(subject, dropout=0.0 if "dropout" in subject.lacks else 0.1)
+    kept = dropping(runs, everyday(runs))
     gradients_agree(
-        trace(kept).updates[0].gradients,
-        trace(replace(kept, activation_checkpointing=True)).updates[0].gradients,
+        runs.trace(kept).updates[0].gradients,
+        runs.trace(replace(kept, activation_checkpointing=True)).updates[0].gradients,
         "activations computed again against activations kept",
     )

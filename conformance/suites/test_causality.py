@@ -1,16 +1,16 @@
 """CAUSAL: what a logit may depend on, and what it must."""
 
 from dataclasses import replace
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from conformance.checks.causality import earlier_unchanged
 from conformance.checks.comparison import largest_difference, same
-from conformance.clause import NotApplicable, Violation, clause, quoted
-from conformance.recipe import Recipe
-from conformance.subject import Subject
+from conformance.clause import clause
+from conformance.errors import NotApplicable, Violation, quoted
+from conformance.recipe import Alteration, Recipe
+from conformance.runs import Runs
 from conformance.suites import shapes
 
 Pair = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -19,14 +19,13 @@ Pair = tuple[Tensor, Tensor, Tensor, Tensor]
 NOT_AS_GIVEN = "the stack does not take the tokens as they are given, so two runs cannot be compared (see ACC-6)"
 
 
-def pairs(trace: Any, recipe: Recipe, altered: Literal["later tokens", "first token", "other sequences"]) -> list[Pair]:
+def pairs(runs: Runs, recipe: Recipe, altered: Alteration) -> list[Pair]:
     """The training forwards before the first update, of a run and of one on altered tokens.
 
     Raises:
         NotApplicable: if they cannot be paired.
     """
-    runs = [trace(replace(recipe, altered=choice)) for choice in (None, altered)]
-    first, second = ([f for f in run.forwards if f.training and f.grad_enabled and not f.update] for run in runs)
+    first, second = (runs.trace(replace(recipe, altered=a)).training_forwards(update=0) for a in (None, altered))
     found = [(f.ids, f.logits, g.ids, g.logits) for f, g in zip(first, second)]
     if not found or len(first) != len(second) or any(ids.shape != others.shape for ids, _, others, _ in found):
         raise NotApplicable(NOT_AS_GIVEN)
@@ -35,15 +34,16 @@ def pairs(trace: Any, recipe: Recipe, altered: Literal["later tokens", "first to
 
 @clause(
     "CAUSAL-1",
+    since="0.1",
     why="A model that sees the token it shall predict has a loss near zero in training and says nothing of use.",
     mend="Mask the scores of later tokens before the softmax; with a kernel, pass is_causal or the mask.",
     source="huggingface/transformers#48745, paiml/entrenar#310, karpathy/minGPT#75",
     bound="bit equality (healthy: 0; weakest mutant, a mask one token too wide: 1e-2)",
 )
-def test_no_look_ahead(subject: Subject, trace: Any) -> None:
+def test_no_look_ahead(runs: Runs) -> None:
     """No logit depends on a later token."""
-    for recipe in shapes(subject):
-        for ids, logits, others, changed in pairs(trace, recipe, "later tokens"):
+    for recipe in shapes(runs):
+        for ids, logits, others, changed in pairs(runs, recipe, "later tokens"):
             until = int((ids == others).all(dim=0).int().argmin())  # the first place where any sequence differs
             if until == 0:
                 raise NotApplicable(NOT_AS_GIVEN)
@@ -52,15 +52,16 @@ def test_no_look_ahead(subject: Subject, trace: Any) -> None:
 
 @clause(
     "CAUSAL-2",
+    since="0.1",
     why="Sequences that see each other train on leaked text, and a model behaves otherwise alone than in a batch.",
     mend="Look for a view or reshape where a transpose is meant, and for statistics over the batch.",
     source="bigscience-workshop/Megatron-DeepSpeed#335, karpathy.github.io/2019/04/25/recipe, transformers#17455",
     bound="bit equality (healthy: 0; weakest mutant, batch and time exchanged: 2e-2)",
 )
-def test_sequences_apart(subject: Subject, trace: Any) -> None:
+def test_sequences_apart(runs: Runs) -> None:
     """The logits of a sequence do not depend on the others in its batch."""
-    for recipe in shapes(subject):
-        for ids, logits, others, changed in pairs(trace, recipe, "other sequences"):
+    for recipe in shapes(runs):
+        for ids, logits, others, changed in pairs(runs, recipe, "other sequences"):
             kept = (ids == others).all(dim=1)
             if not kept.any() or kept.all():
                 raise NotApplicable(NOT_AS_GIVEN)
@@ -73,16 +74,17 @@ def test_sequences_apart(subject: Subject, trace: Any) -> None:
 
 @clause(
     "CAUSAL-3",
+    since="0.1",
     why="A model that sees a part of its context learns, but no more than that part tells.",
     mend="Look at which entries of the attention's mask are True: for SDPA those that take part, in other places those "
     "that do not; and at a window of zero, or one shorter than the sequence.",
     source="unslothai/unsloth#8253 (a window of zero sees nothing)",
     bound="other bits at every position (healthy: all of them)",
 )
-def test_whole_context(subject: Subject, trace: Any) -> None:
+def test_whole_context(runs: Runs) -> None:
     """Every logit depends on the first token."""
-    for recipe in shapes(subject):
-        for ids, logits, others, changed in pairs(trace, recipe, "first token"):
+    for recipe in shapes(runs):
+        for ids, logits, others, changed in pairs(runs, recipe, "first token"):
             if torch.equal(ids, others):
                 raise NotApplicable(NOT_AS_GIVEN)
             blind = (logits == changed).all(dim=-1).any(dim=0).nonzero().flatten().tolist()

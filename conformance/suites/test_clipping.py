@@ -1,79 +1,82 @@
 """CLIP: the gradient is clipped as a whole, at the limit, and nothing that is not finite reaches the weights."""
 
 from dataclasses import replace
-from typing import Any
 
 from conformance.checks.accumulation import gradients_agree, total_norm
 from conformance.checks.clipping import all_finite, clipped_as_one
 from conformance.checks.comparison import tensors_equal
 from conformance.clause import clause
 from conformance.recipe import Recipe
-from conformance.subject import Subject
+from conformance.runs import Runs
 from conformance.suites import clipped, everyday, on_two_ranks
 
 
 @clause(
     "CLIP-1",
+    since="0.1",
     needs=("clip",),
     why="Clipped by tensor or by microbatch, the update has the right length and another direction.",
     mend="Clip once per update, after the last microbatch, over all parameters together.",
     source="huggingface/accelerate#641; torch.nn.utils.clip_grad_norm_ over each tensor",
     bound="1e-4 of the gradient vector (healthy: 1e-6; weakest mutant, per microbatch: 0.88)",
 )
-def test_clipped_as_one(subject: Subject, trace: Any) -> None:
+def test_clipped_as_one(runs: Runs) -> None:
     """A gradient longer than the limit is scaled to it as a whole: all tensors and microbatches together."""
-    recipe = everyday(subject)
-    free = trace(recipe).updates[0].gradients
+    recipe = everyday(runs)
+    free = runs.trace(recipe).updates[0].gradients
     short = clipped(recipe, total_norm(free), 0.1)
     assert short.clip is not None
-    clipped_as_one(free, trace(short).updates[0].gradients, short.clip)
+    clipped_as_one(free, runs.trace(short).updates[0].gradients, short.clip)
 
 
 @clause(
     "CLIP-2",
+    since="0.1",
     needs=("clip",),
     why="A gradient that is always scaled to the limit makes every step as long as the largest.",
     mend="Scale by min(1, limit / norm).",
     source="torch.nn.utils.clip_grad_norm_, which clamps the factor at 1",
 )
-def test_unclipped_below_the_limit(subject: Subject, trace: Any) -> None:
+def test_unclipped_below_the_limit(runs: Runs) -> None:
     """A limit above the norm changes nothing, bit for bit."""
-    recipe = everyday(subject)
-    free = trace(recipe)
-    long = trace(clipped(recipe, total_norm(free.updates[0].gradients), 1000.0))
+    recipe = everyday(runs)
+    free = runs.trace(recipe)
+    long = runs.trace(clipped(recipe, total_norm(free.updates[0].gradients), 1000.0))
     for number, (update, other) in enumerate(zip(free.updates, long.updates, strict=True), start=1):
         tensors_equal(update.after, other.after, f"parameters after update {number}, limit a thousand times the norm")
 
 
 @clause(
     "CLIP-3",
+    since="0.1",
     level="should",
     why="One overflow in one backward, and every weight is NaN; what was trained until then is lost if not saved.",
     mend="Look at the gradient norm, which clipping computes anyway, before the step; raise, or leave the step out.",
     source="Lightning-AI/pytorch-lightning#21928 (error_if_nonfinite not handed on)",
     bound="no NaN",
 )
-def test_not_finite(subject: Subject, trace: Any, attempt: Any) -> None:
+def test_not_finite(runs: Runs) -> None:
     """A gradient that is not finite never reaches the weights."""
-    recipe = Recipe(updates=3, clip=None if "clip" in subject.lacks else 1.0)
-    trace(recipe)  # a stack that always raises would raise here too
-    tried = attempt(replace(recipe, nan_gradient=1))
+    recipe = Recipe(updates=3, clip=1.0 if runs.has("clip") else None)
+    runs.trace(recipe)  # a stack that always raises would raise here too
+    tried = runs.attempt(replace(recipe, nan_gradient=1))
     for number, update in enumerate(tried.trace.updates, start=1):
         all_finite(update.after, f"after update {number}, with one NaN in the gradient of update 2,")
 
 
 @clause(
     "CLIP-4",
+    since="0.1",
     needs=("clip", "two-ranks"),
     why="Clipped by the norm of a rank's own gradients, an update is scaled by another factor than configured.",
     mend="Clip what the ranks have summed, by the norm over all of it.",
     source="pytorch#72548, #88955, torchtitan#766",
     bound="1e-5 of the gradient vector (healthy: 5e-8; norm counted twice: 0.29); bit equality between the ranks",
 )
-def test_clipped_on_two_ranks(subject: Subject, trace: Any, ranks: Any) -> None:
+def test_clipped_on_two_ranks(runs: Runs) -> None:
     """Two ranks clip as one process does, and agree bit for bit."""
-    recipe = everyday(subject)
-    short = clipped(recipe, total_norm(trace(recipe).updates[0].gradients), 0.1)
-    first, second = ranks(on_two_ranks(short))
+    recipe = everyday(runs)
+    short = clipped(recipe, total_norm(runs.trace(recipe).updates[0].gradients), 0.1)
+    first, second = runs.ranks(on_two_ranks(short))
     tensors_equal(first.updates[-1].after, second.updates[-1].after, "parameters of rank 0 against rank 1")
-    gradients_agree(trace(short).updates[0].gradients, first.updates[0].gradients, "clipped on two ranks")
+    gradients_agree(runs.trace(short).updates[0].gradients, first.updates[0].gradients, "clipped on two ranks")

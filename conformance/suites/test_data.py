@@ -1,43 +1,39 @@
 """DATA: every sample is seen as often as declared, as it is, and its next tokens are what is predicted."""
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from conformance.checks.data import once_each, predicts_next, sample_numbers
-from conformance.clause import NotApplicable, Violation, clause
+from conformance.clause import clause
+from conformance.errors import NotApplicable, Violation
 from conformance.recipe import OptimizerChoice, Recipe
-from conformance.recording.trace import Forward, Trace
-from conformance.subject import Subject
-from conformance.suites import shapes, shuffled, shuffled_on_two_ranks
+from conformance.recording.trace import Trace
+from conformance.runs import Runs
+from conformance.suites import SGD, shapes, shuffled, shuffled_on_two_ranks
 
 EPOCHS = 2  # of shuffled()
 
 
-def training(run: Trace) -> list[Forward]:
-    """The forwards that lead to a loss."""
-    return [forward for forward in run.forwards if forward.training and forward.grad_enabled]
-
-
 def order(run: Trace, samples: torch.Tensor) -> list[int | None]:
     """The numbers of the samples in the order in which they are trained on."""
-    return [number for forward in training(run) for number in sample_numbers(forward.ids, samples)]
+    return [number for forward in run.training_forwards() for number in sample_numbers(forward.ids, samples)]
 
 
 @clause(
     "DATA-1",
+    since="0.1",
     needs=("sampler",),
     why="Samples that are drawn twice are overfitted, and others never seen; nothing in the loss shows it.",
     mend="Draw without replacement, and go on to the next epoch where this one ends.",
     source="huggingface/datasets#3423, huggingface/nanoVLM#203 (each sample once per worker)",
     bound="exactly once",
 )
-def test_each_sample_once(trace: Any) -> None:
+def test_each_sample_once(runs: Runs) -> None:
     """In each epoch every sample is seen exactly once."""
     recipe = shuffled()
     assert recipe.samples is not None
-    seen = order(trace(recipe), recipe.dataset())
+    seen = order(runs.trace(recipe), recipe.dataset())
     for epoch in range(EPOCHS):
         part = seen[epoch * recipe.samples : (epoch + 1) * recipe.samples]
         once_each(part, recipe.samples, f"epoch {epoch + 1}")
@@ -45,17 +41,18 @@ def test_each_sample_once(trace: Any) -> None:
 
 @clause(
     "DATA-2",
+    since="0.1",
     needs=("sampler",),
     why="The same batches in the same order: the gradients of one epoch repeat those of the last.",
     mend="Tell the sampler the epoch (DistributedSampler.set_epoch), and let it shuffle with it.",
     source="pytorch#31771, #11324, lucidrains/DALLE-pytorch#230",
     bound="another order: by chance the same in one of 40320",
 )
-def test_epochs_differ(trace: Any) -> None:
+def test_epochs_differ(runs: Runs) -> None:
     """Another epoch has another order, and both are shuffled."""
     recipe = shuffled()
     assert recipe.samples is not None
-    seen = order(trace(recipe), recipe.dataset())
+    seen = order(runs.trace(recipe), recipe.dataset())
     first, second = seen[: recipe.samples], seen[recipe.samples :]
     if first == second or first == sorted(first, key=str):
         raise Violation("two epochs in two orders at random", f"{first}, then {second}")
@@ -63,18 +60,19 @@ def test_epochs_differ(trace: Any) -> None:
 
 @clause(
     "DATA-3",
+    since="0.1",
     needs=("sampler",),
     why="A run that cannot be repeated cannot be debugged; one order under all seeds hides what it does.",
     mend="Hand the configured seed to the sampler.",
     source="Lightning-AI/litgpt#1425",
     bound="the order itself",
 )
-def test_seed_decides_the_order(trace: Any) -> None:
+def test_seed_decides_the_order(runs: Runs) -> None:
     """The same seed gives the same order of samples, and another seed another."""
     recipe = shuffled()
     samples, quiet = recipe.dataset(), replace(recipe, save_every=None)
     first, again, other = (
-        order(trace(changed), samples) for changed in (recipe, replace(quiet, repeat=1), replace(quiet, seed=2))
+        order(runs.trace(changed), samples) for changed in (recipe, replace(quiet, repeat=1), replace(quiet, seed=2))
     )
     if first != again:
         raise Violation("one order under one seed", f"{first}, then {again}")
@@ -84,18 +82,19 @@ def test_seed_decides_the_order(trace: Any) -> None:
 
 @clause(
     "DATA-4",
+    since="0.1",
     needs=("sampler", "two-ranks"),
     why="Two ranks on the same samples train as one does, at twice the cost.",
     mend="Give each rank its share of one common order: the same seed everywhere, another offset on each rank.",
     source="TinyLlama#67, #69, NVlabs/LongLive#71, QwenLM/Qwen3-VL#1971",
     bound="exactly once",
 )
-def test_ranks_share_the_epoch(ranks: Any) -> None:
+def test_ranks_share_the_epoch(runs: Runs) -> None:
     """Two ranks see disjoint samples, which together are the epoch."""
     recipe = shuffled_on_two_ranks()
     assert recipe.samples is not None
     samples = recipe.dataset()
-    first, second = (order(run, samples) for run in ranks(recipe))
+    first, second = (order(run, samples) for run in runs.ranks(recipe))
     share = recipe.samples // recipe.world_size
     for epoch in range(EPOCHS):
         part = slice(epoch * share, (epoch + 1) * share)
@@ -104,21 +103,22 @@ def test_ranks_share_the_epoch(ranks: Any) -> None:
 
 @clause(
     "DATA-5",
+    since="0.1",
     why="Ids that wrap around at 65536 are other tokens, valid ones: the model learns another language.",
     mend="Choose the integers of token files by the size of the vocabulary.",
     source="huggingface/datatrove#118, allenai/open-instruct#1862, nanoGPT (memmap of uint16)",
     bound="the ids themselves",
 )
-def test_large_ids_arrive(subject: Subject, trace: Any) -> None:
+def test_large_ids_arrive(runs: Runs) -> None:
     """Token ids above 65535 reach the model as they are."""
-    step = OptimizerChoice.of("torch.optim.SGD", lr=1e-3)
-    (recipe, *_) = shapes(subject, vocab_size=70_000, n_layer=1, n_embd=16, updates=1, optimizer=step)
-    if "sampler" not in subject.lacks:
+    step = OptimizerChoice.of(SGD, lr=1e-3)
+    (recipe, *_) = shapes(runs, Recipe(vocab_size=70_000, n_layer=1, n_embd=16, updates=1, optimizer=step))
+    if runs.has("sampler"):
         recipe = replace(recipe, samples=2)
     samples = torch.cat(recipe.batches()) if recipe.samples is None else recipe.dataset()
-    run = trace(recipe)
+    run = runs.trace(recipe)
     if None in order(run, samples):
-        found = max(int(forward.ids.max()) for forward in training(run))
+        found = max(int(forward.ids.max()) for forward in run.training_forwards())
         raise Violation(
             f"the sequences that were given, with ids up to {int(samples.max())}",
             f"others, with ids up to {found}",
@@ -127,19 +127,20 @@ def test_large_ids_arrive(subject: Subject, trace: Any) -> None:
 
 @clause(
     "DATA-6",
+    since="0.1",
     why="A model that is shown the token to predict learns to copy, or the token after the next; its loss falls.",
     mend="Shift targets against ids once: in the data or in the model, not in both and not in neither.",
     source="huggingface/transformers#27517, Project-MONAI/GenerativeModels#314; #23530 (no end is ever learnt)",
     bound="a spread of 1e-4 in loss / cross entropy over four updates, and over two epochs (healthy: 3e-7; "
     "another shift: 3.9e-3; ends of documents left out: 8.3e-3)",
 )
-def test_targets_are_the_next_tokens(subject: Subject, trace: Any) -> None:
+def test_targets_are_the_next_tokens(runs: Runs) -> None:
     """The target of each position is the next token of the same sequence, the end of a document included."""
     # The data set of shuffled() ends with the only token that ends a document.
-    for recipe in [Recipe(updates=4)] + ([] if "sampler" in subject.lacks else [shuffled()]):
+    for recipe in [Recipe(updates=4), *([shuffled()] if runs.has("sampler") else [])]:
         rows = torch.cat(recipe.batches()) if recipe.samples is None else recipe.dataset()
-        run = trace(recipe)
-        forwards = training(run)
+        run = runs.trace(recipe)
+        forwards = run.training_forwards()
         numbers = [sample_numbers(forward.ids, rows) for forward in forwards]
         if len(forwards) != len(run.losses) or any(None in found for found in numbers):
             raise NotApplicable("losses and sequences cannot be paired: see ACC-6")

@@ -1,75 +1,74 @@
 """DECAY: every trainable tensor is optimised, once, and decays exactly where the stack says so."""
 
 from dataclasses import replace
-from typing import Any
 
 from conformance.checks import decay
-from conformance.clause import Violation, clause, quoted
+from conformance.clause import clause
+from conformance.errors import Violation, quoted
 from conformance.recipe import OptimizerChoice, Recipe
 from conformance.recording.trace import Trace
-from conformance.subject import Subject
-from conformance.suites import shapes
+from conformance.runs import Runs
+from conformance.suites import ADAMW, shapes
 
 MEMORY = "conformance.probes:MemoryTransformer"
-STRONG = OptimizerChoice.of("torch.optim.AdamW", lr=1e-2, weight_decay=0.1)
-NONE = OptimizerChoice.of("torch.optim.AdamW", lr=1e-2, weight_decay=0.0)
+STRONG = OptimizerChoice.of(ADAMW, lr=1e-2, weight_decay=0.1)
+NONE = OptimizerChoice.of(ADAMW, lr=1e-2, weight_decay=0.0)
 
 
-def trainable(run: Trace) -> list[str]:
-    """Names of the trainable tensors."""
-    return [name for name, info in run.tensors.items() if info.trainable]
-
-
-def variants(subject: Subject, **changes: Any) -> list[Recipe]:
-    """Both shapes, untied and, where the subject can, tied; and the module with memory tokens."""
-    recipes = shapes(subject, **changes)
-    if "tied" not in subject.lacks:
-        recipes += shapes(subject, tied=True, **changes)
-    if "foreign-module" not in subject.lacks:
-        recipes.append(Recipe(module=MEMORY, **changes))
+def variants(runs: Runs, recipe: Recipe | None = None) -> list[Recipe]:
+    """Return both shapes, untied and, where the subject can, tied; and the module with memory tokens."""
+    recipe = recipe or Recipe()
+    recipes = shapes(runs, recipe)
+    if runs.has("tied"):
+        recipes += shapes(runs, replace(recipe, tied=True))
+    if runs.has("foreign-module"):
+        recipes.append(replace(recipe, module=MEMORY))
     return recipes
 
 
 @clause(
     "DECAY-1",
+    since="0.1",
     why="A tensor in no group is never trained; one that is there twice is trained twice.",
     mend="Build the groups from named_parameters() of the final model, by identity, after every swap and tie.",
     source="huggingface/accelerate#3256, pytorch#149205, nanoGPT 7c828855 (tied head)",
     bound="exactly once",
 )
-def test_each_tensor_once(subject: Subject, trace: Any) -> None:
+def test_each_tensor_once(runs: Runs) -> None:
     """Every trainable tensor is in exactly one parameter group, exactly once; a tied one counts as one."""
-    for recipe in variants(subject):
-        run = trace(recipe)
+    for recipe in variants(runs):
+        run = runs.trace(recipe)
         for update in run.updates:
-            decay.covered_once([group.tensors for group in update.groups], trainable(run))
+            decay.covered_once([group.tensors for group in update.groups], run.trainable)
 
 
 @clause(
     "DECAY-2",
+    since="0.1",
     why="Tensors that the model does not use mean that others, which it uses, are missing.",
     mend="Build the optimizer after the last change of the model, over tensors with requires_grad.",
     source="litgpt finetune/lora.py StableEmbedding swap: one orphan in the optimizer",
     bound="none",
 )
-def test_no_strangers(subject: Subject, trace: Any) -> None:
+def test_no_strangers(runs: Runs) -> None:
     """The optimizer holds no frozen tensor and none that the model does not use."""
-    for recipe in variants(subject):
-        run = trace(recipe)
+    for recipe in variants(runs):
+        run = runs.trace(recipe)
         for update in run.updates:
-            decay.only_these([group.tensors for group in update.groups], trainable(run))
+            decay.only_these([group.tensors for group in update.groups], run.trainable)
 
 
 @clause(
     "DECAY-3",
+    since="0.1",
     needs=("foreign-module",),
     why="What the user froze drifts: weight decay moves it even without a gradient.",
     mend="Leave tensors with requires_grad=False out of every group, and never set the flag yourself.",
     source="litgpt finetune/lora.py (flags not preserved by the swap)",
 )
-def test_frozen_stay(subject: Subject, trace: Any) -> None:
+def test_frozen_stay(runs: Runs) -> None:
     """A frozen tensor stays frozen and keeps its value, bit for bit."""
-    run = trace(Recipe(module=MEMORY, optimizer=STRONG))
+    run = runs.trace(Recipe(module=MEMORY, optimizer=STRONG))
     frozen = [name for name in run.tensors if name.endswith("frozen.weight")]  # a stack may wrap the module
     if not frozen:
         raise Violation("the module has a tensor frozen.weight", f"only {quoted(run.tensors)}")
@@ -80,28 +79,28 @@ def test_frozen_stay(subject: Subject, trace: Any) -> None:
 
 @clause(
     "DECAY-4",
+    since="0.1",
     why="Gains and biases are pulled to zero, or matrices are not regularised: another model than the one designed.",
     mend="Sort tensors by role and identity; a list of names misses the next library's norm.",
     source="Lightning-AI/lit-llama#254, transformers#16908, #35927, ServiceNow/Fast-LLM#545, joennlae/tensorli#1",
     bound="2.5e-7 relative for decayed tensors (healthy: 7.2e-8; weakest mutant: 1e-3), bit equality for the others",
 )
-def test_decay_as_declared(subject: Subject, trace: Any) -> None:
+def test_decay_as_declared(runs: Runs) -> None:
     """With zero gradients one step multiplies decayed tensors by 1 - lr * weight_decay and changes no other."""
-    recipes = shapes(subject, optimizer=STRONG, zero_gradients=True)
-    if "tied" not in subject.lacks:
+    recipes = shapes(runs, Recipe(optimizer=STRONG, zero_gradients=True))
+    if runs.has("tied"):
         recipes.append(replace(recipes[0], tied=True))
     for recipe in recipes:
-        check_factors(subject, recipe, trace(recipe))
+        check_factors(runs, recipe, runs.trace(recipe))
 
 
-def check_factors(subject: Subject, recipe: Recipe, run: Trace) -> None:
+def check_factors(runs: Runs, recipe: Recipe, run: Trace) -> None:
     """The first step of a run without gradients acts as the subject's policy says."""
     update = run.updates[0]
-    rate = subject.policy.learning_rate(recipe, 0)
+    rate = runs.policy.learning_rate(recipe, 0)
     strength = dict(recipe.optimizer.arguments)["weight_decay"]
     factors = {
-        name: 1.0 - rate * strength if subject.policy.decays(recipe, run.tensors[name]) else 1.0
-        for name in trainable(run)
+        name: 1.0 - rate * strength if runs.policy.decays(recipe, run.tensors[name]) else 1.0 for name in run.trainable
     }
     decay.decay_acts(update.before, update.after, factors)
     # A tensor of zeros (a fresh bias, a gain stored as its offset from 1) shows nothing: there its group must do.
@@ -113,34 +112,37 @@ def check_factors(subject: Subject, recipe: Recipe, run: Trace) -> None:
 
 @clause(
     "DECAY-5",
+    since="0.1",
     why="A tensor that requires gradients and never moves is dead weight; mostly it is in no group.",
     mend="Check that the tensor named here is in a group, has a gradient and a learning rate above zero.",
     source="huggingface/accelerate#3209, LitGPT's StableEmbedding swap (three tensors never stepped)",
     bound="bit inequality after four updates",
 )
-def test_every_tensor_moves(subject: Subject, trace: Any) -> None:
+def test_every_tensor_moves(runs: Runs) -> None:
     """Every trainable tensor moves under non-zero gradients, without weight decay."""
-    for recipe in variants(subject, updates=4, optimizer=NONE):
-        run = trace(recipe)
-        decay.moved(run.initial, run.updates[-1].after, trainable(run))
+    for recipe in variants(runs, Recipe(updates=4, optimizer=NONE)):
+        run = runs.trace(recipe)
+        decay.moved(run.initial, run.updates[-1].after, run.trainable)
 
 
 @clause(
     "DECAY-6",
+    since="0.1",
     needs=("foreign-module",),
     why="Norm gains called g, memory tokens and memory keys/values look like matrices to a rule by ndim.",
     mend="Recognise norms by the type of the module that owns the tensor, and memory tensors by name.",
     source="lucidrains/x-transformers#230, deepspeedai/DeepSpeedExamples#755",
     bound="as DECAY-4",
 )
-def test_foreign_module_decays_as_declared(subject: Subject, trace: Any) -> None:
+def test_foreign_module_decays_as_declared(runs: Runs) -> None:
     """In a foreign module, norm gains, biases, embeddings, memory tokens and mem_k/mem_v decay as declared."""
     recipe = Recipe(module=MEMORY, optimizer=STRONG, zero_gradients=True)
-    check_factors(subject, recipe, trace(recipe))
+    check_factors(runs, recipe, runs.trace(recipe))
 
 
 @clause(
     "DECAY-7",
+    since="0.1",
     needs=("ndim-policy",),
     level="should",
     why="Who compares with nanoGPT needs its rule.",
@@ -148,36 +150,37 @@ def test_foreign_module_decays_as_declared(subject: Subject, trace: Any) -> None
     source="karpathy/nanoGPT configure_optimizers",
     bound="as DECAY-4",
 )
-def test_ndim_policy(subject: Subject, trace: Any) -> None:
+def test_ndim_policy(runs: Runs) -> None:
     """Under the ndim policy tensors of two and more dimensions decay, and no others."""
-    for recipe in shapes(subject, optimizer=STRONG, zero_gradients=True, decay="ndim"):
-        run = trace(recipe)
-        rate = subject.policy.learning_rate(recipe, 0) * 0.1
-        factors = {name: 1.0 - rate if len(run.tensors[name].shape) >= 2 else 1.0 for name in trainable(run)}
+    for recipe in shapes(runs, Recipe(optimizer=STRONG, zero_gradients=True, decay="ndim")):
+        run = runs.trace(recipe)
+        rate = runs.policy.learning_rate(recipe, 0) * 0.1
+        factors = {name: 1.0 - rate if len(run.tensors[name].shape) >= 2 else 1.0 for name in run.trainable}
         decay.decay_acts(run.updates[0].before, run.updates[0].after, factors)
 
 
 @clause(
     "DECAY-8",
+    since="0.1",
     needs=("compile",),
     why="Rules by name break when compile or a wrapper puts a prefix before every name.",
     mend="Build the groups from the bare module, or strip _orig_mod. and module. from names.",
     source="pytorch#101107, rasbt/LLMs-from-scratch#580",
     bound="the same tensors in the same groups",
 )
-def test_groups_independent_of_wrappers(subject: Subject, trace: Any, ranks: Any) -> None:
+def test_groups_independent_of_wrappers(runs: Runs) -> None:
     """Compiled or wrapped for several ranks, the model has the same groups."""
-    for recipe in shapes(subject, optimizer=STRONG):
-        plain = decays_by_name(trace(recipe))
-        others = {"compiled": decays_by_name(trace(replace(recipe, compile=True)))}
-        if "two-ranks" not in subject.lacks and recipe.shape == "gpt":
-            others["on two ranks"] = decays_by_name(ranks(replace(recipe, world_size=2))[0])
+    for recipe in shapes(runs, Recipe(optimizer=STRONG)):
+        plain = decays_by_name(runs.trace(recipe))
+        others = {"compiled": decays_by_name(runs.trace(replace(recipe, compile=True)))}
+        if runs.has("two-ranks") and recipe.shape == "gpt":
+            others["on two ranks"] = decays_by_name(runs.ranks(replace(recipe, world_size=2))[0])
         for what, groups in others.items():
             moved = [name for name in plain | groups if plain.get(name) != groups.get(name)]
             if moved:
                 raise Violation(f"the same groups {what}", f"other weight decay for {quoted(moved)}")
 
 
-def decays_by_name(run: Trace) -> dict[str, Any]:
+def decays_by_name(run: Trace) -> dict[str, object]:
     """The weight decay of each tensor."""
     return {name: group.settings.get("weight_decay") for group in run.updates[0].groups for name in group.tensors}

@@ -1,21 +1,20 @@
 """EMB: nn.Embedding becomes StableEmbedding for training with bitsandbytes, without loss, and plain again after."""
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
 
 from conformance.checks import decay, embedding
 from conformance.checks.comparison import tensors_equal
-from conformance.clause import Violation, clause
-from conformance.recipe import OptimizerChoice, Recipe
+from conformance.clause import clause
+from conformance.errors import Violation, describe_error
+from conformance.recipe import Recipe
 from conformance.recording.snapshot import find_logits
 from conformance.recording.trace import Trace
-from conformance.subject import Subject, describe_error
-from conformance.suites import shapes
+from conformance.runs import Runs
+from conformance.suites import EIGHT_BIT, saved, shapes
 
-EIGHT_BIT = OptimizerChoice.of("bitsandbytes.optim.AdamW8bit", lr=1e-2)
 STABLE = Recipe(optimizer=EIGHT_BIT, stable_embedding=True)
 OPTIONS = "conformance.probes:EmbeddingOptions"
 
@@ -36,39 +35,44 @@ def require_swap(run: Trace) -> list[str]:
 
 @clause(
     "EMB-1",
+    packages=("bitsandbytes",),
+    since="0.1",
     needs=("stable-embedding",),
     why="The initialisation, or the pretrained table, is replaced by StableEmbedding's own random draw.",
     mend="Put the old weight into the new module before anything else uses it.",
     source="Lightning-AI/litgpt#1769, #1770",
 )
-def test_weights_survive_swap(subject: Subject, trace: Any) -> None:
+def test_weights_survive_swap(runs: Runs) -> None:
     """The swap keeps every embedding weight bit for bit, in every dtype of weights that the stack offers."""
-    precisions = ["32-true", *(name for name in ("bf16-true",) if name not in subject.lacks)]
-    for name in precisions:
-        for recipe in shapes(subject, optimizer=EIGHT_BIT, precision=name, tied=False):
-            plain, stable = trace(recipe), trace(replace(recipe, stable_embedding=True))
+    for name in runs.precisions():
+        if not name.endswith("-true"):
+            continue
+        for recipe in shapes(runs, Recipe(optimizer=EIGHT_BIT, precision=name)):
+            plain, stable = runs.trace(recipe), runs.trace(replace(recipe, stable_embedding=True))
             require_swap(stable)
             tensors_equal(weights(plain), weights(stable), f"embedding weights across the swap under {name}")
 
 
 @clause(
     "EMB-2",
+    packages=("bitsandbytes",),
+    since="0.1",
     needs=("stable-embedding", "foreign-module"),
     why="A padding row that gets gradients, or a table without its norm limit, trains another model.",
     mend="Hand padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, device and dtype to the new module.",
     source="litgpt finetune/lora.py passes two of nine arguments",
     bound="equality; or an error that says which option cannot be kept",
 )
-def test_options_survive_swap(subject: Subject, trace: Any, attempt: Any) -> None:
+def test_options_survive_swap(runs: Runs) -> None:
     """The swap keeps padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, device and dtype."""
     recipe = replace(STABLE, module=OPTIONS)
-    plain, stable = trace(replace(recipe, stable_embedding=False)), trace(recipe)
+    plain, stable = runs.trace(replace(recipe, stable_embedding=False)), runs.trace(recipe)
     require_swap(stable)
     for before, after in zip(plain.embeddings, stable.embeddings, strict=True):
         found = dict(after.options) | {"device": after.device, "dtype": after.dtype, "shape": after.shape}
         wanted = dict(before.options) | {"device": before.device, "dtype": before.dtype, "shape": before.shape}
         embedding.same_options(wanted, found, before.name)
-    sparse = attempt(replace(recipe, module="conformance.probes:sparse_embedding"))
+    sparse = runs.attempt(replace(recipe, module="conformance.probes:sparse_embedding"))
     kept = [dict(info.options)["sparse"] for info in sparse.trace.embeddings]
     # No bitsandbytes optimizer takes sparse gradients, so an error about the option is right too.
     if not (kept and all(kept)) and not (sparse.error is not None and "sparse" in str(sparse.error)):
@@ -78,18 +82,20 @@ def test_options_survive_swap(subject: Subject, trace: Any, attempt: Any) -> Non
 
 @clause(
     "EMB-3",
+    packages=("bitsandbytes",),
+    since="0.1",
     needs=("stable-embedding",),
     why="Swapped after the optimizer was built, the table and its norm are never trained; a dead tensor is.",
     mend="Swap before building the optimizer.",
     source="litgpt finetune/lora.py: three tensors in no group, one orphan inside",
     bound="exactly once; bit inequality after four updates",
 )
-def test_live_tensors_optimised(subject: Subject, trace: Any) -> None:
+def test_live_tensors_optimised(runs: Runs) -> None:
     """The optimizer owns the tensors of the swapped embedding, and no orphan, and trains them."""
-    for recipe in shapes(subject, optimizer=EIGHT_BIT, stable_embedding=True, updates=4):
-        run = trace(recipe)
+    for recipe in shapes(runs, replace(STABLE, updates=4)):
+        run = runs.trace(recipe)
         require_swap(run)
-        names = [name for name, info in run.tensors.items() if info.trainable]
+        names = run.trainable
         groups = [group.tensors for group in run.updates[0].groups]
         decay.covered_once(groups, names)
         decay.only_these(groups, names)
@@ -98,54 +104,60 @@ def test_live_tensors_optimised(subject: Subject, trace: Any) -> None:
 
 @clause(
     "EMB-4",
+    packages=("bitsandbytes",),
+    since="0.1",
     needs=("stable-embedding",),
     why="8-bit state for the embedding is what StableEmbedding is there to avoid.",
     mend="Register the override for the live weight, before the first step.",
     source="bitsandbytes#1269, fixed by #1869",
     bound="dtype of the state",
 )
-def test_state_in_32_bits(subject: Subject, trace: Any) -> None:
+def test_state_in_32_bits(runs: Runs) -> None:
     """Under an 8-bit optimizer the swapped weight has 32-bit state, and no other large tensor has."""
-    for recipe in shapes(subject, optimizer=EIGHT_BIT, stable_embedding=True):
-        run = trace(recipe)
+    for recipe in shapes(runs, STABLE):
+        run = runs.trace(recipe)
         wide = {f"{name}.weight" for name in require_swap(run)}
         embedding.state_bits(run.updates[-1].state_after, run.tensors, wide)
 
 
 @clause(
     "EMB-5",
+    packages=("bitsandbytes",),
+    since="0.1",
     needs=("stable-embedding",),
     why="bitsandbytes remembers the override by position, for the whole process: the next model's memory grows.",
     mend="Give each optimizer an override manager of its own, or clear the singleton after use.",
     source="bitsandbytes 0.50.2 GlobalOptimManager.index2config",
     bound="dtype of the state",
 )
-def test_override_does_not_leak(subject: Subject, trace: Any) -> None:
+def test_override_does_not_leak(runs: Runs) -> None:
     """A later optimizer in the same process, without a swap, keeps 8-bit state for every large tensor."""
-    for recipe in shapes(subject, optimizer=EIGHT_BIT, repeat=2):
-        trace(replace(recipe, stable_embedding=True))  # a run of its own, so that it comes right before
-        later = trace(recipe)
+    for recipe in shapes(runs, Recipe(optimizer=EIGHT_BIT, repeat=2)):
+        runs.trace(replace(recipe, stable_embedding=True))  # a run of its own, so that it comes right before
+        later = runs.trace(recipe)
         embedding.state_bits(later.updates[-1].state_after, later.tensors, wide=set())
 
 
 @clause(
     "EMB-6",
+    packages=("bitsandbytes",),
+    since="0.1",
     needs=("stable-embedding", "tied"),
     why="A swap that replaces the tensor unties the head: two tables train apart.",
     mend="Keep the same Parameter in the new module, or refuse tied models with a reason.",
     source="facebookresearch/lingua#75; bitsandbytes StableEmbedding copies _weight into a new Parameter",
     bound="identity of the tensor; or an error that speaks of tying",
 )
-def test_tied_head(subject: Subject, attempt: Any, trace: Any) -> None:
+def test_tied_head(runs: Runs) -> None:
     """With a tied head the swap keeps the tie, or is refused with a reason."""
-    tried = attempt(replace(STABLE, tied=True))
+    tried = runs.attempt(replace(STABLE, tied=True))
     if tried.error is not None:
         if "tie" not in str(tried.error).lower():
             raise Violation("training, or an error that speaks of the tied head", describe_error(tried.error))
         return
     require_swap(tried.trace)
     # Not every tie shows as two names of one tensor: x-transformers multiplies by the embedding's weight directly.
-    plain = trace(replace(STABLE, tied=True, stable_embedding=False))
+    plain = runs.trace(replace(STABLE, tied=True, stable_embedding=False))
     untied = [n for n, info in plain.tensors.items() if tried.trace.tensors[n].names != info.names]
     if untied:
         seen = "; ".join(f"{' = '.join(plain.tensors[n].names)} before, two tensors after" for n in untied)
@@ -154,39 +166,41 @@ def test_tied_head(subject: Subject, attempt: Any, trace: Any) -> None:
 
 @clause(
     "EMB-7",
+    since="0.1",
     needs=("stable-embedding",),
     why="StableEmbedding changes the function of the model; without 8-bit state it buys nothing.",
     mend="Ask for the optimizer's class before swapping.",
     source="bitsandbytes documentation of StableEmbedding",
     bound="class of the embedding",
 )
-def test_only_with_bitsandbytes(subject: Subject, trace: Any) -> None:
+def test_only_with_bitsandbytes(runs: Runs) -> None:
     """With an optimizer that is not from bitsandbytes the embedding stays plain."""
-    for recipe in shapes(subject, stable_embedding=True):
-        names = embedding.swapped(trace(recipe).embeddings)
+    for recipe in shapes(runs, Recipe(stable_embedding=True)):
+        names = embedding.swapped(runs.trace(recipe).embeddings)
         if names:
             raise Violation("plain embeddings under torch.optim.AdamW", f"StableEmbedding: {', '.join(names)}")
 
 
 @clause(
     "EMB-8",
+    packages=("bitsandbytes",),
+    since="0.1",
     needs=("stable-embedding", "load", "resume", "evaluate"),
     why="Training and serving use different functions if the norm behind the lookup is dropped.",
     mend="Fold the norm into the table, row by row: weight := norm(weight). Untie the head first.",
     source="litgpt save_lora_checkpoint keeps only lora_ keys",
     bound="bit equality of float32 logits on the CPU with one thread",
 )
-def test_export_is_plain_and_equal(subject: Subject, trace: Any, load: Any) -> None:
+def test_export_is_plain_and_equal(runs: Runs) -> None:
     """What is loaded for inference has plain embeddings, and gives the logits of the trained model."""
-    ties = [False] if "tied" in subject.lacks else [False, True]
-    for recipe in (r for tied in ties for r in shapes(subject, tied=tied)):
-        recipe = replace(recipe, optimizer=EIGHT_BIT, stable_embedding=True, updates=4, save_every=4, evaluate=True)
-        run = trace(recipe)
-        saved = run.checkpoint(4)
+    whole = replace(STABLE, updates=4, save_every=4, evaluate=True)
+    tied = shapes(runs, replace(whole, tied=True)) if runs.has("tied") else []
+    for recipe in (*shapes(runs, whole), *tied):
+        run = runs.trace(recipe)
         evaluated = [f for f in run.forwards if f.update == 4 and not f.training]
-        if saved is None or not evaluated:
-            raise Violation("a checkpoint and an evaluation after the last update", "one of them is missing")
-        module = load(saved)
+        if not evaluated:
+            raise Violation("an evaluation after the last update", "no forward in eval mode")
+        module = runs.load(saved(run, 4))
         kinds = [type(child) for child in module.modules() if isinstance(child, nn.Embedding)]
         if any(kind is not nn.Embedding for kind in kinds):
             raise Violation("plain nn.Embedding in the loaded model", ", ".join(kind.__name__ for kind in kinds))

@@ -2,18 +2,18 @@
 
 from dataclasses import replace
 from statistics import fmean
-from typing import Any
 
 import torch
 
 from conformance.checks.comparison import same, tensors_equal
 from conformance.checks.data import sample_numbers, sequence_entropies
 from conformance.checks.evaluation import reported_losses, reports
-from conformance.clause import NotApplicable, Violation, clause
+from conformance.clause import clause
+from conformance.errors import NotApplicable, Violation
 from conformance.recipe import OptimizerChoice, Recipe
 from conformance.recording.trace import Forward, Trace
-from conformance.subject import Subject
-from conformance.suites import everyday, on_two_ranks
+from conformance.runs import Runs
+from conformance.suites import SGD, dropping, everyday, on_two_ranks
 
 
 def validation(recipe: Recipe) -> torch.Tensor:
@@ -30,26 +30,27 @@ def evaluations(recipe: Recipe, run: Trace) -> list[Forward]:
     return found
 
 
-def last_loss(recipe: Recipe, runs: list[Trace]) -> float:
+def last_loss(recipe: Recipe, traces: list[Trace]) -> float:
     """The mean cross entropy of the next tokens over all logits of the last evaluation."""
     rows = validation(recipe)
-    last = [forward for run in runs for forward in evaluations(recipe, run) if forward.update == recipe.updates]
+    last = [forward for run in traces for forward in evaluations(recipe, run) if forward.update == recipe.updates]
     found = [loss for forward in last for loss in sequence_entropies(forward.logits, forward.ids, rows)]
     return fmean(loss for loss in found if loss is not None)
 
 
 @clause(
     "EVAL-1",
+    since="0.1",
     needs=("evaluate",),
     why="With dropout on, the validation loss is that of another model; left off, the training goes on without it.",
     mend="Call model.eval() before and model.train() after, under torch.no_grad() or inference_mode().",
     source="nanoGPT 7399dfe3, torchtune#1791; litgpt finetune (an early return that leaves the model in eval mode)",
     bound="flags of the outermost module",
 )
-def test_modes(subject: Subject, trace: Any) -> None:
+def test_modes(runs: Runs) -> None:
     """Evaluation runs in eval mode and without gradients, and training in training mode, before and after."""
-    recipe = everyday(subject)
-    run, rows = trace(recipe), validation(recipe)
+    recipe = everyday(runs)
+    run, rows = runs.trace(recipe), validation(recipe)
     evaluations(recipe, run)  # there must be some
     for forward in run.forwards:
         training = sample_numbers(forward.ids, rows)[0] is None
@@ -65,17 +66,18 @@ def test_modes(subject: Subject, trace: Any) -> None:
 
 @clause(
     "EVAL-2",
+    since="0.1",
     needs=("evaluate-every",),
     why="Two numbers that differ by chance hide what a change of the model is worth.",
     mend="Evaluate the same sequences each time, in eval mode, with nothing that draws at random.",
     source="TinyLlama#77, pytorch#124464, nanoGPT#240 (dropout inside attention in eval mode)",
     bound="bit equality of the logits under a learning rate of zero",
 )
-def test_evaluations_repeat(subject: Subject, trace: Any) -> None:
+def test_evaluations_repeat(runs: Runs) -> None:
     """Evaluated again without a change in between, the model sees the same sequences and gives the same logits."""
-    still = OptimizerChoice.of("torch.optim.SGD", lr=0.0)
-    recipe = Recipe(optimizer=still, evaluate_every=1, dropout=0.0 if "dropout" in subject.lacks else 0.5)
-    run, rows = trace(recipe), validation(recipe)
+    still = OptimizerChoice.of(SGD, lr=0.0)
+    recipe = dropping(runs, Recipe(optimizer=still, evaluate_every=1), 0.5)
+    run, rows = runs.trace(recipe), validation(recipe)
     seen: list[dict[int | None, torch.Tensor]] = [
         {
             number: logits
@@ -94,35 +96,37 @@ def test_evaluations_repeat(subject: Subject, trace: Any) -> None:
 
 @clause(
     "EVAL-3",
+    since="0.1",
     needs=("evaluate-every",),
     why="How often one looks decides what one gets: runs with another interval do not compare.",
     mend="Evaluate a copy, or put back all that evaluation changes: dtype, mode, gradients, caches.",
     source="huggingface/transformers bf16_full_eval (casts the model in place); pytorch#112583",
 )
-def test_changes_nothing(subject: Subject, trace: Any) -> None:
+def test_changes_nothing(runs: Runs) -> None:
     """With and without evaluation in between, training gives the same parameters, bit for bit."""
-    without_changes(trace, everyday(subject))
+    without_changes(runs, everyday(runs))
 
 
-def without_changes(trace: Any, recipe: Recipe) -> None:
+def without_changes(runs: Runs, recipe: Recipe) -> None:
     """A run with evaluations and one without have the same parameters."""
-    run, other = trace(recipe), trace(replace(recipe, evaluate_every=None))
+    run, other = runs.trace(recipe), runs.trace(replace(recipe, evaluate_every=None))
     for number, (update, plain) in enumerate(zip(run.updates, other.updates, strict=True), start=1):
         tensors_equal(plain.after, update.after, f"parameters after update {number}, without evaluation and with")
 
 
 @clause(
     "EVAL-4",
+    since="0.1",
     needs=("evaluate",),
     why="A validation loss on training data falls when the model learns by heart; one on a part of the data is noise.",
     mend="Check the paths and splits of both loaders; evaluate all of the validation data, or always the same part.",
     source="huggingface/transformers#8295, p-doom/jasmine#185, LitData without split_names",
     bound="the sequences themselves",
 )
-def test_validation_data(subject: Subject, trace: Any) -> None:
+def test_validation_data(runs: Runs) -> None:
     """Evaluation sees all of the validation data and no training data, and training no validation data."""
-    recipe = everyday(subject)
-    run, rows = trace(recipe), validation(recipe)
+    recipe = everyday(runs)
+    run, rows = runs.trace(recipe), validation(recipe)
     last = [f for f in evaluations(recipe, run) if f.update == recipe.updates]
     seen = {number for forward in last for number in sample_numbers(forward.ids, rows)}
     lost = sorted(set(range(len(rows))) - seen, key=str)
@@ -139,56 +143,59 @@ def test_validation_data(subject: Subject, trace: Any) -> None:
 
 @clause(
     "EVAL-5",
+    since="0.1",
     needs=("evaluate",),
     why="Models are chosen by this number.",
     mend="Compute it as in training: the next token as target, the mean over tokens, in float32.",
     source="Lightning-AI/litgpt#419 (targets not shifted), huggingface/transformers#34191",
     bound="all digits of the number reported",
 )
-def test_reported_loss(subject: Subject, trace: Any) -> None:
+def test_reported_loss(runs: Runs) -> None:
     """The validation loss that the run reports is the mean cross entropy of the next tokens over what was evaluated."""
-    recipe = everyday(subject)
-    reports_mean(recipe, [trace(recipe)])
+    recipe = everyday(runs)
+    reports_mean(recipe, [runs.trace(recipe)])
 
 
-def reports_mean(recipe: Recipe, runs: list[Trace]) -> None:
+def reports_mean(recipe: Recipe, traces: list[Trace]) -> None:
     """Rank 0 reports the mean cross entropy over the last evaluation of all ranks."""
-    if not reported_losses(runs[0].messages):
+    if not reported_losses(traces[0].messages):
         raise NotApplicable("no message of the run gives a validation loss")
-    reports(runs[0].messages, last_loss(recipe, runs))
+    reports(traces[0].messages, last_loss(recipe, traces))
 
 
 @clause(
     "EVAL-6",
+    since="0.1",
     needs=("evaluate", "two-ranks"),
     why="The number is that of one rank's share of the data: noisier, and another on another number of ranks.",
     mend="Sum losses and counts over the ranks, then divide.",
     source="Lightning-AI/litgpt#1971 (finetune mended; pretrain.validate averages on its own rank only)",
     bound="all digits of the number reported",
 )
-def test_reported_loss_on_two_ranks(subject: Subject, trace: Any, ranks: Any) -> None:
+def test_reported_loss_on_two_ranks(runs: Runs) -> None:
     """On two ranks it is the mean over the data of both, and both together evaluate all of it."""
-    recipe = on_two_ranks(everyday(subject))
-    runs, rows = ranks(recipe), validation(recipe)
-    last = [f for run in runs for f in evaluations(recipe, run) if f.update == recipe.updates]
+    recipe = on_two_ranks(everyday(runs))
+    traces, rows = runs.ranks(recipe), validation(recipe)
+    last = [f for run in traces for f in evaluations(recipe, run) if f.update == recipe.updates]
     lost = set(range(len(rows))) - {number for forward in last for number in sample_numbers(forward.ids, rows)}
     if lost:
         raise Violation(f"all {len(rows)} validation sequences, on one rank or the other", f"{len(lost)} on neither")
     try:
-        reports_mean(everyday(subject), [trace(everyday(subject))])
+        reports_mean(everyday(runs), [runs.trace(everyday(runs))])
     except Violation:
         raise NotApplicable("what one process reports is not the mean either: see EVAL-5") from None
-    reports_mean(recipe, runs)
+    reports_mean(recipe, traces)
 
 
 @clause(
     "EVAL-7",
+    since="0.1",
     needs=("evaluate-every", "dropout"),
     level="should",
     why="Runs that differ only in how often they evaluate differ in every weight; none can be compared bit for bit.",
     mend="Draw dropout from a generator or a seed of its own; a DataLoader draws from the global one at each pass.",
     source="facebookresearch/fairseq2#1038 (random state); torch.utils.data.DataLoader (base seed of its workers)",
 )
-def test_random_state_is_kept(subject: Subject, trace: Any) -> None:
+def test_random_state_is_kept(runs: Runs) -> None:
     """With dropout, too, evaluation changes nothing: it draws no random number that training would have drawn."""
-    without_changes(trace, everyday(subject, dropout=0.1))
+    without_changes(runs, dropping(runs, everyday(runs)))

@@ -1,29 +1,27 @@
 """OPT: the optimizer that the user named is built with the keyword arguments that the user gave."""
 
 from dataclasses import replace
-from typing import Any
 
 from conformance.checks import optimizer
 from conformance.checks.comparison import states_equal
-from conformance.clause import NotApplicable, Violation, clause
+from conformance.clause import clause
+from conformance.errors import NotApplicable, RunFailed, Violation, describe_error
 from conformance.recipe import OptimizerChoice, Recipe
-from conformance.session import RunFailed
-from conformance.subject import Subject, describe_error
+from conformance.recording.trace import Trace
+from conformance.runs import Attempt, Runs
+from conformance.suites import ADAMW, ADAMW_8BIT, GROK, PAGED_8BIT, RMSPROP, SGD, saved
 
-ADAMW, SGD, RMSPROP = "torch.optim.AdamW", "torch.optim.SGD", "torch.optim.RMSprop"
-GROK = "grokadamw.GrokAdamW"
-ADAMW_8BIT, PAGED_8BIT = "bitsandbytes.optim.AdamW8bit", "bitsandbytes.optim.PagedAdamW8bit"
 SENTINELS = {"lr": 0.00123, "betas": (0.83, 0.967), "eps": 3.1e-7, "weight_decay": 0.0617}
 """Values that nobody has as a default."""
 
 
-def starts(attempt: Any, class_path: str, **arguments: Any) -> Any:
+def starts(runs: Runs, class_path: str, **arguments: object) -> Trace:
     """The trace of two updates with this optimizer. Raises Violation if they do not happen."""
-    usual = attempt(Recipe())
+    usual = runs.attempt(Recipe())
     if usual.error is not None and class_path != ADAMW:  # then it is not this optimizer that keeps it from training
         raise RunFailed(f"the plain recipe does not train either: {describe_error(usual.error)}") from usual.error
     choice = OptimizerChoice.of(class_path, **{"lr": 1e-3, **arguments})
-    tried = attempt(Recipe(optimizer=choice))
+    tried = runs.attempt(Recipe(optimizer=choice))
     name = class_path.rpartition(".")[2]
     if tried.error is not None:
         raise Violation(f"{name} trains", describe_error(tried.error))
@@ -36,70 +34,77 @@ def starts(attempt: Any, class_path: str, **arguments: Any) -> Any:
 
 @clause(
     "OPT-1",
+    since="0.1",
     why="A user who changes the optimizer gets a crash.",
     mend="Add keywords of your own only where the class accepts them.",
     source="Lightning-AI/litgpt#1743; litgpt's own test says RMSprop each time it means AdamW, SGD and RMSprop",
     bound="two updates",
 )
-def test_torch_optimizers_start(attempt: Any) -> None:
+def test_torch_optimizers_start(runs: Runs) -> None:
     """AdamW, SGD and RMSprop of torch.optim train."""
     for class_path in (ADAMW, SGD, RMSPROP):
-        starts(attempt, class_path)
+        starts(runs, class_path)
 
 
 @clause(
     "OPT-2",
+    packages=("bitsandbytes", "grokadamw"),
+    since="0.1",
     why="The optimizers that need filtering most, since they know no `fused`, do not start.",
     mend="Drop `fused` for classes that do not name it.",
     source="Lightning-AI/litgpt#1743, meta-pytorch/torchtune#2152",
     bound="two updates",
 )
-def test_foreign_optimizers_start(attempt: Any) -> None:
+def test_foreign_optimizers_start(runs: Runs) -> None:
     """GrokAdamW, AdamW8bit and PagedAdamW8bit train."""
     for class_path in (GROK, ADAMW_8BIT, PAGED_8BIT):
-        starts(attempt, class_path)
+        starts(runs, class_path)
 
 
 @clause(
     "OPT-3",
+    since="0.1",
     why="Research optimizers rarely know `fused`.",
     mend="Ask the class's signature before adding a keyword.",
     source="Lightning-AI/litgpt#1743",
     bound="two updates",
 )
-def test_class_without_fused(attempt: Any) -> None:
+def test_class_without_fused(runs: Runs) -> None:
     """A class that does not accept `fused` trains."""
-    starts(attempt, "conformance.probes.WithoutFused", weight_decay=0.1)
+    starts(runs, "conformance.probes.WithoutFused", weight_decay=0.1)
 
 
 @clause(
     "OPT-4",
+    since="0.1",
     why="A filter by signature that overlooks **kwargs takes everything away, the learning rate included.",
     mend="Hand the user's keywords over without looking at the signature, or honour VAR_KEYWORD.",
     source="litgpt utils.instantiate_torch_optimizer (string form): a class with **kwargs receives {}",
     bound="equality",
 )
-def test_class_with_any_keywords(attempt: Any) -> None:
+def test_class_with_any_keywords(runs: Runs) -> None:
     """A class that accepts **kwargs receives every keyword that the user gave."""
-    run = starts(attempt, "conformance.probes.AnyKeywords", lr=0.00123, sharpness=7)
+    run = starts(runs, "conformance.probes.AnyKeywords", lr=0.00123, sharpness=7)
     optimizer.keywords_arrive(run.updates[0].groups, {"lr": 0.00123, "sharpness": 7})
 
 
 @clause(
     "OPT-5",
+    since="0.1",
     why="Optimizers with settings of their own cannot be used.",
     mend="Hand over what the user wrote; keep no list of known keywords.",
     source="signature of schedule-free and of second-order optimizers",
     bound="equality",
 )
-def test_class_with_own_argument(attempt: Any) -> None:
+def test_class_with_own_argument(runs: Runs) -> None:
     """A class that needs an argument of its own receives it."""
-    run = starts(attempt, "conformance.probes.NeedsHorizon", horizon=42)
+    run = starts(runs, "conformance.probes.NeedsHorizon", horizon=42)
     optimizer.keywords_arrive(run.updates[0].groups, {"horizon": 42})
 
 
 @clause(
     "OPT-6",
+    since="0.1",
     needs=("fused",),
     level="should",
     why="The for-loop and foreach implementations launch more kernels: several times slower per step on a GPU.",
@@ -107,72 +112,76 @@ def test_class_with_own_argument(attempt: Any) -> None:
     source="pytorch.org/docs/stable/optim.html",
     bound="fused is True in every group",
 )
-def test_fused_where_possible(attempt: Any) -> None:
+def test_fused_where_possible(runs: Runs) -> None:
     """Where class and device accept `fused`, it is on."""
     for class_path in (ADAMW, SGD):
-        found = [group.settings.get("fused") for group in starts(attempt, class_path).updates[0].groups]
+        found = [group.settings.get("fused") for group in starts(runs, class_path).updates[0].groups]
         if found != [True] * len(found):
             raise Violation(f"fused=True in every group of {class_path}", f"fused is {found}")
 
 
 @clause(
     "OPT-7",
+    since="0.1",
     why="The run is trained with other settings than those in its configuration.",
     mend="Follow the keyword named here from the configuration to the constructor.",
     source="EleutherAI/gpt-neox#228 (betas), NVIDIA-NeMo/Speech#775 (eps), pykale/pykale#587",
     bound="equality of floats; lr as the stack's own schedule has it",
 )
-def test_keywords_arrive(subject: Subject, attempt: Any) -> None:
+def test_keywords_arrive(runs: Runs) -> None:
     """lr, betas, eps and weight_decay reach the optimizer exactly as the user gave them."""
-    run = starts(attempt, ADAMW, **SENTINELS)
+    run = starts(runs, ADAMW, **SENTINELS)
     recipe = Recipe(optimizer=OptimizerChoice.of(ADAMW, **SENTINELS))
     for number, update in enumerate(run.updates):
-        expected = SENTINELS | {"lr": subject.policy.learning_rate(recipe, number)}
+        expected = SENTINELS | {"lr": runs.policy.learning_rate(recipe, number)}
         optimizer.keywords_arrive(update.groups, expected, varying=("weight_decay",))
 
 
 @clause(
     "OPT-8",
+    since="0.1",
     why="A user who switches `fused` off, to compare or to avoid a fault of it, still has it.",
     mend="Merge the user's keywords over the added ones, not under them.",
     source="litgpt utils.instantiate_torch_optimizer: init_args.update(kwargs)",
     bound="equality",
 )
-def test_user_wins(attempt: Any) -> None:
+def test_user_wins(runs: Runs) -> None:
     """A keyword that the user gave wins over the one that the stack would add."""
     for value in (False, True):
-        run = starts(attempt, ADAMW, fused=value)
+        run = starts(runs, ADAMW, fused=value)
         optimizer.keywords_arrive(run.updates[0].groups, {"fused": value})
 
 
 @clause(
     "OPT-9",
+    since="0.1",
     why="The configuration that is saved or logged afterwards is not the one the user wrote.",
     mend="Copy the dictionary before adding to it.",
     source="litgpt utils.instantiate_torch_optimizer changes init_args in place",
     bound="equality",
 )
-def test_config_untouched(attempt: Any) -> None:
+def test_config_untouched(runs: Runs) -> None:
     """The user's configuration is not changed."""
-    optimizer.config_untouched(starts(attempt, ADAMW, weight_decay=0.0617).changed_configs)
+    optimizer.config_untouched(starts(runs, ADAMW, weight_decay=0.0617).changed_configs)
 
 
-def misspelt(trace: Any, attempt: Any) -> Any:
+def misspelt(runs: Runs) -> Attempt:
     """A run whose user wrote wieght_decay, of a stack that trains without the mistake."""
-    trace(Recipe())  # a stack that always raises would refuse this too
-    return attempt(Recipe(optimizer=OptimizerChoice.of(ADAMW, lr=1e-3, wieght_decay=0.5)))
+    runs.trace(Recipe())  # a stack that always raises would refuse this too
+    return runs.attempt(Recipe(optimizer=OptimizerChoice.of(ADAMW, lr=1e-3, wieght_decay=0.5)))
 
 
 @clause(
     "OPT-10",
+    since="0.1",
     why="The run trains with the default, and nobody notices.",
     mend="Filter only the keywords that you add; let the user's reach the class, or check them.",
     source="pykale/pykale#587, OpenTabular/DeepTab#415, unslothai/unsloth#10452",
     bound="an error",
 )
-def test_misspelt_keyword(trace: Any, attempt: Any) -> None:
+def test_misspelt_keyword(runs: Runs) -> None:
     """A keyword that the class does not accept is an error."""
-    tried = misspelt(trace, attempt)
+    tried = misspelt(runs)
     if tried.error is None:
         groups = tried.trace.updates[0].groups
         seen = {group.settings.get("weight_decay") for group in groups}
@@ -183,72 +192,71 @@ def test_misspelt_keyword(trace: Any, attempt: Any) -> None:
 
 @clause(
     "OPT-11",
+    since="0.1",
     level="should",
     why="A list of twenty accepted keywords does not show which letter is wrong.",
     mend="Name the nearest accepted keyword (difflib.get_close_matches).",
     source="Python 3.13 itself does this for functions",
     bound="weight_decay is the first accepted keyword in the message",
 )
-def test_misspelt_keyword_hint(trace: Any, attempt: Any) -> None:
+def test_misspelt_keyword_hint(runs: Runs) -> None:
     """The error about a misspelt keyword names the nearest accepted one."""
-    tried = misspelt(trace, attempt)
+    tried = misspelt(runs)
     if tried.error is None:
         raise NotApplicable("the misspelt keyword is no error at all: see OPT-10")
     accepted = ("lr", "betas", "eps", "weight_decay", "amsgrad", "foreach", "fused")
     optimizer.names_nearest(str(tried.error), "weight_decay", accepted)
 
 
-def survives(trace: Any, choice: OptimizerChoice) -> None:
+def survives(runs: Runs, choice: OptimizerChoice) -> None:
     """The optimizer state at the first update of a resumed run is the one that was saved."""
     recipe = Recipe(updates=4, save_every=2, optimizer=choice)
-    whole = trace(recipe)
-    saved = whole.checkpoint(2)
-    if saved is None:
-        raise Violation("a checkpoint after update 2 of 4, with save_every=2", "no file was written there")
-    resumed = trace(replace(recipe, resume=saved))
+    whole = runs.trace(recipe)
+    resumed = runs.trace(replace(recipe, resume=saved(whole, 2)))
     name = choice.class_path.rpartition(".")[2]
     states_equal(whole.updates[1].state_after, resumed.updates[0].state_before, f"state of {name} after the resume")
 
 
 @clause(
     "OPT-12",
+    packages=("bitsandbytes",),
+    since="0.1",
     needs=("resume",),
     why="The moments start again at zero: the loss goes on smoothly, the weights do not.",
     mend="Save optimizer.state_dict(), and load it after the optimizer is built over the same groups.",
     source="EvolvingLMMs-Lab/OneVision-Encoder#65, DeepSpeed#7786; the first loss after a resume shows nothing",
 )
-def test_state_survives(trace: Any, attempt: Any) -> None:
+def test_state_survives(runs: Runs) -> None:
     """The state of AdamW and AdamW8bit survives save and resume, bit for bit."""
     choices = [OptimizerChoice.of(class_path, lr=1e-3) for class_path in (ADAMW, ADAMW_8BIT)]
-    training = [choice for choice in choices if attempt(Recipe(optimizer=choice)).error is None]
+    training = [choice for choice in choices if runs.attempt(Recipe(optimizer=choice)).error is None]
     if not training:
         raise NotApplicable("neither AdamW nor AdamW8bit trains: see OPT-1 and OPT-2")
     for choice in training:
-        survives(trace, choice)
+        survives(runs, choice)
 
 
 @clause(
     "OPT-13",
+    packages=("grokadamw",),
+    since="0.1",
     needs=("resume",),
     why="grokadamw 0.1.2 keeps its moments in param_groups by tensor; after a load they silently start at zero.",
     mend="Save such state by position and put it back, or refuse to resume with this optimizer.",
     source="grokadamw 0.1.2: state_dict()['state'] is empty",
     bound="bit equality; or an error, or a message about the lost state",
 )
-def test_misplaced_state_survives(trace: Any, attempt: Any) -> None:
+def test_misplaced_state_survives(runs: Runs) -> None:
     """The state of GrokAdamW, which that package keeps in the wrong place, survives a resume or is refused aloud."""
     choice = OptimizerChoice.of(GROK, lr=1e-3)
     recipe = Recipe(updates=4, save_every=2, optimizer=choice)
-    first = attempt(recipe)
+    first = runs.attempt(recipe)
     if first.error is not None and not first.trace.updates:
         raise NotApplicable("GrokAdamW does not train: see OPT-2")
     if first.error is not None and "GrokAdamW" in str(first.error):
         return  # refused when saving, by name
-    saved = trace(recipe).checkpoint(2)
-    if saved is None:
-        raise Violation("a checkpoint after update 2 of 4, with save_every=2", "no file was written there")
-    second = attempt(replace(recipe, resume=saved))
+    second = runs.attempt(replace(recipe, resume=saved(runs.trace(recipe), 2)))
     said = [str(second.error)] if second.error else second.trace.messages
     if any("GrokAdamW" in line and "state" in line and ("lost" in line or "cannot" in line) for line in said):
         return
-    survives(trace, choice)
+    survives(runs, choice)

@@ -1,23 +1,24 @@
 """PREC: computed in the precision that was asked for, and the loss in float32 whatever that is."""
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from conformance.checks import precision
-from conformance.clause import NotApplicable, Violation, clause
-from conformance.recipe import OptimizerChoice, Recipe
+from conformance.clause import clause
+from conformance.errors import NotApplicable, Violation
+from conformance.recipe import OptimizerChoice, Precision, Recipe
 from conformance.recording.trace import Forward, Trace
-from conformance.subject import Subject
+from conformance.runs import Runs
+from conformance.suites import ADAMW
 
-WEIGHTS = {
+WEIGHTS: dict[Precision, torch.dtype] = {
     "32-true": torch.float32,
     "bf16-mixed": torch.float32,
     "16-mixed": torch.float32,
     "bf16-true": torch.bfloat16,
 }
-COMPUTE = {
+COMPUTE: dict[Precision, torch.dtype] = {
     "32-true": torch.float32,
     "bf16-mixed": torch.bfloat16,
     "16-mixed": torch.float16,
@@ -25,27 +26,18 @@ COMPUTE = {
 }
 
 
-def claimed(subject: Subject) -> list[str]:
-    """The precisions that the subject has."""
-    return [name for name in WEIGHTS if name not in subject.lacks]
-
-
-def training_forwards(run: Trace) -> list[Forward]:
-    """Forwards that lead to a loss."""
-    return [forward for forward in run.forwards if forward.training and forward.grad_enabled]
-
-
 @clause(
     "PREC-1",
+    since="0.1",
     why="Softmax, sampling and losses computed from 16-bit logits lose two of three decimal digits.",
     mend="Convert the logits on leaving the model, as Fabric's wrapper does.",
     source="Lightning-AI/litgpt#1508, Fabric's Precision.convert_output",
     bound="dtype",
 )
-def test_logits_float32(subject: Subject, trace: Any) -> None:
+def test_logits_float32(runs: Runs) -> None:
     """Logits leave the model in float32, in every precision that the stack offers."""
-    for name in claimed(subject):
-        run = trace(Recipe(precision=name, evaluate="evaluate" not in subject.lacks))  # type: ignore[arg-type] # a name of the Literal
+    for name in runs.precisions():
+        run = runs.trace(Recipe(precision=name, evaluate=runs.has("evaluate")))
         found = {f"logits of forward {i} under {name}": f.logits.dtype for i, f in leaving(run)}
         precision.dtypes_are(found, torch.float32, "logits")
 
@@ -64,6 +56,7 @@ def leaving(run: Trace) -> list[tuple[int, Forward]]:
 
 @clause(
     "PREC-2",
+    since="0.1",
     needs=("logits-opt-out",),
     level="should",
     why="Float32 logits of a large vocabulary are the largest tensor of the step: 3.3 GB at 16 x 1024 x 50304.",
@@ -71,30 +64,31 @@ def leaving(run: Trace) -> list[tuple[int, Forward]]:
     source="Lightning-AI/litgpt#1508, pytorch#124480",
     bound="dtype",
 )
-def test_logits_opt_out(subject: Subject, trace: Any) -> None:
+def test_logits_opt_out(runs: Runs) -> None:
     """Opted out, logits leave in the dtype they were computed in."""
-    for name in claimed(subject):
-        run = trace(Recipe(precision=name, logits="compute"))  # type: ignore[arg-type] # a name of the Literal
+    for name in runs.precisions():
+        run = runs.trace(Recipe(precision=name, logits="compute"))
         found = {f"logits of forward {i} under {name}": f.logits.dtype for i, f in leaving(run)}
         precision.dtypes_are(found, COMPUTE[name], "logits")
 
 
 @clause(
     "PREC-3",
+    since="0.1",
     why="A loss in bfloat16 moves in steps of 0.06 around 11, and so do its gradients.",
     mend="logits.float() before cross_entropy.",
     source="Modalities/modalities#464, marin-community/marin#8217",
     bound="1e-5 relative against the cross entropy in float64 of the logits seen (healthy: 1e-7; "
     "in bfloat16: 5e-5 to 1e-2)",
 )
-def test_loss_float32(subject: Subject, trace: Any) -> None:
+def test_loss_float32(runs: Runs) -> None:
     """The loss is computed in float32: its value, not only its dtype."""
-    opt_outs = ["float32"] + ([] if "logits-opt-out" in subject.lacks else ["compute"])
-    for name in claimed(subject):
+    opt_outs = ["float32", *(["compute"] if runs.has("logits-opt-out") else [])]
+    for name in runs.precisions():
         for logits in opt_outs:
-            recipe = Recipe(precision=name, logits=logits, updates=4)  # type: ignore[arg-type] # names of the Literals
-            run = trace(recipe)
-            forwards = training_forwards(run)
+            recipe = Recipe(precision=name, logits=logits, updates=4)
+            run = runs.trace(recipe)
+            forwards = run.training_forwards()
             if len(forwards) != len(run.losses):
                 raise NotApplicable(
                     f"{len(forwards)} training forwards, but {len(run.losses)} losses: cannot pair them"
@@ -122,36 +116,38 @@ def with_targets(recipe: Recipe, forward: Forward) -> tuple[torch.Tensor, torch.
 
 @clause(
     "PREC-4",
+    since="0.1",
     why="A run in another precision than the one in its configuration: slower, or with less accuracy, than believed.",
     mend="Raise where a precision is not available; do not replace it.",
     source="litgpt#1802, #1814; nanoGPT on CPU; Fabric turns 16-mixed into bf16-mixed on the CPU",
     bound="dtypes; and logits under 32-true are not all bfloat16 numbers",
 )
-def test_precision_asked_for(subject: Subject, trace: Any) -> None:
+def test_precision_asked_for(runs: Runs) -> None:
     """Weights have the declared dtype, before and after training, and the forward computes in the declared one."""
-    for name in claimed(subject):
-        run = trace(Recipe(precision=name))  # type: ignore[arg-type] # a name of the Literal
+    for name in runs.precisions():
+        run = runs.trace(Recipe(precision=name))
         precision.dtypes_are({n: info.dtype for n, info in run.tensors.items()}, WEIGHTS[name], f"weights under {name}")
         after = {n: t.dtype for n, t in run.updates[-1].after.items()}
         precision.dtypes_are(after, WEIGHTS[name], f"weights after training under {name}")
         autocast = COMPUTE[name] if name.endswith("-mixed") else None
-        found = {f.autocast for f in training_forwards(run)}
+        found = {f.autocast for f in run.training_forwards()}
         if found != {autocast}:
             raise Violation(f"autocast inside the forward under {name}: {autocast}", f"{sorted(map(str, found))}")
-        precision.content_is([f.logits for f in training_forwards(run)], rounded=name.startswith("bf16"))
+        precision.content_is([f.logits for f in run.training_forwards()], rounded=name.startswith("bf16"))
 
 
 @clause(
     "PREC-5",
+    since="0.1",
     why="Backward and optimizer steps inside autocast compute in 16 bits what must be in 32.",
     mend="Close the autocast context after the forward (and the loss).",
     source="pytorch#120376, luyug/GradCache#17",
     bound="off",
 )
-def test_autocast_only_in_forward(subject: Subject, trace: Any) -> None:
+def test_autocast_only_in_forward(runs: Runs) -> None:
     """Autocast is off when backward and the optimizer step begin."""
-    for name in claimed(subject):
-        run = trace(Recipe(precision=name))  # type: ignore[arg-type] # a name of the Literal
+    for name in runs.precisions():
+        run = runs.trace(Recipe(precision=name))
         if any(loss.autocast for loss in run.losses):
             raise Violation("autocast off when backward begins", f"it is on, under {name}")
         if any(update.autocast for update in run.updates):
@@ -160,17 +156,18 @@ def test_autocast_only_in_forward(subject: Subject, trace: Any) -> None:
 
 @clause(
     "PREC-6",
+    since="0.1",
     needs=("bf16-true",),
     why="Updates below half a unit in the last place vanish: norms and large weights stop learning at small rates.",
     mend="Keep float32 master weights or round stochastically; or warn the user that small updates are lost.",
     source="pytorch/ao#1124, torchtune#2254, NVIDIA/Model-Optimizer#2322",
     bound="movement of at least half the float32 run's (healthy: 0.99; lost: 0.05), or a message about rounding",
 )
-def test_small_updates(trace: Any) -> None:
+def test_small_updates(runs: Runs) -> None:
     """Small updates are not lost to the rounding of bfloat16 weights, or the trainer says so."""
-    choice = OptimizerChoice.of("torch.optim.AdamW", lr=1e-6, weight_decay=0.0)
+    choice = OptimizerChoice.of(ADAMW, lr=1e-6, weight_decay=0.0)
     recipe = Recipe(precision="bf16-true", optimizer=choice, updates=4)
-    coarse, exact = trace(recipe), trace(replace(recipe, precision="32-true"))
+    coarse, exact = runs.trace(recipe), runs.trace(replace(recipe, precision="32-true"))
     ratio = precision.movement(coarse.initial, coarse.updates[-1].after) / precision.movement(
         exact.initial, exact.updates[-1].after
     )
@@ -189,16 +186,17 @@ def mentions_rounding(line: str) -> bool:
 
 @clause(
     "PREC-7",
+    since="0.1",
     needs=("bf16-true", "llama-shape"),
     why="With phases in bfloat16, positions beyond 256 collide: the model cannot tell tokens apart by place.",
     mend="Compute the phase in float32 and round only the finished cos and sin.",
     source="transformers#25681, #29285, EleutherAI/gpt-neox#1003, KellerJordan/modded-nanogpt#39",
     bound="2^-8 (healthy: at most 2^-9, one rounding; a phase in bfloat16: 0.04 at 64 positions)",
 )
-def test_rotary_tables(trace: Any) -> None:
+def test_rotary_tables(runs: Runs) -> None:
     """Position tables of a bfloat16 model are those of the float32 model, rounded once."""
     recipe = Recipe(shape="llama", block_size=64, updates=1)
-    exact, coarse = trace(recipe), trace(replace(recipe, precision="bf16-true"))
+    exact, coarse = runs.trace(recipe), runs.trace(replace(recipe, precision="bf16-true"))
     # Tables by position only: a buffer of frequencies, from which forward computes the phase anew, shows nothing.
     tables = {n: t for n, t in exact.buffers.items() if t.is_floating_point() and recipe.block_size in t.shape}
     if not tables:

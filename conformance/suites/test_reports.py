@@ -2,18 +2,18 @@
 
 from dataclasses import replace
 from statistics import fmean
-from typing import Any
 
 import torch
 
 from conformance.checks.accumulation import total_norm
 from conformance.checks.data import sequence_entropies
 from conformance.checks.reports import gradient_norms, learning_rates, one_is_among, training_losses
-from conformance.clause import NotApplicable, clause
+from conformance.clause import clause
+from conformance.errors import NotApplicable
 from conformance.recipe import OptimizerChoice, Recipe
 from conformance.recording.trace import Trace
-from conformance.subject import Subject
-from conformance.suites import clipped, everyday
+from conformance.runs import Runs
+from conformance.suites import SGD, clipped, everyday
 
 
 def update_losses(recipe: Recipe, run: Trace) -> list[float]:
@@ -24,8 +24,8 @@ def update_losses(recipe: Recipe, run: Trace) -> list[float]:
     """
     rows = torch.cat(recipe.batches())
     losses: list[list[float]] = [[] for _ in run.updates]
-    for forward in run.forwards:
-        if forward.training and forward.grad_enabled and forward.update < len(losses):
+    for forward in run.training_forwards():
+        if forward.update < len(losses):
             for loss in sequence_entropies(forward.logits, forward.ids, rows):
                 if loss is None:
                     raise NotApplicable("an update trained on other sequences than those asked for: see ACC-6")
@@ -37,15 +37,16 @@ def update_losses(recipe: Recipe, run: Trace) -> list[float]:
 
 @clause(
     "REPORT-1",
+    since="0.1",
     why="The curve that decides about a run is not that of the run, and jumps when the batch is split otherwise.",
     mend="Add up the losses of all microbatches of an update, each weighed as in the gradient.",
     source="huggingface/transformers#35204, pytorch-lightning#2569, allenai/allennlp#4706",
     bound="all digits of the number reported",
 )
-def test_reported_loss(subject: Subject, trace: Any) -> None:
+def test_reported_loss(runs: Runs) -> None:
     """The training loss that the run reports is the mean cross entropy of an update, or of several in a row."""
-    recipe = everyday(subject)
-    run = trace(recipe)
+    recipe = everyday(runs)
+    run = runs.trace(recipe)
     found = training_losses(run.messages)
     if not found:
         raise NotApplicable("no message of the run gives a training loss")
@@ -60,6 +61,7 @@ def test_reported_loss(subject: Subject, trace: Any) -> None:
 
 @clause(
     "REPORT-2",
+    since="0.1",
     needs=("schedule",),
     level="should",
     why="The schedule that one sees is not the one that was trained with; at a restart it is off by the whole range.",
@@ -67,11 +69,11 @@ def test_reported_loss(subject: Subject, trace: Any) -> None:
     source="huggingface/transformers#35942, catalyst-team/catalyst#60",
     bound="all digits of the number reported",
 )
-def test_reported_rate(subject: Subject, trace: Any) -> None:
+def test_reported_rate(runs: Runs) -> None:
     """The learning rate that the run reports last is one that an update had."""
     # Three rates, and the next is another one; with digits enough to tell them apart.
-    step = OptimizerChoice.of("torch.optim.SGD", lr=0.0987)
-    run = trace(everyday(subject, optimizer=step, updates=3, warmup=3, minimum_lr=None))
+    step = OptimizerChoice.of(SGD, lr=0.0987)
+    run = runs.trace(replace(everyday(runs, step), updates=3, warmup=3, minimum_lr=None))
     found = learning_rates(run.messages)
     if not found:
         raise NotApplicable("no message of the run gives a learning rate")
@@ -81,6 +83,7 @@ def test_reported_rate(subject: Subject, trace: Any) -> None:
 
 @clause(
     "REPORT-3",
+    since="0.1",
     needs=("clip",),
     level="should",
     why="A norm that never exceeds the limit hides that every update is clipped; a rank's own part is too small.",
@@ -88,12 +91,12 @@ def test_reported_rate(subject: Subject, trace: Any) -> None:
     source="ray-project/ray#4965, radixark/miles_diffusion#35 (a shard's norm), pytorch#1032",
     bound="all digits of the number reported",
 )
-def test_reported_norm(subject: Subject, trace: Any) -> None:
+def test_reported_norm(runs: Runs) -> None:
     """The gradient norm that the run reports last is that of a whole gradient, before it was clipped."""
-    still = OptimizerChoice.of("torch.optim.SGD", lr=0.0)  # so that the gradients are those of a run that clips none
+    still = OptimizerChoice.of(SGD, lr=0.0)  # so that the gradients are those of a run that clips none
     plain = Recipe(optimizer=still, microbatch_size=4)
-    norms = [total_norm(update.gradients) for update in trace(plain).updates]
-    run = trace(clipped(replace(plain), norms[0], 0.1))
+    norms = [total_norm(update.gradients) for update in runs.trace(plain).updates]
+    run = runs.trace(clipped(replace(plain), norms[0], 0.1))
     found = gradient_norms(run.messages)
     if not found:
         raise NotApplicable("no message of the run gives a gradient norm")

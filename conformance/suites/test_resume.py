@@ -2,45 +2,35 @@
 
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 
 from conformance.checks.comparison import tensors_equal
 from conformance.checks.data import sample_numbers
-from conformance.clause import NotApplicable, Violation, clause
+from conformance.clause import clause
+from conformance.errors import NotApplicable, NotWritten, RunFailed, Violation, describe_error
 from conformance.recipe import OptimizerChoice, Recipe
 from conformance.recording.snapshot import equal_values
-from conformance.recording.trace import Checkpoint, NotWritten, Trace
-from conformance.session import Attempt, RunFailed
-from conformance.subject import Subject, describe_error
-from conformance.suites import everyday, on_two_ranks, shuffled, shuffled_on_two_ranks
+from conformance.recording.trace import Checkpoint, Trace
+from conformance.runs import Runs
+from conformance.suites import ADAMW, dropping, everyday, on_two_ranks, saved, shuffled, shuffled_on_two_ranks
 
-ADAMW = OptimizerChoice.of("torch.optim.AdamW", lr=1e-2, weight_decay=0.1)
+DECAYING = OptimizerChoice.of(ADAMW, lr=1e-2, weight_decay=0.1)
 
 
-def interrupted(subject: Subject) -> Recipe:
+def interrupted(runs: Runs) -> Recipe:
     """A run with all that a checkpoint must hold: moments, a schedule, dropout where there is any."""
-    return everyday(subject, optimizer=ADAMW, save_every=2, dropout=0.0 if "dropout" in subject.lacks else 0.1)
+    return dropping(runs, replace(everyday(runs, DECAYING), save_every=2))
 
 
-def saved(run: Trace, update: int) -> Checkpoint:
-    """The checkpoint after an update. Raises Violation if nothing was written."""
-    found = run.checkpoint(update)
-    if found is None:
-        raise Violation(f"a checkpoint after update {update}", "no file was written there")
-    return found
-
-
-def resumed(attempt: Callable[[Recipe], Attempt], recipe: Recipe, whole: Trace, update: int) -> Trace:
+def resumed(runs: Runs, recipe: Recipe, whole: Trace, update: int) -> Trace:
     """The run that goes on after an update. Raises Violation if its checkpoint is not there, or not taken up."""
     checkpoint = saved(whole, update)
     try:
-        tried = attempt(replace(recipe, resume=checkpoint, save_every=None))
+        tried = runs.attempt(replace(recipe, resume=checkpoint, save_every=None))
     except RunFailed as error:
         if isinstance(error.__cause__, NotWritten):
             raise Violation(f"a checkpoint after update {update}", str(error.__cause__)) from error
@@ -52,17 +42,18 @@ def resumed(attempt: Callable[[Recipe], Attempt], recipe: Recipe, whole: Trace, 
 
 @clause(
     "RESUME-1",
+    since="0.1",
     needs=("resume",),
     why="Moments, schedule or random state start over: the loss goes on smoothly, the weights go elsewhere.",
     mend="Save optimizer, progress and random states, and load them after all of it is built; compare the parameters "
     "of two later updates, since the first loss shows nothing.",
     source="OneVision-Encoder#65, DeepSpeed#7786, huggingface/transformers#17032, nanoGPT#467, fairseq2#1038",
 )
-def test_goes_on_as_if_never_interrupted(subject: Subject, trace: Any, attempt: Any) -> None:
+def test_goes_on_as_if_never_interrupted(runs: Runs) -> None:
     """A resumed run has the parameters of one that was never interrupted, bit for bit, after every later update."""
-    recipe = interrupted(subject)
-    whole = trace(recipe)
-    later = resumed(attempt, recipe, whole, 2).updates
+    recipe = interrupted(runs)
+    whole = runs.trace(recipe)
+    later = resumed(runs, recipe, whole, 2).updates
     if len(later) != recipe.updates - 2:
         raise Violation(f"{recipe.updates - 2} updates more, to {recipe.updates} in all", f"{len(later)}")
     for number, (update, other) in enumerate(zip(whole.updates[2:], later, strict=True), start=3):
@@ -71,19 +62,20 @@ def test_goes_on_as_if_never_interrupted(subject: Subject, trace: Any, attempt: 
 
 @clause(
     "RESUME-2",
+    since="0.1",
     needs=("resume",),
     why="Some data is seen twice and some never; the loss on what is seen again looks better than it is.",
     mend="Save how far the data was consumed, go on there, and begin the next epoch at its beginning.",
     source="KempnerForge#51, Lightning-AI/litgpt#1712, allenai/OLMo#650, verl#7401",
     bound="the sequences themselves, in order",
 )
-def test_data_goes_on(subject: Subject, trace: Any, attempt: Any) -> None:
+def test_data_goes_on(runs: Runs) -> None:
     """A resumed run sees the sequences that come next, also across the end of an epoch and after stopping at one."""
-    recipe = replace(interrupted(subject), dropout=0.0) if "sampler" in subject.lacks else shuffled()
+    recipe = replace(interrupted(runs), dropout=0.0) if not runs.has("sampler") else shuffled()
     samples = torch.cat(recipe.batches()) if recipe.samples is None else recipe.dataset()
-    whole = trace(recipe)
+    whole = runs.trace(recipe)
     for update in (2, 4):  # under shuffled() amid an epoch, and at its end
-        later = resumed(attempt, recipe, whole, update)
+        later = resumed(runs, recipe, whole, update)
         expected, seen = by_update(whole, samples)[update:], by_update(later, samples)
         if expected != seen:
             first = next((i for i, (a, b) in enumerate(zip(expected, seen)) if a != b), min(len(expected), len(seen)))
@@ -97,69 +89,72 @@ def test_data_goes_on(subject: Subject, trace: Any, attempt: Any) -> None:
 def by_update(run: Trace, samples: torch.Tensor) -> list[list[int | None]]:
     """The numbers of the samples that each update trains on."""
     found: list[list[int | None]] = [[] for _ in run.updates]
-    for forward in run.forwards:
-        if forward.training and forward.grad_enabled and forward.update < len(found):
+    for forward in run.training_forwards():
+        if forward.update < len(found):
             found[forward.update] += sample_numbers(forward.ids, samples)
     return found
 
 
 @clause(
     "RESUME-3",
+    since="0.1",
     needs=("resume",),
     why="The last updates, those at the lowest learning rate, are lost when the run ends.",
     mend="Save after the last update too, whatever the interval.",
     source="Lightning-AI/litgpt#1254, KempnerForge#125, anemoi-training#183, nanoGPT (saves at eval_interval only)",
 )
-def test_last_update_is_saved(trace: Any, attempt: Any) -> None:
+def test_last_update_is_saved(runs: Runs) -> None:
     """The state after the last update is saved, also where the number of updates is no multiple of the interval."""
     recipe = Recipe(updates=3, save_every=2)
-    whole = trace(recipe)
-    later = resumed(attempt, replace(recipe, updates=5), whole, 3)
+    whole = runs.trace(recipe)
+    later = resumed(runs, replace(recipe, updates=5), whole, 3)
     tensors_equal(whole.updates[-1].after, later.initial, "parameters of a run that goes on after the last update")
 
 
 @clause(
     "RESUME-4",
+    since="0.1",
     needs=("resume",),
     why="Weights named _orig_mod. or module. cannot be loaded without the wrapper; a loose load drops them silently.",
     mend="Save the state of the bare module, or strip the prefixes on saving.",
     source="pytorch#101107, rasbt/LLMs-from-scratch#580, nanoGPT ec9b1f81",
 )
-def test_taken_up_without_wrappers(subject: Subject, trace: Any, attempt: Any, ranks: Any) -> None:
+def test_taken_up_without_wrappers(runs: Runs) -> None:
     """What a compiled run saved, or a run on two ranks, is taken up by a plain run, bit for bit."""
     plain = Recipe(save_every=2, updates=2)
     wrapped: dict[str, Trace] = {}
-    if "compile" not in subject.lacks:
-        wrapped["a compiled run"] = trace(replace(plain, compile=True))
-    if "two-ranks" not in subject.lacks:
-        two = on_two_ranks(plain) if "sampler" in subject.lacks else shuffled_on_two_ranks()
-        wrapped["a run on two ranks"] = ranks(two)[0]
+    if runs.has("compile"):
+        wrapped["a compiled run"] = runs.trace(replace(plain, compile=True))
+    if runs.has("two-ranks"):
+        two = on_two_ranks(plain) if not runs.has("sampler") else shuffled_on_two_ranks()
+        wrapped["a run on two ranks"] = runs.ranks(two)[0]
     if not wrapped:
         raise NotApplicable("lacks both compile and two-ranks")
     for what, run in wrapped.items():
-        later = resumed(attempt, replace(plain, updates=len(run.updates) + 2), run, len(run.updates))
+        later = resumed(runs, replace(plain, updates=len(run.updates) + 2), run, len(run.updates))
         tensors_equal(run.updates[-1].after, later.initial, f"parameters that a plain run takes up from {what}")
 
 
 @clause(
     "RESUME-5",
+    since="0.1",
     needs=("resume",),
     why="A run that was killed while saving goes on from weights of which some are fresh, and looks like training.",
     mend="Write under another name and rename when complete; let every error of reading end the run.",
     source="pytorch-lightning#688, #19970",
     bound="an error before the first update; otherwise bit equality with the run from the whole checkpoint",
 )
-def test_truncated_checkpoint(trace: Any, attempt: Any) -> None:
+def test_truncated_checkpoint(runs: Runs) -> None:
     """A checkpoint with a truncated file is refused, unless nothing in the resumed run depends on that file."""
     recipe = Recipe(updates=4, save_every=2)
-    checkpoint = saved(trace(recipe), 2)
-    whole = resumed(attempt, recipe, trace(recipe), 2)  # undamaged, it is taken up
+    checkpoint = saved(runs.trace(recipe), 2)
+    whole = resumed(runs, recipe, runs.trace(recipe), 2)  # undamaged, it is taken up
     total = sum(path.stat().st_size for path in checkpoint.files)
     # Weights and optimizer state are most of it; a truncated log is no damage.
     for damaged in [path for path in checkpoint.files if path.stat().st_size > total / 10]:
         with TemporaryDirectory() as folder:
             copy = truncated(checkpoint, damaged, Path(folder))
-            tried = attempt(replace(recipe, resume=copy))
+            tried = runs.attempt(replace(recipe, resume=copy))
         refused = tried.error is not None and not tried.trace.updates
         if not refused and not goes_on_alike(whole, tried.trace):
             raise Violation(

@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor
 
-from conformance.clause import Violation, clause
+from conformance.clause import clause
+from conformance.errors import Violation
 from conformance.recipe import Recipe
-from conformance.subject import Subject
+from conformance.runs import Runs
 from conformance.suites import shapes
 from conformance.suites.test_resume import resumed
 
@@ -20,6 +20,7 @@ def size(tensors: Mapping[str, Tensor]) -> int:
 
 @clause(
     "TIE-1",
+    since="0.1",
     needs=("tied",),
     why="Untied, there are more parameters, with other gradients; tied by memory only, each update is done twice.",
     mend="Assign the Parameter itself, once the model lies where it is trained: to_empty, assign=True and wrappers "
@@ -27,10 +28,10 @@ def size(tensors: Mapping[str, Tensor]) -> int:
     source="facebookresearch/lingua#75, verl#7834, NVIDIA-NeMo/Automodel#2213, torchtune#616",
     bound="number of elements",
 )
-def test_one_tensor(subject: Subject, trace: Any) -> None:
+def test_one_tensor(runs: Runs) -> None:
     """Tied, embedding and head are one tensor, from the start and after every update."""
-    for recipe in shapes(subject, tied=True):
-        tied, untied = trace(recipe), trace(replace(recipe, tied=False))
+    for recipe in shapes(runs, Recipe(tied=True)):
+        tied, untied = runs.trace(recipe), runs.trace(replace(recipe, tied=False))
         table = recipe.vocab_size * recipe.n_embd
         saved = size(untied.initial) - size(tied.initial)
         always = saved == 0 and any(len(info.names) > 1 for info in tied.tensors.values())  # whatever was asked for
@@ -48,17 +49,18 @@ def test_one_tensor(subject: Subject, trace: Any) -> None:
 
 @clause(
     "TIE-2",
+    since="0.1",
     needs=("tied", "resume"),
     why="After a resume the two go separate ways, and nothing says so.",
     mend="Copy into the parameters instead of putting others in their place, or tie again after loading.",
     source="facebookresearch/lingua#75, mosaicml/examples#11",
     bound="number of elements",
 )
-def test_tied_after_resume(subject: Subject, trace: Any, attempt: Any) -> None:
+def test_tied_after_resume(runs: Runs) -> None:
     """After a resume they are one tensor still."""
-    recipe = Recipe(shape=shapes(subject)[0].shape, tied=True, updates=4, save_every=2)
-    whole = trace(recipe)
-    later = resumed(attempt, recipe, whole, 2)
+    recipe = Recipe(shape=shapes(runs)[0].shape, tied=True, updates=4, save_every=2)
+    whole = runs.trace(recipe)
+    later = resumed(runs, recipe, whole, 2)
     for what, tensors in (("start", later.initial), ("end", later.updates[-1].after)):
         if size(tensors) != size(whole.initial):
             raise Violation(f"{size(whole.initial)} elements at the {what} of the resumed run", f"{size(tensors)}")

@@ -1,0 +1,71 @@
+"""What a stack may lack: the names that an adapter's ``lacks`` uses, and what each of them means."""
+
+from dataclasses import dataclass
+
+from conformance.errors import UnknownCapability
+
+
+@dataclass(frozen=True)
+class Capability:
+    """Something that a stack can do, or be asked to do."""
+
+    description: str
+    """Completes the sentence "The stack ..."."""
+    since: str = "0.1"
+    """The version of the suite that asks for it first."""
+    extension: bool = False
+    """An option that most stacks do not have; clauses that need it are told apart from the core."""
+
+
+CAPABILITIES = {
+    "llama-shape": Capability("trains a model with RMSNorm, SwiGLU and no biases"),
+    "gpt-shape": Capability("trains a model with LayerNorm, a GELU MLP and biases"),
+    "tied": Capability("can share the embedding's weight with the head"),
+    "foreign-module": Capability("trains any module that maps token ids (B, T) to logits (B, T, V)", extension=True),
+    "microbatches": Capability("accumulates the gradients of several microbatches into an update"),
+    "batch-total": Capability(
+        "is told how many sequences an update has, and finds the number of microbatches by itself", extension=True
+    ),
+    "ignored-targets": Capability("takes targets of -100, which are not to be predicted"),
+    "clip": Capability("clips the global norm of the gradients"),
+    "schedule": Capability("warms the learning rate up and takes it down by a cosine"),
+    "dropout": Capability("has a model with dropout"),
+    "sampler": Capability("shuffles a data set by itself, and sees each sample once in every epoch"),
+    "fused": Capability("asks for the optimizer's fused kernel on the device of the run", extension=True),
+    "ndim-policy": Capability("can be told to decay tensors of two and more dimensions only", extension=True),
+    "resume": Capability("goes on from a checkpoint that it wrote"),
+    "evaluate": Capability("evaluates on validation data after the last update"),
+    "evaluate-every": Capability("evaluates during training too, every so many updates"),
+    "load": Capability("has load(checkpoint), which returns a plain eager module"),
+    "bf16-mixed": Capability("computes in bfloat16 with float32 weights"),
+    "bf16-true": Capability("keeps weights in bfloat16"),
+    "16-mixed": Capability("computes in float16 with float32 weights"),
+    "logits-opt-out": Capability("can be told to leave logits in the dtype they were computed in", extension=True),
+    "stable-embedding": Capability("can train with bitsandbytes' StableEmbedding", extension=True),
+    "meta-init": Capability(
+        "can build the model on the meta device and materialise it afterwards, on one device", extension=True
+    ),
+    "activation-checkpointing": Capability(
+        "can compute activations again in the backward instead of keeping them", extension=True
+    ),
+    "compile": Capability("has torch.compile as an option", extension=True),
+    "two-ranks": Capability("trains on two CPU processes with gloo"),
+}
+"""Everything that is not in a subject's ``lacks`` is claimed."""
+
+
+def everything_but(*claimed: str, reason: str) -> dict[str, str]:
+    """Return ``lacks`` for a stack that has little: every capability but the claimed ones, all with one reason.
+
+    Raises:
+        UnknownCapability: if a claimed capability is unknown.
+    """
+    unknown = set(claimed) - set(CAPABILITIES)
+    if unknown:
+        raise UnknownCapability(f"unknown capability {', '.join(map(repr, sorted(unknown)))}: {choices()}")
+    return {name: reason for name in CAPABILITIES if name not in claimed}
+
+
+def choices() -> str:
+    """Return a clause for messages that lists all capabilities."""
+    return f"choose from {', '.join(CAPABILITIES)}."

@@ -1,0 +1,174 @@
+"""The command line: ``python -m conformance run|list|explain|report``."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from conformance.errors import UsageError
+from conformance.options import FORMATS, OPTIONS, USAGE
+
+if TYPE_CHECKING:
+    from conformance.clause import Clause
+
+EXAMPLES = """\
+examples:
+  python -m conformance run                                  judge the reference trainer
+  python -m conformance run --subject litgpt                 judge LitGPT (pip install 'gpt-conformance[litgpt]')
+  python -m conformance run --subject my_adapter:Mine        judge your own stack
+  python -m conformance run --clause DECAY --clause OPT-7    judge a chapter and a clause
+  python -m conformance run --format github                  annotations in GitHub Actions
+  python -m conformance list                                 all clauses
+  python -m conformance explain DECAY-4                      one clause: why, source, mutants, bound
+  python -m conformance report reports/conformance/*.json    result files -> pages
+
+exit code: 0 no clause failed, 1 some did, 2 the command line was wrong
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code. A mistake of the user's is one sentence on stderr and 2."""
+    options = build_parser().parse_args(arguments)
+    try:
+        code: int = options.command(options)
+        return code
+    except BrokenPipeError:  # the reader (head, say) has seen enough; Python's exit must not write either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except UsageError as error:
+        print(sentence(error), file=sys.stderr)
+        return USAGE
+
+
+def sentence(error: UsageError) -> str:
+    """Return a message with a capital letter, safe to print."""
+    text = str(error).encode(errors="backslashreplace").decode()
+    return f"{text[:1].upper()}{text[1:]}"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the commands and their options."""
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "python -m conformance", description=__doc__, epilog=EXAMPLES, formatter_class=plain
+    )
+    commands = parser.add_subparsers(required=True, metavar="run|list|explain|report")
+
+    run = commands.add_parser("run", help="judge a training stack", epilog=EXAMPLES, formatter_class=plain)
+    for flag, settings in OPTIONS.items():
+        run.add_argument(flag, **settings)
+    run.add_argument("--format", choices=FORMATS, default="text", help="what to print")
+    run.add_argument("--verbose", "-v", action="store_true", help="with tracebacks")
+    run.set_defaults(command=run_command)
+
+    listing = commands.add_parser("list", help="all clauses, with requirement and source")
+    listing.add_argument("--format", choices=("text", "json"), default="text", help="what to print")
+    listing.set_defaults(command=list_command)
+
+    explain = commands.add_parser("explain", help="clauses: requirement, why, source, mutants, bound")
+    explain.add_argument("clause", metavar="CLAUSE", help="an id such as DECAY-4, or a chapter")
+    explain.add_argument("--format", choices=("text", "json"), default="text", help="what to print")
+    explain.set_defaults(command=explain_command)
+
+    report = commands.add_parser("report", help="turn result files into pages, a Markdown table and badges")
+    report.add_argument("results", nargs="+", type=Path, metavar="FILE", help="JSON written by --report")
+    report.add_argument("--kill-matrix", type=Path, metavar="FILE", help="JSON written by nox -s mutants -- --write")
+    report.add_argument("--out", type=Path, default=Path("report"), metavar="FOLDER", help="default: report")
+    report.set_defaults(command=report_command)
+    return parser
+
+
+def run_command(options: argparse.Namespace) -> int:
+    """Judge a subject, with progress on stderr and the result on stdout."""
+    from rich.console import Console
+
+    from conformance.engine import Sitting, shown
+    from conformance.options import Options
+
+    errors = Console(file=sys.stderr, highlight=False)  # as stderr is now: inside a recording it is the recorder's
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 100, highlight=False)
+    with Sitting(Options.of(options)) as sitting:
+        for clause in shown(sitting.chosen.values(), errors, sitting.session.subject.name):
+            sitting.judge(clause)
+        return sitting.finish(console, options.verbose, options.format)
+
+
+def list_command(options: argparse.Namespace) -> int:
+    """Print the catalogue."""
+    from conformance.clause import catalogue
+
+    clauses = catalogue()
+    if options.format == "json":
+        print_json([describe(clause) for clause in clauses.values()])
+        return 0
+    for clause in clauses.values():
+        print(f"{clause.id:9}{clause.level:7}{clause.requirement}\n{'':16}{clause.source}")
+    return 0
+
+
+def explain_command(options: argparse.Namespace) -> int:
+    """Print all there is to know about a clause, or about each clause of a chapter."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from conformance.clause import find_clauses
+
+    chosen = find_clauses([options.clause])
+    facts = [describe(clause) | {"mutants": mutants_of(clause.id)} for clause in chosen.values()]
+    if options.format == "json":
+        print_json(facts[0] if len(facts) == 1 else facts)
+        return 0
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+    titles = {"why": "Why it matters", "mend": "How to mend it", "source": "Seen before", "bound": "Bound"}
+    titles |= {"since": "Since", "part": "Part"}
+    for clause, known in zip(chosen.values(), facts, strict=True):
+        console.print(Text(f"{clause.id} ({clause.level})  {clause.requirement}", style="bold"))
+        for key, title in titles.items():
+            console.print(Text(f"{title}: ", style="dim").append(str(known[key]), style="default not dim"))
+        needs = ", ".join((*clause.needs, *clause.packages)) or "nothing"
+        console.print(Text("Needs: ", style="dim").append(needs, style="default not dim"))
+        console.print(Text("Mutants that it kills:", style="dim"))
+        for mutant in known["mutants"]:
+            console.print(Text(f"  {mutant['mutant']}  ").append(mutant["published"], style="dim"))
+            for line in mutant["diff"]:
+                console.print(Text(f"    {line}", style="dim"), soft_wrap=True)
+        if len(facts) > 1:
+            console.print()
+    return 0
+
+
+def print_json(content: Any) -> None:
+    """Print plain data as JSON."""
+    import json
+
+    print(json.dumps(content, indent=2, ensure_ascii=False))
+
+
+def describe(clause: "Clause") -> dict[str, Any]:
+    """Return a clause as plain data."""
+    names = ("id", "level", "requirement", "why", "mend", "source", "bound", "needs", "packages", "since", "part")
+    return {name: getattr(clause, name) for name in names}
+
+
+def mutants_of(identity: str) -> list[dict[str, Any]]:
+    """Return the planted faults that name a clause, from the kill matrix that comes with the package."""
+    from conformance.report.result import read_json
+
+    here = Path(__file__).parent
+    for path in (here / "kill-matrix.json", here.parent / "reports" / "kill-matrix.json"):  # installed; in a checkout
+        if path.is_file():
+            rows = read_json(path, "kill matrix")["mutants"]
+            return [row for row in rows if identity in row["named"]]
+    return []
+
+
+def report_command(options: argparse.Namespace) -> int:
+    """Render the pages."""
+    from conformance.report.page import read_columns, read_kill_matrix, render
+
+    kill_matrix = read_kill_matrix(options.kill_matrix) if options.kill_matrix else None
+    render(read_columns(options.results), kill_matrix, options.out)
+    print(f"Written: {options.out / 'index.html'}")
+    return 0

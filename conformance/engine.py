@@ -1,0 +1,82 @@
+"""One judgement of one subject, from options to exit code. The command line and the pytest plugin are its two doors."""
+
+import json
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from conformance.clause import CHAPTERS, Clause, catalogue, find_clauses
+from conformance.deviations import load_deviations
+from conformance.loading import load_subject
+from conformance.options import FAILED, PASSED, Format, Options
+from conformance.report.result import Report, report_of, require_writable, write_json
+from conformance.session import Result, Session
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+class Sitting:
+    """Judges clauses one by one and keeps the results. Use as a context manager.
+
+    Raises:
+        UsageError: when it is made, for a mistake in the options.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.report_file = None if options.report is None else require_writable(options.report)
+        self.everything = catalogue()
+        self.chosen = find_clauses(options.clauses)
+        deviations = load_deviations(options.deviations, self.everything) if options.deviations else {}
+        self.session = Session(load_subject(options.subject), deviations)
+        self.results: list[Result] = []
+
+    def __enter__(self) -> "Sitting":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.session.close()
+
+    def judge(self, clause: Clause) -> Result:
+        """Judge one clause."""
+        result = self.session.judge(clause)
+        self.results.append(result)
+        return result
+
+    def report(self) -> Report:
+        """Return the report on what was judged so far."""
+        return report_of(self.session.subject, self.options.subject, self.results, list(self.everything))
+
+    def finish(self, console: "Console", verbose: bool = False, form: Format = "text") -> int:
+        """Write the report, print the result to ``console``, and return the exit code."""
+        from conformance.report.github import annotations
+        from conformance.report.letter import print_letter
+
+        report = self.report()
+        written = None if self.report_file is None else write_json(self.report_file, report.as_json())
+        if form == "json":
+            console.out(json.dumps(report.as_json(), indent=2, ensure_ascii=False), highlight=False)
+        elif form == "github":
+            for line in annotations(report, self.everything):
+                console.out(line, highlight=False)
+        else:
+            print_letter(console, report, self.everything, verbose)
+            if written is not None:
+                elsewhere = "" if written == self.report_file else f" ({self.report_file} could not be written)"
+                console.out(f"Written: {written}{elsewhere}", highlight=False)
+        return FAILED if report.failed else PASSED
+
+
+def shown(clauses: Iterable[Clause], console: "Console", name: str) -> Iterator[Clause]:
+    """Yield clauses to judge, and show on ``console`` how far it is: a bar on a terminal, a line a chapter elsewhere."""
+    listed = list(clauses)
+    if console.is_terminal:
+        from rich.progress import track
+
+        yield from track(listed, f"Judging {name}", console=console, transient=True)
+        return
+    for number, clause in enumerate(listed):
+        yield clause
+        if number + 1 == len(listed) or listed[number + 1].chapter != clause.chapter:
+            title = f"{clause.chapter:6}  {CHAPTERS[clause.chapter]}"
+            console.out(f"{title:40} judged: {number + 1} of {len(listed)}", highlight=False)

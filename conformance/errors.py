@@ -1,0 +1,58 @@
+"""Every exception of the suite, under one base class, and the words that messages share."""
+
+from collections.abc import Iterable
+
+
+class ConformanceError(Exception):
+    """Base class of all exceptions that the suite raises on purpose."""
+
+
+class UsageError(ConformanceError):
+    """A mistake in how the suite was called. The message is one sentence for the user: no traceback, exit code 2."""
+
+
+class UnknownCapability(ConformanceError, ValueError):
+    """A capability that the suite does not know."""
+
+
+class Violation(ConformanceError, AssertionError):
+    """A stack breaks a rule. An AssertionError too, so that rules can be called in anybody's own tests.
+
+    Args:
+        expected: what a healthy stack shows.
+        seen: what was seen instead: tensors by name, numbers, the first few of many.
+    """
+
+    def __init__(self, expected: str, seen: str) -> None:
+        super().__init__(f"expected: {expected}\nseen: {seen}")
+        self.expected, self.seen = expected, seen
+
+
+class NotApplicable(ConformanceError):
+    """A clause cannot be judged on this stack or machine; the message is the reason."""
+
+
+class RunFailed(ConformanceError):
+    """A run that a clause needs did not end; its cause is what the stack or the adapter raised."""
+
+
+class AdapterFailed(RunFailed):
+    """The adapter itself raised an error, which says nothing about the stack."""
+
+
+class NotWritten(ConformanceError, FileNotFoundError):
+    """A checkpoint lacks a file that it should have."""
+
+
+def describe_error(error: BaseException) -> str:
+    """Return an exception in one line: its class and the first line of its message, with the next after a heading."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])  # load_state_dict() begins with one
+    return f"{type(error).__name__}: {text[:400]}" if text else type(error).__name__
+
+
+def quoted(names: Iterable[object], limit: int = 4) -> str:
+    """Return the first few of many names, and how many more there are."""
+    listed = [str(name) for name in names]
+    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + more

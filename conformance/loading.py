@@ -1,0 +1,83 @@
+"""From the name that a user gives to the subject that it means."""
+
+import importlib
+import os
+import re
+import sys
+from collections.abc import Mapping
+from typing import cast
+
+from conformance.capabilities import CAPABILITIES, choices
+from conformance.errors import UsageError, describe_error
+from conformance.subject import Subject
+
+BUILT_IN = {
+    "reference": "conformance.subjects.reference:Reference",
+    "litgpt": "conformance.subjects.litgpt:LitGPT",
+    "transformers": "conformance.subjects.transformers:Transformers",
+    "x-transformers": "conformance.subjects.x_transformers:XTransformers",
+}
+"""Subjects that come with the suite. Each is installed by an extra of the same name."""
+POLICY_METHODS = ("initial", "decays", "learning_rate")
+
+
+def load_subject(spec: str) -> Subject:
+    """Return the subject that ``spec`` names: ``reference``, ``litgpt``, or ``package.module:Attribute``.
+
+    The attribute is an adapter class, which is called without arguments, or an adapter.
+
+    Raises:
+        UsageError: if there is no such thing, or it is not a Subject.
+    """
+    path = BUILT_IN.get(spec, spec)
+    module_name, colon, attribute = path.partition(":")
+    if not colon:
+        raise UsageError(f"unknown subject {spec!r}: give one of {', '.join(sorted(BUILT_IN))}, or module:Attribute.")
+    if os.getcwd() not in sys.path:  # as `python -m` has it: an adapter is often a file beside the user
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UsageError(
+            f"the subject {spec!r} cannot be imported: {describe_error(error)}. {install_hint(spec, error)}"
+        ) from error
+    except (Exception, SystemExit) as error:  # a script that is imported may parse a command line and quit
+        raise UsageError(f"importing the subject {spec!r} raised {describe_error(error)}.") from error
+    found = getattr(module, attribute, None)
+    if found is None:
+        raise UsageError(f"the module {module_name} has no attribute {attribute!r} to be the subject.")
+    try:
+        subject = found() if isinstance(found, type) else found
+    except (Exception, SystemExit) as error:
+        raise UsageError(f"making the subject {spec!r} raised {describe_error(error)}.") from error
+    check_subject(subject, spec)
+    return cast(Subject, subject)
+
+
+def install_hint(spec: str, error: ImportError) -> str:
+    """Return what to do about a failed import."""
+    if spec in BUILT_IN and error.name and not error.name.startswith("conformance"):
+        return f"Install it with: pip install 'gpt-conformance[{spec}]'."
+    return "Correct the path, or install what it needs."
+
+
+def check_subject(subject: object, spec: str) -> None:
+    """Raise UsageError if an object does not have what a Subject needs, or lacks an unknown capability."""
+    for attribute, kind in (("name", str), ("version", str), ("lacks", Mapping)):
+        if not isinstance(getattr(subject, attribute, None), kind):
+            raise UsageError(f"{spec!r} is not a Subject: it needs an attribute {attribute!r} of type {kind.__name__}.")
+    for owner, method in ((subject, "train"), *((getattr(subject, "policy", None), m) for m in POLICY_METHODS)):
+        if not callable(getattr(owner, method, None)):
+            where = "" if owner is subject else "policy."
+            raise UsageError(f"{spec!r} is not a Subject: it needs a method {where}{method}().")
+    lacks: Mapping[object, object] = getattr(subject, "lacks")  # noqa: B009 # an object has no attributes to mypy
+    for capability, reason in lacks.items():
+        if capability not in CAPABILITIES:
+            raise UsageError(f"{spec!r} lacks the unknown capability {capability!r}: {choices()}")
+        if not isinstance(reason, str) or not reason.strip():
+            raise UsageError(f"{spec!r} lacks {capability!r} without a reason: give one that can be checked.")
+    if not callable(getattr(subject, "load", None)) and "load" not in lacks:
+        raise UsageError(f"{spec!r} has no method load(): add it, or name 'load' in lacks, with a reason.")
+    as_of = getattr(subject, "as_of", None)
+    if as_of is not None and not (isinstance(as_of, str) and re.fullmatch(r"\d+\.\d+", as_of)):
+        raise UsageError(f"{spec!r} has as_of = {as_of!r}: give the version of the suite as text, such as '0.1'.")

@@ -1,0 +1,192 @@
+"""What a clause may ask for: runs of the subject, each made once and kept, and what the subject declares."""
+
+import dataclasses
+import math
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from conformance.blame import raised_by_adapter
+from conformance.capabilities import CAPABILITIES
+from conformance.errors import AdapterFailed, ConformanceError, RunFailed, describe_error
+from conformance.recipe import PRECISIONS, SHAPES, Precision, Recipe, Shape
+from conformance.recording import record
+from conformance.recording.trace import Checkpoint, TensorInfo, Trace
+from conformance.subject import Constant, Distribution, Loads, Normal, Subject, Uniform
+from conformance.version import is_newer
+
+if TYPE_CHECKING:
+    from torch import nn
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A run that was allowed to fail."""
+
+    trace: Trace
+    """What was recorded until then."""
+    error: BaseException | None
+    """What the stack raised; None if the run ended."""
+
+
+class Runs:
+    """The runs of one subject. Use as a context manager: they write into a folder that is removed at the end."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+        self.policy = Declared(subject)
+        self.as_of: str | None = getattr(subject, "as_of", None)
+        self.lacks = dict(subject.lacks)  # as it is now: a run cannot take back what the subject claims
+        for name, capability in CAPABILITIES.items():
+            if is_newer(capability.since, self.as_of):
+                self.lacks.setdefault(name, newer(capability.since, self.as_of))
+        self.directory = Path(tempfile.mkdtemp(prefix="conformance-"))
+        self._attempts: dict[Recipe, Attempt] = {}
+        self._groups: dict[Recipe, list[Trace]] = {}
+
+    def __enter__(self) -> "Runs":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove what the runs wrote."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def has(self, capability: str) -> bool:
+        """Return True if the subject claims a capability."""
+        assert capability in CAPABILITIES, capability
+        return capability not in self.lacks
+
+    def shapes(self) -> list[Shape]:
+        """Return the model shapes that the subject claims."""
+        return [shape for shape in SHAPES if self.has(f"{shape}-shape")]
+
+    def precisions(self) -> list[Precision]:
+        """Return the precisions that the subject claims; every stack has float32."""
+        return [name for name in PRECISIONS if name == "32-true" or self.has(name)]
+
+    def trace(self, recipe: Recipe) -> Trace:
+        """Return the trace of a run that must end.
+
+        Raises:
+            RunFailed: if it did not, or nothing was seen in it.
+        """
+        attempt = self.attempt(recipe)
+        if attempt.error is not None:
+            reason = describe_error(attempt.error)
+            if isinstance(attempt.error, SystemExit) and attempt.trace.messages:
+                reason += f", after {attempt.trace.messages[-1].strip()!r}"  # argparse, say, prints why it quits
+            raise RunFailed(reason) from attempt.error
+        if not attempt.trace.forwards or not attempt.trace.updates:
+            raise AdapterFailed(
+                f"{type(self.subject).__name__}.train() ended, but {len(attempt.trace.forwards)} forwards with token "
+                f"ids and logits and {len(attempt.trace.updates)} optimizer steps were seen: it must run the stack."
+            )
+        return attempt.trace
+
+    def start(self, recipe: Recipe) -> Trace:
+        """Return the trace of a run that must get as far as its first forward; what happens later does not matter.
+
+        Raises:
+            RunFailed: if it did not.
+        """
+        attempt = self.attempt(recipe)
+        return attempt.trace if attempt.trace.forwards else self.trace(recipe)
+
+    def attempt(self, recipe: Recipe) -> Attempt:
+        """Run a recipe that the stack may refuse, or return the earlier run of an equal one.
+
+        Raises:
+            AdapterFailed: if the adapter's own code raised.
+        """
+        if recipe not in self._attempts:
+            folder = Path(tempfile.mkdtemp(prefix="run-", dir=self.directory))
+            error: BaseException | None = None
+            with record(folder, recipe.zero_gradients, nan_gradient=recipe.nan_gradient) as trace:
+                try:
+                    self.subject.train(dataclasses.replace(recipe, directory=folder))
+                except KeyboardInterrupt:
+                    raise
+                except BaseException as raised:  # SystemExit too: a stack that quits has not trained
+                    error = raised
+            self._attempts[recipe] = Attempt(trace, error)
+        attempt = self._attempts[recipe]
+        if attempt.error is not None and raised_by_adapter(attempt.error, self.subject):
+            raise AdapterFailed(describe_error(attempt.error)) from attempt.error
+        return attempt
+
+    def ranks(self, recipe: Recipe) -> list[Trace]:
+        """Return the traces of all ranks of a run on several processes.
+
+        Raises:
+            RunFailed: if a rank raised.
+        """
+        from conformance.recording.ranks import run_on_ranks
+
+        if recipe not in self._groups:
+            folder = Path(tempfile.mkdtemp(prefix="ranks-", dir=self.directory))
+            self._groups[recipe] = run_on_ranks(self.subject, recipe, folder)
+        return self._groups[recipe]
+
+    def load(self, checkpoint: Checkpoint) -> "nn.Module":
+        """Return the plain eager module in a checkpoint, for a clause that needs the capability ``load``."""
+        from conformance.recording.isolation import quiet_and_deterministic
+
+        assert isinstance(self.subject, Loads), "a clause that loads names 'load' in its needs"
+        with quiet_and_deterministic():
+            return self.subject.load(checkpoint)
+
+
+class Declared:
+    """What a subject declares, checked: a policy that raises, or answers nonsense, is the adapter's fault."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.policy = subject.policy
+
+    def initial(self, recipe: Recipe, tensor: TensorInfo) -> Distribution:
+        """Return the distribution that a parameter starts from."""
+        found = asked(lambda: self.policy.initial(recipe, tensor))
+        numbers = vars(found).values() if isinstance(found, Normal | Uniform | Constant) else [math.nan]
+        if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+            raise AdapterFailed(
+                f"policy.initial() returned {found!r} for {tensor.name}: it must return a Normal, Uniform or Constant "
+                "of finite numbers"
+            )
+        return found
+
+    def decays(self, recipe: Recipe, tensor: TensorInfo) -> bool:
+        """Return True if weight decay acts on a parameter."""
+        return bool(asked(lambda: self.policy.decays(recipe, tensor)))
+
+    def learning_rate(self, recipe: Recipe, update: int) -> float:
+        """Return the learning rate of an update, counted from 0."""
+        found = asked(lambda: float(self.policy.learning_rate(recipe, update)))
+        if not math.isfinite(found):
+            raise AdapterFailed(
+                f"policy.learning_rate() returned {found} for update {update + 1}: it must return a finite number"
+            )
+        return found
+
+
+def asked(question: Callable[[], T]) -> T:
+    """Return a policy's answer; what it raises on its own must not pass for an outcome of the suite.
+
+    Raises:
+        AdapterFailed: if the policy raised a Violation, NotApplicable or another exception of the suite.
+    """
+    try:
+        return question()
+    except ConformanceError as error:
+        raise AdapterFailed(f"the policy raised {describe_error(error)}") from error
+
+
+def newer(since: str, as_of: str | None) -> str:
+    """Return the reason why something is not asked of an adapter that was written for an earlier version."""
+    return f"newer than as_of: new in {since}, and the adapter was written for {as_of}"
