@@ -8,7 +8,7 @@ from conformance.clause import CHAPTERS, Clause, catalogue, find_clauses
 from conformance.deviations import load_deviations
 from conformance.loading import load_subject
 from conformance.options import FAILED, PASSED, Format, Options
-from conformance.report.result import Report, report_of, require_writable, write_json
+from conformance.report.result import Report, plain, report_of, require_writable, write_json
 from conformance.session import Result, Session
 
 if TYPE_CHECKING:
@@ -68,12 +68,13 @@ class Sitting:
 
 
 def shown(clauses: Iterable[Clause], console: "Console", name: str) -> Iterator[Clause]:
-    """Yield clauses to judge, and show on ``console`` how far it is: a bar on a terminal, a line a chapter elsewhere."""
+    """Yield clauses to judge, and show progress: a bar on a terminal, a line per chapter elsewhere."""
     listed = list(clauses)
     if console.is_terminal:
+        from rich.markup import escape
         from rich.progress import track
 
-        yield from track(listed, f"Judging {name}", console=console, transient=True)
+        yield from track(listed, f"Judging {escape(plain(name))}", console=console, transient=True)
         return
     for number, clause in enumerate(listed):
         yield clause

@@ -16,6 +16,7 @@ from conformance.cli import sentence
 from conformance.engine import Sitting
 from conformance.errors import UsageError
 from conformance.options import OPTIONS, USAGE, Options
+from conformance.report.result import plain
 from conformance.session import BAD, Result
 
 LETTERS = {"pass": ".", "fail": "F", "deviates": "d", "fixed": "X", "n/a": "-", "error": "E"}
@@ -149,5 +150,6 @@ def pytest_report_header(config: pytest.Config) -> Iterable[str]:
     """Return the line that says what is judged."""
     if SITTING in config.stash:
         run = sitting(config)
-        return [f"conformance: {run.session.subject.name} {run.session.subject.version}, {len(run.chosen)} clauses"]
+        subject = plain(f"{run.session.subject.name} {run.session.subject.version}")
+        return [f"conformance: {subject}, {len(run.chosen)} clauses"]
     return []

@@ -155,7 +155,7 @@ class Recipe:
         return self.batch_total or self.microbatch_size * self.microbatches * self.world_size
 
     def batches(self, rank: int = 0) -> "list[torch.Tensor]":
-        """Training data of one rank: tensors of token ids (microbatch_size, block_size + 1), int64.
+        """Return training data of one rank: tensors of token ids (microbatch_size, block_size + 1), int64.
 
         ``updates * microbatches`` of them. How an update is split, into microbatches and over ranks, does not change
         which sequences it has.
@@ -163,7 +163,7 @@ class Recipe:
         return self._split(self._repeated(self._sequences()), rank)
 
     def labels(self, rank: int = 0) -> "list[torch.Tensor]":
-        """What shall be predicted: batches(), with -100 for each token that is no target under ``ignored_targets``.
+        """Return the targets: batches(), with -100 for each token to ignore under ``ignored_targets``.
 
         The first token of a sequence is never one, so a stack that shifts gives it no thought.
         """
@@ -179,11 +179,11 @@ class Recipe:
         return self._split(self._repeated(tokens), rank)
 
     def validation_batches(self, rank: int = 0) -> "list[torch.Tensor]":
-        """Validation data of one rank: two tensors like those of batches(), of other tokens."""
+        """Return validation data of one rank: two tensors like those of batches(), of other tokens."""
         return self._split(self._tokens(2 * self.world_size * self.microbatch_size, stream=0), rank)
 
     def document(self) -> "torch.Tensor":
-        """Training data as one document: ``samples * block_size`` token ids below ``vocab_size - 1``, int64.
+        """Return training data as one document: ``samples * block_size`` token ids below ``vocab_size - 1``, int64.
 
         With the id ``vocab_size - 1`` behind it as its end, it holds ``samples`` sequences of ``block_size`` tokens and
         the next one: those of dataset().
@@ -195,14 +195,14 @@ class Recipe:
         return torch.randint(self.vocab_size - 1, (self.samples * self.block_size,), generator=generator)
 
     def dataset(self) -> "torch.Tensor":
-        """Training data as samples, (samples, block_size + 1), int64; each begins with the last token of another."""
+        """Return training data as samples (samples, block_size + 1), int64; each begins where another ends."""
         import torch
 
         end = torch.tensor([self.vocab_size - 1])
         return torch.cat((self.document(), end)).unfold(0, self.block_size + 1, self.block_size)
 
     def _sequences(self) -> "torch.Tensor":
-        """Of all updates (or of the first, if all have the same), microbatches and ranks, in this order."""
+        """Return of all updates (or of the first, if all have the same), microbatches and ranks, in this order."""
         tokens = self._tokens((1 if self.same_batches else self.updates) * self.update_size, stream=1)
         if self.altered is not None:
             half = self.block_size // 2
@@ -211,22 +211,22 @@ class Recipe:
         return tokens
 
     def _repeated(self, tokens: "torch.Tensor") -> "torch.Tensor":
-        """For all updates."""
+        """Return for all updates."""
         return tokens.repeat(self.updates, 1) if self.same_batches else tokens
 
     def _split(self, tokens: "torch.Tensor", rank: int) -> "list[torch.Tensor]":
-        """Into microbatches, those of one rank."""
+        """Return into microbatches, those of one rank."""
         return list(tokens.split(self.microbatch_size))[rank :: self.world_size]
 
     def _tokens(self, count: int, stream: int) -> "torch.Tensor":
-        """Sequences at random, (count, block_size + 1)."""
+        """Return sequences at random, (count, block_size + 1)."""
         import torch
 
         generator = torch.Generator().manual_seed(DATA_SEED + stream)
         return torch.randint(0, self.vocab_size, (count, self.block_size + 1), generator=generator)
 
     def missing_checkpoint(self) -> "Checkpoint":
-        """A checkpoint that is not there, for asking what a stack does about it."""
+        """Return a checkpoint that is not there, for asking what a stack does about it."""
         from conformance.recording.trace import Checkpoint
 
         return Checkpoint(update=1, files=(), folder=Path(tempfile.gettempdir()) / "no-such-checkpoint")

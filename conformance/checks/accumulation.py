@@ -23,7 +23,7 @@ def gradients_agree(
     what: str = "the gradient",
     bound: float = GRADIENT_BOUND,
 ) -> None:
-    """Two gradients are the same vector, up to the order of summation.
+    """Check that two gradients are the same vector, up to the order of summation.
 
     >>> model = nn.Linear(2, 2)
     >>> model(torch.ones(1, 2)).sum().backward()
@@ -55,13 +55,13 @@ def gradients_agree(
 
 
 def named_gradients(source: nn.Module | Gradients) -> dict[str, Tensor]:
-    """Gradients in float64, by name, of those tensors that have one."""
+    """Return gradients in float64, by name, of those tensors that have one."""
     gradients = {n: p.grad for n, p in source.named_parameters()} if isinstance(source, nn.Module) else source
     return {name: gradient.double() for name, gradient in gradients.items() if gradient is not None}
 
 
 def total_norm(gradients: Mapping[str, Tensor | None]) -> float:
-    """The length of the vector that all gradients are together."""
+    """Return the length of the vector that all gradients are together."""
     return float(sum(g.double().square().sum().item() for g in gradients.values() if g is not None)) ** 0.5
 
 
@@ -71,7 +71,7 @@ def gradient_is_of(
     gradients: tuple[Gradients, Gradients],
     what: str = "the gradient",
 ) -> None:
-    """A gradient is that of the loss itself, neither a multiple of it nor a part.
+    """Check that a gradient is that of the loss itself, neither a multiple of it nor a part.
 
     The loss before and after a step differs by the step times the mean of the gradients before and after, up to the
     third order of the step.

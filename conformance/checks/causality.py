@@ -11,7 +11,9 @@ from conformance.errors import Violation, quoted
 
 
 def looks_back_only(model: Callable[[Tensor], Any], ids: Tensor, bound: float = 0.0) -> None:
-    """No logit of a model depends on a later token: those of the first half stay when the second half is another.
+    """Check that no logit depends on a later token.
+
+    The logits of the first half must stay as they are when the second half of the tokens changes.
 
     >>> looks_back_only(torch.nn.Embedding(8, 8), torch.tensor([[1, 2, 3, 4]]))
 

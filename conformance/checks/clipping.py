@@ -13,7 +13,7 @@ CLIP_BOUND = 1e-4
 
 
 def clipped_as_one(free: Mapping[str, Tensor | None], clipped: Mapping[str, Tensor | None], limit: float) -> None:
-    """Clipping scales the whole gradient, all tensors together, to the limit.
+    """Check that clipping scales the whole gradient, all tensors together, to the limit.
 
     Args:
         free: the gradient of the same update without clipping, longer than the limit.
@@ -29,7 +29,7 @@ def clipped_as_one(free: Mapping[str, Tensor | None], clipped: Mapping[str, Tens
 
 
 def all_finite(tensors: Mapping[str, Tensor], when: str) -> None:
-    """No element is NaN or infinite.
+    """Check that no element is NaN or infinite.
 
     Raises:
         Violation: naming the tensors.

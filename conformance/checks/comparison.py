@@ -26,12 +26,12 @@ def tensors_equal(expected: Mapping[str, Tensor], seen: Mapping[str, Tensor], wh
 
 
 def same(first: Tensor, second: Tensor) -> bool:
-    """Whether shape, dtype and content agree."""
+    """Return True if shape, dtype and content agree."""
     return first.shape == second.shape and first.dtype == second.dtype and bits_equal(first, second)
 
 
 def largest_difference(first: Tensor, second: Tensor) -> str:
-    """The largest absolute difference, or what keeps it from being computed."""
+    """Return the largest absolute difference, or what keeps it from being computed."""
     if first.shape != second.shape:
         return f"shape {tuple(first.shape)} against {tuple(second.shape)}"
     if first.dtype != second.dtype:

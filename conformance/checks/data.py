@@ -12,7 +12,7 @@ IGNORED = -100  # a target that is not to be predicted
 
 
 def sample_numbers(ids: Tensor, samples: Tensor) -> list[int | None]:
-    """Which sample each sequence is, None for one that is none of them.
+    """Return which sample each sequence is, None for one that is none of them.
 
     Args:
         ids: (B, T) or, of stacks that shift inside the model, (B, T + 1).
@@ -26,7 +26,7 @@ def sample_numbers(ids: Tensor, samples: Tensor) -> list[int | None]:
 
 
 def once_each(seen: Sequence[int | None], samples: int, what: str) -> None:
-    """Every sample was seen exactly once, and nothing else.
+    """Check that every sample was seen exactly once, and nothing else.
 
     Raises:
         Violation: with the numbers of those that were not.
@@ -43,7 +43,7 @@ def once_each(seen: Sequence[int | None], samples: int, what: str) -> None:
 
 
 def next_tokens(logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The logits that have a target, and the target.
+    """Return the logits that have a target, and the target.
 
     Args:
         logits: (B, T, V) or (B, T + 1, V).
@@ -56,12 +56,12 @@ def next_tokens(logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mean_entropy(logits: Tensor, targets: Tensor) -> float:
-    """Mean cross entropy over the targets that are not ignored, computed in float64."""
+    """Return mean cross entropy over the targets that are not ignored, computed in float64."""
     return F.cross_entropy(logits.double().flatten(0, 1), targets.flatten(), ignore_index=IGNORED).item()
 
 
 def sequence_entropies(logits: Tensor, ids: Tensor, rows: Tensor) -> list[float | None]:
-    """Mean cross entropy of the next tokens of each sequence; None for one that is none of the rows.
+    """Return mean cross entropy of the next tokens of each sequence; None for one that is none of the rows.
 
     Args:
         logits: of the sequences, (B, T, V) or (B, T + 1, V).
@@ -80,7 +80,7 @@ SHIFT_BOUND = 1e-4
 
 
 def predicts_next(logits: Sequence[Tensor], rows: Sequence[Tensor], losses: Sequence[float]) -> None:
-    """The losses are those of predicting each next token, up to a factor that all share.
+    """Check that the losses are those of predicting each next token, up to a factor that all share.
 
     Args:
         logits: of at least two microbatches, (B, T, V) or (B, T + 1, V).

@@ -16,7 +16,7 @@ DECAY_BOUND = 2.5e-7
 
 
 def covered_once(groups: Sequence[Collection[str]], trainable: Collection[str]) -> None:
-    """Each trainable tensor is in exactly one group, exactly once.
+    """Check that each trainable tensor is in exactly one group, exactly once.
 
     Args:
         groups: names of the tensors in each group; a tied tensor has one name.
@@ -36,7 +36,7 @@ def covered_once(groups: Sequence[Collection[str]], trainable: Collection[str]) 
 
 
 def only_these(groups: Sequence[Collection[str]], trainable: Collection[str]) -> None:
-    """The groups hold nothing but trainable tensors of the model.
+    """Check that the groups hold nothing but trainable tensors of the model.
 
     Raises:
         Violation: naming frozen tensors and tensors that the model does not use.
@@ -47,7 +47,7 @@ def only_these(groups: Sequence[Collection[str]], trainable: Collection[str]) ->
 
 
 def decay_acts(before: Mapping[str, Tensor], after: Mapping[str, Tensor], factors: Mapping[str, float]) -> None:
-    """One step with zero gradients multiplies each tensor by its factor: 1 - lr * weight_decay, or exactly 1.
+    """Check that a step with zero gradients multiplies each tensor by its factor: 1 - lr * weight_decay, or 1.
 
     Raises:
         Violation: naming tensors and the factors seen.
@@ -70,7 +70,7 @@ def decay_acts(before: Mapping[str, Tensor], after: Mapping[str, Tensor], factor
 
 
 def moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor], names: Collection[str]) -> None:
-    """Every tensor named has changed.
+    """Check that every tensor named has changed.
 
     Raises:
         Violation: naming those that are as they were.
@@ -81,7 +81,7 @@ def moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor], names: Coll
 
 
 def unmoved(before: Mapping[str, Tensor], after: Mapping[str, Tensor], names: Collection[str]) -> None:
-    """No tensor named has changed.
+    """Check that no tensor named has changed.
 
     Raises:
         Violation: naming those that have.
@@ -92,7 +92,7 @@ def unmoved(before: Mapping[str, Tensor], after: Mapping[str, Tensor], names: Co
 
 
 def decay_groups_cover(model: nn.Module, optimizer: Optimizer) -> None:
-    """Each trainable tensor of ``model`` is in exactly one group of ``optimizer``, once, and nothing else is.
+    """Check that each trainable tensor of a model is in one group of its optimizer, once, and nothing else is.
 
     >>> model = nn.Linear(2, 2)
     >>> decay_groups_cover(model, torch.optim.AdamW(model.parameters()))

@@ -14,7 +14,7 @@ OPTIONS = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse
 
 
 def embedding_swap_lossless(before: nn.Embedding, after: nn.Embedding) -> None:
-    """A swapped embedding has the weight of the old one, bit for bit, its options, device and dtype.
+    """Check that a swapped embedding has the weight of the old one, bit for bit, its options, device and dtype.
 
     >>> table = nn.Embedding(8, 4, padding_idx=1)
     >>> embedding_swap_lossless(table, nn.Embedding(8, 4, padding_idx=1, _weight=table.weight.detach()))
@@ -33,7 +33,7 @@ def embedding_swap_lossless(before: nn.Embedding, after: nn.Embedding) -> None:
 
 
 def same_options(before: Mapping[str, object], after: Mapping[str, object], name: str) -> None:
-    """The options of an embedding survive the swap.
+    """Check that the options of an embedding survive the swap.
 
     Raises:
         Violation: naming the options that were lost or changed.
@@ -45,12 +45,12 @@ def same_options(before: Mapping[str, object], after: Mapping[str, object], name
 
 
 def swapped(embeddings: Iterable[EmbeddingInfo]) -> list[str]:
-    """Names of the StableEmbeddings."""
+    """Return names of the StableEmbeddings."""
     return [info.name for info in embeddings if info.kind.endswith(f".{STABLE}")]
 
 
 def state_bits(state: Mapping[str, Mapping[str, object]], tensors: Mapping[str, TensorInfo], wide: set[str]) -> None:
-    """Optimizer state has 32 bits for the tensors in ``wide``, and 8 bits for every other one that is large enough.
+    """Check that state has 32 bits for the tensors in ``wide``, and 8 bits for every other large tensor.
 
     Raises:
         Violation: naming tensors with the wrong width.

@@ -15,12 +15,12 @@ REPORTED = re.compile(
 
 
 def reported_losses(messages: Iterable[str]) -> list[str]:
-    """The validation losses in what a run said, as they stand there."""
+    """Return the validation losses in what a run said, as they stand there."""
     return [number for line in messages for number in REPORTED.findall(line)]
 
 
 def reports(messages: Sequence[str], expected: float) -> None:
-    """Some message gives the validation loss, and it is this one.
+    """Check that some message gives the validation loss, and that it is the expected one.
 
     Raises:
         Violation: with the numbers that the messages give instead.

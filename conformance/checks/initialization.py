@@ -15,7 +15,7 @@ LOSS_MARGIN = 0.5  # nats above or below ln V
 
 
 def initialised(tensors: nn.Module | Mapping[str, Tensor], buffers: Mapping[str, Tensor] | None = None) -> None:
-    """Every element of every floating tensor is finite; of buffers, none is NaN: a causal mask may hold -inf.
+    """Check that every floating tensor is finite, and that no buffer holds NaN: a causal mask may hold -inf.
 
     >>> initialised(nn.Linear(2, 2))
 
@@ -39,7 +39,7 @@ def initialised(tensors: nn.Module | Mapping[str, Tensor], buffers: Mapping[str,
 
 
 def deviation(tensor: Tensor, declared: Distribution) -> str:
-    """What is wrong with a tensor that should come from ``declared``; empty if nothing is.
+    """Return what is wrong with a tensor that should come from ``declared``; empty if nothing is.
 
     A normal with n elements has a mean within 3 std / sqrt(n), a standard deviation within 3 / sqrt(2 n) of the
     declared one, and a kurtosis within 3 sqrt(24 / n) of 3. (A uniform with the same standard deviation has 1.8.)
@@ -70,20 +70,8 @@ def deviation(tensor: Tensor, declared: Distribution) -> str:
     return ""
 
 
-def distributed_as(tensors: Mapping[str, Tensor], declared: Mapping[str, Distribution]) -> None:
-    """Every tensor looks as if drawn from its declared distribution.
-
-    Raises:
-        Violation: naming the tensors and their numbers.
-    """
-    wrong = {name: deviation(tensors[name], declared[name]) for name in declared}
-    listed = [f"{name}: {text}" for name, text in wrong.items() if text]
-    if listed:
-        raise Violation("mean and std of every tensor as declared, within 3 standard errors", quoted(listed, limit=6))
-
-
 def starts_differ(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:
-    """Under another seed every tensor that is drawn at random is another.
+    """Check that under another seed every tensor that is drawn at random is another.
 
     Raises:
         Violation: naming random tensors that are equal.
@@ -98,7 +86,7 @@ def starts_differ(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> 
 
 
 def starts_ignorant(loss: float, vocabulary: int) -> None:
-    """The first loss is that of a model that knows nothing: ln V nats per token.
+    """Check that the first loss is that of a model that knows nothing: ln V nats per token.
 
     Raises:
         Violation: with the loss.

@@ -14,7 +14,7 @@ from conformance.recording.trace import Group
 
 
 def keywords_arrive(groups: Sequence[Group], arguments: Mapping[str, Any], varying: Sequence[str] = ()) -> None:
-    """Every keyword that the user gave is in every parameter group, exactly.
+    """Check that every keyword that the user gave is in every parameter group, exactly.
 
     Args:
         groups: the optimizer's groups.
@@ -33,14 +33,14 @@ def keywords_arrive(groups: Sequence[Group], arguments: Mapping[str, Any], varyi
 
 
 def as_given(found: Any, given: Any) -> Any:
-    """The number given, where a tensor holds it (so compiled optimizers want the rate); otherwise what was found."""
+    """Return the number given if a tensor holds it, as compiled optimizers want the rate; otherwise what was found."""
     if isinstance(found, Tensor) and found.ndim == 0 and isinstance(given, float):
         return given if bool(found == torch.tensor(given, dtype=found.dtype)) else found
     return found
 
 
 def config_untouched(changed: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> None:
-    """The user's configuration is after the run what it was before.
+    """Check that the user's configuration is the same after the run as before.
 
     Raises:
         Violation: with the configuration before and after.
@@ -51,7 +51,7 @@ def config_untouched(changed: Sequence[tuple[Mapping[str, Any], Mapping[str, Any
 
 
 def names_nearest(message: str, nearest: str, accepted: Sequence[str]) -> None:
-    """An error about a misspelt keyword names the right one, and before any other: a list of all is no hint.
+    """Check that an error about a misspelt keyword names the right one first: a list of all is not a hint.
 
     Raises:
         Violation: with the message.
@@ -62,7 +62,7 @@ def names_nearest(message: str, nearest: str, accepted: Sequence[str]) -> None:
 
 
 def accepts_only_supported_keywords(build: Callable[[type[Optimizer], dict[str, Any]], Optimizer]) -> None:
-    """A builder of optimizers hands over the user's keywords, drops only its own, and refuses misspelt ones.
+    """Check that a builder of optimizers passes on the user's keywords, drops only its own, and refuses misspelt ones.
 
     >>> import torch
     >>> parameters = [torch.nn.Parameter(torch.zeros(2))]
@@ -96,5 +96,5 @@ def accepts_only_supported_keywords(build: Callable[[type[Optimizer], dict[str, 
 
 
 def trainable_ids(module: nn.Module) -> dict[int, str]:
-    """Names of the trainable tensors of a module, by identity."""
+    """Return names of the trainable tensors of a module, by identity."""
     return {id(p): name for name, p in module.named_parameters() if p.requires_grad}

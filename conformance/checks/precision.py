@@ -17,7 +17,7 @@ MOVEMENT_BOUND = 0.5  # of the float32 run's movement; healthy 0.99 to 1.02, los
 
 
 def loss_in_float32(logits: Tensor, targets: Tensor, loss: Tensor) -> None:
-    """A loss is the float32 cross entropy of the logits it was computed from, in value and dtype.
+    """Check that a loss is the float32 cross entropy of the logits it was computed from, in value and dtype.
 
     >>> logits, targets = torch.randn(1, 3, 8), torch.tensor([[1, 2, 3]])
     >>> loss_in_float32(logits, targets, F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
@@ -41,7 +41,7 @@ def loss_in_float32(logits: Tensor, targets: Tensor, loss: Tensor) -> None:
 
 
 def shared_factor(pairs: Sequence[tuple[Tensor, Tensor, Tensor]]) -> float:
-    """The factor between losses and the cross entropies of their logits that the losses share; 1 if it is as good.
+    """Return the factor that all losses share beside the cross entropies of their logits; 1 if it is as good as 1.
 
     Args:
         pairs: logits (B, T, V), targets (B, T) and loss, at least two of each.
@@ -53,7 +53,7 @@ def shared_factor(pairs: Sequence[tuple[Tensor, Tensor, Tensor]]) -> float:
 
 
 def content_is(logits: Sequence[Tensor], rounded: bool) -> None:
-    """Logits carry the content of float32, not that of bfloat16 in a float32 coat.
+    """Check that logits carry the content of float32, not that of bfloat16 in a float32 coat.
 
     Raises:
         Violation: if every value of every tensor is a bfloat16 number (or, with ``rounded``, if any is not).
@@ -66,7 +66,7 @@ def content_is(logits: Sequence[Tensor], rounded: bool) -> None:
 
 
 def dtypes_are(dtypes: Mapping[str, torch.dtype], expected: torch.dtype, what: str) -> None:
-    """All tensors have one dtype.
+    """Check that all tensors have one dtype.
 
     Raises:
         Violation: naming those that have another.
@@ -77,7 +77,7 @@ def dtypes_are(dtypes: Mapping[str, torch.dtype], expected: torch.dtype, what: s
 
 
 def tables_close(exact: Mapping[str, Tensor], seen: Mapping[str, Tensor]) -> None:
-    """Tables of a 16-bit model are those of the float32 model, rounded once.
+    """Check that tables of a 16-bit model are those of the float32 model, rounded once.
 
     Raises:
         Violation: naming the table and its largest error.
@@ -92,5 +92,5 @@ def tables_close(exact: Mapping[str, Tensor], seen: Mapping[str, Tensor]) -> Non
 
 
 def movement(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float:
-    """Sum over all elements of how far they moved."""
+    """Return sum over all elements of how far they moved."""
     return float(sum((after[name].double() - before[name].double()).abs().sum().item() for name in before))

@@ -17,35 +17,35 @@ OTHERS = {"val", "valid", "validation", "eval", "evaluation", "test", "dev", "au
 
 
 def training_losses(messages: Iterable[str]) -> list[str]:
-    """The losses in what a run said, as they stand there, without those of validation."""
+    """Return the losses in what a run said, as they stand there, without those of validation."""
     found = [match for line in messages for match in LOSS.findall(line)]
     return [number for before, after, number in found if not {before.lower(), after.lower()} & OTHERS]
 
 
 def learning_rates(messages: Iterable[str]) -> list[str]:
-    """The learning rates in what a run said about its progress; in settings that it printed it is the peak."""
+    """Return the learning rates in what a run said about its progress; in settings that it printed it is the peak."""
     return [number for line in messages if is_progress(line) for number in RATE.findall(line)]
 
 
 def gradient_norms(messages: Iterable[str]) -> list[str]:
-    """The gradient norms in what a run said about its progress; in settings that it printed it is the limit."""
+    """Return the gradient norms in what a run said about its progress; in settings that it printed it is the limit."""
     return [number for line in messages if is_progress(line) for number in NORM.findall(line)]
 
 
 def is_progress(line: str) -> bool:
-    """Whether a message is about an update, and not about settings."""
+    """Return True if a message is about an update, and not about settings."""
     return bool(PROGRESS.search(line) or training_losses([line]))
 
 
 def is_rounded(text: str, value: float) -> bool:
-    """Whether a printed number is this value, rounded to as many digits as were printed."""
+    """Return True if a printed number is this value, rounded to as many digits as were printed."""
     digits, _, exponent = text.lower().partition("e")
     unit = 10.0 ** (int(exponent or 0) - len(digits.partition(".")[2]))
     return abs(float(text) - value) <= 0.5 * unit + 1e-6 * abs(value)
 
 
 def one_is_among(numbers: Sequence[str], values: Iterable[float], what: str) -> None:
-    """One of the numbers reported is one of these values, rounded.
+    """Check that one of the numbers reported is one of these values, rounded.
 
     Args:
         numbers: as they were printed.

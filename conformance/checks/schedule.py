@@ -9,7 +9,7 @@ RATE_BOUND = 1e-6  # relative: schedules are computed in float64, and some are k
 
 
 def rates_are(updates: Sequence[Sequence[Group]], declared: Sequence[float], what: str = "learning rates") -> None:
-    """The learning rate of every update, in every group, is the declared one.
+    """Check that the learning rate of every update, in every group, is the declared one.
 
     Args:
         updates: the parameter groups of each update.

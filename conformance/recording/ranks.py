@@ -53,7 +53,7 @@ def run_on_ranks(subject: Subject, recipe: Recipe, directory: Path) -> "list[Tra
 
 
 def works_in_a_fork() -> bool:
-    """Whether autograd does, by trying it: forking spares each rank the imports, some seconds.
+    """Return True if autograd does, by trying it: forking spares each rank the imports, some seconds.
 
     Where there is a GPU, autograd has a thread for it from the first backward on, also of a run on the CPU, and refuses
     to work in a fork. The same holds where PyTorch is built for CUDA and there is no GPU, if a ``FakeTensorMode``,
@@ -75,7 +75,7 @@ def works_in_a_fork() -> bool:
 
 
 def run_rank(rank: int, subject: Subject, recipe: Recipe, directory: Path, port: int, pipe: Connection) -> None:
-    """What one process does: find its place by torchrun's variables, train, send the trace."""
+    """Find this process's place by torchrun's variables, train, and send the trace."""
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -108,7 +108,7 @@ def run_rank(rank: int, subject: Subject, recipe: Recipe, directory: Path, port:
 
 
 def receive_all(pipes: dict[Connection, int]) -> "list[Trace]":
-    """The traces that the ranks send, by rank.
+    """Return the traces that the ranks send, by rank.
 
     Raises:
         RunFailed: as soon as a rank raised or died, with the first to do so: the others only lose their peer.
@@ -132,7 +132,7 @@ def receive_all(pipes: dict[Connection, int]) -> "list[Trace]":
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
+    """Return a TCP port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

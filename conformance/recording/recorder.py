@@ -219,7 +219,7 @@ class Recorder:
         return ((*args[:1], closure, *args[2:]), kwargs) if len(args) > 1 else (args, kwargs | {"closure": closure})
 
     def noting(self, closure: Callable[..., Any], optimizer: Optimizer) -> Callable[..., Any]:
-        """The closure, with a note taken when it first ends.
+        """Return the closure, with a note taken when it first ends.
 
         Lightning computes forward, backward and clipping inside the closure that it gives to step: on entry the
         gradients are still those of the update before.
@@ -265,7 +265,7 @@ class Recorder:
             self.trace.updates.append(Update(after=copied(tensors), state_after=state, **begun))
 
     def watched(self, optimizer: Optimizer) -> dict[str, Tensor]:
-        """All parameters of the module as it is now, and whatever else the optimizer holds."""
+        """Return all parameters of the module as it is now, and whatever else the optimizer holds."""
         tensors = {} if self.root is None else named_tensors(self.root)
         known = {id(tensor) for tensor in tensors.values()}
         for group in optimizer.param_groups:

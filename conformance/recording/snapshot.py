@@ -20,13 +20,13 @@ WRAPPER_CLASSES = ("DistributedDataParallel", "DataParallel")  # these call what
 
 
 def describe_group(group: dict[str, Any], names: dict[int, str]) -> Group:
-    """A parameter group as plain data; state that its class keeps inside is left to describe_state."""
+    """Return a parameter group as plain data; state that its class keeps inside is left to describe_state."""
     settings = {k: plain_value(v) for k, v in group.items() if k != "params" and not keyed_by_tensor(v)}
     return Group(tuple(names[id(tensor)] for tensor in group["params"]), settings)
 
 
 def describe_state(optimizer: Optimizer, names: dict[int, str]) -> dict[str, dict[str, Any]]:
-    """Optimizer state by name: from ``optimizer.state``, and from dictionaries by tensor inside the groups."""
+    """Return optimizer state by name: from ``optimizer.state``, and from dictionaries by tensor inside the groups."""
     places = [optimizer.state, *(v for group in optimizer.param_groups for v in group.values() if keyed_by_tensor(v))]
     return {
         names[id(tensor)]: {key: plain_value(value) for key, value in entry.items()}
@@ -37,12 +37,12 @@ def describe_state(optimizer: Optimizer, names: dict[int, str]) -> dict[str, dic
 
 
 def keyed_by_tensor(value: Any) -> bool:
-    """Whether this is a dictionary with tensors as keys, as grokadamw 0.1.2 keeps its state in a group."""
+    """Return True if this is a dictionary with tensors as keys, as grokadamw 0.1.2 keeps its state in a group."""
     return isinstance(value, dict) and any(isinstance(key, Tensor) for key in value)
 
 
 def find_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The token ids among the arguments: the first integer tensor of two dimensions."""
+    """Return the token ids among the arguments: the first integer tensor of two dimensions."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor) and value.ndim == 2 and not value.is_floating_point() and not value.is_meta:
             return value
@@ -50,7 +50,7 @@ def find_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
 
 
 def find_logits(output: Any) -> Tensor | None:
-    """The logits in a model's output: the first floating tensor of three dimensions, chunks along time joined."""
+    """Return the logits in a model's output: its first floating tensor of three dimensions, with chunks joined."""
     if isinstance(output, Tensor):
         return output if output.ndim == 3 and output.is_floating_point() else None
     if isinstance(output, dict):  # Hugging Face's ModelOutput is one
@@ -64,21 +64,21 @@ def find_logits(output: Any) -> Tensor | None:
 
 
 def named_tensors(module: nn.Module, buffers: bool = False) -> dict[str, Tensor]:
-    """Parameters (or buffers) by their names without the prefixes of wrappers; tied ones under the first."""
+    """Return parameters (or buffers) by their names without the prefixes of wrappers; tied ones under the first."""
     pairs = module.named_buffers() if buffers else module.named_parameters()
     wrappers = wrapper_prefixes(module)
     return {clean_name(name, wrappers): tensor for name, tensor in pairs}
 
 
 def wrapper_prefixes(module: nn.Module) -> tuple[str, ...]:
-    """Names of modules inside ``module`` that only wrap another one and call it ``module``."""
+    """Return names of modules inside ``module`` that only wrap another one and call it ``module``."""
     return tuple(
         f"{name}." if name else "" for name, child in module.named_modules() if type(child).__name__ in WRAPPER_CLASSES
     )
 
 
 def clean_name(name: str, wrappers: tuple[str, ...]) -> str:
-    """A dotted name without the parts that Fabric, torch.compile, DDP, FSDP and checkpointing add."""
+    """Return a dotted name without the parts that Fabric, torch.compile, DDP, FSDP and checkpointing add."""
     for prefix in sorted(wrappers, key=len, reverse=True):
         if name.startswith(f"{prefix}module."):
             name = prefix + name[len(prefix) + len("module.") :]
@@ -86,7 +86,7 @@ def clean_name(name: str, wrappers: tuple[str, ...]) -> str:
 
 
 def describe_tensors(module: nn.Module) -> dict[str, TensorInfo]:
-    """What there is to know about each parameter, by its first name."""
+    """Return what there is to know about each parameter, by its first name."""
     owners, wrappers = dict(module.named_modules()), wrapper_prefixes(module)
     names: dict[int, list[str]] = {}
     first: dict[int, tuple[str, Tensor]] = {}
@@ -111,7 +111,7 @@ def describe_tensors(module: nn.Module) -> dict[str, TensorInfo]:
 
 
 def describe_embeddings(module: nn.Module) -> tuple[EmbeddingInfo, ...]:
-    """What there is to know about each embedding."""
+    """Return what there is to know about each embedding."""
     options = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
     wrappers = wrapper_prefixes(module)
     return tuple(
@@ -134,12 +134,12 @@ def class_path(kind: type) -> str:
 
 
 def on_meta(module: nn.Module) -> bool:
-    """Whether the module has parameters without memory, as stacks build them to count operations."""
+    """Return True if the module has parameters without memory, as stacks build them to count operations."""
     return any(parameter.is_meta for parameter in module.parameters())
 
 
 def same_parameters(first: nn.Module, second: nn.Module) -> bool:
-    """Whether two modules hold the same parameters, as a wrapper and what it wraps do."""
+    """Return True if two modules hold the same parameters, as a wrapper and what it wraps do."""
     return {id(parameter) for parameter in first.parameters()} == {id(parameter) for parameter in second.parameters()}
 
 
@@ -152,19 +152,19 @@ def device_type(module: nn.Module) -> str:
 
 
 def copy_of(tensor: Tensor) -> Tensor:
-    """A copy on the CPU, without history."""
+    """Return a copy on the CPU, without history."""
     with torch.no_grad():
         dense = tensor.detach().to_dense() if tensor.is_sparse else tensor.detach()
         return dense.to("cpu", copy=True)
 
 
 def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of named tensors."""
+    """Return copies of named tensors."""
     return {name: copy_of(tensor) for name, tensor in tensors.items() if not tensor.is_meta}
 
 
 def plain_value(value: Any) -> Any:
-    """A value that can be kept: tensors copied, numbers, text and tuples of them as they are, the rest as repr."""
+    """Return a value that can be kept: tensors copied, numbers, text and tuples of them unchanged, the rest as repr."""
     if isinstance(value, Tensor):
         return copy_of(value)
     if value is None or isinstance(value, bool | int | float | str):
@@ -186,5 +186,5 @@ def equal_values(first: Any, second: Any) -> bool:
 
 
 def bits_equal(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors of one dtype and shape hold the same values; NaN equals NaN, 0.0 equals -0.0."""
+    """Return True if two tensors of one dtype and shape hold the same values; NaN equals NaN, 0.0 equals -0.0."""
     return bool(((first == second) | ((first != first) & (second != second))).all())

@@ -142,7 +142,7 @@ def prose(text: str) -> Markup:
 
 
 def reproduced(report: Report, folder: Path) -> dict[str, tuple[str, str]]:
-    """Return, by clause, link and title of what the ``findings`` beside or above the pages reproduce for this subject."""
+    """Return, by clause, link and title of what the ``findings`` near the pages reproduce for this subject."""
     found: dict[str, tuple[str, str]] = {}
     own = re.compile(rf"# .* {re.escape(report.name)}( {re.escape(report.version)})?, reproduced by hand\n")
     for ups, parent in enumerate(folder.absolute().parents[:2], 1):

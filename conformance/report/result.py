@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import stat
 import tempfile
 from collections import Counter
@@ -143,7 +144,7 @@ def plain(text: str) -> str:
 
 def repeat_command(spec: str, identity: str) -> str:
     """Return the command that judges just one clause."""
-    return f"python -m conformance run --subject {spec} --clause {identity}"
+    return f"python -m conformance run --subject {shlex.quote(spec)} --clause {identity}"
 
 
 # writing -----------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ class ResumableLoader(DataLoader[torch.Tensor]):
                 yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """How many batches of this pass were given."""
+        """Return how many batches of this pass were given."""
         return {"position": self.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:

@@ -5,12 +5,14 @@ import os
 import pydoc
 from typing import Any
 
+import lightning  # noqa: F401 # what the trainer runs on: if it is missing, loading the subject says so
 import torch
 from torch import nn
 
 import reference
 from conformance import Checkpoint, Constant, Normal, Recipe, TensorInfo
 from conformance.subject import Distribution
+from conformance.version import suite_version
 from reference.data.tokens import TokenData, write_tokens
 
 
@@ -43,20 +45,20 @@ class Reference:
     """reference.Trainer."""
 
     name = "reference"
-    version = "0.1.0"
+    version = suite_version()
     policy = ReferencePolicy()
     lacks: dict[str, str] = {"batch-total": "TrainConfig.microbatches counts the microbatches"}
     if not torch.cuda.is_available():
         lacks["16-mixed"] = "reference.training.launch refuses it on the CPU, and this machine has no GPU"
 
     def model_config(self, recipe: Recipe) -> reference.GPTConfig:
-        """The model of the recipe; tests override it to vary what must not matter."""
+        """Return the model of the recipe; tests override it to vary what must not matter."""
         build = reference.GPTConfig.gpt2 if recipe.shape == "gpt" else reference.GPTConfig.llama
         size = {name: getattr(recipe, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size")}
         return build(**size, tie_embeddings=recipe.tied, dropout=recipe.dropout)
 
     def train_config(self, recipe: Recipe) -> reference.TrainConfig:
-        """The run of the recipe; tests override it too."""
+        """Return the run of the recipe; tests override it too."""
         same = "updates microbatches warmup clip precision logits stable_embedding initialization compile seed"
         same += " activation_checkpointing"
         optimizer: dict[str, Any] = recipe.optimizer.config()

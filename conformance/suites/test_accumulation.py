@@ -17,12 +17,12 @@ from conformance.suites import SGD, dropping, everyday, on_two_ranks
 
 
 def in_one_batch(recipe: Recipe) -> Recipe:
-    """The same updates, each with a single microbatch."""
+    """Return the same updates, each with a single microbatch."""
     return replace(recipe, microbatch_size=recipe.update_size, microbatches=1)
 
 
 def dense(gradients: dict[str, Tensor | None]) -> dict[str, Tensor]:
-    """Those that are there."""
+    """Return those that are there."""
     return {name: gradient for name, gradient in gradients.items() if gradient is not None}
 
 
@@ -30,13 +30,14 @@ def dense(gradients: dict[str, Tensor | None]) -> dict[str, Tensor]:
     "ACC-1",
     since="0.1",
     needs=("microbatches",),
-    why="The gradient is too large or too small by the number of microbatches: another learning rate than the one set.",
-    mend="Divide the loss of each microbatch by the number of microbatches, or all by the count of target tokens.",
+    why="A gradient that is too large or too small by the number of microbatches acts as another learning rate.",
+    mend="Divide the loss of each microbatch by the number of microbatches, or all losses by the number of target "
+    "tokens.",
     source="karpathy/nanoGPT#168, #206; huggingface/transformers#37766, #35438",
     bound="1e-5 of the gradient vector (healthy: 1.4e-7; the last microbatch only: 0.87; not divided: 3)",
 )
 def test_split_into_microbatches(runs: Runs) -> None:
-    """k microbatches give the gradient of one batch of the same sequences."""
+    """Accumulating k microbatches gives the same gradient as one batch of the same sequences."""
     split = everyday(runs)
     whole = runs.trace(in_one_batch(split))
     gradients_agree(
@@ -50,13 +51,15 @@ def test_split_into_microbatches(runs: Runs) -> None:
     "ACC-2",
     since="0.1",
     needs=("microbatches", "ignored-targets"),
-    why="Tokens in microbatches with few targets weigh more than others; the loss curve depends on the split.",
+    why="Tokens in microbatches with few targets weigh more than others, and the loss curve depends on the split.",
     mend="Sum the losses and divide by the number of targets of the whole update; do not average averages.",
     source="huggingface/transformers#34191, torchtune#1878, marin-community/levanter#842",
     bound="as ACC-1 (healthy: 1.1e-7; mean of means: 0.27)",
 )
 def test_ragged_microbatches(runs: Runs) -> None:
-    """So they do if the microbatches have different numbers of targets: every target token weighs the same."""
+    """Microbatches with different numbers of target tokens give the same gradient as one batch: every target token
+    weighs the same.
+    """
     split = replace(everyday(runs), ignored_targets=True)
     whole = runs.trace(in_one_batch(split))
     gradients_agree(
@@ -76,7 +79,9 @@ def test_ragged_microbatches(runs: Runs) -> None:
     bound="as ACC-1 (healthy: 5e-8; not exchanged: 0.7); bit equality between the ranks",
 )
 def test_split_over_ranks(runs: Runs) -> None:
-    """Two ranks give the gradient of one process on all of the sequences, and agree bit for bit."""
+    """Two ranks give the same gradient as one process on all of the sequences, and agree with each other bit for
+    bit.
+    """
     split = everyday(runs)
     one, (first, second) = runs.trace(split), runs.ranks(on_two_ranks(split))
     for update, other in zip(first.updates, second.updates, strict=True):
@@ -89,13 +94,13 @@ def test_split_over_ranks(runs: Runs) -> None:
     "ACC-4",
     since="0.1",
     needs=("two-ranks", "ignored-targets"),
-    why="A token weighs by the rank that it happens to be on.",
+    why="How much a token weighs depends on the rank that it happens to be on.",
     mend="Divide by the number of targets over all ranks, and undo the average that DDP takes.",
     source="huggingface/transformers#34242, #34373, vllm-project/speculators#942",
     bound="as ACC-1 (healthy: 5e-8; each rank's own mean: 0.2)",
 )
 def test_ragged_ranks(runs: Runs) -> None:
-    """So they do if the ranks have different numbers of targets."""
+    """Two ranks with different numbers of target tokens give the same gradient as one process."""
     split = replace(everyday(runs), ignored_targets=True)
     first, _ = runs.ranks(on_two_ranks(split))
     gradients_agree(runs.trace(split).updates[0].gradients, first.updates[0].gradients, "two ragged ranks against one")
@@ -104,8 +109,8 @@ def test_ragged_ranks(runs: Runs) -> None:
 @clause(
     "ACC-5",
     since="0.1",
-    why="A gradient that is off by a factor is another learning rate and another clip limit than those set.",
-    mend="Divide by the number of tokens that are predicted: not by those that are ignored, or have no next token.",
+    why="A gradient that is off by a factor acts as another learning rate and another clipping limit.",
+    mend="Divide by the number of predicted tokens: leave out those that are ignored and those with no next token.",
     source="huggingface/transformers#46204 (GPT-2 still: one token too many), Lightning-AI/litgpt#751",
     bound="5e-3 of the fall of the loss over a small step (healthy: 1.4e-4; 17 tokens counted in place of 16: 5.9e-2)",
 )
@@ -124,7 +129,7 @@ def test_gradient_of_the_mean(runs: Runs) -> None:
 
 
 def loss_of(recipe: Recipe, run: Trace, update: int) -> float:
-    """The mean cross entropy over the targets of an update with one microbatch.
+    """Return the mean cross entropy over the targets of an update with one microbatch.
 
     Raises:
         NotApplicable: if the forwards are not those of the recipe.
@@ -139,13 +144,15 @@ def loss_of(recipe: Recipe, run: Trace, update: int) -> float:
 @clause(
     "ACC-6",
     since="0.1",
-    why="A batch of another size than the one set trains another model, and experiments do not compare.",
-    mend="Refuse a number of sequences that cannot be split, or give a last microbatch of another size.",
+    why="A batch of the wrong size trains another model, and experiments cannot be compared.",
+    mend="Refuse a number of sequences that cannot be split, or make the last microbatch smaller.",
     source="Lightning-AI/litgpt#1927, litgpt TrainArgs (10 sequences in fours become 8), axolotl#134",
     bound="the sequences themselves; for a total that does not split: their number, or an error",
 )
 def test_sequences_of_an_update(runs: Runs) -> None:
-    """Every update trains on exactly the sequences that it was given, as many as asked for, and there are as many."""
+    """Every update trains on exactly the sequences that belong to it, and the run makes as many updates as asked
+    for.
+    """
     recipe = everyday(runs)
     run, samples, size = runs.trace(recipe), torch.cat(recipe.batches()), recipe.update_size
     if len(run.updates) != recipe.updates:
@@ -173,13 +180,13 @@ def test_sequences_of_an_update(runs: Runs) -> None:
     "ACC-7",
     since="0.1",
     needs=("activation-checkpointing",),
-    why="The gradients are those of other activations than the loss was computed from, while the loss looks as always.",
-    mend="Leave preserve_rng_state on, and have nothing else change between the two forwards.",
+    why="The gradients belong to other activations than those of the loss, while the loss looks as always.",
+    mend="Leave preserve_rng_state on, and make sure nothing else changes between the two forwards.",
     source="allenai/OLMo-core#828 (loss 2.50 in place of 2.20), openai/guided-diffusion#167, pytorch#7617",
     bound="as ACC-1 (healthy: 0; dropout drawn anew: 0.48)",
 )
 def test_activations_computed_again(runs: Runs) -> None:
-    """Activation checkpointing changes no gradient, with dropout if the stack has some."""
+    """Activation checkpointing changes no gradient, with dropout if the stack has it."""
     kept = dropping(runs, everyday(runs))
     gradients_agree(
         runs.trace(kept).updates[0].gradients,

@@ -20,7 +20,7 @@ NOT_AS_GIVEN = "the stack does not take the tokens as they are given, so two run
 
 
 def pairs(runs: Runs, recipe: Recipe, altered: Alteration) -> list[Pair]:
-    """The training forwards before the first update, of a run and of one on altered tokens.
+    """Return the training forwards before the first update, of a run and of one on altered tokens.
 
     Raises:
         NotApplicable: if they cannot be paired.
@@ -35,7 +35,7 @@ def pairs(runs: Runs, recipe: Recipe, altered: Alteration) -> list[Pair]:
 @clause(
     "CAUSAL-1",
     since="0.1",
-    why="A model that sees the token it shall predict has a loss near zero in training and says nothing of use.",
+    why="A model that sees the token it must predict has a training loss near zero and generates nonsense.",
     mend="Mask the scores of later tokens before the softmax; with a kernel, pass is_causal or the mask.",
     source="huggingface/transformers#48745, paiml/entrenar#310, karpathy/minGPT#75",
     bound="bit equality (healthy: 0; weakest mutant, a mask one token too wide: 1e-2)",
@@ -53,13 +53,13 @@ def test_no_look_ahead(runs: Runs) -> None:
 @clause(
     "CAUSAL-2",
     since="0.1",
-    why="Sequences that see each other train on leaked text, and a model behaves otherwise alone than in a batch.",
+    why="Sequences that see each other train on leaked text, and the model behaves differently alone than in a batch.",
     mend="Look for a view or reshape where a transpose is meant, and for statistics over the batch.",
     source="bigscience-workshop/Megatron-DeepSpeed#335, karpathy.github.io/2019/04/25/recipe, transformers#17455",
     bound="bit equality (healthy: 0; weakest mutant, batch and time exchanged: 2e-2)",
 )
 def test_sequences_apart(runs: Runs) -> None:
-    """The logits of a sequence do not depend on the others in its batch."""
+    """The logits of a sequence do not depend on the other sequences in its batch."""
     for recipe in shapes(runs):
         for ids, logits, others, changed in pairs(runs, recipe, "other sequences"):
             kept = (ids == others).all(dim=1)
@@ -75,9 +75,9 @@ def test_sequences_apart(runs: Runs) -> None:
 @clause(
     "CAUSAL-3",
     since="0.1",
-    why="A model that sees a part of its context learns, but no more than that part tells.",
-    mend="Look at which entries of the attention's mask are True: for SDPA those that take part, in other places those "
-    "that do not; and at a window of zero, or one shorter than the sequence.",
+    why="A model that sees only part of its context still learns, but no more than that part tells it.",
+    mend="Check which entries of the attention mask are True: for SDPA those that take part, elsewhere those that "
+    "do not. Check for a window of zero, or one shorter than the sequence.",
     source="unslothai/unsloth#8253 (a window of zero sees nothing)",
     bound="other bits at every position (healthy: all of them)",
 )

@@ -15,13 +15,15 @@ from conformance.suites import clipped, everyday, on_two_ranks
     "CLIP-1",
     since="0.1",
     needs=("clip",),
-    why="Clipped by tensor or by microbatch, the update has the right length and another direction.",
+    why="Clipped by tensor or by microbatch, an update has the right length and the wrong direction.",
     mend="Clip once per update, after the last microbatch, over all parameters together.",
     source="huggingface/accelerate#641; torch.nn.utils.clip_grad_norm_ over each tensor",
     bound="1e-4 of the gradient vector (healthy: 1e-6; weakest mutant, per microbatch: 0.88)",
 )
 def test_clipped_as_one(runs: Runs) -> None:
-    """A gradient longer than the limit is scaled to it as a whole: all tensors and microbatches together."""
+    """The stack scales a gradient that is longer than the limit to the limit as a whole, over all tensors and
+    microbatches.
+    """
     recipe = everyday(runs)
     free = runs.trace(recipe).updates[0].gradients
     short = clipped(recipe, total_norm(free), 0.1)
@@ -33,12 +35,12 @@ def test_clipped_as_one(runs: Runs) -> None:
     "CLIP-2",
     since="0.1",
     needs=("clip",),
-    why="A gradient that is always scaled to the limit makes every step as long as the largest.",
+    why="If every gradient is scaled to the limit, every step is as long as the largest.",
     mend="Scale by min(1, limit / norm).",
     source="torch.nn.utils.clip_grad_norm_, which clamps the factor at 1",
 )
 def test_unclipped_below_the_limit(runs: Runs) -> None:
-    """A limit above the norm changes nothing, bit for bit."""
+    """A clipping limit above the gradient's norm changes nothing, bit for bit."""
     recipe = everyday(runs)
     free = runs.trace(recipe)
     long = runs.trace(clipped(recipe, total_norm(free.updates[0].gradients), 1000.0))
@@ -50,13 +52,13 @@ def test_unclipped_below_the_limit(runs: Runs) -> None:
     "CLIP-3",
     since="0.1",
     level="should",
-    why="One overflow in one backward, and every weight is NaN; what was trained until then is lost if not saved.",
-    mend="Look at the gradient norm, which clipping computes anyway, before the step; raise, or leave the step out.",
+    why="A single overflow in one backward makes every weight NaN, and the run is lost.",
+    mend="Check the gradient norm, which clipping computes anyway, before the step; raise an error or skip the step.",
     source="Lightning-AI/pytorch-lightning#21928 (error_if_nonfinite not handed on)",
     bound="no NaN",
 )
 def test_not_finite(runs: Runs) -> None:
-    """A gradient that is not finite never reaches the weights."""
+    """A gradient with a NaN or an infinity never reaches the weights."""
     recipe = Recipe(updates=3, clip=1.0 if runs.has("clip") else None)
     runs.trace(recipe)  # a stack that always raises would raise here too
     tried = runs.attempt(replace(recipe, nan_gradient=1))
@@ -68,13 +70,13 @@ def test_not_finite(runs: Runs) -> None:
     "CLIP-4",
     since="0.1",
     needs=("clip", "two-ranks"),
-    why="Clipped by the norm of a rank's own gradients, an update is scaled by another factor than configured.",
-    mend="Clip what the ranks have summed, by the norm over all of it.",
+    why="If a rank clips by the norm of its own gradients, the update is scaled by the wrong factor.",
+    mend="Clip the summed gradient by its own norm.",
     source="pytorch#72548, #88955, torchtitan#766",
     bound="1e-5 of the gradient vector (healthy: 5e-8; norm counted twice: 0.29); bit equality between the ranks",
 )
 def test_clipped_on_two_ranks(runs: Runs) -> None:
-    """Two ranks clip as one process does, and agree bit for bit."""
+    """Two ranks clip exactly as one process does, and agree with each other bit for bit."""
     recipe = everyday(runs)
     short = clipped(recipe, total_norm(runs.trace(recipe).updates[0].gradients), 0.1)
     first, second = runs.ranks(on_two_ranks(short))

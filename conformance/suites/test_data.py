@@ -16,7 +16,7 @@ EPOCHS = 2  # of shuffled()
 
 
 def order(run: Trace, samples: torch.Tensor) -> list[int | None]:
-    """The numbers of the samples in the order in which they are trained on."""
+    """Return the numbers of the samples in the order in which they are trained on."""
     return [number for forward in run.training_forwards() for number in sample_numbers(forward.ids, samples)]
 
 
@@ -24,13 +24,13 @@ def order(run: Trace, samples: torch.Tensor) -> list[int | None]:
     "DATA-1",
     since="0.1",
     needs=("sampler",),
-    why="Samples that are drawn twice are overfitted, and others never seen; nothing in the loss shows it.",
+    why="Some samples are seen twice and some never, and nothing in the loss shows it.",
     mend="Draw without replacement, and go on to the next epoch where this one ends.",
     source="huggingface/datasets#3423, huggingface/nanoVLM#203 (each sample once per worker)",
     bound="exactly once",
 )
 def test_each_sample_once(runs: Runs) -> None:
-    """In each epoch every sample is seen exactly once."""
+    """In each epoch the run sees every sample exactly once."""
     recipe = shuffled()
     assert recipe.samples is not None
     seen = order(runs.trace(recipe), recipe.dataset())
@@ -43,13 +43,13 @@ def test_each_sample_once(runs: Runs) -> None:
     "DATA-2",
     since="0.1",
     needs=("sampler",),
-    why="The same batches in the same order: the gradients of one epoch repeat those of the last.",
-    mend="Tell the sampler the epoch (DistributedSampler.set_epoch), and let it shuffle with it.",
+    why="If epochs repeat their order, the gradients of one epoch repeat those of the last.",
+    mend="Tell the sampler the epoch (DistributedSampler.set_epoch), and let it shuffle by epoch.",
     source="pytorch#31771, #11324, lucidrains/DALLE-pytorch#230",
     bound="another order: by chance the same in one of 40320",
 )
 def test_epochs_differ(runs: Runs) -> None:
-    """Another epoch has another order, and both are shuffled."""
+    """Every epoch is shuffled, and no two epochs have the same order."""
     recipe = shuffled()
     assert recipe.samples is not None
     seen = order(runs.trace(recipe), recipe.dataset())
@@ -62,13 +62,13 @@ def test_epochs_differ(runs: Runs) -> None:
     "DATA-3",
     since="0.1",
     needs=("sampler",),
-    why="A run that cannot be repeated cannot be debugged; one order under all seeds hides what it does.",
-    mend="Hand the configured seed to the sampler.",
+    why="A run that cannot be repeated cannot be debugged, and one order under all seeds hides the effect of order.",
+    mend="Pass the configured seed to the sampler.",
     source="Lightning-AI/litgpt#1425",
     bound="the order itself",
 )
 def test_seed_decides_the_order(runs: Runs) -> None:
-    """The same seed gives the same order of samples, and another seed another."""
+    """The same seed gives the same order of samples, and another seed gives another order."""
     recipe = shuffled()
     samples, quiet = recipe.dataset(), replace(recipe, save_every=None)
     first, again, other = (
@@ -85,12 +85,12 @@ def test_seed_decides_the_order(runs: Runs) -> None:
     since="0.1",
     needs=("sampler", "two-ranks"),
     why="Two ranks on the same samples train as one does, at twice the cost.",
-    mend="Give each rank its share of one common order: the same seed everywhere, another offset on each rank.",
+    mend="Give each rank its share of one common order: the same seed on every rank, a different offset on each.",
     source="TinyLlama#67, #69, NVlabs/LongLive#71, QwenLM/Qwen3-VL#1971",
     bound="exactly once",
 )
 def test_ranks_share_the_epoch(runs: Runs) -> None:
-    """Two ranks see disjoint samples, which together are the epoch."""
+    """Two ranks see different samples, and together they see every sample of the epoch once."""
     recipe = shuffled_on_two_ranks()
     assert recipe.samples is not None
     samples = recipe.dataset()
@@ -104,13 +104,13 @@ def test_ranks_share_the_epoch(runs: Runs) -> None:
 @clause(
     "DATA-5",
     since="0.1",
-    why="Ids that wrap around at 65536 are other tokens, valid ones: the model learns another language.",
-    mend="Choose the integers of token files by the size of the vocabulary.",
+    why="Ids that wrap around at 65536 become other valid tokens, and the model learns garbage.",
+    mend="Choose the integer type of token files by the size of the vocabulary.",
     source="huggingface/datatrove#118, allenai/open-instruct#1862, nanoGPT (memmap of uint16)",
     bound="the ids themselves",
 )
 def test_large_ids_arrive(runs: Runs) -> None:
-    """Token ids above 65535 reach the model as they are."""
+    """Token ids above 65535 reach the model unchanged."""
     step = OptimizerChoice.of(SGD, lr=1e-3)
     (recipe, *_) = shapes(runs, Recipe(vocab_size=70_000, n_layer=1, n_embd=16, updates=1, optimizer=step))
     if runs.has("sampler"):
@@ -128,14 +128,15 @@ def test_large_ids_arrive(runs: Runs) -> None:
 @clause(
     "DATA-6",
     since="0.1",
-    why="A model that is shown the token to predict learns to copy, or the token after the next; its loss falls.",
-    mend="Shift targets against ids once: in the data or in the model, not in both and not in neither.",
+    why="A model that is shown the token to predict learns to copy, and one with shifted targets learns the token "
+    "after the next; the loss falls in both cases.",
+    mend="Shift targets against ids exactly once, either in the data or in the model.",
     source="huggingface/transformers#27517, Project-MONAI/GenerativeModels#314; #23530 (no end is ever learnt)",
     bound="a spread of 1e-4 in loss / cross entropy over four updates, and over two epochs (healthy: 3e-7; "
     "another shift: 3.9e-3; ends of documents left out: 8.3e-3)",
 )
 def test_targets_are_the_next_tokens(runs: Runs) -> None:
-    """The target of each position is the next token of the same sequence, the end of a document included."""
+    """The target of each position is the next token of the same sequence, including the end of a document."""
     # The data set of shuffled() ends with the only token that ends a document.
     for recipe in [Recipe(updates=4), *([shuffled()] if runs.has("sampler") else [])]:
         rows = torch.cat(recipe.batches()) if recipe.samples is None else recipe.dataset()

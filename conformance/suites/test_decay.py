@@ -29,13 +29,13 @@ def variants(runs: Runs, recipe: Recipe | None = None) -> list[Recipe]:
 @clause(
     "DECAY-1",
     since="0.1",
-    why="A tensor in no group is never trained; one that is there twice is trained twice.",
+    why="A tensor in no group is never trained; one that is listed twice is updated twice.",
     mend="Build the groups from named_parameters() of the final model, by identity, after every swap and tie.",
     source="huggingface/accelerate#3256, pytorch#149205, nanoGPT 7c828855 (tied head)",
     bound="exactly once",
 )
 def test_each_tensor_once(runs: Runs) -> None:
-    """Every trainable tensor is in exactly one parameter group, exactly once; a tied one counts as one."""
+    """Every trainable tensor is in exactly one parameter group, exactly once; a tied tensor counts as one."""
     for recipe in variants(runs):
         run = runs.trace(recipe)
         for update in run.updates:
@@ -45,13 +45,14 @@ def test_each_tensor_once(runs: Runs) -> None:
 @clause(
     "DECAY-2",
     since="0.1",
-    why="Tensors that the model does not use mean that others, which it uses, are missing.",
+    why="If the optimizer holds tensors that the model does not use, it usually lacks the tensors that the model "
+    "does use.",
     mend="Build the optimizer after the last change of the model, over tensors with requires_grad.",
     source="litgpt finetune/lora.py StableEmbedding swap: one orphan in the optimizer",
     bound="none",
 )
 def test_no_strangers(runs: Runs) -> None:
-    """The optimizer holds no frozen tensor and none that the model does not use."""
+    """The optimizer holds no frozen tensor and no tensor that the model does not use."""
     for recipe in variants(runs):
         run = runs.trace(recipe)
         for update in run.updates:
@@ -80,13 +81,16 @@ def test_frozen_stay(runs: Runs) -> None:
 @clause(
     "DECAY-4",
     since="0.1",
-    why="Gains and biases are pulled to zero, or matrices are not regularised: another model than the one designed.",
+    why="Gains and biases are pulled to zero, or matrices are not regularised: the model is not the one that was "
+    "designed.",
     mend="Sort tensors by role and identity; a list of names misses the next library's norm.",
     source="Lightning-AI/lit-llama#254, transformers#16908, #35927, ServiceNow/Fast-LLM#545, joennlae/tensorli#1",
     bound="2.5e-7 relative for decayed tensors (healthy: 7.2e-8; weakest mutant: 1e-3), bit equality for the others",
 )
 def test_decay_as_declared(runs: Runs) -> None:
-    """With zero gradients one step multiplies decayed tensors by 1 - lr * weight_decay and changes no other."""
+    """With zero gradients, one step multiplies each decayed tensor by 1 - lr * weight_decay and leaves every other
+    tensor alone.
+    """
     recipes = shapes(runs, Recipe(optimizer=STRONG, zero_gradients=True))
     if runs.has("tied"):
         recipes.append(replace(recipes[0], tied=True))
@@ -95,7 +99,7 @@ def test_decay_as_declared(runs: Runs) -> None:
 
 
 def check_factors(runs: Runs, recipe: Recipe, run: Trace) -> None:
-    """The first step of a run without gradients acts as the subject's policy says."""
+    """Check that the first step of a run without gradients acts as the subject's policy says."""
     update = run.updates[0]
     rate = runs.policy.learning_rate(recipe, 0)
     strength = dict(recipe.optimizer.arguments)["weight_decay"]
@@ -113,13 +117,13 @@ def check_factors(runs: Runs, recipe: Recipe, run: Trace) -> None:
 @clause(
     "DECAY-5",
     since="0.1",
-    why="A tensor that requires gradients and never moves is dead weight; mostly it is in no group.",
+    why="A tensor that requires gradients and never moves is dead weight; usually it is in no group.",
     mend="Check that the tensor named here is in a group, has a gradient and a learning rate above zero.",
     source="huggingface/accelerate#3209, LitGPT's StableEmbedding swap (three tensors never stepped)",
     bound="bit inequality after four updates",
 )
 def test_every_tensor_moves(runs: Runs) -> None:
-    """Every trainable tensor moves under non-zero gradients, without weight decay."""
+    """Every trainable tensor moves when gradients are not zero and weight decay is off."""
     for recipe in variants(runs, Recipe(updates=4, optimizer=NONE)):
         run = runs.trace(recipe)
         decay.moved(run.initial, run.updates[-1].after, run.trainable)
@@ -129,13 +133,15 @@ def test_every_tensor_moves(runs: Runs) -> None:
     "DECAY-6",
     since="0.1",
     needs=("foreign-module",),
-    why="Norm gains called g, memory tokens and memory keys/values look like matrices to a rule by ndim.",
+    why="A rule that goes by ndim takes norm gains called g, memory tokens and memory keys/values for matrices.",
     mend="Recognise norms by the type of the module that owns the tensor, and memory tensors by name.",
     source="lucidrains/x-transformers#230, deepspeedai/DeepSpeedExamples#755",
     bound="as DECAY-4",
 )
 def test_foreign_module_decays_as_declared(runs: Runs) -> None:
-    """In a foreign module, norm gains, biases, embeddings, memory tokens and mem_k/mem_v decay as declared."""
+    """In a module of somebody else's, norm gains, biases, embeddings, memory tokens and mem_k/mem_v decay as
+    declared.
+    """
     recipe = Recipe(module=MEMORY, optimizer=STRONG, zero_gradients=True)
     check_factors(runs, recipe, runs.trace(recipe))
 
@@ -145,13 +151,13 @@ def test_foreign_module_decays_as_declared(runs: Runs) -> None:
     since="0.1",
     needs=("ndim-policy",),
     level="should",
-    why="Who compares with nanoGPT needs its rule.",
+    why="Comparing with nanoGPT requires its decay rule.",
     mend="Offer a rule by ndim beside the one by role.",
     source="karpathy/nanoGPT configure_optimizers",
     bound="as DECAY-4",
 )
 def test_ndim_policy(runs: Runs) -> None:
-    """Under the ndim policy tensors of two and more dimensions decay, and no others."""
+    """Under the ndim policy, the stack decays tensors of two or more dimensions and no others."""
     for recipe in shapes(runs, Recipe(optimizer=STRONG, zero_gradients=True, decay="ndim")):
         run = runs.trace(recipe)
         rate = runs.policy.learning_rate(recipe, 0) * 0.1
@@ -169,7 +175,7 @@ def test_ndim_policy(runs: Runs) -> None:
     bound="the same tensors in the same groups",
 )
 def test_groups_independent_of_wrappers(runs: Runs) -> None:
-    """Compiled or wrapped for several ranks, the model has the same groups."""
+    """Compiling the model, or wrapping it for several ranks, does not change its parameter groups."""
     for recipe in shapes(runs, Recipe(optimizer=STRONG)):
         plain = decays_by_name(runs.trace(recipe))
         others = {"compiled": decays_by_name(runs.trace(replace(recipe, compile=True)))}
@@ -182,5 +188,5 @@ def test_groups_independent_of_wrappers(runs: Runs) -> None:
 
 
 def decays_by_name(run: Trace) -> dict[str, object]:
-    """The weight decay of each tensor."""
+    """Return the weight decay of each tensor."""
     return {name: group.settings.get("weight_decay") for group in run.updates[0].groups for name in group.tensors}

@@ -20,12 +20,12 @@ OPTIONS = "conformance.probes:EmbeddingOptions"
 
 
 def weights(run: Trace) -> dict[str, torch.Tensor]:
-    """The initial weight of each embedding."""
+    """Return the initial weight of each embedding."""
     return {info.name: run.initial[f"{info.name}.weight"] for info in run.embeddings}
 
 
 def require_swap(run: Trace) -> list[str]:
-    """Names of the swapped embeddings. Raises Violation if there are none."""
+    """Return names of the swapped embeddings. Raises Violation if there are none."""
     names = embedding.swapped(run.embeddings)
     if not names:
         kinds = ", ".join(f"{info.name}: {info.kind}" for info in run.embeddings)
@@ -38,12 +38,14 @@ def require_swap(run: Trace) -> list[str]:
     packages=("bitsandbytes",),
     since="0.1",
     needs=("stable-embedding",),
-    why="The initialisation, or the pretrained table, is replaced by StableEmbedding's own random draw.",
+    why="StableEmbedding's own random draw replaces the initialisation or the pretrained table.",
     mend="Put the old weight into the new module before anything else uses it.",
     source="Lightning-AI/litgpt#1769, #1770",
 )
 def test_weights_survive_swap(runs: Runs) -> None:
-    """The swap keeps every embedding weight bit for bit, in every dtype of weights that the stack offers."""
+    """Swapping in StableEmbedding keeps every embedding weight bit for bit, in every dtype of weights that the stack
+    offers.
+    """
     for name in runs.precisions():
         if not name.endswith("-true"):
             continue
@@ -58,13 +60,15 @@ def test_weights_survive_swap(runs: Runs) -> None:
     packages=("bitsandbytes",),
     since="0.1",
     needs=("stable-embedding", "foreign-module"),
-    why="A padding row that gets gradients, or a table without its norm limit, trains another model.",
-    mend="Hand padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, device and dtype to the new module.",
+    why="The padding row gets gradients, or the table loses its norm limit: the run trains another model.",
+    mend="Pass padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, device and dtype to the new module.",
     source="litgpt finetune/lora.py passes two of nine arguments",
     bound="equality; or an error that says which option cannot be kept",
 )
 def test_options_survive_swap(runs: Runs) -> None:
-    """The swap keeps padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, device and dtype."""
+    """Swapping in StableEmbedding keeps padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, device and
+    dtype.
+    """
     recipe = replace(STABLE, module=OPTIONS)
     plain, stable = runs.trace(replace(recipe, stable_embedding=False)), runs.trace(recipe)
     require_swap(stable)
@@ -85,13 +89,15 @@ def test_options_survive_swap(runs: Runs) -> None:
     packages=("bitsandbytes",),
     since="0.1",
     needs=("stable-embedding",),
-    why="Swapped after the optimizer was built, the table and its norm are never trained; a dead tensor is.",
+    why="If the swap comes after the optimizer is built, the new table and its norm are never trained.",
     mend="Swap before building the optimizer.",
     source="litgpt finetune/lora.py: three tensors in no group, one orphan inside",
     bound="exactly once; bit inequality after four updates",
 )
 def test_live_tensors_optimised(runs: Runs) -> None:
-    """The optimizer owns the tensors of the swapped embedding, and no orphan, and trains them."""
+    """The optimizer owns and trains the tensors of the swapped embedding, and holds no tensor of the one it
+    replaced.
+    """
     for recipe in shapes(runs, replace(STABLE, updates=4)):
         run = runs.trace(recipe)
         require_swap(run)
@@ -107,13 +113,13 @@ def test_live_tensors_optimised(runs: Runs) -> None:
     packages=("bitsandbytes",),
     since="0.1",
     needs=("stable-embedding",),
-    why="8-bit state for the embedding is what StableEmbedding is there to avoid.",
+    why="StableEmbedding exists to avoid 8-bit state for the embedding.",
     mend="Register the override for the live weight, before the first step.",
     source="bitsandbytes#1269, fixed by #1869",
     bound="dtype of the state",
 )
 def test_state_in_32_bits(runs: Runs) -> None:
-    """Under an 8-bit optimizer the swapped weight has 32-bit state, and no other large tensor has."""
+    """Under an 8-bit optimizer, the swapped embedding has 32-bit state and every other large tensor has 8-bit state."""
     for recipe in shapes(runs, STABLE):
         run = runs.trace(recipe)
         wide = {f"{name}.weight" for name in require_swap(run)}
@@ -125,13 +131,15 @@ def test_state_in_32_bits(runs: Runs) -> None:
     packages=("bitsandbytes",),
     since="0.1",
     needs=("stable-embedding",),
-    why="bitsandbytes remembers the override by position, for the whole process: the next model's memory grows.",
+    why="bitsandbytes remembers the override by position, for the whole process, so the next model needs more memory.",
     mend="Give each optimizer an override manager of its own, or clear the singleton after use.",
     source="bitsandbytes 0.50.2 GlobalOptimManager.index2config",
     bound="dtype of the state",
 )
 def test_override_does_not_leak(runs: Runs) -> None:
-    """A later optimizer in the same process, without a swap, keeps 8-bit state for every large tensor."""
+    """After a run with StableEmbedding, a later run in the same process without it has 8-bit state for every large
+    tensor.
+    """
     for recipe in shapes(runs, Recipe(optimizer=EIGHT_BIT, repeat=2)):
         runs.trace(replace(recipe, stable_embedding=True))  # a run of its own, so that it comes right before
         later = runs.trace(recipe)
@@ -149,7 +157,7 @@ def test_override_does_not_leak(runs: Runs) -> None:
     bound="identity of the tensor; or an error that speaks of tying",
 )
 def test_tied_head(runs: Runs) -> None:
-    """With a tied head the swap keeps the tie, or is refused with a reason."""
+    """If the head is tied to the embedding, the swap keeps the tie, or the stack refuses with a reason."""
     tried = runs.attempt(replace(STABLE, tied=True))
     if tried.error is not None:
         if "tie" not in str(tried.error).lower():
@@ -169,12 +177,12 @@ def test_tied_head(runs: Runs) -> None:
     since="0.1",
     needs=("stable-embedding",),
     why="StableEmbedding changes the function of the model; without 8-bit state it buys nothing.",
-    mend="Ask for the optimizer's class before swapping.",
+    mend="Check the class of the optimizer before swapping.",
     source="bitsandbytes documentation of StableEmbedding",
     bound="class of the embedding",
 )
 def test_only_with_bitsandbytes(runs: Runs) -> None:
-    """With an optimizer that is not from bitsandbytes the embedding stays plain."""
+    """The embedding stays plain if the optimizer is not from bitsandbytes."""
     for recipe in shapes(runs, Recipe(stable_embedding=True)):
         names = embedding.swapped(runs.trace(recipe).embeddings)
         if names:
@@ -187,12 +195,12 @@ def test_only_with_bitsandbytes(runs: Runs) -> None:
     since="0.1",
     needs=("stable-embedding", "load", "resume", "evaluate"),
     why="Training and serving use different functions if the norm behind the lookup is dropped.",
-    mend="Fold the norm into the table, row by row: weight := norm(weight). Untie the head first.",
+    mend="Untie the head, then fold the norm into the table row by row: weight := norm(weight).",
     source="litgpt save_lora_checkpoint keeps only lora_ keys",
     bound="bit equality of float32 logits on the CPU with one thread",
 )
 def test_export_is_plain_and_equal(runs: Runs) -> None:
-    """What is loaded for inference has plain embeddings, and gives the logits of the trained model."""
+    """A model loaded for inference has plain embeddings and gives the same logits as the trained model."""
     whole = replace(STABLE, updates=4, save_every=4, evaluate=True)
     tied = shapes(runs, replace(whole, tied=True)) if runs.has("tied") else []
     for recipe in (*shapes(runs, whole), *tied):

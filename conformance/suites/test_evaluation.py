@@ -17,12 +17,12 @@ from conformance.suites import SGD, dropping, everyday, on_two_ranks
 
 
 def validation(recipe: Recipe) -> torch.Tensor:
-    """The validation sequences of all ranks."""
+    """Return the validation sequences of all ranks."""
     return torch.cat([batch for rank in range(recipe.world_size) for batch in recipe.validation_batches(rank)])
 
 
 def evaluations(recipe: Recipe, run: Trace) -> list[Forward]:
-    """The forwards on validation data. Raises Violation if there are none after the last update."""
+    """Return the forwards on validation data. Raises Violation if there are none after the last update."""
     rows = validation(recipe)
     found = [forward for forward in run.forwards if sample_numbers(forward.ids, rows)[0] is not None]
     if not any(forward.update == recipe.updates for forward in found):
@@ -31,7 +31,7 @@ def evaluations(recipe: Recipe, run: Trace) -> list[Forward]:
 
 
 def last_loss(recipe: Recipe, traces: list[Trace]) -> float:
-    """The mean cross entropy of the next tokens over all logits of the last evaluation."""
+    """Return the mean cross entropy of the next tokens over all logits of the last evaluation."""
     rows = validation(recipe)
     last = [forward for run in traces for forward in evaluations(recipe, run) if forward.update == recipe.updates]
     found = [loss for forward in last for loss in sequence_entropies(forward.logits, forward.ids, rows)]
@@ -42,13 +42,16 @@ def last_loss(recipe: Recipe, traces: list[Trace]) -> float:
     "EVAL-1",
     since="0.1",
     needs=("evaluate",),
-    why="With dropout on, the validation loss is that of another model; left off, the training goes on without it.",
+    why="With dropout on, the validation loss is that of another model; left in eval mode, the rest of the "
+    "training has no dropout.",
     mend="Call model.eval() before and model.train() after, under torch.no_grad() or inference_mode().",
     source="nanoGPT 7399dfe3, torchtune#1791; litgpt finetune (an early return that leaves the model in eval mode)",
     bound="flags of the outermost module",
 )
 def test_modes(runs: Runs) -> None:
-    """Evaluation runs in eval mode and without gradients, and training in training mode, before and after."""
+    """Evaluation runs in eval mode and without gradients; training runs in training mode, before and after an
+    evaluation.
+    """
     recipe = everyday(runs)
     run, rows = runs.trace(recipe), validation(recipe)
     evaluations(recipe, run)  # there must be some
@@ -68,13 +71,13 @@ def test_modes(runs: Runs) -> None:
     "EVAL-2",
     since="0.1",
     needs=("evaluate-every",),
-    why="Two numbers that differ by chance hide what a change of the model is worth.",
-    mend="Evaluate the same sequences each time, in eval mode, with nothing that draws at random.",
+    why="If two evaluations differ by chance, they hide what a change of the model is worth.",
+    mend="Evaluate the same sequences each time, in eval mode, and draw nothing at random.",
     source="TinyLlama#77, pytorch#124464, nanoGPT#240 (dropout inside attention in eval mode)",
     bound="bit equality of the logits under a learning rate of zero",
 )
 def test_evaluations_repeat(runs: Runs) -> None:
-    """Evaluated again without a change in between, the model sees the same sequences and gives the same logits."""
+    """Two evaluations with no update in between use the same sequences and give the same logits."""
     still = OptimizerChoice.of(SGD, lr=0.0)
     recipe = dropping(runs, Recipe(optimizer=still, evaluate_every=1), 0.5)
     run, rows = runs.trace(recipe), validation(recipe)
@@ -98,17 +101,17 @@ def test_evaluations_repeat(runs: Runs) -> None:
     "EVAL-3",
     since="0.1",
     needs=("evaluate-every",),
-    why="How often one looks decides what one gets: runs with another interval do not compare.",
-    mend="Evaluate a copy, or put back all that evaluation changes: dtype, mode, gradients, caches.",
+    why="The result depends on how often one looks, so runs with different intervals cannot be compared.",
+    mend="Evaluate a copy, or put back everything that evaluation changes: dtype, mode, gradients, caches.",
     source="huggingface/transformers bf16_full_eval (casts the model in place); pytorch#112583",
 )
 def test_changes_nothing(runs: Runs) -> None:
-    """With and without evaluation in between, training gives the same parameters, bit for bit."""
+    """Evaluating during training does not change the trained parameters, bit for bit."""
     without_changes(runs, everyday(runs))
 
 
 def without_changes(runs: Runs, recipe: Recipe) -> None:
-    """A run with evaluations and one without have the same parameters."""
+    """Check that a run with evaluations and one without have the same parameters."""
     run, other = runs.trace(recipe), runs.trace(replace(recipe, evaluate_every=None))
     for number, (update, plain) in enumerate(zip(run.updates, other.updates, strict=True), start=1):
         tensors_equal(plain.after, update.after, f"parameters after update {number}, without evaluation and with")
@@ -118,13 +121,14 @@ def without_changes(runs: Runs, recipe: Recipe) -> None:
     "EVAL-4",
     since="0.1",
     needs=("evaluate",),
-    why="A validation loss on training data falls when the model learns by heart; one on a part of the data is noise.",
+    why="A validation loss on training data rewards learning by heart, and one on a changing part of the data is "
+    "noise.",
     mend="Check the paths and splits of both loaders; evaluate all of the validation data, or always the same part.",
     source="huggingface/transformers#8295, p-doom/jasmine#185, LitData without split_names",
     bound="the sequences themselves",
 )
 def test_validation_data(runs: Runs) -> None:
-    """Evaluation sees all of the validation data and no training data, and training no validation data."""
+    """Evaluation uses all of the validation data and no training data, and training uses no validation data."""
     recipe = everyday(runs)
     run, rows = runs.trace(recipe), validation(recipe)
     last = [f for f in evaluations(recipe, run) if f.update == recipe.updates]
@@ -145,19 +149,19 @@ def test_validation_data(runs: Runs) -> None:
     "EVAL-5",
     since="0.1",
     needs=("evaluate",),
-    why="Models are chosen by this number.",
-    mend="Compute it as in training: the next token as target, the mean over tokens, in float32.",
+    why="People choose models by this number.",
+    mend="Compute it as in training: the next token is the target, the mean is over tokens, in float32.",
     source="Lightning-AI/litgpt#419 (targets not shifted), huggingface/transformers#34191",
     bound="all digits of the number reported",
 )
 def test_reported_loss(runs: Runs) -> None:
-    """The validation loss that the run reports is the mean cross entropy of the next tokens over what was evaluated."""
+    """The reported validation loss is the mean cross entropy of the next tokens over the sequences evaluated."""
     recipe = everyday(runs)
     reports_mean(recipe, [runs.trace(recipe)])
 
 
 def reports_mean(recipe: Recipe, traces: list[Trace]) -> None:
-    """Rank 0 reports the mean cross entropy over the last evaluation of all ranks."""
+    """Check that rank 0 reports the mean cross entropy over the last evaluation of all ranks."""
     if not reported_losses(traces[0].messages):
         raise NotApplicable("no message of the run gives a validation loss")
     reports(traces[0].messages, last_loss(recipe, traces))
@@ -167,13 +171,15 @@ def reports_mean(recipe: Recipe, traces: list[Trace]) -> None:
     "EVAL-6",
     since="0.1",
     needs=("evaluate", "two-ranks"),
-    why="The number is that of one rank's share of the data: noisier, and another on another number of ranks.",
+    why="The number is that of one rank's share of the data: it is noisier, and changes with the number of ranks.",
     mend="Sum losses and counts over the ranks, then divide.",
     source="Lightning-AI/litgpt#1971 (finetune mended; pretrain.validate averages on its own rank only)",
     bound="all digits of the number reported",
 )
 def test_reported_loss_on_two_ranks(runs: Runs) -> None:
-    """On two ranks it is the mean over the data of both, and both together evaluate all of it."""
+    """On two ranks, the reported validation loss is the mean over all validation data; together the ranks evaluate all
+    of it.
+    """
     recipe = on_two_ranks(everyday(runs))
     traces, rows = runs.ranks(recipe), validation(recipe)
     last = [f for run in traces for f in evaluations(recipe, run) if f.update == recipe.updates]
@@ -192,10 +198,13 @@ def test_reported_loss_on_two_ranks(runs: Runs) -> None:
     since="0.1",
     needs=("evaluate-every", "dropout"),
     level="should",
-    why="Runs that differ only in how often they evaluate differ in every weight; none can be compared bit for bit.",
-    mend="Draw dropout from a generator or a seed of its own; a DataLoader draws from the global one at each pass.",
+    why="Runs that differ only in how often they evaluate differ in every weight, so they cannot be compared bit "
+    "for bit.",
+    mend="Draw dropout from its own generator or seed; a DataLoader draws from the global one at each pass.",
     source="facebookresearch/fairseq2#1038 (random state); torch.utils.data.DataLoader (base seed of its workers)",
 )
 def test_random_state_is_kept(runs: Runs) -> None:
-    """With dropout, too, evaluation changes nothing: it draws no random number that training would have drawn."""
+    """With dropout on, evaluating during training does not change the trained parameters: evaluation uses up no random
+    number of training.
+    """
     without_changes(runs, dropping(runs, everyday(runs)))

@@ -17,13 +17,13 @@ from conformance.suites import everyday, on_two_ranks, saved, shapes
 @clause(
     "INIT-1",
     since="0.1",
-    why="The run starts from whatever was in memory; it may still learn, slower and differently each time.",
-    mend="Call the initialisation after building with empty weights, on every path that starts fresh.",
+    why="The run starts from whatever was in memory. It may still learn, but slower, and differently each time.",
+    mend="Call the initialisation on every path that starts fresh, after building with empty weights.",
     source="Lightning-AI/litgpt#1150, litgpt#689",
     bound="no NaN: uninitialised memory is filled with NaN while the run is recorded",
 )
 def test_nothing_is_uninitialised(runs: Runs) -> None:
-    """On a fresh start no parameter and no buffer is left uninitialised."""
+    """On a fresh start the stack leaves no parameter and no buffer uninitialised."""
     for recipe in shapes(runs):
         run = runs.start(recipe)
         initialization.initialised(run.initial, run.buffers)
@@ -32,15 +32,15 @@ def test_nothing_is_uninitialised(runs: Runs) -> None:
 @clause(
     "INIT-2",
     since="0.1",
-    why="Weights that are too large or too small, or a residual stream that grows with depth, train worse for weeks.",
-    mend="Compare the table of initial distributions with what the code applies to the tensors named here.",
+    why="Weights that start too large or too small, or a residual stream that grows with depth, train worse for weeks.",
+    mend="Compare the declared distributions with what the code applies to the tensors named here.",
     source="huggingface/transformers#47458, stanford-crfm/mistral#30; litgpt initialize_weights (GptNeoxMLP)",
     bound="3 standard errors; a tensor beyond them is pooled with the draws of three more seeds and must be within "
     "3 again (healthy: 0.3 % each time). The weakest mutant, scaling for a fixed depth, is off by a factor of 1.4: "
     "36 standard errors at 4096 elements",
 )
 def test_declared_distribution(runs: Runs) -> None:
-    """Every parameter starts from the distribution that the stack declares, residual scaling by depth included."""
+    """Every parameter starts from the distribution that the stack declares, including any scaling by depth."""
     wrong: dict[str, str] = {}
     for recipe in shapes(runs, Recipe(n_layer=4, updates=1)):
         run = runs.start(recipe)
@@ -66,7 +66,7 @@ def test_declared_distribution(runs: Runs) -> None:
     source="huggingface/transformers#46620 shows how such faults hide",
 )
 def test_same_seed_same_start(runs: Runs) -> None:
-    """The same seed gives the same start, bit for bit."""
+    """Two runs with the same seed start from the same weights, bit for bit."""
     for recipe in shapes(runs):
         first, second = runs.start(recipe), runs.start(replace(recipe, repeat=1))
         tensors_equal(first.initial, second.initial, "the same seed twice")
@@ -75,12 +75,12 @@ def test_same_seed_same_start(runs: Runs) -> None:
 @clause(
     "INIT-4",
     since="0.1",
-    why="Runs under several seeds are one run, and their spread says nothing.",
-    mend="Hand the configured seed to the generator that draws the weights.",
+    why="Several runs under several seeds are the same run, and their spread says nothing.",
+    mend="Pass the configured seed to the generator that draws the weights.",
     source="Lightning-AI/litgpt#1425 (a seed that was not passed on)",
 )
 def test_other_seed_other_start(runs: Runs) -> None:
-    """Another seed gives another start, in every tensor that is drawn at random."""
+    """Two runs with different seeds start from different weights, in every tensor that is drawn at random."""
     for recipe in shapes(runs):
         initialization.starts_differ(runs.start(recipe).initial, runs.start(replace(recipe, seed=2)).initial)
 
@@ -88,13 +88,13 @@ def test_other_seed_other_start(runs: Runs) -> None:
 @clause(
     "INIT-5",
     since="0.1",
-    why="A first loss above ln V means logits that are too large: the first hundred updates only shrink them.",
+    why="A first loss above ln V means that the logits are too large: the first hundred updates only shrink them.",
     mend="Look at the scale of the head (INIT-2 names it), and of the last norm.",
     source="A. Karpathy, A Recipe for Training Neural Networks (2019): verify the loss at init",
     bound="0.5 nats; healthy: 0.02 (reference) to 0.31 (LitGPT by design, logits of variance 0.4); weakest mutant: 8.8",
 )
 def test_first_loss(runs: Runs) -> None:
-    """The first loss is that of a uniform guess, ln V."""
+    """The first loss is that of a uniform guess over V tokens, ln V."""
     for recipe in shapes(runs):
         rows = torch.cat(recipe.batches())
         # Of the logits: the loss on which backward is called may be a sum, divided later. Its scale is ACC-5's matter.
@@ -109,12 +109,12 @@ def test_first_loss(runs: Runs) -> None:
     "INIT-6",
     since="0.1",
     needs=("resume",),
-    why="Training goes on from other weights than those that were saved.",
+    why="Training goes on from weights that nobody saved.",
     mend="Initialise only on a fresh start, or before loading, and load every parameter and buffer.",
     source="huggingface/transformers#46620, #45591",
 )
 def test_resume_restores(runs: Runs) -> None:
-    """A resumed run starts from the parameters that were saved, bit for bit, and initialises nothing again."""
+    """A resumed run starts from the saved parameters, bit for bit, and initialises nothing again."""
     recipe = Recipe(updates=4, save_every=2)
     whole = runs.trace(recipe)
     resumed = runs.start(replace(recipe, resume=saved(whole, 2)))
@@ -126,12 +126,12 @@ def test_resume_restores(runs: Runs) -> None:
     "INIT-7",
     since="0.1",
     needs=("resume",),
-    why="The run silently starts over from random weights, and looks like training.",
+    why="The run silently starts over from random weights, and looks like a resumed one.",
     mend="Raise if the checkpoint that the user named is not there.",
     source="pytorch/torchtitan#1311",
 )
 def test_missing_checkpoint(runs: Runs) -> None:
-    """Resuming from a checkpoint that is not there is an error."""
+    """Resuming from a checkpoint that does not exist is an error."""
     runs.trace(Recipe())  # a stack that always raises would raise here too
     tried = runs.attempt(Recipe(resume=Recipe().missing_checkpoint()))
     if tried.error is None:
@@ -142,12 +142,12 @@ def test_missing_checkpoint(runs: Runs) -> None:
     "INIT-8",
     since="0.1",
     needs=("meta-init",),
-    why="Rotary tables and masks that are built on the meta device come back as garbage: attention is noise.",
+    why="Rotary tables and masks built on the meta device come back as garbage, and attention is noise.",
     mend="Recompute buffers when the model is materialised; to_empty() does not.",
     source="pytorch/torchtitan freqs_cis handling; transformers#25681",
 )
 def test_buffers_after_meta(runs: Runs) -> None:
-    """Buffers of a model that was built on the meta device equal those of an eager build."""
+    """A model built on the meta device has the same buffers as one built eagerly."""
     for recipe in shapes(runs):
         eager, meta = runs.start(recipe), runs.start(replace(recipe, initialization="meta"))
         tensors_equal(eager.buffers, meta.buffers, "buffers, eager against meta")
@@ -157,12 +157,15 @@ def test_buffers_after_meta(runs: Runs) -> None:
     "INIT-9",
     since="0.1",
     needs=("meta-init",),
-    why="A model that is sharded starts from other weights, or untied ones, than the same model on one device.",
-    mend="Draw each tensor from the seed and its name, tie again after to_empty(), initialise what it left empty.",
+    why="A sharded model starts from other weights, or untied ones, than the same model on one device.",
+    mend="Draw each tensor from the seed and its name, tie again after to_empty(), and initialise what to_empty() "
+    "left empty.",
     source="litgpt#1150, facebookresearch/lingua#75, verl#7834",
 )
 def test_parameters_after_meta(runs: Runs) -> None:
-    """Built on the meta device and materialised afterwards, as FSDP does, the model is bit-equal to the eager one."""
+    """A model built on the meta device and materialised afterwards has the same parameters as one built eagerly, bit
+    for bit.
+    """
     variants = shapes(runs)
     if runs.has("tied"):
         variants += shapes(runs, Recipe(tied=True))
@@ -181,7 +184,9 @@ def test_parameters_after_meta(runs: Runs) -> None:
     bound="an error that contains the name",
 )
 def test_lost_on_meta(runs: Runs) -> None:
-    """A module with parameters of its own and no way to initialise them after a meta build is an error naming it."""
+    """If a module has parameters and no way to initialise them after a meta build, the stack raises an error that
+    names the module.
+    """
     tried = runs.attempt(Recipe(module="conformance.probes:LostOnMeta", initialization="meta"))
     if tried.error is None:
         raise Violation("an error that names LostOnMeta", "the run trained")
@@ -198,6 +203,6 @@ def test_lost_on_meta(runs: Runs) -> None:
     source="litgpt#269, pytorch/torchtitan#166, mosaicml/llm-foundry#830, mlfoundations/open_lm#139",
 )
 def test_ranks_start_equal(runs: Runs) -> None:
-    """Two ranks start from equal parameters."""
+    """Two ranks start from the same parameters."""
     first, second = runs.ranks(on_two_ranks(everyday(runs)))
     tensors_equal(first.initial, second.initial, "parameters of rank 0 against rank 1")

@@ -16,7 +16,7 @@ SENTINELS = {"lr": 0.00123, "betas": (0.83, 0.967), "eps": 3.1e-7, "weight_decay
 
 
 def starts(runs: Runs, class_path: str, **arguments: object) -> Trace:
-    """The trace of two updates with this optimizer. Raises Violation if they do not happen."""
+    """Return the trace of two updates with this optimizer. Raises Violation if they do not happen."""
     usual = runs.attempt(Recipe())
     if usual.error is not None and class_path != ADAMW:  # then it is not this optimizer that keeps it from training
         raise RunFailed(f"the plain recipe does not train either: {describe_error(usual.error)}") from usual.error
@@ -41,7 +41,7 @@ def starts(runs: Runs, class_path: str, **arguments: object) -> Trace:
     bound="two updates",
 )
 def test_torch_optimizers_start(runs: Runs) -> None:
-    """AdamW, SGD and RMSprop of torch.optim train."""
+    """The stack trains with AdamW, SGD and RMSprop of torch.optim."""
     for class_path in (ADAMW, SGD, RMSPROP):
         starts(runs, class_path)
 
@@ -50,13 +50,13 @@ def test_torch_optimizers_start(runs: Runs) -> None:
     "OPT-2",
     packages=("bitsandbytes", "grokadamw"),
     since="0.1",
-    why="The optimizers that need filtering most, since they know no `fused`, do not start.",
+    why="The optimizers that do not know `fused` are the ones that crash when the stack adds it.",
     mend="Drop `fused` for classes that do not name it.",
     source="Lightning-AI/litgpt#1743, meta-pytorch/torchtune#2152",
     bound="two updates",
 )
 def test_foreign_optimizers_start(runs: Runs) -> None:
-    """GrokAdamW, AdamW8bit and PagedAdamW8bit train."""
+    """The stack trains with GrokAdamW, AdamW8bit and PagedAdamW8bit."""
     for class_path in (GROK, ADAMW_8BIT, PAGED_8BIT):
         starts(runs, class_path)
 
@@ -64,13 +64,13 @@ def test_foreign_optimizers_start(runs: Runs) -> None:
 @clause(
     "OPT-3",
     since="0.1",
-    why="Research optimizers rarely know `fused`.",
-    mend="Ask the class's signature before adding a keyword.",
+    why="Research optimizers rarely know `fused`, and crash when the stack adds it.",
+    mend="Look at the signature of the class before adding a keyword.",
     source="Lightning-AI/litgpt#1743",
     bound="two updates",
 )
 def test_class_without_fused(runs: Runs) -> None:
-    """A class that does not accept `fused` trains."""
+    """The stack trains with an optimizer class that does not accept `fused`."""
     starts(runs, "conformance.probes.WithoutFused", weight_decay=0.1)
 
 
@@ -78,12 +78,12 @@ def test_class_without_fused(runs: Runs) -> None:
     "OPT-4",
     since="0.1",
     why="A filter by signature that overlooks **kwargs takes everything away, the learning rate included.",
-    mend="Hand the user's keywords over without looking at the signature, or honour VAR_KEYWORD.",
+    mend="Pass the user's keywords on without looking at the signature, or honour VAR_KEYWORD.",
     source="litgpt utils.instantiate_torch_optimizer (string form): a class with **kwargs receives {}",
     bound="equality",
 )
 def test_class_with_any_keywords(runs: Runs) -> None:
-    """A class that accepts **kwargs receives every keyword that the user gave."""
+    """An optimizer class that accepts **kwargs receives every keyword that the user gave."""
     run = starts(runs, "conformance.probes.AnyKeywords", lr=0.00123, sharpness=7)
     optimizer.keywords_arrive(run.updates[0].groups, {"lr": 0.00123, "sharpness": 7})
 
@@ -92,12 +92,12 @@ def test_class_with_any_keywords(runs: Runs) -> None:
     "OPT-5",
     since="0.1",
     why="Optimizers with settings of their own cannot be used.",
-    mend="Hand over what the user wrote; keep no list of known keywords.",
+    mend="Pass on what the user wrote; keep no list of known keywords.",
     source="signature of schedule-free and of second-order optimizers",
     bound="equality",
 )
 def test_class_with_own_argument(runs: Runs) -> None:
-    """A class that needs an argument of its own receives it."""
+    """An optimizer class that requires an argument of its own receives that argument from the user."""
     run = starts(runs, "conformance.probes.NeedsHorizon", horizon=42)
     optimizer.keywords_arrive(run.updates[0].groups, {"horizon": 42})
 
@@ -107,13 +107,14 @@ def test_class_with_own_argument(runs: Runs) -> None:
     since="0.1",
     needs=("fused",),
     level="should",
-    why="The for-loop and foreach implementations launch more kernels: several times slower per step on a GPU.",
-    mend="Set fused=True where the class's signature names it and the device has the kernel.",
+    why="The for-loop and foreach implementations launch more kernels and take several times as long per step on a "
+    "GPU.",
+    mend="Set fused=True if the signature of the class names it and the device has the kernel.",
     source="pytorch.org/docs/stable/optim.html",
     bound="fused is True in every group",
 )
 def test_fused_where_possible(runs: Runs) -> None:
-    """Where class and device accept `fused`, it is on."""
+    """The stack switches `fused` on wherever the optimizer class and the device support it."""
     for class_path in (ADAMW, SGD):
         found = [group.settings.get("fused") for group in starts(runs, class_path).updates[0].groups]
         if found != [True] * len(found):
@@ -123,13 +124,13 @@ def test_fused_where_possible(runs: Runs) -> None:
 @clause(
     "OPT-7",
     since="0.1",
-    why="The run is trained with other settings than those in its configuration.",
+    why="The run trains with settings other than those in its configuration.",
     mend="Follow the keyword named here from the configuration to the constructor.",
     source="EleutherAI/gpt-neox#228 (betas), NVIDIA-NeMo/Speech#775 (eps), pykale/pykale#587",
     bound="equality of floats; lr as the stack's own schedule has it",
 )
 def test_keywords_arrive(runs: Runs) -> None:
-    """lr, betas, eps and weight_decay reach the optimizer exactly as the user gave them."""
+    """The optimizer receives lr, betas, eps and weight_decay exactly as the user gave them."""
     run = starts(runs, ADAMW, **SENTINELS)
     recipe = Recipe(optimizer=OptimizerChoice.of(ADAMW, **SENTINELS))
     for number, update in enumerate(run.updates):
@@ -140,13 +141,13 @@ def test_keywords_arrive(runs: Runs) -> None:
 @clause(
     "OPT-8",
     since="0.1",
-    why="A user who switches `fused` off, to compare or to avoid a fault of it, still has it.",
+    why="A user who switches `fused` off, to compare or to avoid a bug in it, still runs with it.",
     mend="Merge the user's keywords over the added ones, not under them.",
     source="litgpt utils.instantiate_torch_optimizer: init_args.update(kwargs)",
     bound="equality",
 )
 def test_user_wins(runs: Runs) -> None:
-    """A keyword that the user gave wins over the one that the stack would add."""
+    """If the user gives a keyword that the stack would add by itself, the user's value wins."""
     for value in (False, True):
         run = starts(runs, ADAMW, fused=value)
         optimizer.keywords_arrive(run.updates[0].groups, {"fused": value})
@@ -156,17 +157,17 @@ def test_user_wins(runs: Runs) -> None:
     "OPT-9",
     since="0.1",
     why="The configuration that is saved or logged afterwards is not the one the user wrote.",
-    mend="Copy the dictionary before adding to it.",
+    mend="Copy the dictionary before you add to it.",
     source="litgpt utils.instantiate_torch_optimizer changes init_args in place",
     bound="equality",
 )
 def test_config_untouched(runs: Runs) -> None:
-    """The user's configuration is not changed."""
+    """The stack does not change the user's configuration."""
     optimizer.config_untouched(starts(runs, ADAMW, weight_decay=0.0617).changed_configs)
 
 
 def misspelt(runs: Runs) -> Attempt:
-    """A run whose user wrote wieght_decay, of a stack that trains without the mistake."""
+    """Return a run whose user wrote wieght_decay, of a stack that trains without the mistake."""
     runs.trace(Recipe())  # a stack that always raises would refuse this too
     return runs.attempt(Recipe(optimizer=OptimizerChoice.of(ADAMW, lr=1e-3, wieght_decay=0.5)))
 
@@ -174,13 +175,13 @@ def misspelt(runs: Runs) -> Attempt:
 @clause(
     "OPT-10",
     since="0.1",
-    why="The run trains with the default, and nobody notices.",
-    mend="Filter only the keywords that you add; let the user's reach the class, or check them.",
+    why="The run trains with the default value, and nobody notices.",
+    mend="Filter only the keywords that you add; pass the user's on to the class, or check them.",
     source="pykale/pykale#587, OpenTabular/DeepTab#415, unslothai/unsloth#10452",
     bound="an error",
 )
 def test_misspelt_keyword(runs: Runs) -> None:
-    """A keyword that the class does not accept is an error."""
+    """A keyword that the optimizer class does not accept is an error."""
     tried = misspelt(runs)
     if tried.error is None:
         groups = tried.trace.updates[0].groups
@@ -195,12 +196,12 @@ def test_misspelt_keyword(runs: Runs) -> None:
     since="0.1",
     level="should",
     why="A list of twenty accepted keywords does not show which letter is wrong.",
-    mend="Name the nearest accepted keyword (difflib.get_close_matches).",
+    mend="Suggest the nearest accepted keyword (difflib.get_close_matches).",
     source="Python 3.13 itself does this for functions",
     bound="weight_decay is the first accepted keyword in the message",
 )
 def test_misspelt_keyword_hint(runs: Runs) -> None:
-    """The error about a misspelt keyword names the nearest accepted one."""
+    """The error about a misspelt keyword suggests the nearest keyword that the class accepts."""
     tried = misspelt(runs)
     if tried.error is None:
         raise NotApplicable("the misspelt keyword is no error at all: see OPT-10")
@@ -209,7 +210,7 @@ def test_misspelt_keyword_hint(runs: Runs) -> None:
 
 
 def survives(runs: Runs, choice: OptimizerChoice) -> None:
-    """The optimizer state at the first update of a resumed run is the one that was saved."""
+    """Check that the optimizer state at the first update of a resumed run is the one that was saved."""
     recipe = Recipe(updates=4, save_every=2, optimizer=choice)
     whole = runs.trace(recipe)
     resumed = runs.trace(replace(recipe, resume=saved(whole, 2)))
@@ -227,7 +228,7 @@ def survives(runs: Runs, choice: OptimizerChoice) -> None:
     source="EvolvingLMMs-Lab/OneVision-Encoder#65, DeepSpeed#7786; the first loss after a resume shows nothing",
 )
 def test_state_survives(runs: Runs) -> None:
-    """The state of AdamW and AdamW8bit survives save and resume, bit for bit."""
+    """The state of AdamW and AdamW8bit is the same before saving and after resuming, bit for bit."""
     choices = [OptimizerChoice.of(class_path, lr=1e-3) for class_path in (ADAMW, ADAMW_8BIT)]
     training = [choice for choice in choices if runs.attempt(Recipe(optimizer=choice)).error is None]
     if not training:
@@ -247,7 +248,9 @@ def test_state_survives(runs: Runs) -> None:
     bound="bit equality; or an error, or a message about the lost state",
 )
 def test_misplaced_state_survives(runs: Runs) -> None:
-    """The state of GrokAdamW, which that package keeps in the wrong place, survives a resume or is refused aloud."""
+    """The state of GrokAdamW, which its package keeps in the wrong place, survives a resume, or the stack says that it
+    cannot.
+    """
     choice = OptimizerChoice.of(GROK, lr=1e-3)
     recipe = Recipe(updates=4, save_every=2, optimizer=choice)
     first = runs.attempt(recipe)

@@ -43,7 +43,7 @@ def test_logits_float32(runs: Runs) -> None:
 
 
 def leaving(run: Trace) -> list[tuple[int, Forward]]:
-    """The forwards whose logits leave the outermost module, numbered.
+    """Return the forwards whose logits leave the outermost module, numbered.
 
     Raises:
         NotApplicable: if there are none.
@@ -65,7 +65,7 @@ def leaving(run: Trace) -> list[tuple[int, Forward]]:
     bound="dtype",
 )
 def test_logits_opt_out(runs: Runs) -> None:
-    """Opted out, logits leave in the dtype they were computed in."""
+    """If the user opts out of float32 logits, they leave the model in the dtype they were computed in."""
     for name in runs.precisions():
         run = runs.trace(Recipe(precision=name, logits="compute"))
         found = {f"logits of forward {i} under {name}": f.logits.dtype for i, f in leaving(run)}
@@ -82,11 +82,11 @@ def test_logits_opt_out(runs: Runs) -> None:
     "in bfloat16: 5e-5 to 1e-2)",
 )
 def test_loss_float32(runs: Runs) -> None:
-    """The loss is computed in float32: its value, not only its dtype."""
-    opt_outs = ["float32", *(["compute"] if runs.has("logits-opt-out") else [])]
+    """The stack computes the loss in float32, so that its value is exact and not only its dtype."""
+    plain = Recipe(updates=4)
+    variants = [plain, replace(plain, logits="compute")] if runs.has("logits-opt-out") else [plain]
     for name in runs.precisions():
-        for logits in opt_outs:
-            recipe = Recipe(precision=name, logits=logits, updates=4)
+        for recipe in (replace(variant, precision=name) for variant in variants):
             run = runs.trace(recipe)
             forwards = run.training_forwards()
             if len(forwards) != len(run.losses):
@@ -101,7 +101,7 @@ def test_loss_float32(runs: Runs) -> None:
 
 
 def with_targets(recipe: Recipe, forward: Forward) -> tuple[torch.Tensor, torch.Tensor]:
-    """The logits of a forward that have a next token in the data, and that token.
+    """Return the logits of a forward that have a next token in the data, and that token.
 
     Raises:
         Violation: if the ids are not from the recipe.
@@ -117,13 +117,14 @@ def with_targets(recipe: Recipe, forward: Forward) -> tuple[torch.Tensor, torch.
 @clause(
     "PREC-4",
     since="0.1",
-    why="A run in another precision than the one in its configuration: slower, or with less accuracy, than believed.",
-    mend="Raise where a precision is not available; do not replace it.",
+    why="The run computes in a precision other than the configured one: slower, or less exactly, than its user "
+    "believes.",
+    mend="Raise an error if a precision is not available; do not replace it silently.",
     source="litgpt#1802, #1814; nanoGPT on CPU; Fabric turns 16-mixed into bf16-mixed on the CPU",
     bound="dtypes; and logits under 32-true are not all bfloat16 numbers",
 )
 def test_precision_asked_for(runs: Runs) -> None:
-    """Weights have the declared dtype, before and after training, and the forward computes in the declared one."""
+    """Weights have the dtype of the precision asked for, before and after training, and the forward computes in it."""
     for name in runs.precisions():
         run = runs.trace(Recipe(precision=name))
         precision.dtypes_are({n: info.dtype for n, info in run.tensors.items()}, WEIGHTS[name], f"weights under {name}")
@@ -145,7 +146,7 @@ def test_precision_asked_for(runs: Runs) -> None:
     bound="off",
 )
 def test_autocast_only_in_forward(runs: Runs) -> None:
-    """Autocast is off when backward and the optimizer step begin."""
+    """Autocast is off when the backward and the optimizer step begin."""
     for name in runs.precisions():
         run = runs.trace(Recipe(precision=name))
         if any(loss.autocast for loss in run.losses):
@@ -164,7 +165,7 @@ def test_autocast_only_in_forward(runs: Runs) -> None:
     bound="movement of at least half the float32 run's (healthy: 0.99; lost: 0.05), or a message about rounding",
 )
 def test_small_updates(runs: Runs) -> None:
-    """Small updates are not lost to the rounding of bfloat16 weights, or the trainer says so."""
+    """Small updates survive the rounding of bfloat16 weights, or the trainer warns that they are lost."""
     choice = OptimizerChoice.of(ADAMW, lr=1e-6, weight_decay=0.0)
     recipe = Recipe(precision="bf16-true", optimizer=choice, updates=4)
     coarse, exact = runs.trace(recipe), runs.trace(replace(recipe, precision="32-true"))
@@ -180,7 +181,7 @@ def test_small_updates(runs: Runs) -> None:
 
 
 def mentions_rounding(line: str) -> bool:
-    """Whether a message is about updates that get lost."""
+    """Return True if a message is about updates that get lost."""
     return any(word in line for word in ("round", "lost", "master weights", "stochastic"))
 
 
@@ -188,13 +189,13 @@ def mentions_rounding(line: str) -> bool:
     "PREC-7",
     since="0.1",
     needs=("bf16-true", "llama-shape"),
-    why="With phases in bfloat16, positions beyond 256 collide: the model cannot tell tokens apart by place.",
+    why="With phases in bfloat16, positions beyond 256 collide, and the model cannot tell where a token stands.",
     mend="Compute the phase in float32 and round only the finished cos and sin.",
     source="transformers#25681, #29285, EleutherAI/gpt-neox#1003, KellerJordan/modded-nanogpt#39",
     bound="2^-8 (healthy: at most 2^-9, one rounding; a phase in bfloat16: 0.04 at 64 positions)",
 )
 def test_rotary_tables(runs: Runs) -> None:
-    """Position tables of a bfloat16 model are those of the float32 model, rounded once."""
+    """The position tables of a bfloat16 model are those of the float32 model, rounded once."""
     recipe = Recipe(shape="llama", block_size=64, updates=1)
     exact, coarse = runs.trace(recipe), runs.trace(replace(recipe, precision="bf16-true"))
     # Tables by position only: a buffer of frequencies, from which forward computes the phase anew, shows nothing.

@@ -17,7 +17,7 @@ from conformance.suites import SGD, clipped, everyday
 
 
 def update_losses(recipe: Recipe, run: Trace) -> list[float]:
-    """The mean cross entropy of the next tokens of each update.
+    """Return the mean cross entropy of the next tokens of each update.
 
     Raises:
         NotApplicable: if an update trained on other sequences than those of the recipe, or on none.
@@ -38,13 +38,13 @@ def update_losses(recipe: Recipe, run: Trace) -> list[float]:
 @clause(
     "REPORT-1",
     since="0.1",
-    why="The curve that decides about a run is not that of the run, and jumps when the batch is split otherwise.",
-    mend="Add up the losses of all microbatches of an update, each weighed as in the gradient.",
+    why="The curve by which people judge the run is not the run's, and it jumps when the batch is split differently.",
+    mend="Add up the losses of all microbatches of an update, each weighted as in the gradient.",
     source="huggingface/transformers#35204, pytorch-lightning#2569, allenai/allennlp#4706",
     bound="all digits of the number reported",
 )
 def test_reported_loss(runs: Runs) -> None:
-    """The training loss that the run reports is the mean cross entropy of an update, or of several in a row."""
+    """The reported training loss is the mean cross entropy of one update, or of several in a row."""
     recipe = everyday(runs)
     run = runs.trace(recipe)
     found = training_losses(run.messages)
@@ -64,13 +64,13 @@ def test_reported_loss(runs: Runs) -> None:
     since="0.1",
     needs=("schedule",),
     level="should",
-    why="The schedule that one sees is not the one that was trained with; at a restart it is off by the whole range.",
+    why="The schedule shown is not the one that was trained with; after a restart it can be off by the whole range.",
     mend="Read the rate before the scheduler moves on to the next one.",
     source="huggingface/transformers#35942, catalyst-team/catalyst#60",
     bound="all digits of the number reported",
 )
 def test_reported_rate(runs: Runs) -> None:
-    """The learning rate that the run reports last is one that an update had."""
+    """The last learning rate that the run reports is one that an update had."""
     # Three rates, and the next is another one; with digits enough to tell them apart.
     step = OptimizerChoice.of(SGD, lr=0.0987)
     run = runs.trace(replace(everyday(runs, step), updates=3, warmup=3, minimum_lr=None))
@@ -86,13 +86,13 @@ def test_reported_rate(runs: Runs) -> None:
     since="0.1",
     needs=("clip",),
     level="should",
-    why="A norm that never exceeds the limit hides that every update is clipped; a rank's own part is too small.",
-    mend="Report what clip_grad_norm_ returns: the norm of the whole gradient before it was scaled.",
+    why="A norm that never exceeds the limit hides that every update is clipped; one rank's own norm is too small.",
+    mend="Report what clip_grad_norm_ returns: the norm of the whole gradient before scaling.",
     source="ray-project/ray#4965, radixark/miles_diffusion#35 (a shard's norm), pytorch#1032",
     bound="all digits of the number reported",
 )
 def test_reported_norm(runs: Runs) -> None:
-    """The gradient norm that the run reports last is that of a whole gradient, before it was clipped."""
+    """The last gradient norm that the run reports is that of a whole gradient, before clipping."""
     still = OptimizerChoice.of(SGD, lr=0.0)  # so that the gradients are those of a run that clips none
     plain = Recipe(optimizer=still, microbatch_size=4)
     norms = [total_norm(update.gradients) for update in runs.trace(plain).updates]

@@ -22,12 +22,12 @@ DECAYING = OptimizerChoice.of(ADAMW, lr=1e-2, weight_decay=0.1)
 
 
 def interrupted(runs: Runs) -> Recipe:
-    """A run with all that a checkpoint must hold: moments, a schedule, dropout where there is any."""
+    """Return a run with all that a checkpoint must hold: moments, a schedule, dropout where there is any."""
     return dropping(runs, replace(everyday(runs, DECAYING), save_every=2))
 
 
 def resumed(runs: Runs, recipe: Recipe, whole: Trace, update: int) -> Trace:
-    """The run that goes on after an update. Raises Violation if its checkpoint is not there, or not taken up."""
+    """Return the run that goes on after an update. Raises Violation if its checkpoint is not there, or not taken up."""
     checkpoint = saved(whole, update)
     try:
         tried = runs.attempt(replace(recipe, resume=checkpoint, save_every=None))
@@ -44,13 +44,15 @@ def resumed(runs: Runs, recipe: Recipe, whole: Trace, update: int) -> Trace:
     "RESUME-1",
     since="0.1",
     needs=("resume",),
-    why="Moments, schedule or random state start over: the loss goes on smoothly, the weights go elsewhere.",
+    why="Moments, schedule or random state start over: the loss goes on smoothly while the weights go elsewhere.",
     mend="Save optimizer, progress and random states, and load them after all of it is built; compare the parameters "
     "of two later updates, since the first loss shows nothing.",
     source="OneVision-Encoder#65, DeepSpeed#7786, huggingface/transformers#17032, nanoGPT#467, fairseq2#1038",
 )
 def test_goes_on_as_if_never_interrupted(runs: Runs) -> None:
-    """A resumed run has the parameters of one that was never interrupted, bit for bit, after every later update."""
+    """After every later update, a resumed run has the same parameters as a run that was never interrupted, bit for
+    bit.
+    """
     recipe = interrupted(runs)
     whole = runs.trace(recipe)
     later = resumed(runs, recipe, whole, 2).updates
@@ -64,13 +66,13 @@ def test_goes_on_as_if_never_interrupted(runs: Runs) -> None:
     "RESUME-2",
     since="0.1",
     needs=("resume",),
-    why="Some data is seen twice and some never; the loss on what is seen again looks better than it is.",
-    mend="Save how far the data was consumed, go on there, and begin the next epoch at its beginning.",
+    why="Some data is seen twice and some never; the loss on repeated data looks better than it is.",
+    mend="Save how much data was consumed, go on there, and begin the next epoch at its beginning.",
     source="KempnerForge#51, Lightning-AI/litgpt#1712, allenai/OLMo#650, verl#7401",
     bound="the sequences themselves, in order",
 )
 def test_data_goes_on(runs: Runs) -> None:
-    """A resumed run sees the sequences that come next, also across the end of an epoch and after stopping at one."""
+    """A resumed run goes on with the sequences that come next, also across and exactly at the end of an epoch."""
     recipe = replace(interrupted(runs), dropout=0.0) if not runs.has("sampler") else shuffled()
     samples = torch.cat(recipe.batches()) if recipe.samples is None else recipe.dataset()
     whole = runs.trace(recipe)
@@ -87,7 +89,7 @@ def test_data_goes_on(runs: Runs) -> None:
 
 
 def by_update(run: Trace, samples: torch.Tensor) -> list[list[int | None]]:
-    """The numbers of the samples that each update trains on."""
+    """Return the numbers of the samples that each update trains on."""
     found: list[list[int | None]] = [[] for _ in run.updates]
     for forward in run.training_forwards():
         if forward.update < len(found):
@@ -100,11 +102,13 @@ def by_update(run: Trace, samples: torch.Tensor) -> list[list[int | None]]:
     since="0.1",
     needs=("resume",),
     why="The last updates, those at the lowest learning rate, are lost when the run ends.",
-    mend="Save after the last update too, whatever the interval.",
+    mend="Save after the last update too, whatever the interval is.",
     source="Lightning-AI/litgpt#1254, KempnerForge#125, anemoi-training#183, nanoGPT (saves at eval_interval only)",
 )
 def test_last_update_is_saved(runs: Runs) -> None:
-    """The state after the last update is saved, also where the number of updates is no multiple of the interval."""
+    """The stack saves the state after the last update, even if the number of updates is not a multiple of the
+    interval.
+    """
     recipe = Recipe(updates=3, save_every=2)
     whole = runs.trace(recipe)
     later = resumed(runs, replace(recipe, updates=5), whole, 3)
@@ -115,12 +119,13 @@ def test_last_update_is_saved(runs: Runs) -> None:
     "RESUME-4",
     since="0.1",
     needs=("resume",),
-    why="Weights named _orig_mod. or module. cannot be loaded without the wrapper; a loose load drops them silently.",
+    why="Weights saved as _orig_mod. or module. cannot be loaded without the wrapper; a loose load drops them "
+    "silently.",
     mend="Save the state of the bare module, or strip the prefixes on saving.",
     source="pytorch#101107, rasbt/LLMs-from-scratch#580, nanoGPT ec9b1f81",
 )
 def test_taken_up_without_wrappers(runs: Runs) -> None:
-    """What a compiled run saved, or a run on two ranks, is taken up by a plain run, bit for bit."""
+    """A plain run takes up what a compiled run or a run on two ranks saved, bit for bit."""
     plain = Recipe(save_every=2, updates=2)
     wrapped: dict[str, Trace] = {}
     if runs.has("compile"):
@@ -139,13 +144,13 @@ def test_taken_up_without_wrappers(runs: Runs) -> None:
     "RESUME-5",
     since="0.1",
     needs=("resume",),
-    why="A run that was killed while saving goes on from weights of which some are fresh, and looks like training.",
-    mend="Write under another name and rename when complete; let every error of reading end the run.",
+    why="A run killed while saving goes on from weights that are partly fresh, and looks like a resumed one.",
+    mend="Write under another name and rename when complete; let every read error end the run.",
     source="pytorch-lightning#688, #19970",
     bound="an error before the first update; otherwise bit equality with the run from the whole checkpoint",
 )
 def test_truncated_checkpoint(runs: Runs) -> None:
-    """A checkpoint with a truncated file is refused, unless nothing in the resumed run depends on that file."""
+    """The stack refuses a checkpoint with a truncated file, unless nothing in the resumed run depends on that file."""
     recipe = Recipe(updates=4, save_every=2)
     checkpoint = saved(runs.trace(recipe), 2)
     whole = resumed(runs, recipe, runs.trace(recipe), 2)  # undamaged, it is taken up
@@ -164,7 +169,7 @@ def test_truncated_checkpoint(runs: Runs) -> None:
 
 
 def goes_on_alike(whole: Trace, damaged: Trace) -> bool:
-    """Whether two runs have the same parameters and optimizer state throughout: not every copy of a file is read."""
+    """Return True if two runs have the same parameters and state throughout: not every copy of a file is read."""
     if len(whole.updates) != len(damaged.updates):
         return False
     return all(
@@ -179,7 +184,7 @@ def goes_on_alike(whole: Trace, damaged: Trace) -> bool:
 
 
 def truncated(checkpoint: Checkpoint, damaged: Path, folder: Path) -> Checkpoint:
-    """A copy of a checkpoint with half of one file."""
+    """Return a copy of a checkpoint with half of one file."""
     # With the name of the checkpoint's own folder, by which some stacks know how far it is.
     root = Path(os.path.commonpath([path.parent for path in checkpoint.files])).parent
     copies = []

@@ -14,12 +14,12 @@ PEAK = OptimizerChoice.of(ADAMW, lr=1e-2)
 
 
 def declared(runs: Runs, recipe: Recipe) -> list[float]:
-    """The rate of each update."""
+    """Return the rate of each update."""
     return [runs.policy.learning_rate(recipe, update) for update in range(recipe.updates)]
 
 
 def groups(run: Trace) -> list[tuple[Group, ...]]:
-    """The parameter groups of each update."""
+    """Return the parameter groups of each update."""
     return [update.groups for update in run.updates]
 
 
@@ -27,13 +27,13 @@ def groups(run: Trace) -> list[tuple[Group, ...]]:
     "LR-1",
     since="0.1",
     needs=("schedule",),
-    why="A warm-up that ends too early, or a decay that ends too late, is another experiment than the one configured.",
+    why="A warm-up that ends too early, or a decay that ends too late, is not the experiment that was configured.",
     mend="Count optimizer updates, not microbatches, in warm-up and decay.",
     source="Lightning-AI/litgpt b78ebcb6, e38704e6; huggingface/accelerate#963, burn#5695",
     bound="1e-6 relative (healthy: 1e-16; weakest mutant, a minimum of its own: 0.03)",
 )
 def test_rates_as_declared(runs: Runs) -> None:
-    """The rate of every update is the declared one, through warm-up and cosine, with one microbatch or several."""
+    """Every update has the declared learning rate, through warm-up and cosine, with one microbatch or several."""
     split = everyday(runs)
     variants = [split, replace(split, microbatch_size=split.update_size, microbatches=1)]
     variants.append(Recipe(updates=5, warmup=3, optimizer=PEAK))  # constant after the warm-up
@@ -52,7 +52,7 @@ def test_rates_as_declared(runs: Runs) -> None:
     bound="as LR-1",
 )
 def test_rates_on_two_ranks(runs: Runs) -> None:
-    """On two ranks the rates are those of one process."""
+    """On two ranks, every update has the same learning rate as in one process."""
     recipe = everyday(runs)
     for run in runs.ranks(on_two_ranks(recipe)):
         rates_are(groups(run), declared(runs, recipe), f"learning rates on rank {run.rank}")
@@ -63,8 +63,8 @@ def test_rates_on_two_ranks(runs: Runs) -> None:
     since="0.1",
     needs=("schedule",),
     level="should",
-    why="An update with a rate of zero is computed for nothing, and all later rates come one update late.",
-    mend="Start the warm-up at peak / (warm-up + 1), or at peak / warm-up.",
+    why="An update with a rate of zero is wasted, and every later rate comes one update late.",
+    mend="Start the warm-up at peak / (warm-up + 1) or at peak / warm-up.",
     source="nanoGPT dc81cb36, huggingface/transformers#34754, torchtune#2010, torchtitan#1261",
     bound="a rate above zero, and some weight that moves",
 )

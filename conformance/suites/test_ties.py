@@ -14,7 +14,7 @@ from conformance.suites.test_resume import resumed
 
 
 def size(tensors: Mapping[str, Tensor]) -> int:
-    """Elements of distinct tensors."""
+    """Return elements of distinct tensors."""
     return sum(tensor.numel() for tensor in tensors.values())
 
 
@@ -22,14 +22,14 @@ def size(tensors: Mapping[str, Tensor]) -> int:
     "TIE-1",
     since="0.1",
     needs=("tied",),
-    why="Untied, there are more parameters, with other gradients; tied by memory only, each update is done twice.",
-    mend="Assign the Parameter itself, once the model lies where it is trained: to_empty, assign=True and wrappers "
+    why="Untied, the model has more parameters and other gradients; tied by memory only, each update is applied twice.",
+    mend="Assign the Parameter itself once the model is where it is trained: to_empty, assign=True and wrappers "
     "give each name a tensor of its own.",
     source="facebookresearch/lingua#75, verl#7834, NVIDIA-NeMo/Automodel#2213, torchtune#616",
     bound="number of elements",
 )
 def test_one_tensor(runs: Runs) -> None:
-    """Tied, embedding and head are one tensor, from the start and after every update."""
+    """If they are tied, embedding and head are one tensor, from the start and after every update."""
     for recipe in shapes(runs, Recipe(tied=True)):
         tied, untied = runs.trace(recipe), runs.trace(replace(recipe, tied=False))
         table = recipe.vocab_size * recipe.n_embd
@@ -51,13 +51,13 @@ def test_one_tensor(runs: Runs) -> None:
     "TIE-2",
     since="0.1",
     needs=("tied", "resume"),
-    why="After a resume the two go separate ways, and nothing says so.",
-    mend="Copy into the parameters instead of putting others in their place, or tie again after loading.",
+    why="After the resume the two tensors train apart, and nothing says so.",
+    mend="Copy into the parameters instead of replacing them, or tie again after loading.",
     source="facebookresearch/lingua#75, mosaicml/examples#11",
     bound="number of elements",
 )
 def test_tied_after_resume(runs: Runs) -> None:
-    """After a resume they are one tensor still."""
+    """If embedding and head are tied, they are still one tensor after a resume."""
     recipe = Recipe(shape=shapes(runs)[0].shape, tied=True, updates=4, save_every=2)
     whole = runs.trace(recipe)
     later = resumed(runs, recipe, whole, 2)

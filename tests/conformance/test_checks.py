@@ -17,7 +17,7 @@ from conformance.checks import clipping, data, evaluation, initialization, preci
 from conformance.checks.accumulation import gradient_is_of
 from conformance.checks.optimizer import keywords_arrive
 from conformance.clause import Violation
-from conformance.recording.snapshot import Group
+from conformance.recording.trace import Group
 from reference.config import GPTConfig
 from reference.model.gpt import GPT
 

@@ -8,8 +8,9 @@ import torch
 
 from conformance import OptimizerChoice, Recipe, record
 from conformance.clause import catalogue
+from conformance.loading import load_subject
 from conformance.session import Session
-from conformance.subject import Subject, load_subject
+from conformance.subject import Subject
 from examples import train_gpt, train_x_transformers
 from reference.data.documents import standard_library
 

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from conformance.clause import catalogue
+from conformance.errors import UsageError
 from conformance.report import page
-from conformance.report.page import FINDINGS, SIGNS, Report, read_kill_matrix, read_results, render
-from conformance.subject import UsageError
+from conformance.report.markdown import SIGNS
+from conformance.report.page import FINDINGS, Column, read_columns, read_kill_matrix, render
 
 REPORTS = Path(__file__).parents[2] / "reports"
 RESULTS = sorted((REPORTS / "conformance").glob("*.json"))
@@ -41,12 +42,12 @@ class Page(HTMLParser):
         return [attributes[attribute] for _, attributes in self.tags if attribute in attributes]
 
 
-def written(tmp_path: Path, *results: Any) -> list[Report]:
+def written(tmp_path: Path, *results: Any) -> list[Column]:
     """Write results to files, read them, and render them to ``pages``."""
     paths = [tmp_path / f"{number}.json" for number in range(len(results))]
     for path, result in zip(paths, results, strict=True):
         path.write_text(json.dumps(result) if isinstance(result, dict) else result, encoding="utf-8")
-    reports = read_results(paths)
+    reports = read_columns(paths)
     render(reports, KILLS, tmp_path / "pages")
     return reports
 
@@ -61,21 +62,21 @@ def pages(tmp_path: Path) -> Path:
     """The committed results, beside the committed findings."""
     (tmp_path / "findings").mkdir()
     (tmp_path / "findings" / "README.md").write_bytes((REPORTS / "findings" / "README.md").read_bytes())
-    render(read_results(RESULTS), KILLS, tmp_path / "pages")
+    render(read_columns(RESULTS), KILLS, tmp_path / "pages")
     return tmp_path / "pages"
 
 
 def test_every_cell_is_there_once(pages: Path) -> None:
     cells = [a for tag, a in Page(pages / "index.html").tags if tag == "td" and "data-subject" in a]
     found = [(a["data-clause"], a["data-subject"], a["data-outcome"]) for a in cells]
-    clauses = [(c, report) for c in catalogue().values() for report in read_results(RESULTS)]
-    assert sorted(found) == sorted((c.id, report.slug, report.verdict(c).outcome) for c, report in clauses)
+    clauses = [(c, column) for c in catalogue().values() for column in read_columns(RESULTS)]
+    assert sorted(found) == sorted((c.id, column.slug, column.report.verdict(c).outcome) for c, column in clauses)
     assert len(found) == len(RESULTS) * len(catalogue())
 
 
 def test_subject_page_tells_everything(pages: Path) -> None:
-    for report in read_results(RESULTS):
-        shown = Page(pages / f"subject-{report.slug}.html")
+    for column in read_columns(RESULTS):
+        report, shown = column.report, Page(pages / f"subject-{column.slug}.html")
         ids = shown.all("data-clause")
         assert sorted(ids) == sorted(catalogue())
         bad = [v.id for v in report.verdicts.values() if v.outcome in FINDINGS]
@@ -85,7 +86,7 @@ def test_subject_page_tells_everything(pages: Path) -> None:
             for part in (verdict.requirement, verdict.expected, verdict.seen, verdict.reason):
                 assert " ".join(part.replace("`", "").split()) in text
             assert f"--clause {verdict.id}" in text
-        assert ("../findings/README.md" in shown.all("href")) == (report.slug.startswith("litgpt-0.5.13"))
+        assert ("../findings/README.md" in shown.all("href")) == (column.slug.startswith("litgpt-0.5.13"))
 
 
 def test_links_work_and_nothing_is_fetched(pages: Path) -> None:
@@ -113,8 +114,8 @@ def test_hostile_strings_stay_text(tmp_path: Path, result: dict[str, Any]) -> No
     result["environment"] = {"gpu": HOSTILE, HOSTILE: HOSTILE, "judged as": HOSTILE}
     result["clauses"][0] |= dict.fromkeys(("requirement", "level", "expected", "seen", "reason"), HOSTILE)
     result["clauses"].append(result["clauses"][0] | {"id": "NEW-1"})
-    (report,) = written(tmp_path, result)
-    assert re.fullmatch(r"[a-z0-9.-]+", report.slug)
+    (column,) = written(tmp_path, result)
+    assert re.fullmatch(r"[a-z0-9.-]+", column.slug)
     for path in (tmp_path / "pages").iterdir():
         if path.suffix == ".html":
             shown = Page(path)
@@ -125,13 +126,15 @@ def test_hostile_strings_stay_text(tmp_path: Path, result: dict[str, Any]) -> No
             assert not re.search("<(script|img)", path.read_text(encoding="utf-8"))
     table, _ = (tmp_path / "pages" / "matrix.md").read_text(encoding="utf-8").split("\n\n")
     assert {len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()} == {4}
-    assert shlex.split(report.repeat(catalogue()["INIT-1"]))[6:9] == [HOSTILE, "--clause", "INIT-1"]
+    assert shlex.split(column.repeat(catalogue()["INIT-1"]))[5:8] == [HOSTILE, "--clause", "INIT-1"]
 
 
 def test_markdown_is_the_results(pages: Path) -> None:
     rows = [line.strip("| ").split(" | ") for line in (pages / "matrix.md").read_text(encoding="utf-8").splitlines()]
     found = {row[0]: row[2:] for row in rows if row[0] in catalogue()}
-    assert found == {k: [SIGNS[r.verdict(c).outcome] for r in read_results(RESULTS)] for k, c in catalogue().items()}
+    assert found == {
+        k: [SIGNS[r.report.verdict(c).outcome] for r in read_columns(RESULTS)] for k, c in catalogue().items()
+    }
 
 
 def test_badges(tmp_path: Path, result: dict[str, Any]) -> None:
@@ -150,7 +153,7 @@ def test_badges(tmp_path: Path, result: dict[str, Any]) -> None:
 
 def test_twins_and_missing_clauses(tmp_path: Path, result: dict[str, Any]) -> None:
     first, second = written(tmp_path, result, result | {"clauses": result["clauses"][1:]})
-    assert (first.name, first.version) == (second.name, second.version)
+    assert first.title == second.title
     assert first.machine != second.machine
     cells = {(a.get("data-subject"), a.get("data-clause")): a for _, a in Page(tmp_path / "pages" / "index.html").tags}
     assert cells[second.slug, "INIT-1"]["data-outcome"] == "not judged"
@@ -190,8 +193,8 @@ def test_usage_errors(tmp_path: Path, result: dict[str, Any]) -> None:
         with pytest.raises(UsageError, match=r"the result file .*0\.json.*\.$"):
             written(tmp_path, wrong)
     with pytest.raises(UsageError, match="cannot be read"):
-        read_results([tmp_path / "none.json"])
+        read_columns([tmp_path / "none.json"])
     with pytest.raises(UsageError, match="no list 'mutants'"):
         read_kill_matrix(RESULTS[0])
     with pytest.raises(UsageError, match="cannot be written"):
-        render(read_results(RESULTS[:1]), None, tmp_path / "0.json")
+        render(read_columns(RESULTS[:1]), None, tmp_path / "0.json")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from conformance.recipe import Recipe
+from conformance.runs import Runs
 from conformance.subjects.reference import Reference
 from conformance.suites import everyday, on_two_ranks
 
@@ -70,10 +71,10 @@ def test_a_batch_total_decides_how_many_sequences_there_are() -> None:
 def test_what_a_stack_lacks_is_not_asked_for() -> None:
     subject = Reference()
     subject.lacks = dict.fromkeys(("microbatches", "schedule", "evaluate-every"), "no such option")
-    recipe = everyday(subject)
+    with Runs(subject) as poor, Runs(Reference()) as rich:
+        recipe, full = everyday(poor), everyday(rich)
     assert recipe == Recipe(microbatch_size=4, updates=6, optimizer=recipe.optimizer, evaluate=True)
     assert on_two_ranks(recipe) == replace(recipe, microbatch_size=2, world_size=2)
-    full = everyday(Reference())
     assert on_two_ranks(full) == replace(full, microbatches=2, world_size=2)
     assert (full.update_size, recipe.update_size) == (4, 4)
 

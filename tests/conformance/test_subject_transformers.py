@@ -8,8 +8,8 @@ import torch
 
 from conformance import Recipe
 from conformance.clause import catalogue
+from conformance.loading import load_subject
 from conformance.session import Session
-from conformance.subject import load_subject
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'gpt-conformance[transformers]'")
 pytest.importorskip("accelerate", reason="the Trainer needs accelerate: pip install accelerate")
@@ -42,7 +42,7 @@ def test_outcomes(session: Session) -> None:
 
 def test_every_field_arrives(session: Session) -> None:
     recipe = Recipe(shape="llama", microbatches=2, updates=4, warmup=2, minimum_lr=1e-3, clip=0.5, evaluate=True)
-    run = session.trace(recipe)
+    run = session.runs.trace(recipe)
     wanted = [*recipe.batches(), *recipe.validation_batches()]
     assert all(torch.equal(forward.ids, ids) for forward, ids in zip(run.forwards, wanted, strict=True))
     assert [forward.training for forward in run.forwards] == [True] * 8 + [False] * 2
@@ -56,13 +56,13 @@ def test_every_field_arrives(session: Session) -> None:
 
 def test_ranks_get_their_own_data(session: Session) -> None:
     recipe = Recipe(world_size=2, microbatches=2)
-    for run in session.ranks(recipe):
+    for run in session.runs.ranks(recipe):
         assert all(torch.equal(f.ids, ids) for f, ids in zip(run.forwards, recipe.batches(run.rank), strict=True))
 
 
 def test_a_foreign_module_accumulates_and_is_evaluated(session: Session) -> None:
     recipe = Recipe(module="conformance.probes:MemoryTransformer", microbatches=2, evaluate=True)
-    run = session.trace(recipe)
+    run = session.runs.trace(recipe)
     wanted = [*recipe.batches(), *recipe.validation_batches()]
     assert all(torch.equal(forward.ids, ids) for forward, ids in zip(run.forwards, wanted, strict=True))
     assert sum(loss.value.item() for loss in run.losses[:2]) == pytest.approx(4.8, abs=0.5), "ln 128 over both halves"
@@ -70,8 +70,8 @@ def test_a_foreign_module_accumulates_and_is_evaluated(session: Session) -> None
 
 def test_load_gives_the_saved_model(session: Session) -> None:
     recipe = Recipe(shape="llama", tied=True, save_every=2)
-    run = session.trace(recipe)
+    run = session.runs.trace(recipe)
     saved = run.checkpoint(2)
     assert saved is not None
-    loaded = dict(session.load(saved).named_parameters())
+    loaded = dict(session.runs.load(saved).named_parameters())
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in run.updates[-1].after.items())

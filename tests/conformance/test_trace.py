@@ -19,7 +19,7 @@ from torch.optim import optimizer as step_hooks
 from torch.utils.checkpoint import checkpoint
 
 from conformance.recipe import OptimizerChoice
-from conformance.recording.recorder import record
+from conformance.recording import record
 from conformance.recording.snapshot import equal_values
 
 V, C, BF16, IDS = 11, 4, torch.bfloat16, torch.arange(10).view(2, 5)

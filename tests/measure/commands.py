@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from conformance.report.letter import environment
+from conformance.report.environment import environment
 
 ROOT = Path(__file__).parents[2]
 SESSIONS = {

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from conformance.report.letter import environment
+from conformance.report.environment import environment
 from reference.data.prepare import prepare
 from reference.data.tokens import TokenData, write_tokens
 

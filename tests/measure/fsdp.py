@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from conformance.report.letter import environment
+from conformance.report.environment import environment
 from reference.checkpoint.folder import load_weights, step_folder
 from reference.config import GPTConfig, TrainConfig
 from reference.data.tokens import TokenData, write_tokens

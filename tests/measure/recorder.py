@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from conformance.recipe import Recipe
+from conformance.recording import record
 from conformance.recording.isolation import quiet_and_deterministic
-from conformance.recording.recorder import record
-from conformance.report.letter import environment
+from conformance.report.environment import environment
 from conformance.subjects.reference import Reference
 
 PAIRS = 40

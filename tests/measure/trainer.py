@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from conformance.report.letter import environment
+from conformance.report.environment import environment
 from reference.cli.loggers import csv_metrics
 from reference.cli.presets import PRESETS
 from reference.config import GPTConfig, TrainConfig

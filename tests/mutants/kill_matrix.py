@@ -23,7 +23,7 @@ from rich.progress import track
 from rich.table import Table
 
 from conformance.clause import catalogue
-from conformance.report.letter import environment
+from conformance.report.environment import environment
 from conformance.session import Session
 from conformance.subject import Subject
 from conformance.subjects.reference import Reference

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from conformance.recording.recorder import record
+from conformance.recording import record
 from reference.checkpoint.resume import computed_as_by
 from reference.config import ConfigurationError, GPTConfig, TrainConfig
 from reference.optimizers.build import build_optimizer, load_optimizer_state, optimizer_state

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from conformance.__main__ import escape_annotation, main
 from conformance.clause import catalogue
+from conformance.cli import main
+from conformance.report.github import escaped
 from tests.mutants import MUTANTS, planted
 
 FUSED = next(mutant for mutant in MUTANTS if mutant.name == "fused-kwarg-injected")
@@ -24,19 +25,21 @@ def test_failures_are_annotations(capsys: pytest.CaptureFixture[str]) -> None:
     with planted(FUSED.edits):
         assert main(["run", "--clause", "OPT-1", "--clause", "OPT-4", "--format", "github"]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("::error title=OPT-1 fail::AdamW, SGD and RMSprop of torch.optim train.%0Aexpected: ")
-    assert "%0Arepeat: python -m pytest --pyargs conformance.suites --subject reference --clause OPT-1" in lines[0]
+    assert lines[0].startswith(
+        "::error title=OPT-1 fail::The stack trains with AdamW, SGD and RMSprop of torch.optim.%0Aexpected: "
+    )
+    assert "%0Arepeat: python -m conformance run --subject reference --clause OPT-1" in lines[0]
     assert sum(line.startswith("::") for line in lines) == len(lines) - 1
 
 
 def test_annotations_stay_in_one_line() -> None:
-    assert escape_annotation("100 %\r\nof it") == "100 %25%0D%0Aof it"
+    assert escaped("100 %\r\nof it") == "100 %25%0D%0Aof it"
 
 
 def test_text_is_the_letter(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "--clause", "PREC-1"]) == 0
     printed = capsys.readouterr().out
-    assert "judged by 1 clauses" in printed
+    assert "judged by 1 clause\n" in printed
     assert "Partial:" in printed
 
 
@@ -51,10 +54,18 @@ def test_list_has_every_clause(capsys: pytest.CaptureFixture[str]) -> None:
 def test_explain_shows_the_mutants(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", "opt-10"]) == 0
     printed = capsys.readouterr().out
-    assert "A keyword that the class does not accept is an error." in printed
+    assert "A keyword that the optimizer class does not accept is an error." in printed
     assert "kwarg-typo-swallowed" in printed
     assert main(["explain", "OPT-10", "--format", "json"]) == 0
     assert [m["mutant"] for m in json.loads(capsys.readouterr().out)["mutants"]] == ["kwarg-typo-swallowed"]
+
+
+def test_explain_takes_chapters(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "tie", "--format", "json"]) == 0
+    assert [clause["id"] for clause in json.loads(capsys.readouterr().out)] == ["TIE-1", "TIE-2"]
+    assert main(["explain", "TIE"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.index("TIE-1 (must)") < printed.index("TIE-2 (must)")
 
 
 def test_every_clause_can_be_explained(capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,11 +77,11 @@ def test_every_clause_can_be_explained(capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["run", "--subject", "litgtp"], "There is no subject 'litgtp'"),
-        (["run", "--clause", "DECOY-1"], "There is no clause 'DECOY-1'; the nearest is DECAY-1."),
+        (["run", "--subject", "litgtp"], "Unknown subject 'litgtp'"),
+        (["run", "--clause", "DECOY-1"], "Unknown clause 'DECOY-1': the nearest is DECAY-1."),
         (["run", "--deviations", "missing.toml"], "The deviations file missing.toml cannot be read"),
         (["run", "--report", "no/such/folder.json"], "The report no/such/folder.json cannot be written"),
-        (["explain", "DECAY"], "DECAY is a chapter of 8 clauses: give one of DECAY-1"),
+        (["explain", "DECOY"], "Unknown clause 'DECOY': the nearest is DECAY."),
         (["report", "missing.json"], "missing.json"),
         (["report", "pyproject.toml", "--kill-matrix", "missing.json"], "The kill matrix missing.json cannot be read"),
     ],

@@ -1,0 +1,89 @@
+"""Adapter of Hugging Face's Trainer: Recipe -> transformers.Trainer.train. Installed by the extra ``transformers``."""
+
+import importlib.metadata
+import math
+import pydoc
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, Trainer, TrainingArguments
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from conformance import Checkpoint, Constant, Normal, Recipe, TensorInfo
+
+
+class Stream(list[dict[str, Tensor]], torch.utils.data.IterableDataset[dict[str, Tensor]]):  # type: ignore[misc]
+    """Samples in order: a stream is the only kind of dataset that no release of transformers 5 shuffles."""
+
+
+class TransformersPolicy:
+    """_init_weights of PreTrainedModel and GPT2PreTrainedModel, Trainer.get_decay_parameter_names, optimization.py."""
+
+    def initial(self, recipe: Recipe, tensor: TensorInfo) -> Constant | Normal:
+        if tensor.name.endswith(".bias") or "norm" in tensor.name or ".ln_" in tensor.name:
+            return Constant(0.0 if tensor.name.endswith(".bias") else 1.0)
+        return Normal(0.0, 0.02 / math.sqrt(2 * recipe.n_layer) if "c_proj" in tensor.name else 0.02)
+
+    def decays(self, recipe: Recipe, tensor: TensorInfo) -> bool:
+        return tensor.owner != "LayerNorm" and "norm" not in tensor.name and "bias" not in tensor.name
+
+    def learning_rate(self, recipe: Recipe, update: int) -> float:
+        peak: float = dict(recipe.optimizer.arguments).get("lr", 1e-3)
+        low = 1.0 if recipe.minimum_lr is None else recipe.minimum_lr / peak
+        cosine = 0.5 * (1 + math.cos(math.pi * ((update - recipe.warmup) / max(1, recipe.updates - recipe.warmup))))
+        return peak * (update / recipe.warmup if update < recipe.warmup else cosine * (1 - low) + low)
+
+
+class Transformers:
+    """transformers.Trainer.train, with its options as on the command line of transformers' examples."""
+
+    name, version, policy = "transformers Trainer", importlib.metadata.version("transformers"), TransformersPolicy()
+    lacks = {
+        "batch-total": "gradient_accumulation_steps counts the microbatches",
+        "fused": "create_optimizer adds nothing to a class; only the name adamw_torch_fused asks for it",
+        "ndim-policy": "get_decay_parameter_names goes by names and nn.LayerNorm",
+        "16-mixed": "on the CPU accelerate leaves fp16 off, without a word",
+        "logits-opt-out": "accelerate's prepare_model always converts what leaves autocast to float32",
+        "stable-embedding": "create_optimizer gives nn.Embedding 32-bit state, and swaps nothing",
+        "meta-init": "Trainer moves the model with .to(device), which raises for one on the meta device",
+    }
+
+    def train(self, recipe: Recipe) -> None:
+        optimizer, every = recipe.optimizer.config(), recipe.updates if recipe.evaluate else recipe.evaluate_every
+        options = f"""--use_cpu --disable_tqdm true --label_names labels --warmup_steps {recipe.warmup}
+            --per_device_train_batch_size {recipe.microbatch_size} --per_device_eval_batch_size {recipe.microbatch_size}
+            --gradient_accumulation_steps {recipe.microbatches} --eval_strategy {"steps" if every else "no"}
+            --max_steps {recipe.updates} --eval_steps {every or 500} --save_steps {recipe.save_every or 500}
+            --weight_decay {optimizer["init_args"].get("weight_decay", 0)} --max_grad_norm {recipe.clip or 0}
+            --lr_scheduler_type {"constant_with_warmup" if recipe.minimum_lr is None else "cosine_with_min_lr"}
+            --lr_scheduler_kwargs {{"min_lr":{recipe.minimum_lr or 0}}} --bf16 {recipe.precision == "bf16-mixed"}
+            --logging_steps 1 {"--gradient_checkpointing" if recipe.activation_checkpointing else ""}
+            --torch_compile {recipe.compile} --seed {recipe.seed} --output_dir""".split()
+        sizes: dict[str, Any] = {"vocab_size": recipe.vocab_size, "max_position_embeddings": recipe.block_size + 1}
+        sizes |= {"num_hidden_layers": recipe.n_layer, "num_attention_heads": recipe.n_head}
+        sizes |= {"hidden_size": recipe.n_embd, "intermediate_size": 3 * recipe.n_embd}
+        sizes |= {"tie_word_embeddings": recipe.tied, "attention_dropout": recipe.dropout}
+        sizes |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), recipe.dropout)
+        config = AutoConfig.for_model("gpt2" if recipe.shape == "gpt" else "llama", **sizes)
+        dtype = torch.bfloat16 if recipe.precision == "bf16-true" else torch.float32
+        foreign: Any = pydoc.locate(recipe.module.replace(":", ".")) if recipe.module else None
+        key = "ids" if foreign else "input_ids"  # as the model's forward calls its argument
+
+        def rows(part: Any) -> Any:  # of all ranks, as accelerate hands them out
+            return (row for step in zip(*map(part, range(recipe.world_size))) for batch in step for row in batch)
+
+        pairs = zip(rows(recipe.batches), rows(recipe.labels))
+        ordered = Stream({key: row, "labels": labels} for row, labels in pairs)
+        shuffled = recipe.samples and [{key: row, "labels": row} for row in recipe.dataset()]
+        Trainer(
+            model_init=lambda: foreign() if foreign else AutoModelForCausalLM.from_config(config, dtype=dtype),
+            args=HfArgumentParser(TrainingArguments).parse_args_into_dataclasses([*options, str(recipe.directory)])[0],
+            train_dataset=shuffled or ordered,
+            eval_dataset=Stream({key: row, "labels": row} for row in rows(recipe.validation_batches)),
+            optimizer_cls_and_kwargs=(pydoc.locate(optimizer["class_path"]), optimizer["init_args"]),
+            compute_loss_func=foreign and (lambda *args, **count: ForCausalLMLoss(*args, recipe.vocab_size, **count)),
+        ).train(resume_from_checkpoint=recipe.resume and str(recipe.resume.find("trainer_state.json").parent))
+
+    def load(self, checkpoint: Checkpoint) -> nn.Module:
+        return AutoModelForCausalLM.from_pretrained(checkpoint.find("config.json").parent)
