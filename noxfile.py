@@ -1,11 +1,12 @@
 """The manual: ``nox -l`` lists what can be done, ``nox -s NAME`` does it.
 
-All sessions share one environment, made by the session ``environment`` on first use, so torch is installed once.
+Most sessions share one environment, made by the session ``environment`` on first use, so torch is installed once.
 With ``--no-venv`` they use the Python that runs nox, and install nothing.
 """
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ nox.options.error_on_external_run = True
 HERE = Path(__file__).parent
 LATEST = HERE / "reports" / "latest"  # ignored by git: a second run leaves the checkout clean
 EXTRAS = {"litgpt", "transformers", "x-transformers"}  # subjects, each installed by an extra of the same name
+PACKAGE = ".[reference,optimizers,bench,{}]"  # what the default sessions need, and more extras
 PEERS = {  # the stacks of the matrix: subject, and what pip installs for it beside this package
     "litgpt-0.4.12": ("litgpt", ["jsonargparse[signatures]", "requests", "tokenizers", "tqdm"]),
     "litgpt-0.5.13": ("litgpt", ["litgpt==0.5.13", "requests"]),
@@ -29,20 +31,27 @@ PEERS = {  # the stacks of the matrix: subject, and what pip installs for it bes
     "plain-loop": ("examples.plain_loop_adapter:PlainLoop", []),
     "reference": ("reference", []),
 }
+PYTHONS, TORCHES = ("3.11", "3.12", "3.13"), ("2.11.0", "2.12.1", "2.13.0", "2.14.1")
 
 # One thread: the models are tiny, and threads only wait for each other. Warnings and progress need no buffering.
 VARIABLES = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-
-_python = sys.executable
-
-
 # Where there is a GPU, ranks are spawned instead of forked: slower, and planted faults do not reach them.
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+SUITES = ("-m", "pytest", "-p", "conformance.plugin", "--pyargs", "conformance.suites")
+
+_python = sys.executable
 
 
 def run(session: nox.Session, *arguments: str, **variables: str) -> None:
     """Run Python in the shared environment."""
     session.run(_python, *arguments, env=VARIABLES | variables, external=True)
+
+
+def run_to_its_result(session: nox.Session, *arguments: str) -> None:
+    """Run Python, and end with its exit code: 1 for findings is a result, which nox would call an abort."""
+    code = subprocess.run([_python, *arguments], env=os.environ | VARIABLES, check=False).returncode
+    if code:
+        sys.exit(code)
 
 
 @nox.session(default=False)
@@ -77,11 +86,12 @@ def install(session: nox.Session, extras: list[str], alone: str = "") -> None:
     def pip(*arguments: str) -> None:
         session.run(_python, "-m", "pip", *arguments, silent=True, external=True)
 
+    session.log(f"Installing {', '.join(['PyTorch and the tools', *names])}: this takes minutes, and happens once.")
     if names != installed[1:]:
         pip("uninstall", "--quiet", "--yes", *sorted(EXTRAS), "accelerate")
-    target = f".[{','.join(extras)}]" if extras else "."
     pip("install", "--quiet", "--upgrade", "pip>=25.1")  # knows --group
     groups = ("--group", "lint", "--group", "build", "--group", "test")
+    target = PACKAGE.format(",".join(extras)).replace(",]", "]")
     pip("install", "--quiet", "--constraint", "constraints.txt", "--editable", target, *groups)
     if alone:
         pip("install", "--quiet", "--constraint", "constraints.txt", "--no-deps", alone)
@@ -94,19 +104,17 @@ def conformance(session: nox.Session) -> None:
     LATEST.mkdir(parents=True, exist_ok=True)
     arguments = list(session.posargs)
     if not any(argument.startswith("--report") for argument in arguments):
-        arguments += ["--report", os.path.relpath(LATEST / "conformance.json")]
-    command = [_python, "-m", "pytest", "--pyargs", "conformance.suites", *arguments]
-    code = subprocess.run(command, env=os.environ | VARIABLES, check=False).returncode
-    if code == 2:  # a mistake in the command line, told in one sentence; nox itself knows only 0 and 1
-        sys.exit(code)
-    if code:
-        session.error(f"{' '.join(arguments)}: see the letter above")
+        subject = re.search(r"--subject[ =](\S+)", " ".join(arguments))
+        name = re.sub(r"[^A-Za-z0-9.-]+", "-", subject[1] if subject else "reference")
+        arguments += ["--report", os.path.relpath(LATEST / f"{name}.json")]  # one file for each subject
+    run_to_its_result(session, *SUITES, *arguments)
 
 
 @nox.session(venv_backend="none", requires=["environment"], default=False)
 def tests(session: nox.Session) -> None:
-    """Run this project's own tests; `-- tests/conformance/test_trace.py -k hooks` selects."""
-    run(session, "-m", "pytest", *session.posargs, **NO_GPU)
+    """Run this project's own tests on all cores; `-- tests/conformance/test_trace.py -k hooks` selects."""
+    cores = [] if any(argument.startswith("-n") for argument in session.posargs) else ["-n", "auto"]
+    run(session, "-m", "pytest", *cores, *session.posargs, **NO_GPU)
 
 
 @nox.session(venv_backend="none", requires=["environment"], default=False)
@@ -117,11 +125,13 @@ def bench(session: nox.Session) -> None:
         # What the bench measures beside the reference. LitGPT alone: what it requires does not go together with
         # transformers, and its model needs none of it.
         install(session, ["torchao", "transformers", "x-transformers"], alone="litgpt")
-    code = subprocess.run([_python, "-m", "conformance.bench", *session.posargs], check=False).returncode
-    if code == 2:
-        sys.exit(code)
-    if code:
-        session.error("see above")
+    run_to_its_result(session, "-m", "conformance.bench", *session.posargs)
+
+
+@nox.session(venv_backend="none", requires=["environment"], default=False)
+def docs(session: nox.Session) -> None:
+    """Check that the generated parts of README and docs are those of the code and the reports; `-- --write` mends."""
+    run_to_its_result(session, "docs/generate.py", *session.posargs)
 
 
 @nox.session(venv_backend="none", requires=["environment"], default=False)
@@ -133,9 +143,12 @@ def mutants(session: nox.Session) -> None:
 @nox.session(default=False)
 def parity(session: nox.Session) -> None:
     """Run the tests that need the real transformers, in an environment of its own: litgpt wants another release."""
-    session.install("--quiet", "--constraint", "constraints.txt", "--editable", ".[transformers]")
-    names = [f"tests/test_{name}.py" for name in ("huggingface_parity", "subject_transformers", "bench_training")]
-    session.run("python", "-m", "pytest", *names, *session.posargs, env=VARIABLES | NO_GPU)
+    groups = ("--group", "test")
+    target = PACKAGE.format("transformers")
+    session.install("--quiet", "--constraint", "constraints.txt", "--editable", target, *groups)
+    names = ["reference/test_huggingface_parity", "conformance/test_subject_transformers", "bench/test_training"]
+    files = [f"tests/{name}.py" for name in names]
+    session.run("python", "-m", "pytest", *files, *session.posargs, env=VARIABLES | NO_GPU)
 
 
 @nox.session(default=False)
@@ -143,16 +156,25 @@ def parity(session: nox.Session) -> None:
 def peers(session: nox.Session, peer: str) -> None:
     """Judge each stack of the matrix in an environment of its own: they pin different releases."""
     subject, packages = PEERS[peer]
-    session.install("--quiet", "--constraint", "constraints.txt", "--editable", ".", *packages)
+    target = PACKAGE.format("").replace(",]", "]")
+    session.install("--quiet", "--constraint", "constraints.txt", "--editable", target, *packages)
     if peer == "litgpt-0.4.12":  # pins a Lightning and a numpy of its time; it runs with today's
         session.install("--quiet", "--no-deps", "litgpt==0.4.12")
     LATEST.mkdir(parents=True, exist_ok=True)
-    report = os.path.relpath(LATEST / f"{peer}.json")
-    command = ["python", "-m", "pytest", "--pyargs", "conformance.suites", "--subject", subject, "--report", report]
+    command = ["python", *SUITES, "--subject", subject, "--report", os.path.relpath(LATEST / f"{peer}.json")]
     deviations = Path("reports/deviations") / f"{peer}.toml"
     if deviations.exists():  # what the stack does otherwise by design
         command += ["--deviations", str(deviations)]
-    session.run(*command, *session.posargs, env=VARIABLES, success_codes=[0, 1])  # a finding is no failure of ours
+    session.run(*command, *session.posargs, env=VARIABLES, success_codes=[0, 1])  # findings are a result
+
+
+@nox.session(default=False, python=PYTHONS)
+@nox.parametrize("torch", TORCHES)
+def versions(session: nox.Session, torch: str) -> None:
+    """Judge the reference under each supported Python (where it is there) and each supported PyTorch."""
+    session.log(f"Installing PyTorch {torch} for Python {session.python}: this may take minutes and gigabytes.")
+    session.install("--quiet", f"torch=={torch}", PACKAGE.format("").replace(",]", "]"))
+    session.run("python", "-m", "conformance", "run", *session.posargs, env=VARIABLES)
 
 
 @nox.session(venv_backend="none", requires=["environment"], default=False)

@@ -80,7 +80,7 @@ def test_every_clause_can_be_explained(capsys: pytest.CaptureFixture[str]) -> No
         (["run", "--subject", "litgtp"], "Unknown subject 'litgtp'"),
         (["run", "--clause", "DECOY-1"], "Unknown clause 'DECOY-1': the nearest is DECAY-1."),
         (["run", "--deviations", "missing.toml"], "The deviations file missing.toml cannot be read"),
-        (["run", "--report", "no/such/folder.json"], "The report no/such/folder.json cannot be written"),
+        (["run", "--report", "no/such/folder.json"], "no/such/folder.json cannot be written: there is no folder"),
         (["explain", "DECOY"], "Unknown clause 'DECOY': the nearest is DECAY."),
         (["report", "missing.json"], "missing.json"),
         (["report", "pyproject.toml", "--kill-matrix", "missing.json"], "The kill matrix missing.json cannot be read"),
