@@ -108,8 +108,9 @@ class Runs:
         """
         if recipe not in self._attempts:
             folder = Path(tempfile.mkdtemp(prefix="run-", dir=self.directory))
+            keep = folder.with_name(folder.name.replace("run-", "kept-"))
             error: BaseException | None = None
-            with record(folder, recipe.zero_gradients, nan_gradient=recipe.nan_gradient) as trace:
+            with record(folder, recipe.zero_gradients, nan_gradient=recipe.nan_gradient, keep=keep) as trace:
                 try:
                     self.subject.train(dataclasses.replace(recipe, directory=folder))
                 except KeyboardInterrupt:

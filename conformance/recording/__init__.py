@@ -10,7 +10,11 @@ from conformance.recording.trace import Trace
 
 
 def record(
-    directory: Path | None = None, zero_gradients: bool = False, rank: int = 0, nan_gradient: int | None = None
+    directory: Path | None = None,
+    zero_gradients: bool = False,
+    rank: int = 0,
+    nan_gradient: int | None = None,
+    keep: Path | None = None,
 ) -> AbstractContextManager[Trace]:
     """Record the training run inside a ``with`` block.
 
@@ -26,7 +30,8 @@ def record(
         zero_gradients: zero every gradient on entry to ``step``, before anything else sees it.
         rank: only kept in the trace.
         nan_gradient: the update, counted from 0, whose gradients get a NaN when their backward has ended.
+        keep: folder for copies of what the run writes, so that a checkpoint is known even if it is written over.
     """
     from conformance.recording.recorder import recording
 
-    return recording(directory, zero_gradients, rank, nan_gradient)
+    return recording(directory, zero_gradients, rank, nan_gradient, keep)

@@ -1,11 +1,4 @@
-"""The recorder: what a training run really did, seen through PyTorch's own gates.
-
-No line of the stack is patched. PyTorch lets anyone watch the four gates that every stack passes:
-
-    forward    torch.nn.modules.module.register_module_forward_hook (of all modules)
-    backward   torch.autograd.backward, which Tensor.backward calls
-    step       torch.optim.optimizer.register_optimizer_step_pre_hook / post_hook (of all optimizers)
-    files      the run's own directory, looked through at each update
+"""The recorder: what a training run really did, seen through PyTorch's own gates (conformance.recording.gates).
 
 Inside a recording one thread computes, compiled modules stay eager (inductor costs a minute, and would hide
 forwards), and uninitialised memory is filled with NaN, so that a skipped initialisation cannot look healthy.
@@ -14,193 +7,144 @@ forwards), and uninitialised memory is filled with NaN, so that a skipped initia
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils.hooks import RemovableHandle
 
 from conformance.recipe import remember_configs
+from conformance.recording.calls import Calls
+from conformance.recording.files import Files
+from conformance.recording.gates import watched
 from conformance.recording.isolation import collected_messages, quiet_and_deterministic
 from conformance.recording.snapshot import (
     class_path,
-    clean_name,
     copied,
     copy_of,
-    describe_embeddings,
     describe_group,
     describe_state,
-    describe_tensors,
-    device_type,
-    find_ids,
-    find_logits,
     named_tensors,
-    on_meta,
-    same_parameters,
-    wrapper_prefixes,
 )
-from conformance.recording.trace import Checkpoint, Forward, Loss, Trace, Update
+from conformance.recording.trace import CrossEntropy, Loss, Step, Trace, Update
 
 
 @contextlib.contextmanager
-def recording(directory: Path | None, zero_gradients: bool, rank: int, nan_gradient: int | None) -> Iterator[Trace]:
+def recording(
+    directory: Path | None, zero_gradients: bool, rank: int, nan_gradient: int | None, keep: Path | None
+) -> Iterator[Trace]:
     """Record the training run inside a ``with`` block; see :func:`conformance.record`."""
-    recorder = Recorder(Trace(rank=rank), directory, zero_gradients, nan_gradient)
+    recorder = Recorder(Trace(rank=rank), Files(directory, keep), zero_gradients, nan_gradient)
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
         configs = stack.enter_context(remember_configs())
         stack.enter_context(quiet_and_deterministic())
         stack.enter_context(collected_messages(recorder.trace.messages))
-        for handle in (
-            register_module_forward_pre_hook(recorder.forward_begins),
-            register_module_forward_hook(recorder.forward_ends, with_kwargs=True, always_call=True),
-            register_optimizer_step_pre_hook(recorder.step_begins),
-            register_optimizer_step_post_hook(recorder.step_ends),
-        ):
-            stack.callback(forget, handle)
-        stack.enter_context(wrapped_backward(recorder))
+        stack.enter_context(watched(recorder))
         try:
             yield recorder.trace
         finally:
-            recorder.look_for_files()
+            recorder.end()
             recorder.trace.changed_configs = [(given, live) for live, given in configs if live != given]
             recorder.trace.seconds = time.perf_counter() - started
 
 
-@contextlib.contextmanager
-def wrapped_backward(recorder: "Recorder") -> Iterator[None]:
-    """Tell the recorder of every call of torch.autograd.backward."""
-    original = torch.autograd.backward
+@dataclass
+class Open:
+    """An update that is not finished: optimizers may step still."""
 
-    def backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
-        # Activation checkpointing computes forwards again inside, and may call backward there: not the stack's own.
-        outermost, recorder.in_backward = not recorder.in_backward, True
-        try:
-            if outermost:
-                recorder.backward_begins(tensors)
-            original(tensors, *args, **kwargs)
-            if outermost:
-                recorder.backward_ends()
-        finally:
-            recorder.in_backward = not outermost
-
-    torch.autograd.backward = backward
-    try:
-        yield
-    finally:
-        torch.autograd.backward = original
-
-
-def forget(handle: RemovableHandle) -> None:
-    """Remove a global hook, and what torch 2.11 to 2.13 leave behind of one that was registered with_kwargs.
-
-    With that left, torch.compile warns of global hooks as long as the process lives.
-    """
-    handle.remove()
-    torch.nn.modules.module._global_forward_hooks_with_kwargs.pop(handle.id, None)
+    before: dict[str, Tensor] = field(default_factory=dict)
+    gradients: dict[str, Tensor | None] = field(default_factory=dict)
+    state_before: dict[str, dict[str, Any]] = field(default_factory=dict)
+    state_after: dict[str, dict[str, Any]] = field(default_factory=dict)
+    after: dict[str, Tensor] = field(default_factory=dict)
+    steps: list[Step] = field(default_factory=list)
+    optimizers: list[Optimizer] = field(default_factory=list)
+    unfounded: bool = False
 
 
 class Recorder:
-    """The hooks of one recording, and what they must remember between calls."""
+    """The gates of one recording, and what must be remembered between them."""
 
-    def __init__(
-        self, trace: Trace, directory: Path | None, zero_gradients: bool, nan_gradient: int | None = None
-    ) -> None:
-        self.trace, self.directory = trace, directory
+    def __init__(self, trace: Trace, files: Files, zero_gradients: bool, nan_gradient: int | None) -> None:
+        self.trace, self.files, self.calls = trace, files, Calls(trace)
         self.zero_gradients, self.nan_gradient = zero_gradients, nan_gradient
-        self.root: nn.Module | None = None
-        self.calls: list[nn.Module] = []  # modules whose forward is running
         self.in_backward = False
-        self.inner_autocast: torch.dtype | None = None
-        self.inner: tuple[nn.Module, Tensor, Tensor] | None = None  # the last call inside with ids in and logits out
-        self.before_forward: dict[str, Tensor] | None = None  # copies of parameters and buffers, by full name
+        self.backwards = 0  # since an optimizer stepped
+        self.open: Open | None = None
         self.stepping: list[Optimizer] = []  # optimizers whose step is running
-        self.pending: tuple[dict[str, Tensor], dict[str, Any]] | None = None  # what was seen when the step began
+        self.again = False  # the optimizer that steps has stepped in the last update already
+        self.evaluations = 0  # of the closure of the step that is running
+        self.begun: tuple[Step, dict[str, Tensor]] | None = None  # the step that is running, and the tensors by name
         self.foreign: dict[int, tuple[str, Tensor]] = {}  # kept alive, or another tensor might get the same id
-        self.seen: dict[Path, tuple[int, int]] = {}
-        self.look_for_files(first=True)
 
-    # forward ---------------------------------------------------------------------------------------------------
+    @property
+    def done(self) -> int:
+        """Updates done. One whose optimizers may step still counts as soon as one of them has."""
+        return len(self.trace.updates) + bool(self.open and self.open.steps)
+
+    def close(self) -> None:
+        """Finish the update that is open, if an optimizer has stepped in it."""
+        if self.open is not None and self.open.steps:
+            found = {name: value for name, value in vars(self.open).items() if name not in ("steps", "optimizers")}
+            self.trace.updates.append(Update(steps=tuple(self.open.steps), **found))
+        self.open = None
+
+    def end(self) -> None:
+        """Finish the recording."""
+        self.files.credit(self.trace, self.done)
+        self.calls.choose_root(set())
+        self.close()
+
+    # forward and loss ------------------------------------------------------------------------------------------
 
     def forward_begins(self, module: nn.Module, args: Any) -> None:
-        self.calls.append(module)
-        if len(self.calls) == 1:
-            self.inner_autocast = self.inner = None
-            if self.root is None and any(True for _ in module.parameters()) and not on_meta(module):
-                # Before the forward, since a lookup with max_norm changes the table.
-                parameters, buffers = (
-                    f(remove_duplicate=False) for f in (module.named_parameters, module.named_buffers)
-                )
-                self.before_forward = copied({**dict(parameters), **dict(buffers)})
-        if torch.is_autocast_enabled(device := device_type(module)):
-            self.inner_autocast = torch.get_autocast_dtype(device)
+        if not self.in_backward:
+            self.calls.begins(module, self.done)
 
     def forward_ends(self, module: nn.Module, args: Any, kwargs: Any = None, output: Any = None) -> None:
         # NOTE a footgun: after an exception PyTorch calls this as (module, args, None), without the keywords. An output
         # of None is no exception: under DDP Lightning's validation_step is a forward, and mostly returns nothing.
-        while self.calls and self.calls.pop() is not module:
-            pass  # calls that an exception ended without their hook
-        if self.in_backward or kwargs is None:
+        if not self.in_backward:
+            self.calls.ends(module, args, kwargs, output)
+
+    def entropy_computed(self, name: str, arguments: dict[str, Any], value: Tensor) -> None:
+        targets = arguments["target"]
+        if self.in_backward or not isinstance(targets, Tensor) or targets.is_floating_point() or value.is_meta:
             return
-        ids = find_ids(args, kwargs)
-        logits = None if ids is None and self.calls else find_logits(output)
-        prefix = ""
-        if self.calls:
-            if ids is not None and logits is not None:
-                self.inner = module, ids, logits
-            return
-        if logits is None and self.inner is not None:
-            # A wrapper that computes the loss too. What it calls is the model if it holds all that is trained: an
-            # embedding also takes ids and gives something of three dimensions.
-            inner, ids, logits = self.inner
-            if inner is not self.root and not same_parameters(inner, module):
-                return
-            prefix = next(f"{name}." for name, child in module.named_modules() if child is inner)
-            module = inner
-        self.inner = None
-        if ids is None or logits is None or logits.is_meta or logits.shape[0] != ids.shape[0]:
-            return
-        if self.root is None:
-            if self.before_forward is None:
-                return
-            self.root, wrappers = module, wrapper_prefixes(module)
-            before = {
-                clean_name(name.removeprefix(prefix), wrappers): tensor
-                for name, tensor in self.before_forward.items()
-                if name.startswith(prefix)
-            }
-            self.trace.initial = {name: before[name] for name in named_tensors(module) if name in before}
-            self.trace.buffers = {name: before[name] for name in named_tensors(module, buffers=True) if name in before}
-            self.trace.tensors = describe_tensors(module)
-            self.trace.embeddings = describe_embeddings(module)
-        self.trace.forwards.append(
-            Forward(
-                update=len(self.trace.updates),
-                ids=copy_of(ids),
-                logits=copy_of(logits),
-                training=module.training,
+        self.trace.entropies.append(
+            CrossEntropy(
+                update=self.done,
+                targets=copy_of(targets).flatten(),
+                ignore_index=arguments["ignore_index"],
+                reduction=arguments["reduction"],
+                label_smoothing=arguments.get("label_smoothing", 0.0),
+                dtype=value.dtype,
+                value=copy_of(value),
                 grad_enabled=torch.is_grad_enabled(),
-                autocast=self.inner_autocast,
-                inside=bool(prefix),
             )
         )
 
     # backward --------------------------------------------------------------------------------------------------
 
     def backward_begins(self, tensors: Any) -> None:
+        if not self.stepping:
+            self.close()
+        self.backwards += 1
         for tensor in [tensors] if isinstance(tensors, Tensor) else tensors:
             if isinstance(tensor, Tensor) and tensor.numel() == 1 and not tensor.is_meta:
                 on = torch.is_autocast_enabled(tensor.device.type)
-                self.trace.losses.append(Loss(len(self.trace.updates), copy_of(tensor), on))
+                self.trace.losses.append(Loss(self.done, copy_of(tensor), on))
+        self.in_backward = True
 
     def backward_ends(self) -> None:
-        if self.nan_gradient == len(self.trace.updates) and self.root is not None:
-            gradient = next(p.grad for p in self.root.parameters() if p.grad is not None)
-            gradient[(0,) * gradient.ndim] = torch.nan
+        self.in_backward = False
+        if self.nan_gradient == self.done:
+            gradient = next((p.grad for p in self.calls.parameters() if p.grad is not None), None)
+            if gradient is not None:
+                gradient[(0,) * gradient.ndim] = torch.nan
 
     # step ------------------------------------------------------------------------------------------------------
 
@@ -210,11 +154,17 @@ class Recorder:
         self.stepping.append(optimizer)
         if len(self.stepping) > 1:
             return None  # what ZeroRedundancyOptimizer, say, wraps: its step is part of one that is noted already
-        self.look_for_files()
-        self.note(optimizer)
+        self.files.credit(self.trace, self.done)
+        self.again = self.open is not None and any(optimizer is other for other in self.open.optimizers)
+        if self.again:
+            self.close()
+        self.evaluations = 0
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if not callable(closure):
+            self.note(optimizer)
             return None
+        if self.open is None or not self.open.steps:
+            self.note(optimizer)  # otherwise the closure decides whether this is another update
         closure = self.noting(closure, optimizer)
         return ((*args[:1], closure, *args[2:]), kwargs) if len(args) > 1 else (args, kwargs | {"closure": closure})
 
@@ -222,76 +172,82 @@ class Recorder:
         """Return the closure, with a note taken when it first ends.
 
         Lightning computes forward, backward and clipping inside the closure that it gives to step: on entry the
-        gradients are still those of the update before.
+        gradients are still those of the update before. LBFGS calls it several times in one step.
         """
-        first = True
 
         def noted(*args: Any, **kwargs: Any) -> Any:
-            nonlocal first
             result = closure(*args, **kwargs)
-            if first:
+            self.evaluations += 1
+            if self.evaluations == 1:
+                if self.backwards:
+                    self.close()
                 self.note(optimizer)
-            first = False
             return result
 
         return noted
 
     def note(self, optimizer: Optimizer) -> None:
         """Keep what the step starts from."""
+        self.calls.choose_root({id(tensor) for group in optimizer.param_groups for tensor in group["params"]})
         tensors = self.watched(optimizer)
         names = {id(tensor): name for name, tensor in tensors.items()}
         if self.zero_gradients:
             for tensor in tensors.values():
                 if tensor.grad is not None:
                     tensor.grad.zero_()
+        if self.open is None or not self.open.steps:
+            self.open = Open()
+        else:  # another optimizer of the same update: each tensor's gradient is the one that its own optimizer finds
+            own = {names[id(tensor)] for group in optimizer.param_groups for tensor in group["params"]}
+            tensors = {name: t for name, t in tensors.items() if name in own or name not in self.open.before}
+        self.open.before = copied(tensors) | self.open.before
+        self.open.gradients |= {name: None if t.grad is None else copy_of(t.grad) for name, t in tensors.items()}
+        self.open.state_before |= describe_state(optimizer, names)
         device = next((t.device.type for t in tensors.values()), "cpu")
-        begun = {
-            "optimizer": tuple(map(class_path, type(optimizer).__mro__)),
-            "groups": tuple(describe_group(group, names) for group in optimizer.param_groups),
-            "gradients": {name: None if t.grad is None else copy_of(t.grad) for name, t in tensors.items()},
-            "before": copied(tensors),
-            "state_before": describe_state(optimizer, names),
-            "autocast": torch.is_autocast_enabled(device),
-        }
-        self.pending = tensors, begun
+        step = Step(
+            optimizer=tuple(map(class_path, type(optimizer).__mro__)),
+            groups=tuple(describe_group(group, names) for group in optimizer.param_groups),
+            autocast=torch.is_autocast_enabled(device),
+            in_backward=self.in_backward,
+        )
+        self.begun = step, tensors
 
     def step_ends(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if optimizer not in self.stepping:
             return
         del self.stepping[self.stepping.index(optimizer) :]
-        if not self.stepping and self.pending is not None:
-            (tensors, begun), self.pending = self.pending, None
-            state = describe_state(optimizer, {id(tensor): name for name, tensor in tensors.items()})
-            self.trace.updates.append(Update(after=copied(tensors), state_after=state, **begun))
+        if not self.stepping:
+            self.finish(optimizer)
+
+    def step_left_out(self, optimizer: Optimizer) -> None:
+        self.note(optimizer)
+        self.finish(optimizer, skipped=True)
+
+    def finish(self, optimizer: Optimizer, skipped: bool = False) -> None:
+        """Keep what a step has ended with."""
+        if self.begun is None or self.open is None:
+            return
+        (step, tensors), self.begun = self.begun, None
+        names = {id(tensor): name for name, tensor in tensors.items()}
+        self.open.after |= copied(tensors)
+        self.open.state_after |= describe_state(optimizer, names)
+        ended = {"evaluations": self.evaluations, "skipped": skipped}
+        self.open.steps.append(Step(**{**vars(step), **ended}))
+        self.open.optimizers.append(optimizer)
+        if self.again and not self.backwards:
+            self.open.unfounded = True
+            name = type(optimizer).__name__
+            self.trace.notes.append(f"{name} stepped again after update {self.done - 1} with no backward in between.")
+        self.again, self.backwards = False, 0
 
     def watched(self, optimizer: Optimizer) -> dict[str, Tensor]:
-        """Return all parameters of the module as it is now, and whatever else the optimizer holds."""
-        tensors = {} if self.root is None else named_tensors(self.root)
+        """Return all parameters of the model as it is now, and whatever else the optimizer holds."""
+        tensors = {} if self.calls.root is None else named_tensors(self.calls.root)
         known = {id(tensor) for tensor in tensors.values()}
         for group in optimizer.param_groups:
             for tensor in group["params"]:
                 if id(tensor) not in known:
                     name, _ = self.foreign.setdefault(id(tensor), (f"foreign-{len(self.foreign) + 1}", tensor))
                     tensors[name] = tensor
+                    known.add(id(tensor))
         return tensors
-
-    # files -----------------------------------------------------------------------------------------------------
-
-    def look_for_files(self, first: bool = False) -> None:
-        """Credit files that are new or changed to the update before."""
-        if self.directory is None or not self.directory.is_dir():
-            return
-        written = []
-        for path in sorted(self.directory.rglob("*")):
-            if path.is_file():
-                stat = path.stat()
-                if self.seen.get(path) != (stat.st_mtime_ns, stat.st_size):
-                    self.seen[path] = (stat.st_mtime_ns, stat.st_size)
-                    written.append(path)
-        if written and not first:
-            update = len(self.trace.updates)
-            earlier = self.trace.checkpoint(update)
-            if earlier is not None:
-                self.trace.checkpoints.remove(earlier)
-                written = [*earlier.files, *(path for path in written if path not in earlier.files)]
-            self.trace.checkpoints.append(Checkpoint(update, tuple(written)))

@@ -1,5 +1,6 @@
 """Live modules, optimizers and values as plain data: names without the prefixes of wrappers, copies on the CPU."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -46,6 +47,10 @@ def find_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor) and value.ndim == 2 and not value.is_floating_point() and not value.is_meta:
             return value
+        if isinstance(value, dict | tuple | list):  # a batch handed over in one piece
+            found = find_ids((), value) if isinstance(value, dict) else find_ids(tuple(value), {})
+            if found is not None:
+                return found
     return None
 
 
@@ -53,6 +58,8 @@ def find_logits(output: Any) -> Tensor | None:
     """Return the logits in a model's output: its first floating tensor of three dimensions, with chunks joined."""
     if isinstance(output, Tensor):
         return output if output.ndim == 3 and output.is_floating_point() else None
+    if dataclasses.is_dataclass(output) and not isinstance(output, dict | type):
+        output = {entry.name: getattr(output, entry.name) for entry in dataclasses.fields(output)}
     if isinstance(output, dict):  # Hugging Face's ModelOutput is one
         output = [output["logits"]] if "logits" in output else list(output.values())
     if isinstance(output, list | tuple):
@@ -141,6 +148,11 @@ def on_meta(module: nn.Module) -> bool:
 def same_parameters(first: nn.Module, second: nn.Module) -> bool:
     """Return True if two modules hold the same parameters, as a wrapper and what it wraps do."""
     return {id(parameter) for parameter in first.parameters()} == {id(parameter) for parameter in second.parameters()}
+
+
+def holds(module: nn.Module, tensors: set[int]) -> bool:
+    """Return True if a module holds all parameters with these identities."""
+    return tensors <= {id(parameter) for parameter in module.parameters()}
 
 
 def device_type(module: nn.Module) -> str:

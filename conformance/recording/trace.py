@@ -1,6 +1,7 @@
 """What a training run really did, as plain data: updates, forwards, losses, and checkpoints."""
 
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,20 +54,48 @@ class Group:
 
 @dataclass(frozen=True)
 class Forward:
-    """One call of the outermost module, or of the one inside that gave the logits, where the outermost gives a loss."""
+    """One call of the trained model."""
 
     update: int
     """Updates done before it."""
     ids: "Tensor"
     """Token ids, (B, T)."""
-    logits: "Tensor"
-    """As they left that module: (B, T, V), dtype untouched."""
+    logits: "Tensor | None"
+    """(B, T, V), as they left the outermost module that gives them, dtype untouched; None if no logits leave the model,
+    as where it returns only its loss."""
     training: bool
     grad_enabled: bool
     autocast: "torch.dtype | None"
     """The dtype of autocast inside the module; None where it was off."""
     inside: bool = False
     """The outermost module gave a loss, and the logits stayed inside."""
+    other_mode: tuple[str, ...] = ()
+    """Submodules whose mode (training or eval) is not that of the model."""
+    linears: "dict[str, torch.dtype]" = field(default_factory=dict)
+    """Dtype of the output of each nn.Linear that was called, by its name."""
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """One call of ``torch.nn.functional.cross_entropy`` or ``nll_loss``."""
+
+    update: int
+    """Updates done before it."""
+    targets: "Tensor"
+    """Flattened, int64; ``ignore_index`` where nothing is to be predicted."""
+    ignore_index: int
+    reduction: str
+    label_smoothing: float
+    dtype: "torch.dtype"
+    """In which it was computed: that of its result."""
+    value: "Tensor"
+    """Its result: a scalar, or one value per target where ``reduction`` is ``none``."""
+    grad_enabled: bool
+
+    @property
+    def counted(self) -> int:
+        """Number of targets that are not ignored."""
+        return int((self.targets != self.ignore_index).sum())
 
 
 @dataclass(frozen=True)
@@ -80,44 +109,110 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class Update:
-    """One call of ``Optimizer.step``."""
+class Step:
+    """One call of ``step`` of one optimizer."""
 
     optimizer: tuple[str, ...]
-    """Class paths: of the optimizer, and of the classes that it derives from."""
+    """Class paths: of the optimizer, and of the classes that it derives from. Empty if it could not be seen."""
     groups: tuple[Group, ...]
+    """On entry, or after the closure where the stack hands one over."""
+    autocast: bool
+    evaluations: int = 0
+    """How often it called its closure."""
+    in_backward: bool = False
+    """It ran inside a backward pass."""
+    skipped: bool = False
+    """A gradient scaler saw a gradient that is not finite, and did not call it."""
+
+    @property
+    def tensors(self) -> list[str]:
+        """Names of the tensors in its groups, as often as they stand there."""
+        return [name for group in self.groups for name in group.tensors]
+
+
+@dataclass(frozen=True)
+class Update:
+    """All that optimizers do between one phase of backward passes and the next."""
+
+    steps: tuple[Step, ...]
+    """One optimizer or several, in the order in which they stepped."""
     gradients: "dict[str, Tensor | None]"
-    """On entry, or after the closure where the stack hands one over. None where there was none."""
+    """Of each tensor, as its own optimizer found it. None where there was none."""
     before: "dict[str, Tensor]"
     after: "dict[str, Tensor]"
     state_before: dict[str, dict[str, Any]]
     """Optimizer state by tensor, wherever the class keeps it."""
     state_after: dict[str, dict[str, Any]]
-    autocast: bool
+    unfounded: bool = False
+    """An optimizer stepped again although no backward had come since its last step."""
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The parameter groups of all optimizers."""
+        return tuple(group for step in self.steps for group in step.groups)
+
+    @property
+    def optimizer(self) -> tuple[str, ...]:
+        """Class paths of the first optimizer that stepped."""
+        return self.steps[0].optimizer
+
+    @property
+    def skipped(self) -> bool:
+        """Whether a gradient scaler left out every step."""
+        return all(step.skipped for step in self.steps)
+
+    @property
+    def autocast(self) -> bool:
+        """Whether autocast was on when any of the optimizers stepped."""
+        return any(step.autocast for step in self.steps)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Files that were written between two updates."""
+    """Files that were written between two updates, as they were then."""
 
     update: int
     """Updates done when they were written."""
     files: tuple[Path, ...]
+    """Where they were written. Logs and metrics are not among them."""
     folder: Path | None = None
     """Of a checkpoint that does not exist: where its files would lie."""
+    copies: tuple[tuple[Path, int, int], ...] = ()
+    """For each of the files: a copy of its content, and the time (ns) and size of the file when it was copied."""
 
     def find(self, name: str) -> Path:
         """Return the file called ``name``; for adapters, which know what their stack calls its files.
+
+        If a file of the checkpoint was written over since, the path is that of a copy, in a folder with copies of
+        all files of the checkpoint.
+
+        Args:
+            name: a name, or a pattern such as ``*.ckpt`` that fits the name or the end of the path.
 
         Raises:
             NotWritten: if there is no such file; the message lists those that were written.
         """
         if self.folder is not None:
             return self.folder / name
-        for path in self.files:
-            if path.name == name:
-                return path
+        for path, place in zip(self.files, self.places(), strict=True):
+            if fnmatch(path.name, name) or path.match(name):
+                return place
         raise NotWritten(f"no {name} was written at update {self.update}, only {[p.name for p in self.files]}")
+
+    def places(self) -> tuple[Path, ...]:
+        """Return where the content of each file lies: where it was written, or in copies if any was written over."""
+        if all(unchanged(path, *copy[1:]) for path, copy in zip(self.files, self.copies, strict=False)):
+            return self.files
+        return tuple(copy for copy, _, _ in self.copies)
+
+
+def unchanged(path: Path, time: int, size: int) -> bool:
+    """Return True if a file still has the time of change (ns) and the size (bytes) that it had."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return False
+    return (stat.st_mtime_ns, stat.st_size) == (time, size)
 
 
 @dataclass
@@ -133,6 +228,7 @@ class Trace:
     """Buffers at the first forward."""
     embeddings: tuple[EmbeddingInfo, ...] = ()
     forwards: list[Forward] = field(default_factory=list)
+    entropies: list[CrossEntropy] = field(default_factory=list)
     losses: list[Loss] = field(default_factory=list)
     updates: list[Update] = field(default_factory=list)
     checkpoints: list[Checkpoint] = field(default_factory=list)
@@ -140,6 +236,8 @@ class Trace:
     """Log records, warnings, and lines printed to stdout and stderr, in this order."""
     changed_configs: list[tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=list)
     """Optimizer configurations that the stack altered: (as given, as found afterwards)."""
+    notes: list[str] = field(default_factory=list)
+    """What the recorder could not see, or saw and did not expect, in sentences."""
     seconds: float = 0.0
 
     @property

@@ -216,14 +216,23 @@ def test_an_evaluation_that_returns_nothing(model: Tiny) -> None:
     assert [torch.equal(f.logits, expected) for f in trace.forwards] == [True]
 
 
-def test_an_embedding_is_no_model(model: Tiny) -> None:
+def test_a_model_that_gives_only_its_loss_is_the_model_and_its_embedding_is_not() -> None:
     class LossInside(Tiny):
         def forward(self, input_ids: Tensor) -> Any:
             return F.cross_entropy(self.head(self.table(input_ids)).flatten(0, 1), input_ids.flatten())
 
-    with record() as trace:
-        LossInside()(IDS).backward()
-    assert (trace.forwards, trace.tensors, len(trace.losses)) == ([], {}, 1)
+    model = LossInside()
+    for stepped in (False, True):
+        with record() as trace:
+            loss = model(IDS)
+            loss.backward()
+            if stepped:
+                SGD(model.parameters(), lr=0.1).step()
+        (forward,) = trace.forwards
+        assert (forward.logits, forward.training, list(trace.tensors), len(trace.losses)) == (None, True, NAMES, 1)
+        assert torch.equal(forward.ids, IDS)
+        (entropy,) = trace.entropies
+        assert (entropy.counted, entropy.reduction, entropy.value.item()) == (IDS.numel(), "mean", loss.item())
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

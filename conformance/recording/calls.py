@@ -1,0 +1,228 @@
+"""Which of the modules that a run calls is the model, and what goes into it and comes out.
+
+The model (the root) is known when an optimizer first steps: the smallest module that was called with token ids and
+holds all that is trained. Calls before that are kept as candidates. It is never a bare embedding, which takes ids too.
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from conformance.recording.gates import direct_forward, owner_of_call, when_returned
+from conformance.recording.snapshot import (
+    clean_name,
+    copied,
+    copy_of,
+    describe_embeddings,
+    describe_tensors,
+    device_type,
+    find_ids,
+    find_logits,
+    holds,
+    named_tensors,
+    on_meta,
+    same_parameters,
+    wrapper_prefixes,
+)
+from conformance.recording.trace import Forward, Trace
+
+
+@dataclass
+class Inner:
+    """A call inside the outermost one that took ids and gave logits."""
+
+    module: nn.Module
+    ids: Tensor
+    logits: Tensor
+
+
+@dataclass
+class Call:
+    """An outermost call of a module."""
+
+    module: nn.Module
+    update: int
+    before: dict[str, Tensor] | None
+    """Parameters and buffers before the call, by full name; None if the root is known already."""
+    ids: Tensor | None = None
+    inner: Inner | None = None
+    autocast: torch.dtype | None = None
+    linears: dict[nn.Module, torch.dtype] = field(default_factory=dict)
+    owner: nn.Module | None = None
+    """The module in whose method it was called, if it is a part of that one."""
+
+
+@dataclass
+class Candidate:
+    """A finished call that may be one of the model's."""
+
+    call: Call
+    module: nn.Module
+    """Which takes ids, and gives logits if any leave it."""
+    prefix: str
+    """Its name inside the outermost module, with a dot."""
+    forward: Forward
+
+
+class Calls:
+    """The calls of one recording."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        self.root: nn.Module | None = None
+        self.running: list[nn.Module] = []
+        self.call: Call | None = None  # the outermost call that is running
+        self.candidates: list[Candidate] = []  # until the root is known
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of the model, or of the likeliest candidate as long as it is not known."""
+        if self.root is not None:
+            return list(self.root.parameters())
+        found = [list(candidate.call.module.parameters()) for candidate in self.candidates]
+        return max(found, key=len, default=[])
+
+    def begins(self, module: nn.Module, update: int) -> None:
+        """Note that a module is called."""
+        if not self.running:
+            direct = direct_forward(module)
+            if direct is not None and any(True for _ in direct[0].parameters()) and direct[0] is not module:
+                owner, frame = direct
+                inputs = dict(frame.f_locals)
+                if when_returned(frame, partial(self.returned, owner, inputs)):
+                    self.start(owner, update)
+            if not self.running:
+                self.start(module, update)
+                self.running.append(module)
+                return
+        self.running.append(module)
+        self.see_autocast(module)
+
+    def start(self, module: nn.Module, update: int) -> None:
+        """Begin an outermost call. A copy of all tensors is taken now: a lookup with max_norm changes the table."""
+        before = None
+        if self.root is None and any(True for _ in module.parameters()) and not on_meta(module):
+            tensors = dict(module.named_parameters(remove_duplicate=False))
+            before = copied({**tensors, **dict(module.named_buffers(remove_duplicate=False))})
+        self.call = Call(module, update, before)
+        self.see_autocast(module)
+
+    def see_autocast(self, module: nn.Module) -> None:
+        """Note the dtype of autocast."""
+        assert self.call is not None
+        if torch.is_autocast_enabled(device := device_type(module)):
+            self.call.autocast = torch.get_autocast_dtype(device)
+
+    def returned(self, module: nn.Module, inputs: dict[str, Any], output: Any) -> None:
+        """Note that a forward which was called directly has returned."""
+        self.running.clear()
+        if self.call is not None and self.call.module is module:
+            arguments = {name: value for name, value in inputs.items() if name != "self"}
+            self.finish(module, (), arguments, output)
+
+    def ends(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Note that a call has ended; ``kwargs`` is None after an exception."""
+        while self.running and self.running.pop() is not module:
+            pass  # calls that an exception ended without their hook
+        if self.call is None or kwargs is None:
+            if not self.running and kwargs is None and self.call is not None and self.call.module is module:
+                self.call = None
+            return
+        if isinstance(module, nn.Linear) and isinstance(output, Tensor):
+            self.call.linears[module] = output.dtype
+        if self.call.module is module and not self.running:
+            self.finish(module, args, kwargs, output)
+            return
+        ids = find_ids(args, kwargs)
+        if ids is not None:
+            if self.call.ids is None:
+                self.call.ids = ids
+            logits = find_logits(output)
+            if logits is not None:
+                self.call.inner = Inner(module, ids, logits)
+
+    def finish(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Keep an outermost call that takes ids, if it may be one of the model's."""
+        call, self.call = self.call, None
+        assert call is not None
+        ids = find_ids(args, kwargs)
+        logits = find_logits(output)
+        prefix, inside, model = "", False, module
+        if logits is None and call.inner is not None and same_parameters(call.inner.module, module):
+            # A wrapper that computes the loss too.
+            model, ids, logits, inside = call.inner.module, call.inner.ids, call.inner.logits, True
+            prefix = next((f"{name}." for name, part in module.named_modules() if part is model), "")
+            prefix = "" if model is module else prefix
+        ids = call.ids if ids is None else ids
+        if ids is None or ids.is_meta or (logits is not None and (logits.is_meta or len(logits) != len(ids))):
+            return
+        if self.root is None and call.before is None:
+            return
+        if self.root is not None and not self.is_models(module):
+            return
+        names = {part: name for name, part in model.named_modules()}
+        wrappers = wrapper_prefixes(model)
+        other = [clean_name(name, wrappers) for part, name in names.items() if part.training != model.training and name]
+        forward = Forward(
+            update=call.update,
+            ids=copy_of(ids),
+            logits=None if logits is None else copy_of(logits),
+            training=model.training,
+            grad_enabled=torch.is_grad_enabled(),
+            autocast=call.autocast,
+            inside=inside,
+            other_mode=tuple(other),
+            linears={clean_name(names[part], wrappers): kind for part, kind in call.linears.items() if part in names},
+        )
+        if self.root is not None:
+            self.trace.forwards.append(forward)
+        else:
+            call.owner = owner_of_call(module) if logits is None else None
+            self.candidates.append(Candidate(call, model, prefix, forward))
+
+    def is_models(self, module: nn.Module) -> bool:
+        """Return True if a module is the model, or wraps it, or holds all that is trained of it."""
+        assert self.root is not None
+        trained = {id(tensor) for tensor in self.root.parameters() if tensor.requires_grad}
+        return holds(module, trained)
+
+    def choose_root(self, owned: set[int]) -> None:
+        """Choose the model among the candidates, once, and keep what is known of it.
+
+        Args:
+            owned: identities of the tensors that the optimizer which steps first owns; empty at the end of a recording
+                in which none stepped.
+        """
+        if self.root is not None or not self.candidates:
+            return
+
+        def fitness(candidate: Candidate) -> tuple[int, bool, int]:
+            """How much of what is trained it holds, whether it gives logits, and how small it is."""
+            module = candidate.call.module
+            parameters = list(module.parameters())
+            held = sum(id(tensor) in owned for tensor in parameters)
+            return held, candidate.forward.logits is not None, -sum(tensor.numel() for tensor in parameters)
+
+        bare = [candidate for candidate in self.candidates if isinstance(candidate.module, nn.Embedding)]
+        fitting = [candidate for candidate in self.candidates if candidate not in bare] or (bare if not owned else [])
+        candidates, self.candidates = self.candidates, []
+        if not fitting:
+            return
+        best = max(fitting, key=fitness)
+        module = best.module
+        self.root, wrappers = module, wrapper_prefixes(module)
+        same = (c for c in candidates if same_parameters(c.call.module, best.call.module))
+        first = next(c for c in same if c.call.before is not None)
+        before = first.call.before or {}
+        known = {
+            clean_name(name.removeprefix(first.prefix), wrappers): tensor
+            for name, tensor in before.items()
+            if name.startswith(first.prefix)
+        }
+        self.trace.initial = {name: known[name] for name in named_tensors(module) if name in known}
+        self.trace.buffers = {name: known[name] for name in named_tensors(module, buffers=True) if name in known}
+        self.trace.tensors = describe_tensors(module)
+        self.trace.embeddings = describe_embeddings(module)
+        self.trace.forwards += [c.forward for c in candidates if self.is_models(c.call.module)]
