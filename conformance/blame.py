@@ -2,8 +2,10 @@
 
 import inspect
 import linecache
+import opcode
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -15,15 +17,35 @@ STANDARD_LIBRARY = sysconfig.get_paths()["stdlib"]
 ON_BEHALF = {str(Path(__file__).parent / name) for name in ("recipe.py", "recording/trace.py")}
 
 
-def raised_by_adapter(error: BaseException, subject: Subject) -> bool:
-    """Return True if the innermost frame is the adapter's, or the suite's on its behalf: not a fault of the stack.
+MISTAKES = (LookupError, AttributeError, NameError, ImportError, AssertionError, NotImplementedError, RecursionError)
+"""Errors by which a program fails, rather than refuses."""
 
+
+def raised_by_adapter(error: BaseException, subject: Subject) -> bool:
+    """Return True if an exception is a mistake in the adapter, or of the suite on its behalf: not the stack's word.
+
+    It is if its innermost frame lies in the adapter's file, unless it reads like a refusal: a loop may live in the same
+    file as its adapter, and a loop that raises ValueError at a NaN, or hands a misspelt keyword to a class, refuses.
     Frames of the standard library below it (a file that was not found, a module that was not there) do not count.
     """
-    trail = [path for path, _ in frames(error)]
-    while trail and is_standard_library(trail[-1]):
+    trail = list(steps(error))
+    while trail and is_standard_library(trail[-1].tb_frame.f_code.co_filename):
         trail.pop()
-    return bool(trail) and trail[-1] in adapter_files(subject) | ON_BEHALF
+    if not trail:
+        return False
+    path = trail[-1].tb_frame.f_code.co_filename
+    if path in ON_BEHALF:
+        return True
+    return path in adapter_files(subject) and not refuses(error, trail[-1])
+
+
+def refuses(error: BaseException, step: TracebackType) -> bool:
+    """Return True if an exception was raised on purpose or is about a keyword, unless programs fail by its kind."""
+    if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
+        return True
+    if isinstance(error, MISTAKES) or step.tb_next is not None:
+        return False
+    return step.tb_frame.f_code.co_code[step.tb_lasti] == opcode.opmap["RAISE_VARARGS"]
 
 
 def line_in_adapter(error: BaseException | None, subject: Subject) -> str:
@@ -49,11 +71,15 @@ def adapter_files(subject: Subject) -> set[str]:
 
 def frames(error: BaseException | None) -> list[tuple[str, int]]:
     """Return file and line of each frame of an exception's traceback, outermost first."""
-    found, step = [], error.__traceback__ if error is not None else None
-    while isinstance(step, TracebackType):
-        found.append((step.tb_frame.f_code.co_filename, step.tb_lineno))
+    return [(step.tb_frame.f_code.co_filename, step.tb_lineno) for step in steps(error)]
+
+
+def steps(error: BaseException | None) -> Iterator[TracebackType]:
+    """Yield the entries of an exception's traceback, outermost first."""
+    step = error.__traceback__ if error is not None else None
+    while step is not None:
+        yield step
         step = step.tb_next
-    return found
 
 
 def is_standard_library(path: str) -> bool:

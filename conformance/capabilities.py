@@ -15,6 +15,8 @@ class Capability:
     """The version of the suite that asks for it first."""
     extension: bool = False
     """An option that most stacks do not have; clauses that need it are told apart from the core."""
+    implied: bool = False
+    """Nearly every stack has it, and before it had a name, every stack was taken to: adapters of then still claim it."""
 
 
 CAPABILITIES = {
@@ -50,6 +52,10 @@ CAPABILITIES = {
     ),
     "compile": Capability("has torch.compile as an option", extension=True),
     "two-ranks": Capability("trains on two CPU processes with gloo"),
+    "any-optimizer": Capability("takes the optimizer's class from its user", since="0.2", implied=True),
+    "keywords": Capability("takes the optimizer's keyword arguments from its user", since="0.2", implied=True),
+    "seed": Capability("takes a seed from its user", since="0.2", implied=True),
+    "float32-logits": Capability("converts logits to float32 where they leave the model", since="0.2", implied=True),
 }
 """Everything that is not in a subject's ``lacks`` is claimed."""
 
@@ -57,13 +63,15 @@ CAPABILITIES = {
 def everything_but(*claimed: str, reason: str) -> dict[str, str]:
     """Return ``lacks`` for a stack that has little: every capability but the claimed ones, all with one reason.
 
+    Capabilities that every stack is taken to have (``implied``) stay claimed: name them beside, if the stack lacks them.
+
     Raises:
         UnknownCapability: if a claimed capability is unknown.
     """
     unknown = set(claimed) - set(CAPABILITIES)
     if unknown:
         raise UnknownCapability(f"unknown capability {', '.join(map(repr, sorted(unknown)))}: {choices()}")
-    return {name: reason for name in CAPABILITIES if name not in claimed}
+    return {name: reason for name, it in CAPABILITIES.items() if name not in claimed and not it.implied}
 
 
 def choices() -> str:

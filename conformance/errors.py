@@ -40,6 +40,10 @@ class AdapterFailed(RunFailed):
     """The adapter itself raised an error, which says nothing about the stack."""
 
 
+class RunTimeout(BaseException):
+    """A run took too long. Not an Exception: a stack that catches those would go on."""
+
+
 class NotWritten(ConformanceError, FileNotFoundError):
     """A checkpoint lacks a file that it should have."""
 

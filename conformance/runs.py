@@ -7,21 +7,23 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from conformance.blame import raised_by_adapter
 from conformance.capabilities import CAPABILITIES
-from conformance.errors import AdapterFailed, ConformanceError, RunFailed, describe_error
+from conformance.errors import AdapterFailed, ConformanceError, NotApplicable, RunFailed, RunTimeout, describe_error
 from conformance.recipe import PRECISIONS, SHAPES, Precision, Recipe, Shape
 from conformance.recording import record
+from conformance.recording.timing import time_limit
 from conformance.recording.trace import Checkpoint, TensorInfo, Trace
-from conformance.subject import Constant, Distribution, Loads, Normal, Subject, Uniform
+from conformance.subject import Distribution, Loads, Subject
 from conformance.version import is_newer
 
 if TYPE_CHECKING:
     from torch import nn
 
 T = TypeVar("T")
+TIMEOUT = 120.0  # seconds; a healthy run of the suite takes less than one, after its imports
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,19 @@ class Attempt:
 class Runs:
     """The runs of one subject. Use as a context manager: they write into a folder that is removed at the end."""
 
-    def __init__(self, subject: Subject) -> None:
-        self.subject = subject
+    def __init__(self, subject: Subject, timeout: float | None = TIMEOUT) -> None:
+        """Make no run yet.
+
+        Args:
+            subject: to run.
+            timeout: seconds that a run may take; None: as long as it wants.
+        """
+        self.subject, self.timeout = subject, timeout
         self.policy = Declared(subject)
         self.as_of: str | None = getattr(subject, "as_of", None)
         self.lacks = dict(subject.lacks)  # as it is now: a run cannot take back what the subject claims
         for name, capability in CAPABILITIES.items():
-            if is_newer(capability.since, self.as_of):
+            if is_newer(capability.since, self.as_of) and not capability.implied:
                 self.lacks.setdefault(name, newer(capability.since, self.as_of))
         self.directory = Path(tempfile.mkdtemp(prefix="conformance-"))
         self._attempts: dict[Recipe, Attempt] = {}
@@ -84,12 +92,26 @@ class Runs:
             if isinstance(attempt.error, SystemExit) and attempt.trace.messages:
                 reason += f", after {attempt.trace.messages[-1].strip()!r}"  # argparse, say, prints why it quits
             raise RunFailed(reason) from attempt.error
-        if not attempt.trace.forwards or not attempt.trace.updates:
-            raise AdapterFailed(
-                f"{type(self.subject).__name__}.train() ended, but {len(attempt.trace.forwards)} forwards with token "
-                f"ids and logits and {len(attempt.trace.updates)} optimizer steps were seen: it must run the stack."
-            )
+        self.require_seen(attempt.trace)
+        self.require_optimizer(recipe, attempt.trace)
         return attempt.trace
+
+    def require_optimizer(self, recipe: Recipe, trace: Trace) -> None:
+        """Raise NotApplicable if another optimizer stepped than the recipe asked for: a rule would judge the wrong one."""
+        asked = recipe.optimizer.class_path.rpartition(".")[2]
+        steps = [step.optimizer for update in trace.updates for step in update.steps]
+        if self.has("any-optimizer") and all(steps) and not any(asked in names(step) for step in steps):
+            raise NotApplicable(
+                f"the run stepped {names(steps[0])[0]}, although the recipe asked for {asked}: if the stack fixes its "
+                "optimizer, name any-optimizer in lacks"
+            )
+
+    def require_seen(self, trace: Trace) -> None:
+        """Raise AdapterFailed if a run has ended in which no training was seen."""
+        if not trace.updates or not trace.tensors:
+            seen = f"{len(trace.forwards)} calls of a model with token ids and {len(trace.updates)} updates"
+            why = " ".join(["it must run the stack.", *trace.notes])
+            raise AdapterFailed(f"{type(self.subject).__name__}.train() ended, but {seen} were seen: {why}")
 
     def start(self, recipe: Recipe) -> Trace:
         """Return the trace of a run that must get as far as its first forward; what happens later does not matter.
@@ -98,13 +120,15 @@ class Runs:
             RunFailed: if it did not.
         """
         attempt = self.attempt(recipe)
-        return attempt.trace if attempt.trace.forwards else self.trace(recipe)
+        return attempt.trace if attempt.trace.tensors else self.trace(recipe)
 
     def attempt(self, recipe: Recipe) -> Attempt:
         """Run a recipe that the stack may refuse, or return the earlier run of an equal one.
 
         Raises:
             AdapterFailed: if the adapter's own code raised.
+            NotApplicable: if the adapter said that the stack refuses such a recipe by design.
+            RunFailed: if the run took too long.
         """
         if recipe not in self._attempts:
             folder = Path(tempfile.mkdtemp(prefix="run-", dir=self.directory))
@@ -112,13 +136,23 @@ class Runs:
             error: BaseException | None = None
             with record(folder, recipe.zero_gradients, nan_gradient=recipe.nan_gradient, keep=keep) as trace:
                 try:
-                    self.subject.train(dataclasses.replace(recipe, directory=folder))
+                    with time_limit(self.timeout):
+                        self.subject.train(dataclasses.replace(recipe, directory=folder))
                 except KeyboardInterrupt:
                     raise
                 except BaseException as raised:  # SystemExit too: a stack that quits has not trained
                     error = raised
             self._attempts[recipe] = Attempt(trace, error)
         attempt = self._attempts[recipe]
+        if isinstance(attempt.error, RunTimeout):
+            raise RunFailed(str(attempt.error)) from attempt.error
+        if isinstance(attempt.error, NotApplicable):
+            if attempt.trace.updates:
+                raise AdapterFailed(
+                    f"train() raised NotApplicable after {len(attempt.trace.updates)} updates: it must do so before it "
+                    "trains"
+                ) from attempt.error
+            raise NotApplicable(f"the stack refuses what the clause asks for: {attempt.error}")
         if attempt.error is not None and raised_by_adapter(attempt.error, self.subject):
             raise AdapterFailed(describe_error(attempt.error)) from attempt.error
         return attempt
@@ -145,6 +179,11 @@ class Runs:
             return self.subject.load(checkpoint)
 
 
+def names(class_paths: tuple[str, ...]) -> list[str]:
+    """Return the last parts of class paths."""
+    return [path.rpartition(".")[2] for path in class_paths]
+
+
 class Declared:
     """What a subject declares, checked: a policy that raises, or answers nonsense, is the adapter's fault."""
 
@@ -154,11 +193,11 @@ class Declared:
     def initial(self, recipe: Recipe, tensor: TensorInfo) -> Distribution:
         """Return the distribution that a parameter starts from."""
         found = asked(lambda: self.policy.initial(recipe, tensor))
-        numbers = vars(found).values() if isinstance(found, Normal | Uniform | Constant) else [math.nan]
+        numbers = vars(found).values() if isinstance(found, Distribution) else [math.nan]
         if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
             raise AdapterFailed(
-                f"policy.initial() returned {found!r} for {tensor.name}: it must return a Normal, Uniform or Constant "
-                "of finite numbers"
+                f"policy.initial() returned {found!r} for {tensor.name}: it must return a Normal, TruncatedNormal, "
+                "Uniform or Constant of finite numbers"
             )
         return found
 
@@ -168,12 +207,49 @@ class Declared:
 
     def learning_rate(self, recipe: Recipe, update: int) -> float:
         """Return the learning rate of an update, counted from 0."""
-        found = asked(lambda: float(self.policy.learning_rate(recipe, update)))
-        if not math.isfinite(found):
-            raise AdapterFailed(
-                f"policy.learning_rate() returned {found} for update {update + 1}: it must return a finite number"
-            )
-        return found
+        return finite(asked(lambda: float(self.policy.learning_rate(recipe, update))), "learning_rate", update)
+
+    def rate(self, recipe: Recipe, update: int, tensor: TensorInfo) -> float:
+        """Return the learning rate of a tensor in an update: where the policy has no rate(), that of the update."""
+        word = getattr(self.policy, "rate", None)
+        if word is None:
+            return self.learning_rate(recipe, update)
+        return finite(asked(lambda: float(word(recipe, update, tensor))), "rate", update)
+
+    def owner(self, recipe: Recipe, tensor: TensorInfo) -> str | None:
+        """Return the class path of the optimizer that owns a tensor; None: any."""
+        return self.word("owner", None, str, recipe, tensor)
+
+    def auxiliary_loss(self, recipe: Recipe) -> bool:
+        """Return True if the loss has terms beside the cross entropy."""
+        return bool(self.word("auxiliary_loss", False, bool, recipe))
+
+    def context(self, recipe: Recipe) -> int | None:
+        """Return how many tokens back a logit looks, its own included; None: to the first."""
+        return self.word("context", None, int, recipe)
+
+    def document_end(self, recipe: Recipe) -> int | None:
+        """Return the id that ends a document, if a token does not see the documents before its own; None: it does."""
+        return self.word("document_end", None, int, recipe)
+
+    def word(self, name: str, default: T, kind: type, *arguments: object) -> T:
+        """Return what an optional method of the policy answers, or the default if the policy has no such method."""
+        method = getattr(self.policy, name, None)
+        if method is None:
+            return default
+        found = asked(lambda: method(*arguments))
+        if found is not None and not isinstance(found, kind):
+            raise AdapterFailed(f"policy.{name}() returned {found!r}: it must return {kind.__name__} or None")
+        return cast(T, found)
+
+
+def finite(number: float, method: str, update: int) -> float:
+    """Return a number of the policy's. Raises AdapterFailed if it is not finite."""
+    if not math.isfinite(number):
+        raise AdapterFailed(
+            f"policy.{method}() returned {number} for update {update + 1}: it must return a finite number"
+        )
+    return number
 
 
 def asked(question: Callable[[], T]) -> T:

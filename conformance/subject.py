@@ -22,6 +22,19 @@ class Normal:
 
 
 @dataclass(frozen=True)
+class TruncatedNormal:
+    """Drawn from a normal distribution, and again if outside [low, high].
+
+    ``mean`` and ``std`` are those of the normal before it is truncated, as ``torch.nn.init.trunc_normal_`` takes them.
+    """
+
+    mean: float
+    std: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class Uniform:
     """Drawn from a uniform distribution on [low, high)."""
 
@@ -36,7 +49,7 @@ class Constant:
     value: float
 
 
-Distribution = Normal | Uniform | Constant
+Distribution = Normal | TruncatedNormal | Uniform | Constant
 
 
 class Policy(Protocol):
@@ -50,6 +63,25 @@ class Policy(Protocol):
 
     def learning_rate(self, recipe: "Recipe", update: int) -> float:
         """Return the learning rate of update ``update``, counted from 0."""
+
+
+class DetailedPolicy(Policy, Protocol):
+    """Further words of a policy. Each is optional, and without it the suite assumes what most stacks do."""
+
+    def rate(self, recipe: "Recipe", update: int, tensor: "TensorInfo") -> float:
+        """Return the learning rate of one tensor; without this word, all tensors have that of ``learning_rate``."""
+
+    def owner(self, recipe: "Recipe", tensor: "TensorInfo") -> str | None:
+        """Return the class path of the optimizer that owns a tensor; without this word, or None, any may."""
+
+    def auxiliary_loss(self, recipe: "Recipe") -> bool:
+        """Return True if the loss has terms beside the cross entropy, as a z-loss; without this word, it has none."""
+
+    def context(self, recipe: "Recipe") -> int | None:
+        """Return how many tokens a logit sees through all layers, its own included; without this word, all."""
+
+    def document_end(self, recipe: "Recipe") -> int | None:
+        """Return the id that ends a document, if tokens do not see earlier documents; without this word, they do."""
 
 
 class Subject(Protocol):

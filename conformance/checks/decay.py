@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from conformance.checks.optimizer import trainable_ids
 from conformance.errors import Violation, quoted
+from conformance.recording.trace import Step
 
 # Relative: one rounding of the factor and one of the product are at most 1.2e-7. Healthy runs on the CPU in float32
 # show 7.2e-8; the weakest mutant, a tensor that decays and should not (or the reverse), is off by lr * wd = 1e-3.
@@ -33,6 +34,27 @@ def covered_once(groups: Sequence[Collection[str]], trainable: Collection[str]) 
             f"each of {len(trainable)} trainable tensors is in exactly one parameter group, once",
             f"missing: {quoted(missing) or 'none'}; more than once: {quoted(repeated) or 'none'}",
         )
+
+
+def owned_as_declared(steps: Sequence[Step], owners: Mapping[str, str | None]) -> None:
+    """Check that each tensor is stepped by the optimizer that is declared for it.
+
+    Args:
+        steps: of one update.
+        owners: class path of the optimizer for each tensor; None: any.
+
+    Raises:
+        Violation: naming tensors that another optimizer steps.
+    """
+    wrong = [
+        f"{name} by {step.optimizer[0].rpartition('.')[2]}"
+        for step in steps
+        for name in step.tensors
+        if (owner := owners.get(name)) is not None and owner not in step.optimizer
+    ]
+    if wrong:
+        wanted = sorted({owner.rpartition(".")[2] for owner in owners.values() if owner is not None})
+        raise Violation(f"each tensor stepped by the optimizer declared for it ({', '.join(wanted)})", quoted(wrong))
 
 
 def only_these(groups: Sequence[Collection[str]], trainable: Collection[str]) -> None:

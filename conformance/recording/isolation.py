@@ -1,31 +1,129 @@
-"""What surrounds a recording: one thread, nothing compiled, NaN in fresh memory, messages collected."""
+"""What surrounds a run: one thread, nothing compiled, NaN in fresh memory, messages collected, nothing left behind."""
 
 import contextlib
 import io
 import logging
+import os
+import random
+import signal
+import sys
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
 
 @contextlib.contextmanager
 def quiet_and_deterministic() -> Iterator[None]:
-    """One thread, no compilation, NaN in uninitialised memory, and the caller's random state unharmed."""
-    threads = torch.get_num_threads()
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined] # set by its module
-    with torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
+    """One thread, no compilation, NaN in uninitialised memory, and afterwards everything as it was."""
+    with everything_put_back(), torch.compiler.set_stance("force_eager"):
         torch.set_num_threads(1)
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined] # as above
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
-            torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-            torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined] # as above
+        torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined] # set by its module
+        yield
+
+
+@contextlib.contextmanager
+def everything_put_back() -> Iterator[None]:
+    """Put back all that a run may change in its process and that the next run would meet."""
+    undo = [put_back() for put_back in (torch_modes, random_states, process_state, module_hooks)]
+    try:
+        yield
+    finally:
+        for action in reversed(undo):
+            action()
+
+
+def torch_modes() -> Callable[[], None]:
+    """Return a function that puts back PyTorch's modes: dtype, device, gradients, autocast, threads, determinism."""
+    deterministic: Any = torch.utils.deterministic
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    device, default_device = torch.get_default_device(), torch.utils._device.CURRENT_DEVICE
+    gradients, anomaly = torch.is_grad_enabled(), torch.is_anomaly_enabled()
+    algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill, precision = deterministic.fill_uninitialized_memory, torch.get_float32_matmul_precision()
+    kinds = [kind for kind in ("cpu", "cuda") if kind == "cpu" or torch.cuda.is_available()]
+    autocast = {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds}
+    cached = torch.is_autocast_cache_enabled()
+
+    def undo() -> None:
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
+        if default_device != torch.utils._device.CURRENT_DEVICE:
+            torch.set_default_device(None if default_device is None else device)
+        torch.set_grad_enabled(gradients)
+        torch.set_anomaly_enabled(anomaly)
+        torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
+        deterministic.fill_uninitialized_memory = fill
+        torch.set_float32_matmul_precision(precision)
+        for kind, (enabled, kept) in autocast.items():
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, kept)
+        torch.set_autocast_cache_enabled(cached)
+        torch.clear_autocast_cache()
+
+    return undo
+
+
+def random_states() -> Callable[[], None]:
+    """Return a function that puts back the generators of Python, NumPy and PyTorch's CPU."""
+    numpy = sys.modules.get("numpy")
+    states = random.getstate(), numpy.random.get_state() if numpy else None, torch.get_rng_state()
+
+    def undo() -> None:
+        random.setstate(states[0])
+        if numpy is not None:
+            numpy.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+    return undo
+
+
+def process_state() -> Callable[[], None]:
+    """Return a function that puts back directory, environment, command line, hooks of errors and signal handlers."""
+    directory, environment, arguments = os.getcwd(), dict(os.environ), sys.argv[:]
+    hooks = sys.excepthook, threading.excepthook, sys.gettrace(), sys.getprofile()
+    main = threading.current_thread() is threading.main_thread()
+    numbers = [s for s in signal.valid_signals() if s not in (signal.SIGKILL, signal.SIGSTOP)] if main else []
+    handlers = {number: signal.getsignal(number) for number in numbers}
+
+    def undo() -> None:
+        with contextlib.suppress(OSError):  # the folder may be gone
+            os.chdir(directory)
+        if dict(os.environ) != environment:
+            os.environ.clear()
+            os.environ.update(environment)
+        sys.argv[:] = arguments
+        sys.excepthook, threading.excepthook = hooks[:2]
+        if sys.gettrace() is not hooks[2]:
+            sys.settrace(hooks[2])
+        if sys.getprofile() is not hooks[3]:
+            sys.setprofile(hooks[3])
+        for number, handler in handlers.items():
+            if handler is not None and signal.getsignal(number) is not handler:
+                signal.signal(number, handler)
+
+    return undo
+
+
+def module_hooks() -> Callable[[], None]:
+    """Return a function that removes the global hooks that were added since."""
+    places: list[dict[Any, Any]] = [
+        value
+        for module in (torch.nn.modules.module, sys.modules[torch.optim.Optimizer.__module__])
+        for name, value in vars(module).items()
+        if name.startswith("_global_") and isinstance(value, dict)
+    ]
+    known = [set(place) for place in places]
+
+    def undo() -> None:
+        for place, keys in zip(places, known, strict=True):
+            for key in set(place) - keys:
+                del place[key]
+
+    return undo
 
 
 class Printed(io.BytesIO):

@@ -5,7 +5,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conformance.errors import NotWritten
+from conformance.errors import NotApplicable, NotWritten, Violation
 
 if TYPE_CHECKING:  # so that whoever only reads a trace need not import PyTorch
     import torch
@@ -73,6 +73,13 @@ class Forward:
     """Submodules whose mode (training or eval) is not that of the model."""
     linears: "dict[str, torch.dtype]" = field(default_factory=dict)
     """Dtype of the output of each nn.Linear that was called, by its name."""
+
+    @property
+    def scores(self) -> "Tensor":
+        """The logits, for a rule that needs them. Raises NotApplicable if none leave the model."""
+        if self.logits is None:
+            raise NotApplicable("no logits leave the model: it returns only its loss")
+        return self.logits
 
 
 @dataclass(frozen=True)
@@ -248,6 +255,14 @@ class Trace:
     def training_forwards(self, update: int | None = None) -> list[Forward]:
         """Return the forwards in training mode and with gradients: those that led to ``update``, or to any."""
         return [f for f in self.forwards if f.training and f.grad_enabled and update in (None, f.update)]
+
+    def update(self, index: int) -> Update:
+        """Return an update, counted from 0, or from the end as -1. Raises Violation if the run made too few."""
+        try:
+            return self.updates[index]
+        except IndexError:
+            wanted = f"update {index + 1}" if index >= 0 else "an update"
+            raise Violation(wanted, f"the run made {len(self.updates)} updates") from None
 
     def checkpoint(self, update: int) -> Checkpoint | None:
         """Return the files written after ``update`` updates, if any."""

@@ -3,11 +3,14 @@
 This file has what several chapters share: recipes, and questions about a trace.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+
+from torch import Tensor
 
 from conformance.errors import NotApplicable, Violation
 from conformance.recipe import OptimizerChoice, Recipe
-from conformance.recording.trace import Checkpoint, Trace
+from conformance.recording.trace import Checkpoint, Trace, Update
 from conformance.runs import Runs
 
 ADAMW, SGD, RMSPROP = "torch.optim.AdamW", "torch.optim.SGD", "torch.optim.RMSprop"
@@ -16,6 +19,8 @@ GROK = "grokadamw.GrokAdamW"
 DESCENT = OptimizerChoice.of(SGD, lr=0.1)
 """Plain gradient descent: AdamW hides the scale of gradients."""
 EIGHT_BIT = OptimizerChoice.of(ADAMW_8BIT, lr=1e-2)
+STILL = 1e-30
+"""A learning rate that moves no weight by one bit. Not zero: a schedule may divide by it."""
 
 
 def shapes(runs: Runs, recipe: Recipe | None = None) -> list[Recipe]:
@@ -30,11 +35,13 @@ def shapes(runs: Runs, recipe: Recipe | None = None) -> list[Recipe]:
     return found
 
 
-def everyday(runs: Runs, optimizer: OptimizerChoice = DESCENT) -> Recipe:
+def everyday(runs: Runs, optimizer: OptimizerChoice | None = None) -> Recipe:
     """Return a run as people make them, with all of these that the subject has: microbatches, schedule, evaluation.
 
-    Clauses that share it share its trace.
+    Clauses that share it share its trace. The optimizer is gradient descent, or, if the subject fixes its own, that.
     """
+    if optimizer is None:
+        optimizer = DESCENT if runs.has("any-optimizer") else OptimizerChoice()
     recipe = Recipe(microbatch_size=4, updates=6, optimizer=optimizer)
     if runs.has("microbatches"):
         recipe = replace(recipe, microbatch_size=1, microbatches=4)
@@ -72,6 +79,36 @@ def shuffled() -> Recipe:
 def shuffled_on_two_ranks() -> Recipe:
     """Return the same epochs on two ranks, two updates each."""
     return replace(shuffled(), world_size=2, updates=4)
+
+
+def paired(first: Sequence[Update], second: Sequence[Update], what: str) -> Iterator[tuple[int, Update, Update]]:
+    """Yield updates of two runs, numbered from 1. Raises Violation if one run made more than the other."""
+    if len(first) != len(second):
+        raise Violation(f"{what}: {len(first)} updates", f"{len(second)}")
+    yield from ((number, one, other) for number, (one, other) in enumerate(zip(first, second, strict=True), start=1))
+
+
+def seen(run: Trace) -> Trace:
+    """Return a trace for a rule about optimizers. Raises NotApplicable if one of them could not be seen."""
+    if not all(step.optimizer for update in run.updates for step in update.steps):
+        raise NotApplicable(" ".join(run.notes) or "the optimizer could not be seen")
+    return run
+
+
+def rates(runs: Runs, recipe: Recipe, run: Trace) -> list[dict[str, float]]:
+    """Return the declared learning rate of each trainable tensor in each update of a recipe."""
+    tensors = {name: run.tensors[name] for name in run.trainable}
+    return [
+        {name: runs.policy.rate(recipe, update, info) for name, info in tensors.items()}
+        for update in range(recipe.updates)
+    ]
+
+
+def cross_entropies(runs: Runs, recipe: Recipe, run: Trace) -> list[Tensor]:
+    """Return what backward was called on, or the cross entropies themselves if the loss has further terms."""
+    if runs.policy.auxiliary_loss(recipe):
+        return [entropy.value for entropy in run.entropies if entropy.grad_enabled]
+    return [loss.value for loss in run.losses]
 
 
 def saved(run: Trace, update: int) -> Checkpoint:

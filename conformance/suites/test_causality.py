@@ -26,7 +26,7 @@ def pairs(runs: Runs, recipe: Recipe, altered: Alteration) -> list[Pair]:
         NotApplicable: if they cannot be paired.
     """
     first, second = (runs.trace(replace(recipe, altered=a)).training_forwards(update=0) for a in (None, altered))
-    found = [(f.ids, f.logits, g.ids, g.logits) for f, g in zip(first, second)]
+    found = [(f.ids, f.scores, g.ids, g.scores) for f, g in zip(first, second)]
     if not found or len(first) != len(second) or any(ids.shape != others.shape for ids, _, others, _ in found):
         raise NotApplicable(NOT_AS_GIVEN)
     return found
@@ -87,9 +87,37 @@ def test_whole_context(runs: Runs) -> None:
         for ids, logits, others, changed in pairs(runs, recipe, "first token"):
             if torch.equal(ids, others):
                 raise NotApplicable(NOT_AS_GIVEN)
-            blind = (logits == changed).all(dim=-1).any(dim=0).nonzero().flatten().tolist()
+            reached = sees_first(ids, runs.policy.context(recipe), runs.policy.document_end(recipe))
+            reached &= sees_first(others, None, runs.policy.document_end(recipe))
+            same = (logits == changed).all(dim=-1)
+            blind, leaking = (
+                wrong.any(dim=0).nonzero().flatten().tolist() for wrong in (same & reached, ~same & ~reached)
+            )
             if blind:
                 raise Violation(
-                    f"{recipe.shape}: other logits at all {logits.size(1)} positions, when the first token is another",
-                    f"the same at {len(blind)} of them: {quoted(blind)}",
+                    f"{recipe.shape}: other logits at all positions that see the first token, when it is another",
+                    f"the same at {len(blind)} positions: {quoted(blind)}",
                 )
+            if leaking:
+                raise Violation(
+                    f"{recipe.shape}: the same logits at all positions that, as declared, do not see the first token",
+                    f"others at {len(leaking)} positions: {quoted(leaking)}",
+                )
+
+
+def sees_first(ids: Tensor, context: int | None, end: int | None) -> Tensor:
+    """Return where a logit sees the first token of its sequence, (B, T), bool.
+
+    Args:
+        ids: (B, T).
+        context: how many tokens back a logit looks, its own included; None: to the first.
+        end: id that ends a document, and hides all documents before; None: nothing does.
+    """
+    reached = torch.ones_like(ids, dtype=torch.bool)
+    if context is not None:
+        reached[:, context:] = False
+    if end is not None:
+        before = torch.zeros_like(ids)
+        before[:, 1:] = (ids == end)[:, :-1].cumsum(dim=1)
+        reached &= before == 0
+    return reached

@@ -8,7 +8,7 @@ from conformance.checks.comparison import tensors_equal
 from conformance.clause import clause
 from conformance.recipe import Recipe
 from conformance.runs import Runs
-from conformance.suites import clipped, everyday, on_two_ranks
+from conformance.suites import clipped, everyday, on_two_ranks, paired
 
 
 @clause(
@@ -25,10 +25,10 @@ def test_clipped_as_one(runs: Runs) -> None:
     microbatches.
     """
     recipe = everyday(runs)
-    free = runs.trace(recipe).updates[0].gradients
+    free = runs.trace(recipe).update(0).gradients
     short = clipped(recipe, total_norm(free), 0.1)
     assert short.clip is not None
-    clipped_as_one(free, runs.trace(short).updates[0].gradients, short.clip)
+    clipped_as_one(free, runs.trace(short).update(0).gradients, short.clip)
 
 
 @clause(
@@ -43,8 +43,8 @@ def test_unclipped_below_the_limit(runs: Runs) -> None:
     """A clipping limit above the gradient's norm changes nothing, bit for bit."""
     recipe = everyday(runs)
     free = runs.trace(recipe)
-    long = runs.trace(clipped(recipe, total_norm(free.updates[0].gradients), 1000.0))
-    for number, (update, other) in enumerate(zip(free.updates, long.updates, strict=True), start=1):
+    long = runs.trace(clipped(recipe, total_norm(free.update(0).gradients), 1000.0))
+    for number, update, other in paired(free.updates, long.updates, "with a limit as without one"):
         tensors_equal(update.after, other.after, f"parameters after update {number}, limit a thousand times the norm")
 
 
@@ -78,7 +78,7 @@ def test_not_finite(runs: Runs) -> None:
 def test_clipped_on_two_ranks(runs: Runs) -> None:
     """Two ranks clip exactly as one process does, and agree with each other bit for bit."""
     recipe = everyday(runs)
-    short = clipped(recipe, total_norm(runs.trace(recipe).updates[0].gradients), 0.1)
+    short = clipped(recipe, total_norm(runs.trace(recipe).update(0).gradients), 0.1)
     first, second = runs.ranks(on_two_ranks(short))
-    tensors_equal(first.updates[-1].after, second.updates[-1].after, "parameters of rank 0 against rank 1")
-    gradients_agree(runs.trace(short).updates[0].gradients, first.updates[0].gradients, "clipped on two ranks")
+    tensors_equal(first.update(-1).after, second.update(-1).after, "parameters of rank 0 against rank 1")
+    gradients_agree(runs.trace(short).update(0).gradients, first.update(0).gradients, "clipped on two ranks")

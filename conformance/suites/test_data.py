@@ -7,10 +7,10 @@ import torch
 from conformance.checks.data import once_each, predicts_next, sample_numbers
 from conformance.clause import clause
 from conformance.errors import NotApplicable, Violation
-from conformance.recipe import OptimizerChoice, Recipe
+from conformance.recipe import Recipe
 from conformance.recording.trace import Trace
 from conformance.runs import Runs
-from conformance.suites import SGD, shapes, shuffled, shuffled_on_two_ranks
+from conformance.suites import cross_entropies, everyday, shapes, shuffled, shuffled_on_two_ranks
 
 EPOCHS = 2  # of shuffled()
 
@@ -61,7 +61,7 @@ def test_epochs_differ(runs: Runs) -> None:
 @clause(
     "DATA-3",
     since="0.1",
-    needs=("sampler",),
+    needs=("seed", "sampler"),
     why="A run that cannot be repeated cannot be debugged, and one order under all seeds hides the effect of order.",
     mend="Pass the configured seed to the sampler.",
     source="Lightning-AI/litgpt#1425",
@@ -111,7 +111,7 @@ def test_ranks_share_the_epoch(runs: Runs) -> None:
 )
 def test_large_ids_arrive(runs: Runs) -> None:
     """Token ids above 65535 reach the model unchanged."""
-    step = OptimizerChoice.of(SGD, lr=1e-3)
+    step = replace(everyday(runs).optimizer, arguments=(("lr", 1e-3),))
     (recipe, *_) = shapes(runs, Recipe(vocab_size=70_000, n_layer=1, n_embd=16, updates=1, optimizer=step))
     if runs.has("sampler"):
         recipe = replace(recipe, samples=2)
@@ -143,7 +143,8 @@ def test_targets_are_the_next_tokens(runs: Runs) -> None:
         run = runs.trace(recipe)
         forwards = run.training_forwards()
         numbers = [sample_numbers(forward.ids, rows) for forward in forwards]
-        if len(forwards) != len(run.losses) or any(None in found for found in numbers):
+        losses = cross_entropies(runs, recipe, run)
+        if not forwards or len(forwards) != len(losses) or any(None in found for found in numbers):
             raise NotApplicable("losses and sequences cannot be paired: see ACC-6")
         tokens = [torch.stack([rows[number] for number in found if number is not None]) for found in numbers]
-        predicts_next([f.logits for f in forwards], tokens, [loss.value.item() for loss in run.losses])
+        predicts_next([f.scores for f in forwards], tokens, [loss.item() for loss in losses])

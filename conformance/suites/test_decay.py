@@ -8,7 +8,7 @@ from conformance.errors import Violation, quoted
 from conformance.recipe import OptimizerChoice, Recipe
 from conformance.recording.trace import Trace
 from conformance.runs import Runs
-from conformance.suites import ADAMW, shapes
+from conformance.suites import ADAMW, seen, shapes
 
 MEMORY = "conformance.probes:MemoryTransformer"
 STRONG = OptimizerChoice.of(ADAMW, lr=1e-2, weight_decay=0.1)
@@ -37,9 +37,11 @@ def variants(runs: Runs, recipe: Recipe | None = None) -> list[Recipe]:
 def test_each_tensor_once(runs: Runs) -> None:
     """Every trainable tensor is in exactly one parameter group, exactly once; a tied tensor counts as one."""
     for recipe in variants(runs):
-        run = runs.trace(recipe)
+        run = seen(runs.trace(recipe))
+        owners = {name: runs.policy.owner(recipe, run.tensors[name]) for name in run.trainable}
         for update in run.updates:
             decay.covered_once([group.tensors for group in update.groups], run.trainable)
+            decay.owned_as_declared(update.steps, owners)
 
 
 @clause(
@@ -54,7 +56,7 @@ def test_each_tensor_once(runs: Runs) -> None:
 def test_no_strangers(runs: Runs) -> None:
     """The optimizer holds no frozen tensor and no tensor that the model does not use."""
     for recipe in variants(runs):
-        run = runs.trace(recipe)
+        run = seen(runs.trace(recipe))
         for update in run.updates:
             decay.only_these([group.tensors for group in update.groups], run.trainable)
 
@@ -75,11 +77,12 @@ def test_frozen_stay(runs: Runs) -> None:
         raise Violation("the module has a tensor frozen.weight", f"only {quoted(run.tensors)}")
     if run.tensors[frozen[0]].trainable:
         raise Violation(f"{frozen[0]} keeps requires_grad=False", "it requires gradients")
-    decay.unmoved(run.initial, run.updates[-1].after, frozen)
+    decay.unmoved(run.initial, run.update(-1).after, frozen)
 
 
 @clause(
     "DECAY-4",
+    needs=("keywords",),
     since="0.1",
     why="Gains and biases are pulled to zero, or matrices are not regularised: the model is not the one that was "
     "designed.",
@@ -100,11 +103,12 @@ def test_decay_as_declared(runs: Runs) -> None:
 
 def check_factors(runs: Runs, recipe: Recipe, run: Trace) -> None:
     """Check that the first step of a run without gradients acts as the subject's policy says."""
-    update = run.updates[0]
-    rate = runs.policy.learning_rate(recipe, 0)
+    update = run.update(0)
+    rates = {name: runs.policy.rate(recipe, 0, run.tensors[name]) for name in run.trainable}
     strength = dict(recipe.optimizer.arguments)["weight_decay"]
     factors = {
-        name: 1.0 - rate * strength if runs.policy.decays(recipe, run.tensors[name]) else 1.0 for name in run.trainable
+        name: 1.0 - rates[name] * strength if runs.policy.decays(recipe, run.tensors[name]) else 1.0
+        for name in run.trainable
     }
     decay.decay_acts(update.before, update.after, factors)
     # A tensor of zeros (a fresh bias, a gain stored as its offset from 1) shows nothing: there its group must do.
@@ -126,13 +130,13 @@ def test_every_tensor_moves(runs: Runs) -> None:
     """Every trainable tensor moves when gradients are not zero and weight decay is off."""
     for recipe in variants(runs, Recipe(updates=4, optimizer=NONE)):
         run = runs.trace(recipe)
-        decay.moved(run.initial, run.updates[-1].after, run.trainable)
+        decay.moved(run.initial, run.update(-1).after, run.trainable)
 
 
 @clause(
     "DECAY-6",
     since="0.1",
-    needs=("foreign-module",),
+    needs=("keywords", "foreign-module"),
     why="A rule that goes by ndim takes norm gains called g, memory tokens and memory keys/values for matrices.",
     mend="Recognise norms by the type of the module that owns the tensor, and memory tensors by name.",
     source="lucidrains/x-transformers#230, deepspeedai/DeepSpeedExamples#755",
@@ -149,7 +153,7 @@ def test_foreign_module_decays_as_declared(runs: Runs) -> None:
 @clause(
     "DECAY-7",
     since="0.1",
-    needs=("ndim-policy",),
+    needs=("keywords", "ndim-policy"),
     level="should",
     why="Comparing with nanoGPT requires its decay rule.",
     mend="Offer a rule by ndim beside the one by role.",
@@ -160,9 +164,9 @@ def test_ndim_policy(runs: Runs) -> None:
     """Under the ndim policy, the stack decays tensors of two or more dimensions and no others."""
     for recipe in shapes(runs, Recipe(optimizer=STRONG, zero_gradients=True, decay="ndim")):
         run = runs.trace(recipe)
-        rate = runs.policy.learning_rate(recipe, 0) * 0.1
-        factors = {name: 1.0 - rate if len(run.tensors[name].shape) >= 2 else 1.0 for name in run.trainable}
-        decay.decay_acts(run.updates[0].before, run.updates[0].after, factors)
+        rates = {name: runs.policy.rate(recipe, 0, run.tensors[name]) for name in run.trainable}
+        factors = {name: 1.0 - rates[name] * 0.1 if len(run.tensors[name].shape) >= 2 else 1.0 for name in rates}
+        decay.decay_acts(run.update(0).before, run.update(0).after, factors)
 
 
 @clause(
@@ -189,4 +193,4 @@ def test_groups_independent_of_wrappers(runs: Runs) -> None:
 
 def decays_by_name(run: Trace) -> dict[str, object]:
     """Return the weight decay of each tensor."""
-    return {name: group.settings.get("weight_decay") for group in run.updates[0].groups for name in group.tensors}
+    return {name: group.settings.get("weight_decay") for group in run.update(0).groups for name in group.tensors}

@@ -72,6 +72,8 @@ def test_options_survive_swap(runs: Runs) -> None:
     recipe = replace(STABLE, module=OPTIONS)
     plain, stable = runs.trace(replace(recipe, stable_embedding=False)), runs.trace(recipe)
     require_swap(stable)
+    if len(plain.embeddings) != len(stable.embeddings):
+        raise Violation(f"{len(plain.embeddings)} embeddings after the swap", f"{len(stable.embeddings)}")
     for before, after in zip(plain.embeddings, stable.embeddings, strict=True):
         found = dict(after.options) | {"device": after.device, "dtype": after.dtype, "shape": after.shape}
         wanted = dict(before.options) | {"device": before.device, "dtype": before.dtype, "shape": before.shape}
@@ -102,10 +104,10 @@ def test_live_tensors_optimised(runs: Runs) -> None:
         run = runs.trace(recipe)
         require_swap(run)
         names = run.trainable
-        groups = [group.tensors for group in run.updates[0].groups]
+        groups = [group.tensors for group in run.update(0).groups]
         decay.covered_once(groups, names)
         decay.only_these(groups, names)
-        decay.moved(run.initial, run.updates[-1].after, names)
+        decay.moved(run.initial, run.update(-1).after, names)
 
 
 @clause(
@@ -123,7 +125,7 @@ def test_state_in_32_bits(runs: Runs) -> None:
     for recipe in shapes(runs, STABLE):
         run = runs.trace(recipe)
         wide = {f"{name}.weight" for name in require_swap(run)}
-        embedding.state_bits(run.updates[-1].state_after, run.tensors, wide)
+        embedding.state_bits(run.update(-1).state_after, run.tensors, wide)
 
 
 @clause(
@@ -143,7 +145,7 @@ def test_override_does_not_leak(runs: Runs) -> None:
     for recipe in shapes(runs, Recipe(optimizer=EIGHT_BIT, repeat=2)):
         runs.trace(replace(recipe, stable_embedding=True))  # a run of its own, so that it comes right before
         later = runs.trace(recipe)
-        embedding.state_bits(later.updates[-1].state_after, later.tensors, wide=set())
+        embedding.state_bits(later.update(-1).state_after, later.tensors, wide=set())
 
 
 @clause(
@@ -215,5 +217,5 @@ def test_export_is_plain_and_equal(runs: Runs) -> None:
         with torch.no_grad():
             outputs = {f"batch {i}": find_logits(module(f.ids.long())) for i, f in enumerate(evaluated)}
         found = {name: logits.float() for name, logits in outputs.items() if logits is not None}
-        expected = {f"batch {i}": f.logits.float() for i, f in enumerate(evaluated)}
+        expected = {f"batch {i}": f.scores.float() for i, f in enumerate(evaluated)}
         tensors_equal(expected, found, "logits of the loaded model against the trained one")

@@ -10,10 +10,10 @@ from conformance.checks.data import sample_numbers, sequence_entropies
 from conformance.checks.evaluation import reported_losses, reports
 from conformance.clause import clause
 from conformance.errors import NotApplicable, Violation
-from conformance.recipe import OptimizerChoice, Recipe
+from conformance.recipe import Recipe
 from conformance.recording.trace import Forward, Trace
 from conformance.runs import Runs
-from conformance.suites import SGD, dropping, everyday, on_two_ranks
+from conformance.suites import STILL, dropping, everyday, on_two_ranks, paired
 
 
 def validation(recipe: Recipe) -> torch.Tensor:
@@ -24,7 +24,7 @@ def validation(recipe: Recipe) -> torch.Tensor:
 def evaluations(recipe: Recipe, run: Trace) -> list[Forward]:
     """Return the forwards on validation data. Raises Violation if there are none after the last update."""
     rows = validation(recipe)
-    found = [forward for forward in run.forwards if sample_numbers(forward.ids, rows)[0] is not None]
+    found = [forward for forward in run.forwards if any(n is not None for n in sample_numbers(forward.ids, rows))]
     if not any(forward.update == recipe.updates for forward in found):
         raise Violation("an evaluation on the validation data after the last update", f"{len(found)} before it")
     return found
@@ -34,8 +34,11 @@ def last_loss(recipe: Recipe, traces: list[Trace]) -> float:
     """Return the mean cross entropy of the next tokens over all logits of the last evaluation."""
     rows = validation(recipe)
     last = [forward for run in traces for forward in evaluations(recipe, run) if forward.update == recipe.updates]
-    found = [loss for forward in last for loss in sequence_entropies(forward.logits, forward.ids, rows)]
-    return fmean(loss for loss in found if loss is not None)
+    found = [loss for forward in last for loss in sequence_entropies(forward.scores, forward.ids, rows)]
+    known = [loss for loss in found if loss is not None]
+    if not known:
+        raise Violation("an evaluation on the validation data after the last update", "none that is known")
+    return fmean(known)
 
 
 @clause(
@@ -56,7 +59,7 @@ def test_modes(runs: Runs) -> None:
     run, rows = runs.trace(recipe), validation(recipe)
     evaluations(recipe, run)  # there must be some
     for forward in run.forwards:
-        training = sample_numbers(forward.ids, rows)[0] is None
+        training = all(number is None for number in sample_numbers(forward.ids, rows))
         if training and not forward.grad_enabled:
             continue  # neither: a look at the shapes, or a text that is generated
         if (forward.training, forward.grad_enabled) != (training, training):
@@ -74,11 +77,11 @@ def test_modes(runs: Runs) -> None:
     why="If two evaluations differ by chance, they hide what a change of the model is worth.",
     mend="Evaluate the same sequences each time, in eval mode, and draw nothing at random.",
     source="TinyLlama#77, pytorch#124464, nanoGPT#240 (dropout inside attention in eval mode)",
-    bound="bit equality of the logits under a learning rate of zero",
+    bound="bit equality of the logits under a learning rate that moves no weight",
 )
 def test_evaluations_repeat(runs: Runs) -> None:
     """Two evaluations with no update in between use the same sequences and give the same logits."""
-    still = OptimizerChoice.of(SGD, lr=0.0)
+    still = replace(everyday(runs).optimizer, arguments=(("lr", STILL),))
     recipe = dropping(runs, Recipe(optimizer=still, evaluate_every=1), 0.5)
     run, rows = runs.trace(recipe), validation(recipe)
     seen: list[dict[int | None, torch.Tensor]] = [
@@ -86,7 +89,7 @@ def test_evaluations_repeat(runs: Runs) -> None:
             number: logits
             for forward in evaluations(recipe, run)
             if forward.update == update
-            for number, logits in zip(sample_numbers(forward.ids, rows), forward.logits, strict=True)
+            for number, logits in zip(sample_numbers(forward.ids, rows), forward.scores, strict=True)
         }
         for update in (1, 2)
     ]
@@ -113,7 +116,7 @@ def test_changes_nothing(runs: Runs) -> None:
 def without_changes(runs: Runs, recipe: Recipe) -> None:
     """Check that a run with evaluations and one without have the same parameters."""
     run, other = runs.trace(recipe), runs.trace(replace(recipe, evaluate_every=None))
-    for number, (update, plain) in enumerate(zip(run.updates, other.updates, strict=True), start=1):
+    for number, update, plain in paired(run.updates, other.updates, "without evaluation as with it"):
         tensors_equal(plain.after, update.after, f"parameters after update {number}, without evaluation and with")
 
 

@@ -74,6 +74,7 @@ def test_same_seed_same_start(runs: Runs) -> None:
 
 @clause(
     "INIT-4",
+    needs=("seed",),
     since="0.1",
     why="Several runs under several seeds are the same run, and their spread says nothing.",
     mend="Pass the configured seed to the generator that draws the weights.",
@@ -102,7 +103,7 @@ def test_first_loss(runs: Runs) -> None:
         numbers = [] if first is None else [n for n in sample_numbers(first.ids, rows) if n is not None]
         if first is None or len(numbers) != len(first.ids):
             raise NotApplicable("the first forward is not on the sequences given: see ACC-6")
-        initialization.starts_ignorant(mean_entropy(*next_tokens(first.logits, rows[numbers])), recipe.vocab_size)
+        initialization.starts_ignorant(mean_entropy(*next_tokens(first.scores, rows[numbers])), recipe.vocab_size)
 
 
 @clause(
@@ -118,7 +119,7 @@ def test_resume_restores(runs: Runs) -> None:
     recipe = Recipe(updates=4, save_every=2)
     whole = runs.trace(recipe)
     resumed = runs.start(replace(recipe, resume=saved(whole, 2)))
-    tensors_equal(whole.updates[1].after, resumed.initial, "parameters at the start of the resumed run")
+    tensors_equal(whole.update(1).after, resumed.initial, "parameters at the start of the resumed run")
     tensors_equal(whole.buffers, resumed.buffers, "buffers at the start of the resumed run")
 
 

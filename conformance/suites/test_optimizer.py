@@ -4,12 +4,13 @@ from dataclasses import replace
 
 from conformance.checks import optimizer
 from conformance.checks.comparison import states_equal
+from conformance.checks.schedule import rates_are
 from conformance.clause import clause
 from conformance.errors import NotApplicable, RunFailed, Violation, describe_error
 from conformance.recipe import OptimizerChoice, Recipe
 from conformance.recording.trace import Trace
 from conformance.runs import Attempt, Runs
-from conformance.suites import ADAMW, ADAMW_8BIT, GROK, PAGED_8BIT, RMSPROP, SGD, saved
+from conformance.suites import ADAMW, ADAMW_8BIT, GROK, PAGED_8BIT, RMSPROP, SGD, rates, saved, seen
 
 SENTINELS = {"lr": 0.00123, "betas": (0.83, 0.967), "eps": 3.1e-7, "weight_decay": 0.0617}
 """Values that nobody has as a default."""
@@ -25,15 +26,19 @@ def starts(runs: Runs, class_path: str, **arguments: object) -> Trace:
     name = class_path.rpartition(".")[2]
     if tried.error is not None:
         raise Violation(f"{name} trains", describe_error(tried.error))
-    kinds = {tuple(kind.rpartition(".")[2] for kind in update.optimizer) for update in tried.trace.updates}
+    kinds = [
+        {kind.rpartition(".")[2] for step in update.steps for kind in step.optimizer}
+        for update in seen(tried.trace).updates
+    ]
     if not kinds or any(name not in kind for kind in kinds):  # a stack may derive a class of its own
-        seen = ", ".join(sorted(kind[0] for kind in kinds)) or "nobody"
-        raise Violation(f"the steps are those of {name}", f"those of {seen}")
+        found = {step.optimizer[0].rpartition(".")[2] for update in tried.trace.updates for step in update.steps}
+        raise Violation(f"the steps are those of {name}", f"those of {', '.join(sorted(found)) or 'nobody'}")
     return tried.trace
 
 
 @clause(
     "OPT-1",
+    needs=("any-optimizer",),
     since="0.1",
     why="A user who changes the optimizer gets a crash.",
     mend="Add keywords of your own only where the class accepts them.",
@@ -48,6 +53,7 @@ def test_torch_optimizers_start(runs: Runs) -> None:
 
 @clause(
     "OPT-2",
+    needs=("any-optimizer",),
     packages=("bitsandbytes", "grokadamw"),
     since="0.1",
     why="The optimizers that do not know `fused` are the ones that crash when the stack adds it.",
@@ -63,6 +69,7 @@ def test_foreign_optimizers_start(runs: Runs) -> None:
 
 @clause(
     "OPT-3",
+    needs=("any-optimizer",),
     since="0.1",
     why="Research optimizers rarely know `fused`, and crash when the stack adds it.",
     mend="Look at the signature of the class before adding a keyword.",
@@ -76,6 +83,7 @@ def test_class_without_fused(runs: Runs) -> None:
 
 @clause(
     "OPT-4",
+    needs=("any-optimizer",),
     since="0.1",
     why="A filter by signature that overlooks **kwargs takes everything away, the learning rate included.",
     mend="Pass the user's keywords on without looking at the signature, or honour VAR_KEYWORD.",
@@ -85,11 +93,14 @@ def test_class_without_fused(runs: Runs) -> None:
 def test_class_with_any_keywords(runs: Runs) -> None:
     """An optimizer class that accepts **kwargs receives every keyword that the user gave."""
     run = starts(runs, "conformance.probes.AnyKeywords", lr=0.00123, sharpness=7)
-    optimizer.keywords_arrive(run.updates[0].groups, {"lr": 0.00123, "sharpness": 7})
+    recipe = Recipe(optimizer=OptimizerChoice.of("conformance.probes.AnyKeywords", lr=0.00123, sharpness=7))
+    rates_are([update.groups for update in run.updates], rates(runs, recipe, run))
+    optimizer.keywords_arrive(run.update(0).groups, {"sharpness": 7})
 
 
 @clause(
     "OPT-5",
+    needs=("any-optimizer",),
     since="0.1",
     why="Optimizers with settings of their own cannot be used.",
     mend="Pass on what the user wrote; keep no list of known keywords.",
@@ -99,13 +110,13 @@ def test_class_with_any_keywords(runs: Runs) -> None:
 def test_class_with_own_argument(runs: Runs) -> None:
     """An optimizer class that requires an argument of its own receives that argument from the user."""
     run = starts(runs, "conformance.probes.NeedsHorizon", horizon=42)
-    optimizer.keywords_arrive(run.updates[0].groups, {"horizon": 42})
+    optimizer.keywords_arrive(run.update(0).groups, {"horizon": 42})
 
 
 @clause(
     "OPT-6",
     since="0.1",
-    needs=("fused",),
+    needs=("any-optimizer", "fused"),
     level="should",
     why="The for-loop and foreach implementations launch more kernels and take several times as long per step on a "
     "GPU.",
@@ -116,13 +127,14 @@ def test_class_with_own_argument(runs: Runs) -> None:
 def test_fused_where_possible(runs: Runs) -> None:
     """The stack switches `fused` on wherever the optimizer class and the device support it."""
     for class_path in (ADAMW, SGD):
-        found = [group.settings.get("fused") for group in starts(runs, class_path).updates[0].groups]
+        found = [group.settings.get("fused") for group in starts(runs, class_path).update(0).groups]
         if found != [True] * len(found):
             raise Violation(f"fused=True in every group of {class_path}", f"fused is {found}")
 
 
 @clause(
     "OPT-7",
+    needs=("keywords",),
     since="0.1",
     why="The run trains with settings other than those in its configuration.",
     mend="Follow the keyword named here from the configuration to the constructor.",
@@ -133,13 +145,15 @@ def test_keywords_arrive(runs: Runs) -> None:
     """The optimizer receives lr, betas, eps and weight_decay exactly as the user gave them."""
     run = starts(runs, ADAMW, **SENTINELS)
     recipe = Recipe(optimizer=OptimizerChoice.of(ADAMW, **SENTINELS))
-    for number, update in enumerate(run.updates):
-        expected = SENTINELS | {"lr": runs.policy.learning_rate(recipe, number)}
+    rates_are([update.groups for update in run.updates], rates(runs, recipe, run))
+    expected = {name: value for name, value in SENTINELS.items() if name != "lr"}
+    for update in run.updates:
         optimizer.keywords_arrive(update.groups, expected, varying=("weight_decay",))
 
 
 @clause(
     "OPT-8",
+    needs=("keywords",),
     since="0.1",
     why="A user who switches `fused` off, to compare or to avoid a bug in it, still runs with it.",
     mend="Merge the user's keywords over the added ones, not under them.",
@@ -150,11 +164,12 @@ def test_user_wins(runs: Runs) -> None:
     """If the user gives a keyword that the stack would add by itself, the user's value wins."""
     for value in (False, True):
         run = starts(runs, ADAMW, fused=value)
-        optimizer.keywords_arrive(run.updates[0].groups, {"fused": value})
+        optimizer.keywords_arrive(run.update(0).groups, {"fused": value})
 
 
 @clause(
     "OPT-9",
+    needs=("keywords",),
     since="0.1",
     why="The configuration that is saved or logged afterwards is not the one the user wrote.",
     mend="Copy the dictionary before you add to it.",
@@ -174,6 +189,7 @@ def misspelt(runs: Runs) -> Attempt:
 
 @clause(
     "OPT-10",
+    needs=("keywords",),
     since="0.1",
     why="The run trains with the default value, and nobody notices.",
     mend="Filter only the keywords that you add; pass the user's on to the class, or check them.",
@@ -184,15 +200,16 @@ def test_misspelt_keyword(runs: Runs) -> None:
     """A keyword that the optimizer class does not accept is an error."""
     tried = misspelt(runs)
     if tried.error is None:
-        groups = tried.trace.updates[0].groups
-        seen = {group.settings.get("weight_decay") for group in groups}
+        groups = tried.trace.update(0).groups
+        found = {group.settings.get("weight_decay") for group in groups}
         raise Violation(
-            "an error about wieght_decay=0.5", f"the run trained with weight_decay {sorted(map(str, seen))}"
+            "an error about wieght_decay=0.5", f"the run trained with weight_decay {sorted(map(str, found))}"
         )
 
 
 @clause(
     "OPT-11",
+    needs=("keywords",),
     since="0.1",
     level="should",
     why="A list of twenty accepted keywords does not show which letter is wrong.",
@@ -215,14 +232,14 @@ def survives(runs: Runs, choice: OptimizerChoice) -> None:
     whole = runs.trace(recipe)
     resumed = runs.trace(replace(recipe, resume=saved(whole, 2)))
     name = choice.class_path.rpartition(".")[2]
-    states_equal(whole.updates[1].state_after, resumed.updates[0].state_before, f"state of {name} after the resume")
+    states_equal(whole.update(1).state_after, resumed.update(0).state_before, f"state of {name} after the resume")
 
 
 @clause(
     "OPT-12",
     packages=("bitsandbytes",),
     since="0.1",
-    needs=("resume",),
+    needs=("any-optimizer", "resume"),
     why="The moments start again at zero: the loss goes on smoothly, the weights do not.",
     mend="Save optimizer.state_dict(), and load it after the optimizer is built over the same groups.",
     source="EvolvingLMMs-Lab/OneVision-Encoder#65, DeepSpeed#7786; the first loss after a resume shows nothing",
@@ -241,7 +258,7 @@ def test_state_survives(runs: Runs) -> None:
     "OPT-13",
     packages=("grokadamw",),
     since="0.1",
-    needs=("resume",),
+    needs=("any-optimizer", "resume"),
     why="grokadamw 0.1.2 keeps its moments in param_groups by tensor; after a load they silently start at zero.",
     mend="Save such state by position and put it back, or refuse to resume with this optimizer.",
     source="grokadamw 0.1.2: state_dict()['state'] is empty",

@@ -10,7 +10,7 @@ from conformance.errors import NotApplicable, Violation
 from conformance.recipe import OptimizerChoice, Precision, Recipe
 from conformance.recording.trace import Forward, Trace
 from conformance.runs import Runs
-from conformance.suites import ADAMW
+from conformance.suites import ADAMW, cross_entropies
 
 WEIGHTS: dict[Precision, torch.dtype] = {
     "32-true": torch.float32,
@@ -28,6 +28,7 @@ COMPUTE: dict[Precision, torch.dtype] = {
 
 @clause(
     "PREC-1",
+    needs=("float32-logits",),
     since="0.1",
     why="Softmax, sampling and losses computed from 16-bit logits lose two of three decimal digits.",
     mend="Convert the logits on leaving the model, as Fabric's wrapper does.",
@@ -38,7 +39,7 @@ def test_logits_float32(runs: Runs) -> None:
     """Logits leave the model in float32, in every precision that the stack offers."""
     for name in runs.precisions():
         run = runs.trace(Recipe(precision=name, evaluate=runs.has("evaluate")))
-        found = {f"logits of forward {i} under {name}": f.logits.dtype for i, f in leaving(run)}
+        found = {f"logits of forward {i} under {name}": f.scores.dtype for i, f in leaving(run)}
         precision.dtypes_are(found, torch.float32, "logits")
 
 
@@ -68,7 +69,7 @@ def test_logits_opt_out(runs: Runs) -> None:
     """If the user opts out of float32 logits, they leave the model in the dtype they were computed in."""
     for name in runs.precisions():
         run = runs.trace(Recipe(precision=name, logits="compute"))
-        found = {f"logits of forward {i} under {name}": f.logits.dtype for i, f in leaving(run)}
+        found = {f"logits of forward {i} under {name}": f.scores.dtype for i, f in leaving(run)}
         precision.dtypes_are(found, COMPUTE[name], "logits")
 
 
@@ -89,11 +90,10 @@ def test_loss_float32(runs: Runs) -> None:
         for recipe in (replace(variant, precision=name) for variant in variants):
             run = runs.trace(recipe)
             forwards = run.training_forwards()
-            if len(forwards) != len(run.losses):
-                raise NotApplicable(
-                    f"{len(forwards)} training forwards, but {len(run.losses)} losses: cannot pair them"
-                )
-            pairs = [(*with_targets(recipe, f), loss.value) for f, loss in zip(forwards, run.losses, strict=True)]
+            losses = cross_entropies(runs, recipe, run)
+            if not forwards or len(forwards) != len(losses):
+                raise NotApplicable(f"{len(forwards)} training forwards, but {len(losses)} losses: cannot pair them")
+            pairs = [(*with_targets(recipe, f), loss) for f, loss in zip(forwards, losses, strict=True)]
             # A factor that all updates share is no matter of precision: a loss scaler's, or another count of tokens.
             factor = precision.shared_factor(pairs)
             for scores, targets, loss in pairs:
@@ -108,9 +108,9 @@ def with_targets(recipe: Recipe, forward: Forward) -> tuple[torch.Tensor, torch.
     """
     for batch in recipe.batches():
         if forward.ids.shape[1] == recipe.block_size and torch.equal(forward.ids.long(), batch[:, :-1]):
-            return forward.logits, batch[:, 1:]
+            return forward.scores, batch[:, 1:]
         if torch.equal(forward.ids.long(), batch):  # stacks that shift inside the model see all tokens
-            return forward.logits[:, :-1], batch[:, 1:]
+            return forward.scores[:, :-1], batch[:, 1:]
     raise Violation("the model is fed the training data in order", "token ids that are in no batch of the recipe")
 
 
@@ -128,13 +128,13 @@ def test_precision_asked_for(runs: Runs) -> None:
     for name in runs.precisions():
         run = runs.trace(Recipe(precision=name))
         precision.dtypes_are({n: info.dtype for n, info in run.tensors.items()}, WEIGHTS[name], f"weights under {name}")
-        after = {n: t.dtype for n, t in run.updates[-1].after.items()}
+        after = {n: t.dtype for n, t in run.update(-1).after.items()}
         precision.dtypes_are(after, WEIGHTS[name], f"weights after training under {name}")
         autocast = COMPUTE[name] if name.endswith("-mixed") else None
         found = {f.autocast for f in run.training_forwards()}
         if found != {autocast}:
             raise Violation(f"autocast inside the forward under {name}: {autocast}", f"{sorted(map(str, found))}")
-        precision.content_is([f.logits for f in run.training_forwards()], rounded=name.startswith("bf16"))
+        precision.content_is([f.scores for f in run.training_forwards()], rounded=name.startswith("bf16"))
 
 
 @clause(
@@ -158,7 +158,7 @@ def test_autocast_only_in_forward(runs: Runs) -> None:
 @clause(
     "PREC-6",
     since="0.1",
-    needs=("bf16-true",),
+    needs=("keywords", "bf16-true"),
     why="Updates below half a unit in the last place vanish: norms and large weights stop learning at small rates.",
     mend="Keep float32 master weights or round stochastically; or warn the user that small updates are lost.",
     source="pytorch/ao#1124, torchtune#2254, NVIDIA/Model-Optimizer#2322",
@@ -169,8 +169,8 @@ def test_small_updates(runs: Runs) -> None:
     choice = OptimizerChoice.of(ADAMW, lr=1e-6, weight_decay=0.0)
     recipe = Recipe(precision="bf16-true", optimizer=choice, updates=4)
     coarse, exact = runs.trace(recipe), runs.trace(replace(recipe, precision="32-true"))
-    ratio = precision.movement(coarse.initial, coarse.updates[-1].after) / precision.movement(
-        exact.initial, exact.updates[-1].after
+    ratio = precision.movement(coarse.initial, coarse.update(-1).after) / precision.movement(
+        exact.initial, exact.update(-1).after
     )
     told = [line for line in coarse.messages if ("bf16" in line or "bfloat16" in line) and mentions_rounding(line)]
     if ratio < precision.MOVEMENT_BOUND and not told:

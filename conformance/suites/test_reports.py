@@ -10,10 +10,10 @@ from conformance.checks.data import sequence_entropies
 from conformance.checks.reports import gradient_norms, learning_rates, one_is_among, training_losses
 from conformance.clause import clause
 from conformance.errors import NotApplicable
-from conformance.recipe import OptimizerChoice, Recipe
+from conformance.recipe import Recipe
 from conformance.recording.trace import Trace
 from conformance.runs import Runs
-from conformance.suites import SGD, clipped, everyday
+from conformance.suites import STILL, clipped, everyday
 
 
 def update_losses(recipe: Recipe, run: Trace) -> list[float]:
@@ -26,13 +26,19 @@ def update_losses(recipe: Recipe, run: Trace) -> list[float]:
     losses: list[list[float]] = [[] for _ in run.updates]
     for forward in run.training_forwards():
         if forward.update < len(losses):
-            for loss in sequence_entropies(forward.logits, forward.ids, rows):
+            for loss in sequence_entropies(forward.scores, forward.ids, rows):
                 if loss is None:
                     raise NotApplicable("an update trained on other sequences than those asked for: see ACC-6")
                 losses[forward.update].append(loss)
     if not all(losses):
         raise NotApplicable("no forward on the sequences asked for led to an update: see ACC-6")
     return [fmean(found) for found in losses]
+
+
+def whole_losses(run: Trace) -> list[float]:
+    """Return what backward was called on in each update, summed over its microbatches, and the means of it."""
+    values = [[loss.value.item() for loss in run.losses if loss.update == u] for u in range(len(run.updates))]
+    return [sum(found) for found in values] + [fmean(found) for found in values if found]
 
 
 @clause(
@@ -51,6 +57,8 @@ def test_reported_loss(runs: Runs) -> None:
     if not found:
         raise NotApplicable("no message of the run gives a training loss")
     losses = update_losses(recipe, run)
+    if runs.policy.auxiliary_loss(recipe):  # the run may report the sum of all terms instead
+        losses += whole_losses(run)
     windows = [losses[first:last] for last in range(1, len(losses) + 1) for first in range(last)]
     one_is_among(
         found,
@@ -72,13 +80,13 @@ def test_reported_loss(runs: Runs) -> None:
 def test_reported_rate(runs: Runs) -> None:
     """The last learning rate that the run reports is one that an update had."""
     # Three rates, and the next is another one; with digits enough to tell them apart.
-    step = OptimizerChoice.of(SGD, lr=0.0987)
+    step = replace(everyday(runs).optimizer, arguments=(("lr", 0.0987),))
     run = runs.trace(replace(everyday(runs, step), updates=3, warmup=3, minimum_lr=None))
     found = learning_rates(run.messages)
     if not found:
         raise NotApplicable("no message of the run gives a learning rate")
-    rates = [float(update.groups[0].settings["lr"]) for update in run.updates]
-    one_is_among(found[-1:], rates, f"one of the rates {', '.join(f'{rate:.4g}' for rate in rates)}")
+    rates = [float(group.settings["lr"]) for update in run.updates for group in update.groups if "lr" in group.settings]
+    one_is_among(found[-1:], rates, f"one of the rates {', '.join(dict.fromkeys(f'{rate:.4g}' for rate in rates))}")
 
 
 @clause(
@@ -93,7 +101,8 @@ def test_reported_rate(runs: Runs) -> None:
 )
 def test_reported_norm(runs: Runs) -> None:
     """The last gradient norm that the run reports is that of a whole gradient, before clipping."""
-    still = OptimizerChoice.of(SGD, lr=0.0)  # so that the gradients are those of a run that clips none
+    # So that the gradients are those of a run that clips none.
+    still = replace(everyday(runs).optimizer, arguments=(("lr", STILL),))
     plain = Recipe(optimizer=still, microbatch_size=4)
     norms = [total_norm(update.gradients) for update in runs.trace(plain).updates]
     run = runs.trace(clipped(replace(plain), norms[0], 0.1))

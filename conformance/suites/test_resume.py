@@ -16,7 +16,7 @@ from conformance.recipe import OptimizerChoice, Recipe
 from conformance.recording.snapshot import equal_values
 from conformance.recording.trace import Checkpoint, Trace
 from conformance.runs import Runs
-from conformance.suites import ADAMW, dropping, everyday, on_two_ranks, saved, shuffled, shuffled_on_two_ranks
+from conformance.suites import ADAMW, dropping, everyday, on_two_ranks, paired, saved, shuffled, shuffled_on_two_ranks
 
 DECAYING = OptimizerChoice.of(ADAMW, lr=1e-2, weight_decay=0.1)
 
@@ -58,8 +58,8 @@ def test_goes_on_as_if_never_interrupted(runs: Runs) -> None:
     later = resumed(runs, recipe, whole, 2).updates
     if len(later) != recipe.updates - 2:
         raise Violation(f"{recipe.updates - 2} updates more, to {recipe.updates} in all", f"{len(later)}")
-    for number, (update, other) in enumerate(zip(whole.updates[2:], later, strict=True), start=3):
-        tensors_equal(update.after, other.after, f"parameters after update {number} of the resumed run")
+    for number, update, other in paired(whole.updates[2:], later, "resumed as never interrupted"):
+        tensors_equal(update.after, other.after, f"parameters after update {number + 2} of the resumed run")
 
 
 @clause(
@@ -112,7 +112,7 @@ def test_last_update_is_saved(runs: Runs) -> None:
     recipe = Recipe(updates=3, save_every=2)
     whole = runs.trace(recipe)
     later = resumed(runs, replace(recipe, updates=5), whole, 3)
-    tensors_equal(whole.updates[-1].after, later.initial, "parameters of a run that goes on after the last update")
+    tensors_equal(whole.update(-1).after, later.initial, "parameters of a run that goes on after the last update")
 
 
 @clause(
@@ -137,7 +137,7 @@ def test_taken_up_without_wrappers(runs: Runs) -> None:
         raise NotApplicable("lacks both compile and two-ranks")
     for what, run in wrapped.items():
         later = resumed(runs, replace(plain, updates=len(run.updates) + 2), run, len(run.updates))
-        tensors_equal(run.updates[-1].after, later.initial, f"parameters that a plain run takes up from {what}")
+        tensors_equal(run.update(-1).after, later.initial, f"parameters that a plain run takes up from {what}")
 
 
 @clause(
@@ -154,9 +154,9 @@ def test_truncated_checkpoint(runs: Runs) -> None:
     recipe = Recipe(updates=4, save_every=2)
     checkpoint = saved(runs.trace(recipe), 2)
     whole = resumed(runs, recipe, runs.trace(recipe), 2)  # undamaged, it is taken up
-    total = sum(path.stat().st_size for path in checkpoint.files)
+    sizes = {path: path.stat().st_size for path in checkpoint.places() if path.is_file()}
     # Weights and optimizer state are most of it; a truncated log is no damage.
-    for damaged in [path for path in checkpoint.files if path.stat().st_size > total / 10]:
+    for damaged in [path for path, size in sizes.items() if size > sum(sizes.values()) / 10]:
         with TemporaryDirectory() as folder:
             copy = truncated(checkpoint, damaged, Path(folder))
             tried = runs.attempt(replace(recipe, resume=copy))
@@ -186,9 +186,10 @@ def goes_on_alike(whole: Trace, damaged: Trace) -> bool:
 def truncated(checkpoint: Checkpoint, damaged: Path, folder: Path) -> Checkpoint:
     """Return a copy of a checkpoint with half of one file."""
     # With the name of the checkpoint's own folder, by which some stacks know how far it is.
-    root = Path(os.path.commonpath([path.parent for path in checkpoint.files])).parent
+    places = [path for path in checkpoint.places() if path.is_file()]
+    root = Path(os.path.commonpath([path.parent for path in places])).parent
     copies = []
-    for path in checkpoint.files:
+    for path in places:
         copy = folder / path.relative_to(root)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)

@@ -6,21 +6,8 @@ from conformance.checks.schedule import rates_are
 from conformance.clause import clause
 from conformance.errors import Violation
 from conformance.recipe import OptimizerChoice, Recipe
-from conformance.recording.trace import Group, Trace
 from conformance.runs import Runs
-from conformance.suites import ADAMW, everyday, on_two_ranks
-
-PEAK = OptimizerChoice.of(ADAMW, lr=1e-2)
-
-
-def declared(runs: Runs, recipe: Recipe) -> list[float]:
-    """Return the rate of each update."""
-    return [runs.policy.learning_rate(recipe, update) for update in range(recipe.updates)]
-
-
-def groups(run: Trace) -> list[tuple[Group, ...]]:
-    """Return the parameter groups of each update."""
-    return [update.groups for update in run.updates]
+from conformance.suites import everyday, on_two_ranks, rates, seen
 
 
 @clause(
@@ -36,10 +23,11 @@ def test_rates_as_declared(runs: Runs) -> None:
     """Every update has the declared learning rate, through warm-up and cosine, with one microbatch or several."""
     split = everyday(runs)
     variants = [split, replace(split, microbatch_size=split.update_size, microbatches=1)]
-    variants.append(Recipe(updates=5, warmup=3, optimizer=PEAK))  # constant after the warm-up
+    variants.append(Recipe(updates=5, warmup=3, optimizer=OptimizerChoice()))  # constant after the warm-up
     for recipe in variants:
         what = f"learning rates, with a warm-up of {recipe.warmup} and {recipe.microbatches} microbatches per update,"
-        rates_are(groups(runs.trace(recipe)), declared(runs, recipe), what)
+        run = seen(runs.trace(recipe))
+        rates_are([update.groups for update in run.updates], rates(runs, recipe, run), what)
 
 
 @clause(
@@ -55,7 +43,8 @@ def test_rates_on_two_ranks(runs: Runs) -> None:
     """On two ranks, every update has the same learning rate as in one process."""
     recipe = everyday(runs)
     for run in runs.ranks(on_two_ranks(recipe)):
-        rates_are(groups(run), declared(runs, recipe), f"learning rates on rank {run.rank}")
+        groups = [update.groups for update in seen(run).updates]
+        rates_are(groups, rates(runs, recipe, run), f"learning rates on rank {run.rank}")
 
 
 @clause(
@@ -70,8 +59,8 @@ def test_rates_on_two_ranks(runs: Runs) -> None:
 )
 def test_first_update_moves(runs: Runs) -> None:
     """The first update of a warm-up already moves the weights."""
-    run = runs.trace(Recipe(updates=5, warmup=3, optimizer=PEAK))
-    first = run.updates[0]
-    rate = max(float(group.settings.get("lr", 0.0)) for group in first.groups)
+    run = runs.trace(Recipe(updates=5, warmup=3, optimizer=OptimizerChoice()))
+    first = run.update(0)
+    rate = max((float(group.settings.get("lr", 0.0)) for group in first.groups), default=0.0)
     if rate <= 0 or all(bool((tensor == first.after[name]).all()) for name, tensor in first.before.items()):
         raise Violation("a first update that moves the weights", f"its learning rate is {rate:g}")

@@ -61,6 +61,6 @@ def test_tied_after_resume(runs: Runs) -> None:
     recipe = Recipe(shape=shapes(runs)[0].shape, tied=True, updates=4, save_every=2)
     whole = runs.trace(recipe)
     later = resumed(runs, recipe, whole, 2)
-    for what, tensors in (("start", later.initial), ("end", later.updates[-1].after)):
+    for what, tensors in (("start", later.initial), ("end", later.update(-1).after)):
         if size(tensors) != size(whole.initial):
             raise Violation(f"{size(whole.initial)} elements at the {what} of the resumed run", f"{size(tensors)}")

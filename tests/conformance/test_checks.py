@@ -196,11 +196,15 @@ def test_clipping_by_tensor_has_another_direction() -> None:
 
 def test_the_update_with_another_rate_is_named() -> None:
     updates = [[Group(("w",), {"lr": rate})] for rate in (0.5, 1.0, 0.8)]
-    schedule.rates_are(updates, [0.5, 1.0, 0.8])
-    with pytest.raises(Violation, match=r"0.5, 1, 0.8: another from update 3 on"):
-        schedule.rates_are(updates, [0.5, 1.0, 0.7])
+
+    def declared(*rates: float) -> list[dict[str, float]]:
+        return [{"w": rate} for rate in rates]
+
+    schedule.rates_are(updates, declared(0.5, 1.0, 0.8))
+    with pytest.raises(Violation, match=r"0.5, 1, 0.7 for w\nseen: 0.5, 1, 0.8: another from update 3 on"):
+        schedule.rates_are(updates, declared(0.5, 1.0, 0.7))
     with pytest.raises(Violation, match="seen: 3"):
-        schedule.rates_are(updates, [0.5, 1.0])
+        schedule.rates_are(updates, declared(0.5, 1.0))
 
 
 SAMPLES = torch.arange(8).view(2, 4)
