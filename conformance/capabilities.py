@@ -16,7 +16,7 @@ class Capability:
     extension: bool = False
     """An option that most stacks do not have; clauses that need it are told apart from the core."""
     implied: bool = False
-    """Nearly every stack has it, and before it had a name, every stack was taken to: adapters of then still claim it."""
+    """Nearly every stack has it, and adapters written before it had a name are taken to claim it."""
 
 
 CAPABILITIES = {
@@ -63,7 +63,7 @@ CAPABILITIES = {
 def everything_but(*claimed: str, reason: str) -> dict[str, str]:
     """Return ``lacks`` for a stack that has little: every capability but the claimed ones, all with one reason.
 
-    Capabilities that every stack is taken to have (``implied``) stay claimed: name them beside, if the stack lacks them.
+    Capabilities that nearly every stack has (``implied``) stay claimed: name them beside if the stack lacks them.
 
     Raises:
         UnknownCapability: if a claimed capability is unknown.

@@ -2,7 +2,7 @@
 
 import copy
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -21,6 +21,7 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 Alteration = Literal["later tokens", "first token", "other sequences"]
 DATA_SEED = 20240229  # of the token ids; another than Recipe.seed, which decides the weights only
 
+_reported: ContextVar[list[tuple[dict[str, float], int | None]] | None] = ContextVar("reported", default=None)
 _handed_out: ContextVar[list[tuple[dict[str, Any], dict[str, Any]]] | None] = ContextVar("handed_out", default=None)
 
 
@@ -62,6 +63,17 @@ def remember_configs() -> Iterator[list[tuple[dict[str, Any], dict[str, Any]]]]:
         yield configs
     finally:
         _handed_out.reset(token)
+
+
+@contextmanager
+def collect_reports() -> Iterator[list[tuple[dict[str, float], int | None]]]:
+    """Collect the metrics that adapters hand over inside."""
+    reports: list[tuple[dict[str, float], int | None]] = []
+    token = _reported.set(reports)
+    try:
+        yield reports
+    finally:
+        _reported.reset(token)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,6 +236,17 @@ class Recipe:
 
         generator = torch.Generator().manual_seed(DATA_SEED + stream)
         return torch.randint(0, self.vocab_size, (count, self.block_size + 1), generator=generator)
+
+    def report(self, metrics: "Mapping[str, float]", step: int | None = None) -> None:
+        """Hand over what the stack's logger got, where it neither prints it nor writes CSV or TensorBoard files.
+
+        Args:
+            metrics: by name, such as ``{"train_loss": 2.1, "lr": 1e-3}``.
+            step: the update, counted from 1.
+        """
+        reported = _reported.get()
+        if reported is not None:
+            reported.append((dict(metrics), step))
 
     def missing_checkpoint(self) -> "Checkpoint":
         """Return a checkpoint that is not there, for asking what a stack does about it."""

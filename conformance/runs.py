@@ -97,7 +97,7 @@ class Runs:
         return attempt.trace
 
     def require_optimizer(self, recipe: Recipe, trace: Trace) -> None:
-        """Raise NotApplicable if another optimizer stepped than the recipe asked for: a rule would judge the wrong one."""
+        """Raise NotApplicable if another optimizer stepped than the one asked for: a rule would judge the wrong one."""
         asked = recipe.optimizer.class_path.rpartition(".")[2]
         steps = [step.optimizer for update in trace.updates for step in update.steps]
         if self.has("any-optimizer") and all(steps) and not any(asked in names(step) for step in steps):

@@ -4,8 +4,9 @@ The model (the root) is known when an optimizer first steps: the smallest module
 holds all that is trained. Calls before that are kept as candidates. It is never a bare embedding, which takes ids too.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
@@ -47,6 +48,8 @@ class Call:
     update: int
     before: dict[str, Tensor] | None
     """Parameters and buffers before the call, by full name; None if the root is known already."""
+    frame: FrameType | None = None
+    """Of ``forward``, if it was called directly."""
     ids: Tensor | None = None
     inner: Inner | None = None
     autocast: torch.dtype | None = None
@@ -76,38 +79,35 @@ class Calls:
         self.running: list[nn.Module] = []
         self.call: Call | None = None  # the outermost call that is running
         self.candidates: list[Candidate] = []  # until the root is known
+        self.by_parts = False  # no call of the root is seen, only those of its parts
 
-    def parameters(self) -> list[nn.Parameter]:
-        """Return the parameters of the model, or of the likeliest candidate as long as it is not known."""
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the parameters of the model by name, or of the likeliest candidate as long as it is not known."""
         if self.root is not None:
-            return list(self.root.parameters())
-        found = [list(candidate.call.module.parameters()) for candidate in self.candidates]
-        return max(found, key=len, default=[])
+            return named_tensors(self.root)
+        found = [candidate.module for candidate in self.candidates if not isinstance(candidate.module, nn.Embedding)]
+        return named_tensors(max(found, key=lambda module: len(list(module.parameters())))) if found else {}
 
     def begins(self, module: nn.Module, update: int) -> None:
         """Note that a module is called."""
         if not self.running:
             direct = direct_forward(module)
-            if direct is not None and any(True for _ in direct[0].parameters()) and direct[0] is not module:
-                owner, frame = direct
-                inputs = dict(frame.f_locals)
-                if when_returned(frame, partial(self.returned, owner, inputs)):
-                    self.start(owner, update)
-            if not self.running:
+            if direct is None:
                 self.start(module, update)
-                self.running.append(module)
-                return
+            elif self.call is None or self.call.frame is not direct[1]:
+                owner, frame = direct
+                seen = when_returned(frame, partial(self.returned, owner, dict(frame.f_locals)))
+                self.start(owner if seen else module, update, frame if seen else None)
         self.running.append(module)
         self.see_autocast(module)
 
-    def start(self, module: nn.Module, update: int) -> None:
+    def start(self, module: nn.Module, update: int, frame: FrameType | None = None) -> None:
         """Begin an outermost call. A copy of all tensors is taken now: a lookup with max_norm changes the table."""
         before = None
         if self.root is None and any(True for _ in module.parameters()) and not on_meta(module):
             tensors = dict(module.named_parameters(remove_duplicate=False))
             before = copied({**tensors, **dict(module.named_buffers(remove_duplicate=False))})
-        self.call = Call(module, update, before)
-        self.see_autocast(module)
+        self.call = Call(module, update, before, frame)
 
     def see_autocast(self, module: nn.Module) -> None:
         """Note the dtype of autocast."""
@@ -161,7 +161,11 @@ class Calls:
         if self.root is None and call.before is None:
             return
         if self.root is not None and not self.is_models(module):
-            return
+            if not (
+                self.by_parts and isinstance(module, nn.Embedding) and any(m is module for m in self.root.modules())
+            ):
+                return
+            logits, model = None, self.root
         names = {part: name for name, part in model.named_modules()}
         wrappers = wrapper_prefixes(model)
         other = [clean_name(name, wrappers) for part, name in names.items() if part.training != model.training and name]
@@ -179,7 +183,8 @@ class Calls:
         if self.root is not None:
             self.trace.forwards.append(forward)
         else:
-            call.owner = owner_of_call(module) if logits is None else None
+            part = logits is None or isinstance(model, nn.Embedding)
+            call.owner = owner_of_call(module) if part else None
             self.candidates.append(Candidate(call, model, prefix, forward))
 
     def is_models(self, module: nn.Module) -> bool:
@@ -209,6 +214,9 @@ class Calls:
         fitting = [candidate for candidate in self.candidates if candidate not in bare] or (bare if not owned else [])
         candidates, self.candidates = self.candidates, []
         if not fitting:
+            owner = next((c.call.owner for c in candidates if c.call.owner and holds(c.call.owner, owned)), None)
+            if owner is not None and owned:
+                self.take_owner(owner, candidates)
             return
         best = max(fitting, key=fitness)
         module = best.module
@@ -226,3 +234,18 @@ class Calls:
         self.trace.tensors = describe_tensors(module)
         self.trace.embeddings = describe_embeddings(module)
         self.trace.forwards += [c.forward for c in candidates if self.is_models(c.call.module)]
+
+    def take_owner(self, owner: nn.Module, candidates: list[Candidate]) -> None:
+        """Take for the model a module that no call of its own showed, such as one whose training_step calls its parts.
+
+        No step was done yet, so its parameters are as they were at the start.
+        """
+        self.root, self.by_parts = owner, True
+        self.trace.initial = copied(named_tensors(owner))
+        self.trace.buffers = copied(named_tensors(owner, buffers=True))
+        self.trace.tensors = describe_tensors(owner)
+        self.trace.embeddings = describe_embeddings(owner)
+        for candidate in candidates:
+            if candidate.call.owner is owner:
+                forward = replace(candidate.forward, logits=None, training=owner.training, other_mode=())
+                self.trace.forwards.append(forward)

@@ -101,7 +101,7 @@ class EntropyGate(TorchFunctionMode):
 @contextlib.contextmanager
 def backward_watched(watcher: Watcher) -> Iterator[None]:
     """Tell of every outermost call of torch.autograd.backward and torch.autograd.grad."""
-    originals = torch.autograd.backward, torch.autograd.grad
+    originals: tuple[Any, Any] = torch.autograd.backward, torch.autograd.grad
     inside = False
 
     def telling(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -121,7 +121,7 @@ def backward_watched(watcher: Watcher) -> Iterator[None]:
 
         return call
 
-    torch.autograd.backward, torch.autograd.grad = map(telling, originals)
+    torch.autograd.backward, torch.autograd.grad = telling(originals[0]), telling(originals[1])
     try:
         yield
     finally:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from conformance.recipe import remember_configs
+from conformance.recipe import collect_reports, remember_configs
+from conformance.recording import metrics
 from conformance.recording.calls import Calls
 from conformance.recording.files import Files
 from conformance.recording.gates import watched
@@ -29,6 +30,7 @@ from conformance.recording.snapshot import (
     named_tensors,
 )
 from conformance.recording.trace import CrossEntropy, Loss, Step, Trace, Update
+from conformance.recording.unseen import Shadow, find_unseen, watch_step
 
 
 @contextlib.contextmanager
@@ -40,6 +42,7 @@ def recording(
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
         configs = stack.enter_context(remember_configs())
+        reports = stack.enter_context(collect_reports())
         stack.enter_context(quiet_and_deterministic())
         stack.enter_context(collected_messages(recorder.trace.messages))
         stack.enter_context(watched(recorder))
@@ -48,6 +51,7 @@ def recording(
         finally:
             recorder.end()
             recorder.trace.changed_configs = [(given, live) for live, given in configs if live != given]
+            recorder.trace.messages.extend(filter(None, (metrics.line(*report) for report in reports)))
             recorder.trace.seconds = time.perf_counter() - started
 
 
@@ -78,6 +82,9 @@ class Recorder:
         self.again = False  # the optimizer that steps has stepped in the last update already
         self.evaluations = 0  # of the closure of the step that is running
         self.begun: tuple[Step, dict[str, Tensor]] | None = None  # the step that is running, and the tensors by name
+        self.shadow: Shadow | None = None  # of the model after a backward, until a step was seen
+        self.step_seen = False
+        self.undo: list[Callable[[], None]] = []
         self.foreign: dict[int, tuple[str, Tensor]] = {}  # kept alive, or another tensor might get the same id
 
     @property
@@ -94,6 +101,10 @@ class Recorder:
 
     def end(self) -> None:
         """Finish the recording."""
+        self.look_for_unseen_steps()
+        for undo in self.undo:
+            undo()
+        self.trace.messages.extend(metrics.lines(self.files.directory))
         self.files.credit(self.trace, self.done)
         self.calls.choose_root(set())
         self.close()
@@ -102,6 +113,8 @@ class Recorder:
 
     def forward_begins(self, module: nn.Module, args: Any) -> None:
         if not self.in_backward:
+            if self.shadow is not None and not self.calls.running:
+                self.look_for_unseen_steps()
             self.calls.begins(module, self.done)
 
     def forward_ends(self, module: nn.Module, args: Any, kwargs: Any = None, output: Any = None) -> None:
@@ -131,6 +144,7 @@ class Recorder:
 
     def backward_begins(self, tensors: Any) -> None:
         if not self.stepping:
+            self.look_for_unseen_steps()
             self.close()
         self.backwards += 1
         for tensor in [tensors] if isinstance(tensors, Tensor) else tensors:
@@ -142,9 +156,41 @@ class Recorder:
     def backward_ends(self) -> None:
         self.in_backward = False
         if self.nan_gradient == self.done:
-            gradient = next((p.grad for p in self.calls.parameters() if p.grad is not None), None)
+            gradient = next((p.grad for p in self.calls.tensors().values() if p.grad is not None), None)
             if gradient is not None:
                 gradient[(0,) * gradient.ndim] = torch.nan
+        if not self.step_seen and not self.stepping:
+            self.shadow = Shadow(self.calls.tensors())
+
+    def look_for_unseen_steps(self) -> None:
+        """Notice that the parameters have changed since the last backward although no step was seen."""
+        shadow, self.shadow = self.shadow, None
+        if shadow is None or self.step_seen or not shadow.differs(self.calls.tensors()):
+            self.shadow = shadow if not self.step_seen else None
+            return
+        tensors = self.calls.tensors()
+        self.calls.choose_root({id(tensor) for tensor in tensors.values() if tensor.requires_grad})
+        found = find_unseen(tensors.values())
+        names = {id(tensor): name for name, tensor in tensors.items()}
+        self.open = Open(
+            copied(shadow.values), {n: None if g is None else copy_of(g) for n, g in shadow.gradients.items()}
+        )
+        self.open.after = copied(tensors)
+        for optimizer in found or [None]:
+            kinds = () if optimizer is None else tuple(map(class_path, type(optimizer).__mro__))
+            groups = [] if optimizer is None else optimizer.param_groups
+            held = [{**group, "params": [t for t in group["params"] if id(t) in names]} for group in groups]
+            self.open.steps.append(Step(kinds, tuple(describe_group(group, names) for group in held), autocast=False))
+            if optimizer is not None:
+                undo = watch_step(optimizer, self.step_begins, self.step_ends)
+                self.undo += [undo] if undo is not None else []
+                self.step_seen = undo is not None
+        if not found:
+            self.trace.notes.append(
+                "The parameters changed although no step of an optimizer was seen: the optimizer must derive from "
+                "torch.optim.Optimizer, or have param_groups and step."
+            )
+        self.backwards = 0
 
     # step ------------------------------------------------------------------------------------------------------
 
@@ -234,6 +280,7 @@ class Recorder:
         ended = {"evaluations": self.evaluations, "skipped": skipped}
         self.open.steps.append(Step(**{**vars(step), **ended}))
         self.open.optimizers.append(optimizer)
+        self.step_seen, self.shadow = True, None
         if self.again and not self.backwards:
             self.open.unfounded = True
             name = type(optimizer).__name__

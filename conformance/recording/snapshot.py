@@ -28,12 +28,15 @@ def describe_group(group: dict[str, Any], names: dict[int, str]) -> Group:
 
 def describe_state(optimizer: Optimizer, names: dict[int, str]) -> dict[str, dict[str, Any]]:
     """Return optimizer state by name: from ``optimizer.state``, and from dictionaries by tensor inside the groups."""
-    places = [optimizer.state, *(v for group in optimizer.param_groups for v in group.values() if keyed_by_tensor(v))]
+    places = [
+        getattr(optimizer, "state", {}),
+        *(v for group in optimizer.param_groups for v in group.values() if keyed_by_tensor(v)),
+    ]
     return {
         names[id(tensor)]: {key: plain_value(value) for key, value in entry.items()}
         for place in places
-        for tensor, entry in place.items()
-        if isinstance(tensor, Tensor) and id(tensor) in names and entry
+        for tensor, entry in (place.items() if isinstance(place, dict) else ())
+        if isinstance(tensor, Tensor) and id(tensor) in names and isinstance(entry, dict) and entry
     }
 
 

@@ -35,7 +35,7 @@ class Fake:
     """A stack of an embedding and a head; ``before`` runs first."""
 
     name, version, policy = "fake", "1", ReferencePolicy()
-    lacks: Mapping[str, str] = {"load": "it has none"}
+    lacks: Mapping[str, str] = {"load": "it has none", "any-optimizer": "it is fixed"}
 
     def __init__(self, before: Callable[[], Any] = nothing) -> None:
         self.before, self.runs = before, 0
@@ -356,6 +356,8 @@ OUTCOMES_WITHOUT_TRAINING = {"OPT-1": "fail"} | dict.fromkeys(("OPT-2", "OPT-3",
 
 def test_a_stack_that_never_trains_is_neither_blamed_nor_praised_for_refusing() -> None:
     clauses = catalogue()
-    with Session(Fake(stack("json.loads('{')"))) as session:
+    subject = Fake(stack("json.loads('{')"))
+    subject.lacks = {"load": "it has none"}
+    with Session(subject) as session:
         outcomes = {key: session.judge(clauses[key]).outcome for key in OUTCOMES_WITHOUT_TRAINING}
     assert outcomes == OUTCOMES_WITHOUT_TRAINING
