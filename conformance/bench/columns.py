@@ -128,8 +128,9 @@ def notes_of(rows: Sequence[Row]) -> list[str]:
         told: dict[str, list[str]] = {}
         for row in measured:
             told.setdefault(row.text(fact), []).append(row.name)
-        names = {text: "all rows" if len(told) == 1 else "; ".join(which) for text, which in told.items()}
-        found += [f"{names[text]}: {prefix}{text}." for text in told if text]
+        for text, names in sorted(told.items(), key=lambda entry: len(entry[1])):
+            others = "all other rows" if fact == "decays" and len(names) > len(measured) / 2 else "; ".join(names)
+            found += [f"{'all rows' if len(told) == 1 else others}: {prefix}{text}."] if text else []
     return found
 
 

@@ -38,6 +38,7 @@ class Cases:
         cases = [pytest.param(c, id=" / ".join(c.key), marks=mark(timer=timer, group=c.group)) for c in self._run.cases]
         metafunc.parametrize("case", cases)
 
+    @pytest.hookimpl(tryfirst=True)
     def pytest_benchmark_generate_machine_info(self) -> dict[str, object]:
         """Return the environment. pytest-benchmark's own does not know a GPU, and takes seconds to find the CPU."""
         return dict(self.machine)

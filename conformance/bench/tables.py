@@ -31,8 +31,12 @@ def tables(summary: Summary) -> dict[str, str]:
                 if row.measured:
                     cells = "".join(f" {escaped(column.cell(row))} |" for column in columns)
                     lines.append(f"| {escaped(row.name)} |{cells}")
-        notes = [f"- {escaped(note)}" for note in dict.fromkeys(n for rows in sizes.values() for n in notes_of(rows))]
-        found[group] = "\n".join([*lines, "", *notes]).rstrip() + "\n"
+        notes = []
+        for size, rows in sizes.items():
+            for note in notes_of(rows):
+                common = all(note in notes_of(others) for others in sizes.values())
+                notes.append(f"- {escaped(note if common else f'{size}: {note}')}")
+        found[group] = "\n".join([*lines, "", *dict.fromkeys(notes)]).rstrip() + "\n"
     return found
 
 
