@@ -244,10 +244,7 @@ def test_settling_is_not_timed_and_not_done_with_slow_steps() -> None:
     clock = Clock(device)
     case = replace(CASE, rounds=4)
     found = measure(case, Prepared(step(1e-2)), clock, pedantic_with(clock), settle=0.1)
-    assert (len(found.rounds), calls) == (
-        4,
-        3 + 1 + 9 + 4,
-    )  # the device is late by one
+    assert (len(found.rounds), calls) == (4, 3 + 1 + 9 + 4)  # the device is late by one
     calls = 0
     found = measure(case, Prepared(step(2.0)), clock, pedantic_with(clock), settle=9.0)
     assert (len(found.rounds), calls) == (4, 2 + 4)

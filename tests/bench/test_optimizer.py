@@ -52,9 +52,7 @@ def test_the_rows() -> None:
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:CUDA is not available:UserWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    "variant",
-    [variant for variant in VARIANTS if not variant.compiles],
-    ids=lambda variant: variant.name,
+    "variant", [variant for variant in VARIANTS if not variant.compiles], ids=lambda variant: variant.name
 )
 def test_every_variant_steps_and_starts_again(variant: Variant, dtype: torch.dtype) -> None:
     if variant.paged:
