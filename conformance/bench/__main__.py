@@ -54,28 +54,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
     parser.add_argument("--quick", action="store_true", help="few rounds, few rows")
-    parser.add_argument(
-        "--only",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="measure rows with this text in 'group / size / name'; repeatable",
-    )
-    parser.add_argument(
-        "--limit",
-        type=float,
-        metavar="SECONDS",
-        help="for everything: end at the first row that would take longer; nothing is compiled ahead",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="FOLDER",
-        help="default: reports/bench/CARD; for a part of the rows in reports/latest",
-    )
-    parser.add_argument(
-        "--compare", nargs="+", default=[], type=Path, metavar="FILE", help="an earlier summary.json, or two of them"
-    )
+    only = "measure rows with this text in 'group / size / name'; repeatable"
+    parser.add_argument("--only", action="append", default=[], metavar="TEXT", help=only)
+    limit = "for everything: end at the first row that would take longer; nothing is compiled ahead"
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help=limit)
+    out = "default: reports/bench/CARD; for a part of the rows in reports/latest"
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help=out)
+    earlier = "an earlier summary.json, or two of them"
+    parser.add_argument("--compare", nargs="+", default=[], type=Path, metavar="FILE", help=earlier)
     parser.add_argument("--across", action="store_true", help="compare although card or versions differ")
     return parser
 

@@ -21,7 +21,7 @@ class Choice:
 
     name: str
     steps: dict[str, Row]  # its step, by the dtype of the parameters
-    training: Row | None  # A training step with it, compiled, of the same model; None if there is no such row
+    training: Row | None  # a training step with it, compiled, of the same model; None if there is no such row
 
     @property
     def first(self) -> Row:

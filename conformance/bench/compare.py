@@ -9,8 +9,8 @@ from conformance.bench.noise import noise_between
 from conformance.bench.summary import Key, Row, Summary
 from conformance.errors import UsageError
 
-# What must be equal for two runs to be compared: the card and what computes. The suite's own version may differ, since
-# that is what one wants to compare.
+# What must be equal for two runs to be compared: the card and what computes. The suite's own version may differ: it is
+# what is compared.
 MUST_AGREE = (
     *("gpu", "driver", "cuda", "python", "torch", "triton", "lightning", "bitsandbytes", "grokadamw", "torchao"),
     *("litgpt", "transformers", "x-transformers"),

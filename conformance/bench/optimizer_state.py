@@ -7,6 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from conformance.bench.case import Unavailable
+
+PAGES = "moments in managed memory, which the peak does not count"
+
 # What the optimizers call their moments; the rest (step, tables of the 8-bit code) is not zero at the start.
 MOMENTS = {"exp_avg", "exp_avg_sq", "grok_ema", "state1", "state2", "absmax1", "absmax2"}
 
@@ -56,6 +60,12 @@ def plain_tensors(value: Any) -> Iterator[Tensor]:
             yield from plain_tensors(getattr(value, name))
     elif isinstance(value, Tensor):
         yield value
+
+
+def check_paging(device: torch.device) -> None:
+    """Raise Unavailable on a device for which bitsandbytes cannot page an optimizer's state."""
+    if device.type != "cuda":
+        raise Unavailable("bitsandbytes pages an optimizer's state through CUDA's unified memory only.")
 
 
 def forget_pages() -> None:

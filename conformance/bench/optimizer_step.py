@@ -20,7 +20,13 @@ from torch.optim import Optimizer
 
 from conformance.bench.case import AGAINST_ITSELF, OPTIMIZER_STEP, Case, Facts, Prepared, Setting, Unavailable
 from conformance.bench.models import tensor_shapes
-from conformance.bench.optimizer_state import clear_state, forget_pages, state_bytes_per_parameter
+from conformance.bench.optimizer_state import (
+    PAGES,
+    check_paging,
+    clear_state,
+    forget_pages,
+    state_bytes_per_parameter,
+)
 
 # Bytes per parameter that must move in one step, as written in the table: p parameter, g gradient, m and v moments,
 # a the scale of each block of 256 8-bit moments (4 bytes / 256, for m and for v), e the average of GrokAdamW's
@@ -60,7 +66,6 @@ class Variant:
 
 
 FUSED = "AdamW fused"
-PAGES = "moments in managed memory, which the peak does not count"
 TRAVELS = "moments travel to the CPU and back at every step; the floor is that of moments which stay"
 VARIANTS = (
     Variant(FUSED, "torch.optim.AdamW", TORCH, {"fused": True}, quick=True),
@@ -126,8 +131,8 @@ def build(variant: Variant, size: str, dtype: torch.dtype, setting: Setting) -> 
     Raises:
         Unavailable: if the optimizer is not installed, or needs a GPU and there is none.
     """
-    if variant.paged and setting.device.type != "cuda":
-        raise Unavailable("bitsandbytes pages an optimizer's state through CUDA's unified memory only.")
+    if variant.paged:
+        check_paging(setting.device)
     optimizer_class = find_optimizer(variant.path)
     parameters = [torch.nn.Parameter(torch.empty(s, device=setting.device, dtype=dtype)) for s in tensor_shapes(size)]
     for parameter in parameters:

@@ -25,7 +25,7 @@ from conformance.bench.models import (
     random_batches,
     shape,
 )
-from conformance.bench.optimizer_state import describe_groups, forget_pages, optimizer_name
+from conformance.bench.optimizer_state import PAGES, check_paging, describe_groups, forget_pages, optimizer_name
 from reference import ConfigurationError, GPTConfig, TrainConfig
 
 ADAMW: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
@@ -45,12 +45,12 @@ class Row:
     train: TrainConfig
     microbatch: int = 32  # sequences per step
     beside: str | None = None
-    """The row that this one is interleaved with: one with the same compiled code, or one that compiles none, either."""
+    """The row that this one is interleaved with: both run the same compiled code, or none."""
     quick: bool = False  # whether a quick run has it
     seconds: float = 4.5  # for the whole row, on an H100
     compiling: float = 0.0  # as :attr:`Case.compiling`
     model: Mapping[str, Any] = field(default_factory=dict)
-    """What the model has otherwise than conformance.bench.models.shape."""
+    """Settings in which the model differs from conformance.bench.models.shape."""
     note: str = ""
     priority: int = 2  # as :attr:`Case.priority`, in which 1 and 5 are the optimizer's step alone
 
@@ -61,7 +61,6 @@ FOREACH = ADAMW | {"foreach": True}  # what PyTorch does on a GPU unless told ot
 FOR_LOOP = ADAMW | {"fused": False}  # not foreach: PyTorch takes it for "no kernel at all"
 LARGE = "16-bit residual, microbatch 64"
 NARROW = {"fp32_residual": False}
-PAGES = "moments in managed memory, which the peak does not count"
 PRESET = "model, microbatch and settings of the preset gpt2-124m, which accumulates 8 microbatches into an update"
 MIXED, TRUE = settings(), settings(precision="bf16-true")
 EAGER, TRUE_EAGER = replace(MIXED, compile=False), replace(TRUE, compile=False)
@@ -153,8 +152,8 @@ def prepare(row: Row, config: GPTConfig, setting: Setting) -> Prepared:
 
     device = setting.device
     paged = row.train.optimizer == PAGED
-    if paged and device.type != "cuda":
-        raise Unavailable("bitsandbytes pages an optimizer's state through CUDA's unified memory only.")
+    if paged:
+        check_paging(device)
     train = replace(row.train, accelerator=device.type, compile=row.train.compile and compiles(device))
     microbatch = 2 if setting.small else row.microbatch
     try:
