@@ -15,11 +15,11 @@ import torch
 
 from conformance.bench import session
 from conformance.bench.__main__ import main
+from conformance.bench.card import describe_environment
 from conformance.bench.cases import check_names, choose, collect
 from conformance.bench.clock import Clock, Round
 from conformance.bench.run import Run
 from conformance.bench.summary import Row
-from conformance.report import letter as report
 
 LABEL = "CPU, small: no figure of this run says anything about a GPU"
 
@@ -191,8 +191,8 @@ def test_a_checkout_that_is_not_installed_has_a_version(monkeypatch: pytest.Monk
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
-    found = report.environment()
-    project = tomllib.loads((Path(report.__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    found = describe_environment(torch.device("cpu"))
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     assert found["gpt-conformance"] == f"{project['version']}, from a checkout"
     assert found["lightning"] == "not installed"
 
