@@ -48,6 +48,14 @@ class NotWritten(ConformanceError, FileNotFoundError):
     """A checkpoint lacks a file that it should have."""
 
 
+class ClockError(ConformanceError):
+    """The bench's clock cannot be trusted on this device; nothing that it measures should be believed."""
+
+
+class Unavailable(ConformanceError):
+    """A case of the bench cannot run here. The message is one sentence, and becomes the row's reason."""
+
+
 def describe_error(error: BaseException) -> str:
     """Return an exception in one line: its class and the first line of its message, with the next after a heading."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from conformance.bench.summary import read_summary
+from conformance.bench.tables import tables
 from conformance.capabilities import CAPABILITIES
 from conformance.clause import CHAPTERS, Clause, catalogue
 from conformance.report.markdown import SIGNS, matrix
@@ -123,6 +125,12 @@ def command_table() -> str:
     return "\n".join(rows) + "\n"
 
 
+def bench_tables() -> str:
+    """Return the tables of the committed run of the bench."""
+    found = tables(read_summary(REPORTS / "bench" / "nvidia-h100-80gb-hbm3" / "summary.json"))
+    return "\n".join(f"### {group[:1].upper()}{group[1:]}\n\n{table}" for group, table in found.items())
+
+
 def trainer_table() -> str:
     """Return whole runs of ``Trainer.fit`` on a GPU."""
     runs = json.loads((REPORTS / "trainer-h100.json").read_text(encoding="utf-8"))["runs"]
@@ -144,6 +152,7 @@ def escaped(text: str) -> str:
 
 PAGES: dict[str, Callable[[], str]] = {"docs/clauses.md": clauses_page, "docs/results.md": results_page}
 BLOCKS: dict[str, Callable[[], str]] = {
+    "bench": bench_tables,
     "capabilities": capability_table,
     "chapters": chapter_table,
     "commands": command_table,

@@ -13,8 +13,10 @@ FLOORS = {
     "conformance": [
         ["conformance.errors", "conformance.version"],
         ["conformance.capabilities", "conformance.recording.trace", "conformance.options"],
-        ["conformance.recipe", "conformance.recording.snapshot", "conformance.recording.isolation"],
-        ["conformance.subject", "conformance.recording.recorder"],
+        ["conformance.recipe", *(f"conformance.recording.{n}" for n in ("snapshot", "isolation", "timing", "files"))],
+        ["conformance.subject", *(f"conformance.recording.{n}" for n in ("gates", "metrics", "unseen"))],
+        ["conformance.recording.calls"],
+        ["conformance.recording.recorder"],
         ["conformance.recording"],
         ["conformance.loading", "conformance.probes"],
         ["conformance.blame", "conformance.recording.ranks"],

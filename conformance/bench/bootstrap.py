@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
+
+from conformance.bench.plain import Positive
 
 Verdict = Literal["faster", "slower", "ambiguous"]
 
@@ -16,40 +19,36 @@ FEWEST_ROUNDS = 5  # the bootstrap of fewer says nothing: the interval of two sa
 class Interval:
     """A median and its 95 % interval."""
 
-    median: float
-    low: float
-    high: float
-
-    def scaled(self, factor: float) -> "Interval":
-        """In another unit."""
-        return Interval(self.median * factor, self.low * factor, self.high * factor)
+    median: Positive
+    low: Positive
+    high: Positive
 
 
-def medians(samples: Sequence[float], generator: np.random.Generator) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
-    """Medians of samples drawn with replacement, (RESAMPLES,)."""
+def resample(samples: Sequence[float], generator: np.random.Generator) -> NDArray[np.float64]:
+    """Return RESAMPLES medians of as many samples, drawn with replacement."""
     values = np.asarray(samples, dtype=np.float64)
     return np.median(values[generator.integers(len(values), size=(RESAMPLES, len(values)))], axis=1)
 
 
-def around(middle: float, resampled: "np.ndarray[tuple[int], np.dtype[np.float64]]") -> Interval:
-    """The percentile interval."""
+def around(middle: float, resampled: NDArray[np.float64]) -> Interval:
+    """Return the percentile interval of resampled medians around the median itself."""
     low, high = np.percentile(resampled, (2.5, 97.5))
     return Interval(middle, float(low), float(high))
 
 
 def median_interval(samples: Sequence[float]) -> Interval:
-    """Median with its bootstrap interval (Efron 1979, percentile method). The same samples give the same interval.
+    """Return the median with its bootstrap interval (Efron 1979, percentile method); the same for the same samples.
 
     Raises:
         ValueError: without samples.
     """
     if not len(samples):
         raise ValueError("there are no samples to take a median of.")
-    return around(float(np.median(samples)), medians(samples, np.random.default_rng(0)))
+    return around(float(np.median(samples)), resample(samples, np.random.default_rng(0)))
 
 
 def paired_ratio(new: Sequence[float], old: Sequence[float]) -> Interval:
-    """Median of ``new[i] / old[i]``, of rounds that were interleaved: what drifts in both cancels.
+    """Return the median of ``new[i] / old[i]`` over interleaved rounds: what drifts in both cancels.
 
     Raises:
         ValueError: if they are not pairs.
@@ -58,24 +57,22 @@ def paired_ratio(new: Sequence[float], old: Sequence[float]) -> Interval:
 
 
 def ratio_of_medians(new: Sequence[float], old: Sequence[float]) -> Interval:
-    """``median(new) / median(old)``, of two runs."""
+    """Return ``median(new) / median(old)`` of two runs."""
     generator = np.random.default_rng(0)
     middle = float(np.median(new) / np.median(old))
-    return around(middle, medians(new, generator) / medians(old, generator))
+    return around(middle, resample(new, generator) / resample(old, generator))
 
 
 def verdict(ratio: Interval, noise: float, rounds: int) -> Verdict:
-    """What a ratio of times, new over old, allows to be said.
+    """Say what a ratio of times, new over old, shows.
 
     Args:
         ratio: with its interval.
-        noise: how far from 1 a ratio was when nothing differed. An effect that is smaller is none.
-        rounds: of the side with fewer.
+        noise: how far from 1 a ratio was when nothing differed. A smaller effect counts as none.
+        rounds: the rounds of the side that has fewer.
     """
-    if rounds < FEWEST_ROUNDS:
-        return "ambiguous"
-    if ratio.high < 1 - noise:
+    if rounds >= FEWEST_ROUNDS and ratio.high < 1 - noise:
         return "faster"
-    if ratio.low > 1 + noise:
+    if rounds >= FEWEST_ROUNDS and ratio.low > 1 + noise:
         return "slower"
     return "ambiguous"

@@ -2,18 +2,17 @@
 
 import importlib.metadata
 import re
-import shutil
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 
 from conformance.bench.bootstrap import median_interval
 from conformance.bench.clock import Clock, check_clock
 from conformance.bench.measure import SETTLE, check_inputs
-from conformance.report.letter import environment
-from reference.training.throughput import dense_peak
+from conformance.bench.models import dense_peak
+from conformance.bench.summary import Card
+from conformance.report.environment import environment
 
 UNKNOWN = "unknown"
 PACKAGES = ("pytest-benchmark", "triton", "torchao", "litgpt", "transformers", "x-transformers")
@@ -32,22 +31,8 @@ REASONS = {
 }
 
 
-@dataclass(frozen=True)
-class Card:
-    """What the card can do at most."""
-
-    name: str
-    """As CUDA gives it."""
-    copy_bandwidth: float
-    """Bytes per second, read and written, of a copy far larger than the L2 cache."""
-    bf16_rate: float
-    """FLOP/s of a large product of random bfloat16 matrices."""
-    dense_peak: float | None
-    """FLOP/s that the vendor states for bfloat16 without sparsity; None where it is not known."""
-
-
 def describe_environment(device: torch.device) -> dict[str, str]:
-    """Versions and machine, and of a GPU also the driver and the CUDA that PyTorch was built for."""
+    """Return versions and machine, and of a GPU also the driver and the CUDA that PyTorch was built for."""
     found = environment()
     for name in PACKAGES:
         try:
@@ -56,43 +41,33 @@ def describe_environment(device: torch.device) -> dict[str, str]:
             found[name] = "not installed"
     found["cuda"] = torch.version.cuda or "none"
     if device.type == "cuda":
-        found |= {"driver": query(device, "driver_version")["driver_version"], "clocks": UNKNOWN, "throttle": UNKNOWN}
+        found |= {"driver": query(device, "driver_version")[0], "clocks": UNKNOWN, "throttle": UNKNOWN}
     else:
         found |= {"gpu": "none", "driver": "none", "clocks": "none", "throttle": "none"}
     return found
 
 
-def query(device: torch.device, *fields: str) -> dict[str, str]:
-    """Ask nvidia-smi about the device; every field is ``unknown`` where it cannot be asked or does not know."""
-    unknown = dict.fromkeys(fields, UNKNOWN)
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return unknown
+def query(device: torch.device, *fields: str) -> list[str]:
+    """Ask nvidia-smi about the device; a field is ``unknown`` where it cannot be asked or does not know."""
     # By UUID: nvidia-smi counts the cards of the machine, PyTorch those of CUDA_VISIBLE_DEVICES.
     which = f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"
-    command = [program, which, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    command = ["nvidia-smi", which, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
-        return unknown
-    return parse_answer(done.stdout, fields)
-
-
-def parse_answer(text: str, fields: Sequence[str]) -> dict[str, str]:
-    """nvidia-smi's line of comma-separated values; ``[N/A]`` and the like become ``unknown``."""
-    values = [value.strip() for value in text.strip().split(",")]
+        said = ""
+    values = [value.strip() for value in said.strip().split(",")]
     if len(values) != len(fields):  # also of two cards, where one was asked for
-        return dict.fromkeys(fields, UNKNOWN)
-    missing = [value in ("", "N/A") or value.startswith("[") for value in values]
-    return {name: UNKNOWN if lacks else value for name, value, lacks in zip(fields, values, missing)}
+        return [UNKNOWN] * len(fields)
+    return [UNKNOWN if value in ("", "N/A") or value.startswith("[") else value for value in values]
 
 
 def describe_load(device: torch.device) -> dict[str, str]:
-    """Clocks, power and temperature in one line, and why the clocks are lower than they could be."""
+    """Return clocks, power and temperature in one line, and why the clocks are lower than they could be."""
     fields = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu")
     # In one question, while the load lasts. Drivers before 535 know the reasons by the second name only.
     for reasons in ("clocks_event_reasons.active", "clocks_throttle_reasons.active"):
-        sm, most, memory, power, limit, heat, mask = query(device, *fields, reasons).values()
+        sm, most, memory, power, limit, heat, mask = query(device, *fields, reasons)
         if sm != UNKNOWN:
             clocks = f"SM {sm} of {most} MHz, memory {memory} MHz, {power} of {limit} W, {heat} C"
             return {"clocks": clocks, "throttle": decode_reasons(mask)}
@@ -100,7 +75,7 @@ def describe_load(device: torch.device) -> dict[str, str]:
 
 
 def decode_reasons(mask: str) -> str:
-    """``0x0000000000000004`` -> ``software power cap``."""
+    """Return the reasons in a mask: ``0x0000000000000004`` -> ``software power cap``."""
     try:
         bits = int(mask, 16)
     except ValueError:
@@ -110,7 +85,7 @@ def decode_reasons(mask: str) -> str:
 
 
 def measure_card(clock: Clock, device: torch.device) -> tuple[Card, dict[str, str]]:
-    """Check the clock, then measure what the card can do; also its clocks and throttle reasons under that load.
+    """Check the clock, then measure what the card can do, and its clocks and throttle reasons under that load.
 
     Raises:
         ClockError: if the clock cannot be trusted on this device.
@@ -143,7 +118,7 @@ def measure_card(clock: Clock, device: torch.device) -> tuple[Card, dict[str, st
 
 
 def median_seconds(clock: Clock, step: Callable[[], object], rounds: int = 20, settle: float = 0.0) -> float:
-    """Median device time of a step, from a cold cache; after three calls, or more of them for ``settle`` seconds."""
+    """Return the median device time of a step from a cold cache, after three calls and ``settle`` seconds of them."""
     for _ in range(3):
         step()
     started = clock.device.now()
@@ -160,7 +135,7 @@ DRIFT = 0.05  # between the start and the end of a run; a card that keeps its cl
 
 
 def drift_between(start: Card, end: Card) -> list[str]:
-    """How the card changed during the run, in sentences; empty if it kept its clocks."""
+    """Say how the card changed during the run; empty if it kept its clocks."""
     return [
         f"the card's {what} went from {before:.4g} to {after:.4g} {unit} during the run: it did not keep its clocks"
         for what, before, after, unit in (
@@ -172,49 +147,21 @@ def drift_between(start: Card, end: Card) -> list[str]:
 
 
 def doubts_about(card: Card) -> list[str]:
-    """What does not fit together in the card's figures, in sentences."""
+    """Say what does not fit together in the card's figures; empty if all does."""
     if card.dense_peak is None:
         return []
     share = card.bf16_rate / card.dense_peak
     if share > 1.02:
-        return [f"the card computes {share:.0%} of its dense peak: the peak in the table is too low."]
+        return [f"the card computes {share:.0%} of its dense peak: the peak in the table is too low"]
     # Dense products reach 60 to 95 % of the dense peak, so at most 48 % of one that counts 2:4 sparsity.
     if share < 0.5:
         return [
             f"the card computes only {share:.0%} of its dense peak: either it is throttled, or the peak in the table "
-            "is the one with sparsity, which is double."
+            "is the one with sparsity, which is double"
         ]
     return []
 
 
 def slug(name: str) -> str:
-    """A card's name as that of a folder: ``NVIDIA H100 80GB HBM3`` -> ``nvidia-h100-80gb-hbm3``."""
+    """Return a card's name as that of a folder: ``NVIDIA H100 80GB HBM3`` -> ``nvidia-h100-80gb-hbm3``."""
     return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-# What must be equal for two runs to be compared: the card and what computes. The suite's own version may differ, since
-# that is what one wants to compare.
-MUST_AGREE = (
-    "gpu",
-    "driver",
-    "cuda",
-    "python",
-    "torch",
-    "triton",
-    "lightning",
-    "bitsandbytes",
-    "grokadamw",
-    "torchao",
-    "litgpt",
-    "transformers",
-    "x-transformers",
-)
-
-
-def differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
-    """In what two environments differ so that their times cannot be compared."""
-    return [
-        f"{name} {old.get(name, UNKNOWN)} and {new.get(name, UNKNOWN)}"
-        for name in MUST_AGREE
-        if old.get(name) != new.get(name)
-    ]

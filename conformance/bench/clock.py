@@ -1,122 +1,26 @@
 """A clock that can be trusted: device time, synchronised wall time and the host's work, from the same round.
 
-A GPU works behind the host's back: a kernel launch returns at once, so a stopwatch on the host sees the launch and not
-the work (5 ms of work: 0.009 ms on ``perf_counter``). Every mark therefore waits for the device, and CUDA events tell
-how long the device itself took. pytest-benchmark computes ``timer() - timer()``, so a mark with ``__sub__`` fits in
-without any patching.
+A GPU works behind the host's back. A kernel launch returns at once, so a stopwatch on the host sees the launch and not
+the work: for 5 ms of work ``perf_counter`` says 0.009 ms. Every mark therefore waits for the device, and CUDA events
+tell how long the device itself took. pytest-benchmark computes ``timer() - timer()``, so a mark with ``__sub__`` fits
+in without any patching.
 """
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol, Self
 
 import torch
 
-
-class ClockError(Exception):
-    """The clock cannot be trusted on this device; nothing that it measures should be believed."""
+from conformance.errors import ClockError
 
 
 class Event(Protocol):
-    """A point in the device's own time."""
+    """A point in the device's own time, as ``torch.cuda.Event`` is one."""
 
-    def seconds_until(self, later: Any) -> float:
-        """Seconds of device time from this event to a later one; both have happened."""
-
-
-class Device(Protocol):
-    """What the clock needs of a device. The tests have one that lags the host in virtual time."""
-
-    kind: str
-    """``cuda``, ``cpu``, ..."""
-
-    def now(self) -> float:
-        """Seconds on the host's clock, from any origin."""
-
-    def synchronize(self) -> None:
-        """Wait until the device has nothing left to do."""
-
-    def event(self) -> Event:
-        """An event recorded behind all work launched so far."""
-
-    def delay(self, seconds: float) -> None:
-        """Give the device nothing to do for at least so long, before what is launched next. Returns at once."""
-
-    def flush(self) -> None:
-        """Push everything out of the cache, as the rest of a training step would."""
-
-    def allocated(self) -> tuple[int, int]:
-        """Bytes in tensors, and bytes that the allocator holds for them."""
-
-    def peak(self) -> tuple[int, int]:
-        """The largest of both since :meth:`reset_peak`."""
-
-    def reset_peak(self) -> None:
-        """Forget the peak. NOTE a footgun: a peak taken over the warm-up shows autotuning, not training."""
-
-    def release(self) -> None:
-        """Give the allocator's unused memory back."""
-
-
-class CudaEvent:
-    """An event with timing on the current stream."""
-
-    def __init__(self) -> None:
-        self.event = torch.cuda.Event(enable_timing=True)
-        self.event.record()
-
-    def seconds_until(self, later: "CudaEvent") -> float:
-        """From this event to a later one."""
-        return self.event.elapsed_time(later.event) / 1e3
-
-
-class CudaDevice:
-    """The current CUDA device."""
-
-    kind = "cuda"
-
-    def __init__(self, device: torch.device) -> None:
-        torch.cuda.set_device(device)
-        # Twice the L2 cache: to write it pushes out everything else. Not zeros, which some caches compress.
-        size = 2 * (torch.cuda.get_device_properties(device).L2_cache_size or 64 * 2**20)
-        self.sweep = torch.randint(2**31, (size // 4,), dtype=torch.int32, device=device)
-
-    def now(self) -> float:
-        """Of ``perf_counter``."""
-        return time.perf_counter()
-
-    def synchronize(self) -> None:
-        """All streams, not only the current one."""
-        torch.cuda.synchronize()
-
-    def event(self) -> CudaEvent:
-        """On the current stream."""
-        return CudaEvent()
-
-    def delay(self, seconds: float) -> None:
-        """A kernel of one thread that counts cycles, as if the card ran at 3 GHz: none is faster, most wait longer."""
-        torch.cuda._sleep(int(seconds * 3e9))  # private, but what PyTorch's own tests delay a stream with
-
-    def flush(self) -> None:
-        """Read and write twice the size of the L2 cache."""
-        self.sweep.bitwise_not_()
-
-    def allocated(self) -> tuple[int, int]:
-        """As PyTorch's allocator counts."""
-        return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
-
-    def peak(self) -> tuple[int, int]:
-        """As PyTorch's allocator counts."""
-        return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-
-    def reset_peak(self) -> None:
-        """Of PyTorch's allocator."""
-        torch.cuda.reset_peak_memory_stats()
-
-    def release(self) -> None:
-        """To the driver."""
-        torch.cuda.empty_cache()
+    def elapsed_time(self, end: Self, /) -> float:
+        """Return the milliseconds of device time from this event to a later one; both have happened."""
 
 
 class HostEvent:
@@ -125,50 +29,82 @@ class HostEvent:
     def __init__(self) -> None:
         self.seconds = time.perf_counter()
 
-    def seconds_until(self, later: "HostEvent") -> float:
-        """From this event to a later one."""
-        return later.seconds - self.seconds
+    def elapsed_time(self, end: "HostEvent", /) -> float:
+        """Return the milliseconds from this event to a later one."""
+        return (end.seconds - self.seconds) * 1e3
 
 
-class HostDevice:
-    """The CPU, which is done before it returns: all three times are the same. Memory is not counted."""
-
-    kind = "cpu"
+class Device:
+    """What the clock needs of a device. This one is the CPU: it is done before a call returns, and counts no memory."""
 
     def __init__(self) -> None:
         self.sweep = torch.ones(2**18, dtype=torch.int32)
 
     def now(self) -> float:
-        """Of ``perf_counter``."""
+        """Return seconds on the host's clock, from any origin."""
         return time.perf_counter()
 
     def synchronize(self) -> None:
-        """Nothing to wait for."""
+        """Wait until the device has nothing left to do."""
 
-    def event(self) -> HostEvent:
-        """Now."""
+    def event(self) -> Event:
+        """Record an event behind all work launched so far."""
         return HostEvent()
 
     def delay(self, seconds: float) -> None:
-        """Nothing can be ahead of a device that is the host."""
+        """Keep the device idle for at least so long before what is launched next. Return at once."""
 
     def flush(self) -> None:
-        """Only so that the CPU runs the same code."""
+        """Push everything out of the cache, as the rest of a training step would."""
         self.sweep.bitwise_not_()
 
     def allocated(self) -> tuple[int, int]:
-        """Not counted."""
+        """Return the bytes in tensors, and the bytes that the allocator holds for them."""
         return 0, 0
 
     def peak(self) -> tuple[int, int]:
-        """Not counted."""
+        """Return the largest of both since :meth:`reset_peak`."""
         return 0, 0
 
     def reset_peak(self) -> None:
-        """Nothing to forget."""
+        """Forget the peak. NOTE a footgun: a peak taken over the warm-up shows autotuning, not training."""
 
     def release(self) -> None:
-        """Nothing to give back."""
+        """Give the allocator's unused memory back."""
+
+
+class CudaDevice(Device):
+    """The current CUDA device, with the memory that PyTorch's allocator counts."""
+
+    def __init__(self, device: torch.device) -> None:
+        torch.cuda.set_device(device)
+        # Twice the L2 cache: writing it pushes out everything else. Not zeros, which some caches compress.
+        size = 2 * (torch.cuda.get_device_properties(device).L2_cache_size or 64 * 2**20)
+        self.sweep = torch.randint(2**31, (size // 4,), dtype=torch.int32, device=device)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()  # all streams, not only the current one
+
+    def event(self) -> Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def delay(self, seconds: float) -> None:
+        # A kernel of one thread that counts cycles as if the card ran at 3 GHz; none is faster, so most wait longer.
+        torch.cuda._sleep(int(seconds * 3e9))  # private, but what PyTorch's own tests delay a stream with
+
+    def allocated(self) -> tuple[int, int]:
+        return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+
+    def peak(self) -> tuple[int, int]:
+        return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+
+    def reset_peak(self) -> None:
+        torch.cuda.reset_peak_memory_stats()
+
+    def release(self) -> None:
+        torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True)
@@ -177,16 +113,14 @@ class Round:
 
     device: float
     """Between two events. Gaps in which the device waits for launches are in it, unless the host had a lead."""
-    wall: float
-    """On the host, from an idle device to an idle device; a lead is in it."""
-    host: float
-    """Until the Python call returned, while the device may still be busy: what it costs the host."""
+    wall: float  # on the host, from an idle device to an idle device; a lead is in it
+    host: float  # until the Python call returned, while the device may still be busy: what it costs the host
 
 
 class Mark:
     """A point in time on both clocks. ``end - start`` is the device time in seconds, for pytest-benchmark.
 
-    Two events, because the same call must serve as start and as end: the start's second one lies behind its
+    It has two events because the same call serves as start and as end: the start's second one lies behind its
     synchronisation, the end's first one before it. Nothing but the measured work lies between those.
     """
 
@@ -207,7 +141,7 @@ class Mark:
 
     def __sub__(self, start: "Mark") -> float:
         measured = Round(
-            device=start.event_after.seconds_until(self.event_before),
+            device=start.event_after.elapsed_time(self.event_before) / 1e3,
             wall=self.synchronised - start.synchronised,
             host=self.entered - start.left,
         )
@@ -222,14 +156,14 @@ class Clock:
         self.device = device
         self.rounds: list[Round] = []
         self.lead = 0.0
-        """Seconds by which the host is ahead of the device at the next mark. The mark uses it up."""
+        """Seconds by which the host gets ahead of the device at the next mark, which uses them up."""
 
     def mark(self) -> Mark:
-        """Wait for the device, and mark the time. This is the timer that pytest-benchmark calls."""
+        """Wait for the device, and mark the time. pytest-benchmark calls this as its timer."""
         return Mark(self)
 
     def time(self, step: Callable[[], object]) -> Round:
-        """One call of ``step``, timed."""
+        """Time one call of ``step``."""
         start = self.mark()
         step()
         end = self.mark()
@@ -238,11 +172,14 @@ class Clock:
 
 
 def check_clock(clock: Clock, work: Callable[[int], object]) -> None:
-    """Raise ClockError unless the clock waits for the device and sees how much work there is, in one of three tries.
+    """Check that the clock waits for the device and sees how much work there is, in one of three tries.
 
     Args:
         clock: the clock to check.
         work: ``work(n)`` launches n equal pieces of work, of some hundred microseconds each.
+
+    Raises:
+        ClockError: if it does not.
     """
     work(10)
     for attempt in (1, 2, 3):  # another process may spoil one
@@ -250,7 +187,7 @@ def check_clock(clock: Clock, work: Callable[[int], object]) -> None:
         late = [r for pair in rounds for r in pair if r.wall < 0.95 * r.device]
         if late:
             raise ClockError(
-                f"The wall clock says {late[0].wall * 1e3:.3f} ms for what took the device "
+                f"The wall clock shows {late[0].wall * 1e3:.3f} ms for work that took the device "
                 f"{late[0].device * 1e3:.3f} ms: it does not wait for the device."
             )
         ratios = {
@@ -261,7 +198,7 @@ def check_clock(clock: Clock, work: Callable[[int], object]) -> None:
             return
         if attempt == 3:
             raise ClockError(
-                f"Ten times the work took {ratios['device']:.2f} times the device time and {ratios['wall']:.2f} times "
-                f"the wall time, in the last of {attempt} tries: the clock does not see the work, or other programs "
-                "keep the device busy."
+                f"In the last of {attempt} tries, ten times the work took {ratios['device']:.2f} times the device time "
+                f"and {ratios['wall']:.2f} times the wall time: either the clock does not see the work, or other "
+                "programs keep the device busy."
             )

@@ -27,31 +27,31 @@ class Interleaved:
         beside: Callable[[], object] | None,
         before: tuple[int, int] = (0, 0),
     ) -> None:
-        """``before``: bytes allocated and reserved that do not count as the step's."""
+        """Begin without rounds; ``before`` are bytes allocated and reserved that do not count as the step's."""
         self.step, self.clock, self.beside, self.before = step, clock, beside, before
         self.other = Clock(clock.device)  # so that its rounds are kept apart
         self.peaks = [0, 0]
 
     def setup(self) -> None:
-        """All that comes before a round of the step."""
+        """Do all that comes before a round of the step."""
         self._round_beside()
         self._ready()
         self.clock.lead = self.lead
 
     def teardown(self) -> None:
-        """All that comes after it."""
+        """Do all that comes after it."""
         for place, value in enumerate(self.clock.device.peak()):
             self.peaks[place] = max(self.peaks[place], value - self.before[place])
         self._round_beside()
 
     def round(self) -> None:
-        """One round, with what comes before and after it."""
+        """Time one round, with what comes before and after it."""
         self.setup()
         time_without_gc(self.clock, self.step)
         self.teardown()
 
     def take(self) -> tuple[list[Round], list[Round]]:
-        """The rounds so far, of the step and of the one beside it; those that follow are others."""
+        """Return the rounds so far, of the step and of the one beside it, and forget them."""
         found = list(self.clock.rounds), list(self.other.rounds)
         self.clock.rounds.clear()
         self.other.rounds.clear()
@@ -60,11 +60,9 @@ class Interleaved:
     def lead_host(self, rounds: list[Round]) -> None:
         """Give the host a lead from now on, if it can get ahead of the device at all.
 
-        It cannot where a step waits for the device in its midst, as bitsandbytes' 8-bit ones for every parameter, or
-        launches more than the driver queues and slower than the device works. Such a step begins idle, as before.
-
-        Args:
-            rounds: of the step, from an idle device.
+        It cannot where a step waits for the device in its midst, as bitsandbytes' 8-bit ones do for every parameter, or
+        where it launches more than the driver queues and slower than the device works. Such a step begins idle, as in
+        the ``rounds`` so far.
         """
         self.lead = lead_for(rounds)
         for _ in range(PROBES):
@@ -88,12 +86,12 @@ class Interleaved:
 
 
 def lead_for(rounds: list[Round]) -> float:
-    """Seconds that the host needs to launch all of a step before the device begins, from rounds of it."""
+    """Return the seconds that the host needs to launch all of a step before the device begins, from rounds of it."""
     return LEAD * median(r.host for r in rounds) + LEAST_LEAD if rounds else 0.0
 
 
 def waits_for_host(rounds: list[Round], lead: float) -> bool:
-    """Whether the device had to wait although the host had a lead.
+    """Return whether the device had to wait although the host had a lead.
 
     It did if the host was still at it when the lead ended, and had hardly left the device anything to do when the call
     returned. The first alone says nothing of a long step: the host stays ahead while the device works, or has been held
@@ -104,7 +102,7 @@ def waits_for_host(rounds: list[Round], lead: float) -> bool:
 
 
 def time_without_gc(clock: Clock, step: Callable[[], object]) -> None:
-    """One round as pytest-benchmark takes it with --benchmark-disable-gc."""
+    """Time one round as pytest-benchmark does it with --benchmark-disable-gc."""
     enabled = gc.isenabled()
     gc.disable()
     try:

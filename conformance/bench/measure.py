@@ -10,7 +10,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from conformance.bench.case import HEADLINE, Case, Prepared
+from conformance.bench.case import Case, Prepared, judged_by
 from conformance.bench.clock import Clock, Device, Round
 from conformance.bench.interleave import Interleaved, lead_for, time_without_gc, waits_for_host
 
@@ -27,18 +27,15 @@ class WarmUp:
     """What the warm-up saw."""
 
     calls: int = 0
-    seconds: float = 0.0
-    """Of the last call."""
-    settled: bool = False
-    """Whether the last calls compiled nothing and took the same time."""
+    seconds: float = 0.0  # of the last call
+    settled: bool = False  # whether the last calls compiled nothing and took the same time
 
 
 @dataclass
 class Measurement:
     """What came out, in seconds and bytes."""
 
-    rounds: list[Round]
-    """From an idle device."""
+    rounds: list[Round]  # from an idle device
     ahead: list[Round] = field(default_factory=list)
     """Rounds before which the host got a lead, as it has in training: of them only the device time counts. Empty where
     the wall is judged, where a step takes so long that a lead changes nothing, and where the host cannot get ahead."""
@@ -46,17 +43,13 @@ class Measurement:
     """Of the case that it was interleaved with, from an idle device; with a lead, of a step that takes long."""
     beside_ahead: list[Round] = field(default_factory=list)
     """Of that case, with a lead of its own; interleaved with ``device_rounds``."""
-    lead: float = 0.0
-    """How far the host was ahead, at least."""
+    lead: float = 0.0  # how far the host was ahead, at least
     warm_up: WarmUp = field(default_factory=WarmUp)
-    elapsed: float = 0.0
-    """From before the first round to after the last one, on the host."""
-    compiled: int = 0
-    """Graphs that were compiled during the rounds."""
-    peak_allocated: int = 0
-    """Bytes above what there was before the case was built."""
+    elapsed: float = 0.0  # from before the first round to after the last one, on the host
+    compiled: int = 0  # graphs that were compiled during the rounds
+    peak_allocated: int = 0  # bytes above what there was before the case was built
     peak_reserved: int | None = 0
-    """As far as it can be told: see :func:`told_reserved`."""
+    """The same of bytes that the allocator held, where that can be said: see :func:`told_reserved`."""
 
     @property
     def device_rounds(self) -> list[Round]:
@@ -74,7 +67,7 @@ Pedantic = Callable[..., object]
 
 
 def compilations() -> int:
-    """How many graphs torch.compile has compiled in this process so far."""
+    """Return how many graphs torch.compile has compiled in this process so far."""
     dynamo = sys.modules.get("torch._dynamo.utils")  # imported by whoever compiles; costs seconds otherwise
     if dynamo is None:
         return 0
@@ -87,10 +80,10 @@ def compilations() -> int:
 def compiler_for(key: Hashable) -> None:
     """Forget all compiled code, unless the last caller had the same key.
 
-    Rows with the same key, which are the same model on the same shapes in another instance, run the same compiled
-    code, and only the first waits for it. Others must not meet: another batch size alone has TorchDynamo compile for
-    any batch size, which is slower; each version adds guards for the host to check at every call; and after eight of
-    them it goes on eager with no more than a log line.
+    Rows with the same key run the same model on the same shapes, so they share its compiled code, and only the first
+    waits for it. Code of other rows must be gone: a second batch size makes TorchDynamo compile for any batch size,
+    which is slower; each version adds guards that the host checks at every call; and after eight versions it goes on
+    eager with no more than a log line.
     """
     torch._dynamo.reset()
 
@@ -112,7 +105,7 @@ def warm_up(step: Callable[[], object], clock: Clock, most: int = MOST_WARM_UPS)
 
 
 def choose_rounds(case: Case, seconds: float, most: int) -> int:
-    """As many rounds as the budget allows: at least two."""
+    """Return as many rounds as the budget allows, and at least two."""
     return max(2, min(case.rounds, most, int(case.budget / max(seconds, 1e-9))))
 
 
@@ -131,23 +124,22 @@ def measure(
     """Warm up, reset, and time the step round by round, interleaved with another if there is one.
 
     A GPU that is idle when a step begins waits for its first kernels, and a host does not launch equally fast at all
-    times: for the fused AdamW over 124 million parameters, 1.3 ms of an H100's time, it took 0.4 to 1.2 ms within one
-    run (reports/bench). In training the host runs ahead. So where the device time is judged, it comes from rounds
-    before which the GPU is given nothing to do until the host has launched all of the step, as NVBench does; wall and
-    host time come from rounds that begin idle. Where the host cannot get ahead, or in a step that takes so long that it
-    does not matter, so does the device time; the step beside it has its lead nevertheless, as it has beside any other.
+    times (conformance.bench.noise). In training the host runs ahead. So where the device time is judged, the GPU is
+    kept idle at the start of a round until the host has launched the whole step, as NVBench does; wall and host time
+    come from rounds that begin idle. Where the host cannot get ahead, or a step takes so long that a lead changes
+    nothing, the device time comes from those, too. The step beside it keeps its lead, as it has one beside any other.
 
     Args:
         case: what is measured.
         prepared: its step.
-        clock: whose mark is the timer of ``pedantic``.
+        clock: its mark is the timer of ``pedantic``.
         pedantic: runs the rounds.
         beside: the step that is timed before or after each round of this one (A B B A).
         before: bytes allocated and reserved before the case was built.
         most: rounds at most, whatever the case says.
         most_warm_ups: calls of the warm-up at most.
-        settle: seconds of rounds that are not timed before those that are, unless a step takes longer than a second.
-            After a large matrix product an H100 runs at little more than half of its clock for some rounds.
+        settle: seconds of untimed rounds before the timed ones, unless a step is slow. After a large matrix product an
+            H100 runs at little more than half of its clock for some rounds.
 
     Raises:
         ValueError: if an input is constant.
@@ -155,10 +147,9 @@ def measure(
     device = clock.device
     check_inputs(prepared.inputs)
     warmed = warm_up(prepared.step, clock, most_warm_ups)
-    if prepared.reset is not None:
-        prepared.reset()
-        if warmed.seconds < SLOW:
-            prepared.step()  # what the reset freed is created again
+    prepared.reset()
+    if warmed.seconds < SLOW:
+        prepared.step()  # what the reset freed is created again
     pair = Interleaved(prepared.step, clock, None if beside is None else beside.step, before)
     if beside is not None:
         time_without_gc(pair.other, beside.step)
@@ -170,7 +161,7 @@ def measure(
     compiled, started, elapsed = compilations(), device.now(), 0.0
     idle: list[Round] = []
     idle_beside: list[Round] = []
-    if HEADLINE.get(case.group, "device") == "device":
+    if judged_by(case.group) == "device":
         if warmed.seconds < SLOW:
             for _ in range(choose_rounds(case, warmed.seconds, min(most, FROM_IDLE))):
                 pair.round()
@@ -197,14 +188,11 @@ def measure(
 
 
 def told_reserved(peaks: Sequence[int], before: tuple[int, int]) -> int | None:
-    """The peak of the bytes reserved; None where a case that stays in memory beside it hides too much of it.
+    """Return the peak of the bytes reserved; None where the case beside it hides too much of it.
 
-    That one's tensors hold segments which are partly free (on an H100 5 GB in a training step: the moments are created
-    where activations have been). What is put there is reserved already and does not show.
-
-    Args:
-        peaks: bytes allocated and reserved, above ``before``.
-        before: bytes allocated and reserved before the case was built.
+    The tensors of a case that stays in memory hold segments which are partly free (5 GB in a training step on an H100:
+    the moments are created where activations have been). What is put there is reserved already and does not show.
+    ``peaks`` are bytes allocated and reserved, above those ``before`` the case was built.
     """
     allocated, reserved = peaks
     hidden = before[1] - before[0]
@@ -223,12 +211,7 @@ def check_inputs(inputs: Sequence[Tensor]) -> None:
 
 
 def doubts_about(measurement: Measurement, floor: float | None) -> list[str]:
-    """Why the figures of a measurement should not be believed, in sentences; empty if all is well.
-
-    Args:
-        measurement: what came out.
-        floor: seconds that the memory alone needs; None where it is not known.
-    """
+    """Say why figures should not be believed; ``floor`` is the seconds that the memory alone needs, if known."""
     rounds, found = measurement.rounds, []
     device = median(r.device for r in measurement.device_rounds)
     if any(r.wall < 0.95 * r.device for r in rounds):
@@ -236,7 +219,7 @@ def doubts_about(measurement: Measurement, floor: float | None) -> list[str]:
     total = sum(r.wall for r in rounds)
     if total > 1.01 * measurement.elapsed:
         found.append(
-            f"the rounds add up to {total:.3g} s, but all of it took {measurement.elapsed:.3g} s: "
+            f"the rounds add up to {total:.3g} s, but together they took {measurement.elapsed:.3g} s: "
             "a point in time was taken for a duration"
         )
     if floor is not None and device < 0.95 * floor:
@@ -256,7 +239,7 @@ def doubts_about(measurement: Measurement, floor: float | None) -> list[str]:
 
 
 def count_bytes(device: Device) -> tuple[int, int]:
-    """Bytes allocated and reserved, with nothing cached."""
+    """Return the bytes allocated and reserved, with nothing cached."""
     gc.collect()
     device.synchronize()
     device.release()

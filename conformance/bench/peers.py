@@ -1,7 +1,9 @@
 """The same training step by other libraries: GPT-2's shape, bf16 autocast, fused AdamW, clipped at 1, compiled.
 
-Each is written as one of its own users would who wants it to be fast. Where that is not what its tutorial shows, the
-comment says why, and so does the row. None of them reads anything back from the GPU during a step.
+Each is written as a user of it would write it to be fast. Where that is not what its tutorial shows, the comment says
+why, and so does the row. None of them reads anything back from the GPU during a step.
+
+To add a row, add a line to PEERS.
 """
 
 import importlib.metadata
@@ -14,23 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import Optimizer
 
-from conformance.bench.case import Case, Prepared, Setting, Unavailable
-from conformance.bench.optimizer_step import clear_state
-from conformance.bench.training import (
-    ADAMW,
-    GROUP,
-    common_facts,
-    compilation,
-    compiles,
-    describe_groups,
-    later_facts,
-    optimizer_name,
-    random_batches,
-    shape,
-)
-from reference.config import GPTConfig
+from conformance.bench.case import TRAINING_STEP, Case, Prepared, Setting
+from conformance.bench.models import common_facts, compilation, compiles, later_facts, random_batches, shape
+from conformance.bench.optimizer_state import describe_groups, optimizer_name, rewind
+from conformance.bench.training import ADAMW
+from conformance.errors import Unavailable
+from reference import GPT, GPTConfig
 
 MICROBATCH = 32
 
@@ -42,32 +34,25 @@ Loss = Callable[[Logits, Tensor, Tensor], Tensor]  # of a forward, token ids and
 class Peer:
     """A library's GPT-2."""
 
-    name: str
-    """The row's name."""
-    package: str
-    """On PyPI."""
-    build: Callable[[GPTConfig], nn.Module]
-    """Its model of that shape, on the default device."""
-    loss: Loss
-    """Mean cross entropy in nats per token."""
-    about: str
-    """How its model, or the way it is run, differs from GPT-2's and from the reference's."""
-    compiles_loss: bool = True
-    """Whether the loss is compiled together with the model, or stays eager."""
-    priority: int = 2
-    """As :attr:`Case.priority`."""
+    name: str  # the row's name
+    package: str  # on PyPI
+    build: Callable[[GPTConfig], nn.Module]  # its model of that shape, on the default device
+    loss: Loss  # mean cross entropy in nats per token
+    about: str  # how its model, or the way it is run, differs from GPT-2's and from the reference's
+    compiles_loss: bool = True  # whether the loss is compiled together with the model, or stays eager
+    priority: int = 2  # as :attr:`Case.priority`
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
-    """The peers' rows; none in a quick run. On the CPU with tiny shapes, and eager."""
+    """Return the peers' rows; none in a quick run. On the CPU they are tiny, and eager."""
     size = "gpt2-tiny" if Setting(device, quick).small else "gpt2-124m"
+    suffix = compilation(True, device)
     return [
         Case(
-            GROUP,
+            TRAINING_STEP,
             size,
-            f"{peer.name}, {compilation(True, device)}",
+            f"{peer.name}, {suffix}",
             partial(prepare, peer, shape(size)),
-            budget=1.5,
             seconds=23.0,
             graph=peer.name if compiles(device) else "",
             compiling=15.0,
@@ -78,15 +63,8 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     ]
 
 
-def reference_model(config: GPTConfig) -> nn.Module:
-    """The reference's GPT, to be run by the loop of the others: what its own loop costs is the difference."""
-    from reference.model.gpt import GPT
-
-    return GPT(config)
-
-
 def litgpt_model(config: GPTConfig) -> nn.Module:
-    """LitGPT's GPT, tied as by ``tie_embeddings`` of its pretraining. It has no learned positions: rotary ones."""
+    """Return LitGPT's GPT, tied as by ``tie_embeddings`` of its pretraining. Its positions are rotary, not learned."""
     from litgpt.config import Config
     from litgpt.model import GPT
 
@@ -109,7 +87,7 @@ def litgpt_model(config: GPTConfig) -> nn.Module:
 
 
 def litgpt_loss(chunk_size: int, logits: Logits, ids: Tensor, targets: Tensor) -> Tensor:
-    """LitGPT's own loss: in chunks of so many tokens, or with 0 in one piece."""
+    """Return LitGPT's own loss: in chunks of so many tokens, or with 0 in one piece."""
     from litgpt.utils import chunked_cross_entropy
 
     loss: Tensor = chunked_cross_entropy(logits(ids), targets, chunk_size=chunk_size)
@@ -117,7 +95,7 @@ def litgpt_loss(chunk_size: int, logits: Logits, ids: Tensor, targets: Tensor) -
 
 
 def transformers_model(config: GPTConfig) -> nn.Module:
-    """transformers' GPT2LMHeadModel, without dropout, with an attention that takes no mask."""
+    """Return transformers' GPT2LMHeadModel, without dropout, with an attention that takes no mask."""
     from transformers import AttentionInterface, GPT2Config, GPT2LMHeadModel
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -133,11 +111,8 @@ def transformers_model(config: GPTConfig) -> nn.Module:
             n_layer=config.n_layer,
             n_head=config.n_head,
             n_inner=config.hidden_size,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            bos_token_id=None,
-            eos_token_id=None,
+            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+            **dict.fromkeys(("bos_token_id", "eos_token_id")),
             use_cache=False,
             attn_implementation="sdpa_without_mask",
         )
@@ -145,12 +120,12 @@ def transformers_model(config: GPTConfig) -> nn.Module:
 
 
 def transformers_loss(model: Logits, ids: Tensor, targets: Tensor) -> Tensor:
-    """Of its logits. Its own, by ``labels``, breaks the compiled graph with a warning; it computes the same."""
+    """Return the loss of its logits. Its own, by ``labels``, computes the same, but breaks the compiled graph."""
     return F.cross_entropy(model(ids).logits.flatten(0, 1).float(), targets.flatten())
 
 
 def x_transformers_model(config: GPTConfig) -> nn.Module:
-    """x-transformers' TransformerWrapper around a Decoder, with flash attention and tied embedding."""
+    """Return x-transformers' TransformerWrapper around a Decoder, with flash attention and tied embedding."""
     from x_transformers import Decoder, TransformerWrapper
 
     decoder = Decoder(
@@ -167,54 +142,27 @@ def x_transformers_model(config: GPTConfig) -> nn.Module:
 
 
 def plain_loss(logits: Logits, ids: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy of all targets, in float32; x-transformers' AutoregressiveWrapper computes the same."""
+    """Return the cross entropy of all targets, in float32, as x-transformers' AutoregressiveWrapper does."""
     return F.cross_entropy(logits(ids).flatten(0, 1).float(), targets.flatten())
 
 
 LITGPT = "rotary positions instead of learned ones, on a quarter of each head, its default"
+EAGER_LOSS = f"{LITGPT}; the model is compiled and the loss eager, as in litgpt.pretrain"
+ONE_PIECE = f"{LITGPT}; model and loss are compiled together, which its pretrain does not do"
+MASK = "sdpa under another name, so that no mask is built; loss of its logits, compiled together"
+LOOP = "in the loop of the other libraries: one parameter group, and nothing is read back"
+THREE = "no biases in attention and norms; three projections for q, k, v; compiled together with the loss"
 PEERS = (
-    Peer(
-        "LitGPT, loss in chunks of 128",
-        "litgpt",
-        litgpt_model,
-        partial(litgpt_loss, 128),
-        f"{LITGPT}; the model is compiled and the loss eager, as in litgpt.pretrain",
-        compiles_loss=False,
-        priority=6,
-    ),
-    Peer(
-        "LitGPT, loss in one piece",
-        "litgpt",
-        litgpt_model,
-        partial(litgpt_loss, 0),
-        f"{LITGPT}; model and loss are compiled together, which its pretrain does not do",
-    ),
-    Peer(
-        "transformers GPT2LMHeadModel",
-        "transformers",
-        transformers_model,
-        transformers_loss,
-        "sdpa under another name, so that no mask is built; loss of its logits, compiled together",
-    ),
-    Peer(
-        "reference's GPT in the loop of these",
-        "gpt-conformance",
-        reference_model,
-        plain_loss,
-        "in the loop of the other libraries: one parameter group, and nothing is read back",
-    ),
-    Peer(
-        "x-transformers TransformerWrapper",
-        "x-transformers",
-        x_transformers_model,
-        plain_loss,
-        "no biases in attention and norms; three projections for q, k, v; compiled together with the loss",
-    ),
+    Peer("LitGPT, loss in chunks of 128", "litgpt", litgpt_model, partial(litgpt_loss, 128), EAGER_LOSS, False, 6),
+    Peer("LitGPT, loss in one piece", "litgpt", litgpt_model, partial(litgpt_loss, 0), ONE_PIECE),
+    Peer("transformers GPT2LMHeadModel", "transformers", transformers_model, transformers_loss, MASK),
+    Peer("reference's GPT in the loop of these", "gpt-conformance", GPT, plain_loss, LOOP),
+    Peer("x-transformers TransformerWrapper", "x-transformers", x_transformers_model, plain_loss, THREE),
 )
 
 
 def prepare(peer: Peer, config: GPTConfig, setting: Setting) -> Prepared:
-    """A peer's row, ready to step.
+    """Build a peer's row, ready to step.
 
     Raises:
         Unavailable: if the library cannot be imported.
@@ -231,7 +179,10 @@ def prepare(peer: Peer, config: GPTConfig, setting: Setting) -> Prepared:
     batches = random_batches(config, microbatch, device)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, **ADAMW, fused=True)
-    compute = compiled(peer, model) if compiles(device) else partial(peer.loss, model)
+    compute: Callable[[Tensor, Tensor], Tensor] = partial(peer.loss, model)
+    if compiles(device):
+        whole = torch.compile(lambda ids, targets: peer.loss(model, ids, targets))
+        compute = whole if peer.compiles_loss else partial(peer.loss, torch.compile(model))
     source = itertools.cycle(batches)
     value = torch.tensor(float("nan"))
 
@@ -262,37 +213,12 @@ def prepare(peer: Peer, config: GPTConfig, setting: Setting) -> Prepared:
         "note": peer.about,
         "host": "reads nothing",
     }
-    return Prepared(step, facts, reset, None, batches, lambda: later_facts(value, optimizer))
-
-
-def rewind(module: nn.Module, optimizer: Optimizer) -> Callable[[], None]:
-    """A function that brings parameters and optimizer back to where they are now, in place.
-
-    In place, because compiled code and captured graphs know the tensors by address. The optimizer must be new. The
-    copy is on the CPU, so that it does not show in the GPU's memory.
-    """
-    start = [(parameter, parameter.detach().to("cpu", copy=True)) for parameter in module.parameters()]
-
-    @torch.no_grad()
-    def back() -> None:
-        for parameter, value in start:
-            parameter.copy_(value)
-        optimizer.zero_grad()
-        clear_state(optimizer)
-
-    return back
+    return Prepared(step, facts, reset, inputs=batches, later_facts=lambda: later_facts(value, optimizer))
 
 
 def release(package: str) -> str:
-    """Name and version of a package. Our own may run from a checkout that is not installed."""
+    """Return name and version of a package. Our own may run from a checkout that is not installed."""
     try:
         return f"{package} {importlib.metadata.version(package)}"
     except importlib.metadata.PackageNotFoundError:
         return package
-
-
-def compiled(peer: Peer, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    """Ids and targets to the loss, compiled as far as the peer has it."""
-    if not peer.compiles_loss:
-        return partial(peer.loss, torch.compile(model))
-    return torch.compile(lambda ids, targets: peer.loss(model, ids, targets))

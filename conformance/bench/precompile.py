@@ -1,7 +1,7 @@
 """Compile the graphs of all rows at once, each in a process of its own, before anything is measured.
 
-To compile one is a thread of Python for 10 to 60 seconds. One after the other they were half of the bench's time, while
-all cores but one had nothing to do. A row then finds its code in the caches that PyTorch keeps on disk.
+Compiling one keeps one core busy for 10 to 60 seconds. One after the other they were half of the bench's time, while
+all other cores had nothing to do. A row then finds its code in the caches that PyTorch keeps on disk.
 
 Nothing is computed meanwhile: a process stops where its code would run for the first time. There the kernels are tuned,
 by timing them, which must not happen beside other processes.
@@ -11,17 +11,18 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from conformance.bench.case import Case, Setting, Unavailable
-from conformance.bench.optimizer_step import GROUP as OPTIMIZER_STEP
+from conformance.bench.case import OPTIMIZER_STEP, Case, Setting
+from conformance.bench.cases import collect
+from conformance.errors import Unavailable
 
 
 class Compiled(BaseException):
@@ -45,7 +46,7 @@ def compile_ahead(cases: Sequence[Case], say: Callable[[str], None]) -> list[Cas
 
 
 def graphs(cases: Sequence[Case]) -> list[Case]:
-    """The first case of each graph, those that take longest first."""
+    """Return the first case of each graph, those that take longest first."""
     first: dict[str, Case] = {}
     for case in cases:
         if case.graph:
@@ -56,14 +57,10 @@ def graphs(cases: Sequence[Case]) -> list[Case]:
 def precompile(cases: Sequence[Case], say: Callable[[str], None]) -> bool:
     """Compile the graphs of these cases, as many at once as there are cores.
 
-    What fails is said, and costs time only: its row compiles it.
-
-    Args:
-        cases: of which each one's graph is compiled.
-        say: prints a line of progress.
+    What fails is printed, and costs time only: its row compiles it.
 
     Returns:
-        False if nothing was compiled, since PyTorch was told to keep no compiled code.
+        False if nothing was compiled, because PyTorch was told to keep no compiled code.
     """
     import torch._inductor.config as inductor
 
@@ -73,45 +70,45 @@ def precompile(cases: Sequence[Case], say: Callable[[str], None]) -> bool:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # Threads of Triton's compiler in each process; PyTorch would take all cores for each.
     variables = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": str(max(1, 2 * cores // max(1, len(cases))))}
-    waiting, running, done = list(cases), dict[subprocess.Popen[bytes], tuple[Case, Path]](), 0
-    started = time.perf_counter()
+    started, processes, ended = time.perf_counter(), list[subprocess.Popen[str]](), threading.Event()
+
+    def compile_one(case: Case) -> str:
+        if ended.is_set():
+            return ""
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+        process = subprocess.Popen(command(case), env=variables, **pipes)  # type: ignore[call-overload] # as above
+        processes.append(process)
+        if ended.is_set():  # meanwhile
+            process.kill()
+        said, _ = process.communicate()
+        return f": failed ({last_line(said)}), so its row compiles it" if process.returncode else ""
+
     say(f"Compiling the code of {len(cases)} rows, {min(cores, len(cases))} at a time: a minute or two ...")
-    with tempfile.TemporaryDirectory() as folder:
+    with ThreadPoolExecutor(cores) as pool:
         try:
-            while waiting or running:
-                while waiting and len(running) < cores:
-                    case = waiting.pop(0)
-                    written = Path(folder) / str(len(waiting))
-                    with written.open("wb") as errors:
-                        process = subprocess.Popen(command(case), env=variables, stdout=errors, stderr=errors)
-                    running[process] = case, written
-                for process in [process for process in running if process.poll() is not None]:
-                    case, written = running.pop(process)
-                    done += 1
-                    took = f"after {time.perf_counter() - started:.0f} s"
-                    failure = f": failed ({last_line(written)}), so its row compiles it" if process.returncode else ""
-                    say(f"[{done}/{len(cases)}] {case.size}, {case.name}, {took}{failure}")
-                time.sleep(0.05)
-        finally:
-            for process in running:  # Ctrl-C
+            futures = {pool.submit(compile_one, case): case for case in cases}
+            for done, future in enumerate(as_completed(futures), 1):
+                case, took = futures[future], f"after {time.perf_counter() - started:.0f} s"
+                say(f"[{done}/{len(cases)}] {case.size}, {case.name}, {took}{future.result()}")
+        finally:  # Ctrl-C leaves no process behind
+            ended.set()
+            for process in processes:
                 process.kill()
-                process.wait()
     return True
 
 
 def command(case: Case) -> list[str]:
-    """What compiles the graph of a case."""
+    """Return the command that compiles the graph of a case."""
     return [sys.executable, "-m", __name__, json.dumps(case.key)]
 
 
-def last_line(written: Path) -> str:
-    """Of a traceback: the exception."""
-    lines = written.read_text(encoding="utf-8", errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "no message")
+def last_line(text: str) -> str:
+    """Return the last line of a text that is not empty: of a traceback, the exception."""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no message")
 
 
 def compile_only(case: Case, setting: Setting) -> None:
-    """Build a case and let its step go as far as to the code that it compiles."""
+    """Build a case and let its step run as far as the code that it compiles."""
     from torch._inductor.output_code import CompiledFxGraph
 
     def instead_of_running(self: CompiledFxGraph, inputs: Sequence[Any]) -> tuple[()]:
@@ -131,9 +128,9 @@ def compile_only(case: Case, setting: Setting) -> None:
 
 
 def backward_with_forward() -> Any:
-    """A context in which PyTorch compiles a backward together with its forward, and not when it first runs.
+    """Return a context in which PyTorch compiles a backward together with its forward, not when it first runs.
 
-    The caches are keyed by this setting, too: who compiles ahead and who finds the code must both have it.
+    The caches are keyed by this setting, too: compiling ahead and finding the code must both happen inside it.
     """
     import torch._functorch.config
 
@@ -142,8 +139,6 @@ def backward_with_forward() -> Any:
 
 def main(arguments: Sequence[str]) -> None:
     """Compile the graph of the case whose key comes as JSON, on the current CUDA device."""
-    from conformance.bench.__main__ import collect
-
     device = torch.device("cuda", torch.cuda.current_device())
     [case] = [case for case in collect(device, quick=False) if case.key == tuple(json.loads(arguments[0]))]
     compile_only(case, Setting(device))

@@ -1,182 +1,198 @@
-"""From measurements to rows, and from rows to summary.json."""
+"""The results of a run: a row for each case, the card, and the file ``summary.json`` that holds them."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
-from typing import Any
 
-from conformance.bench.bootstrap import Interval, median_interval, paired_ratio
-from conformance.bench.card import Card
-from conformance.bench.case import HEADLINE, Case, Setting
-from conformance.bench.measure import Measurement, doubts_about
-from conformance.bench.noise import noise_of
-from conformance.bench.throughput import throughput
-from conformance.subject import UsageError
+from conformance.bench.bootstrap import Interval
+from conformance.bench.case import AGAINST_ITSELF, Case, Facts, judged_by
+from conformance.bench.plain import Positive, from_plain
+from conformance.errors import UsageError
 
 SCHEMA = 2
 SMALL = "CPU, small: no figure of this run says anything about a GPU"
 
-Row = dict[str, Any]
+Key = tuple[str, str, str]
+"""Group, size and name of a row: what identifies it from run to run."""
 
 
-def interval_ms(samples: Sequence[float]) -> dict[str, float]:
-    """Median and interval of seconds, in milliseconds."""
-    return asdict(median_interval(samples).scaled(1e3))
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio of times with its 95 % interval."""
+
+    ratio: Positive
+    low: Positive
+    high: Positive
 
 
-def make_row(case: Case, measured: Measurement, facts: Mapping[str, float | str], card: Card) -> Row:
-    """One row of the summary.
+@dataclass(frozen=True)
+class Beside(Ratio):
+    """The ratio of a row's time to that of the row it was interleaved with, paired round by round."""
 
-    ``device_ms`` and ``wall_ms`` are medians with their 95 % intervals, ``host_ms`` a median. Where the device time is
-    judged, the host has a lead when it is taken (conformance.bench.measure); ``waits_for_host`` says whether waiting
-    for it is in the time nevertheless. ``floor_ms`` is ``floor bytes`` over the copy bandwidth, ``share_of_floor`` that
-    over the device time. ``interleaved`` is the ratio of this row's time to that of the row it was interleaved with,
-    paired round by round, and the medians of that one in these rounds. The peaks are bytes above what there was before
-    the case was built; ``peak_reserved`` is None where the row beside it hides too much of it.
-    """
-    judged = HEADLINE.get(case.group, "device")
-    device = [r.device for r in measured.device_rounds]
-    wall = [r.wall for r in measured.rounds]
-    row = empty_row(case)
-    row["device_ms"], row["wall_ms"] = interval_ms(device), interval_ms(wall)
-    row["host_ms"] = median(r.host for r in measured.rounds) * 1e3
-    row["waits_for_host"] = measured.waits_for_host if judged == "device" else None
-    row["rounds"], row["warm_up"] = len(measured.device_rounds), measured.warm_up.calls
-    row["facts"] = dict(facts)
-    row["peak_allocated"], row["peak_reserved"] = measured.peak_allocated, measured.peak_reserved
-    floor = None
-    if isinstance(moved := facts.get("floor bytes"), int | float):
-        floor = moved / card.copy_bandwidth
-        row["floor_ms"], row["share_of_floor"] = floor * 1e3, floor / median(device)
-    if measured.beside and case.beside is not None:
-        pair = [r.wall for r in measured.rounds], [r.wall for r in measured.beside]
-        if judged == "device":
-            pair = device, [r.device for r in (measured.beside_ahead or measured.beside)]
-        ratio = paired_ratio(*pair)
-        row["interleaved"] = {
-            "with": case.beside,
-            "ratio": ratio.median,
-            "low": ratio.low,
-            "high": ratio.high,
-            "beside_ms": median(pair[1]) * 1e3,
-            "beside_host_ms": median(r.host for r in measured.beside) * 1e3,
-        }
-    row["doubts"] = doubts_about(measured, floor)
-    if "tokens" in facts:
-        try:
-            row.update({name: value for name, value in throughput(row).items() if name in row})
-        except UsageError as error:
-            row["doubts"].append(str(error))
-    row["samples_ms"] = {
-        "device": [round(seconds * 1e3, 6) for seconds in device],
-        "wall": [round(seconds * 1e3, 6) for seconds in wall],
-    }
-    return row
+    with_: str  # name of that row
+    beside_ms: Positive  # its median of the judged time, in these rounds
+    beside_host_ms: Positive  # its median of the host's work, in these rounds
 
 
-def empty_row(case: Case, unavailable: str | None = None) -> Row:
-    """A row without figures: what could not be measured, and why."""
-    return {
-        "group": case.group,
-        "size": case.size,
-        "name": case.name,
-        "device_ms": None,
-        "wall_ms": None,
-        "host_ms": None,
-        "waits_for_host": None,
-        "rounds": 0,
-        "warm_up": 0,
-        "facts": {},
-        "floor_ms": None,
-        "share_of_floor": None,
-        "tokens_per_second": None,
-        "mfu": None,
-        "mfu_causal": None,
-        "peak_allocated": None,
-        "peak_reserved": None,
-        "interleaved": None,
-        "doubts": [],
-        "samples_ms": {"device": [], "wall": []},
-        "unavailable": unavailable,
-    }
+@dataclass(frozen=True)
+class Samples:
+    """Every round, in milliseconds."""
+
+    device: tuple[Positive, ...] = ()
+    wall: tuple[Positive, ...] = ()
 
 
-def make_summary(
-    environment: Mapping[str, str],
-    card: Card,
-    rows: Sequence[Row],
-    setting: Setting,
-    complete: bool,
-    doubts: Sequence[str] = (),
-    seconds: float | None = None,
-) -> dict[str, Any]:
-    """The whole run as plain data; a new field is an addition, a change is a new schema.
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What was measured of one case, or why nothing was."""
 
-    Args:
-        environment: versions and machine.
-        card: what it can do at most.
-        rows: that were measured, or could not be.
-        setting: where and how large.
-        complete: whether these are all rows that were asked for.
-        doubts: about the card, in sentences.
-        seconds: that the run took, imports and all.
-    """
-    return {
-        "schema": SCHEMA,
-        "label": SMALL if setting.small else None,
-        "environment": dict(environment),
-        "card": asdict(card) | {"noise": noise_of(rows), "doubts": list(doubts)},
-        "quick": setting.quick,
-        "complete": complete,
-        "seconds": seconds,
-        "rows": list(rows),
-    }
+    group: str
+    size: str
+    name: str
+    device_ms: Interval | None = None
+    """Time on the device. Where it is judged, the host has a lead when it is taken (conformance.bench.measure)."""
+    wall_ms: Interval | None = None  # time on the host's clock, from an idle device to an idle device
+    host_ms: Positive | None = None  # median of the host's work for a step
+    waits_for_host: bool | None = None
+    """Whether waiting for the host is in the device time; None where the wall time is judged."""
+    rounds: int = 0
+    warm_up: int = 0  # calls of the warm-up
+    facts: Facts  # settings, and figures that only some rows have, as the case gave them
+    floor_ms: Positive | None = None  # the fact ``floor bytes`` over the card's copy bandwidth
+    share_of_floor: Positive | None = None  # the floor over the device time
+    tokens_per_second: Positive | None = None  # by the wall time
+    mfu: Positive | None = None  # model FLOPs utilisation with the whole attention counted, as a share of 1
+    mfu_causal: Positive | None = None  # the same with the causal half of the attention
+    peak_allocated: int | None = None  # peak of the bytes in tensors, above what there was before the case was built
+    peak_reserved: int | None = None
+    """Peak of the bytes that the allocator held; None where the row beside it hides too much of them."""
+    interleaved: Beside | None = None
+    doubts: tuple[str, ...] = ()  # why the figures should not be believed
+    samples_ms: Samples = field(default_factory=Samples)
+    unavailable: str | None = None  # why the case was not measured; None if it was
+
+    def __post_init__(self) -> None:
+        if self.unavailable is not None:
+            return
+        lacking = [name for name in ("device_ms", "wall_ms", "host_ms") if getattr(self, name) is None]
+        lacking += [] if self.samples_ms.device and self.samples_ms.wall else ["samples_ms"]
+        if judged_by(self.group) == "device" and self.waits_for_host is None:
+            lacking.append("waits_for_host")
+        if lacking:
+            raise ValueError(f"has no {lacking[0]!r}, although it was measured")
+
+    @property
+    def key(self) -> Key:
+        """What identifies the row from run to run."""
+        return self.group, self.size, self.name
+
+    @property
+    def measured(self) -> bool:
+        """Whether the row has figures."""
+        return self.unavailable is None
+
+    @property
+    def judged(self) -> Interval:
+        """The time by which the row is judged, in milliseconds. Raises ValueError if it was not measured."""
+        found = self.wall_ms if judged_by(self.group) == "wall" else self.device_ms
+        if found is None:
+            raise ValueError(f"{self.name} was not measured: {self.unavailable}")
+        return found
+
+    @property
+    def judged_samples(self) -> tuple[float, ...]:
+        """The rounds of that time."""
+        return self.samples_ms.wall if judged_by(self.group) == "wall" else self.samples_ms.device
+
+    def number(self, fact: str) -> float | None:
+        """Return a fact that is a number; None if the row does not have it."""
+        value = self.facts.get(fact)
+        return None if isinstance(value, str) else value
+
+    def text(self, fact: str) -> str:
+        """Return a fact that is a text; empty if the row does not have it."""
+        value = self.facts.get(fact)
+        return value if isinstance(value, str) else ""
 
 
-def grouped(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
-    """Rows by group and size, wherever they stand: they ran in the order of their priority."""
+@dataclass(frozen=True)
+class Card:
+    """What the card can do at most."""
+
+    name: str  # as CUDA gives it
+    copy_bandwidth: Positive  # bytes per second, read and written, of a copy far larger than the L2 cache
+    bf16_rate: Positive
+    """FLOP/s of a large product of random bfloat16 matrices."""
+    dense_peak: Positive | None = None
+    """FLOP/s that the vendor states for bfloat16 without sparsity; None where it is not known."""
+    noise: Ratio | None = None
+    """The time of a step over its own time, interleaved with itself; None if it was not measured."""
+    doubts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """A whole run. A new field is an addition; a change is a new schema."""
+
+    schema: int = SCHEMA
+    label: str | None = None  # what to know before anything else: that the run was small
+    environment: Mapping[str, str]  # versions and machine
+    card: Card
+    quick: bool = False
+    complete: bool = True  # whether these are all rows that were asked for
+    seconds: Positive | None = None  # what the run took, imports and all
+    rows: tuple[Row, ...]  # in the order in which they ran
+
+    @property
+    def measured(self) -> list[Row]:
+        """The rows that have figures."""
+        return [row for row in self.rows if row.measured]
+
+
+def missing(case: Case, reason: str) -> Row:
+    """Return the row of a case that was not measured."""
+    return Row(group=case.group, size=case.size, name=case.name, facts={}, unavailable=reason)
+
+
+def noise_of(rows: Iterable[Row]) -> Ratio | None:
+    """Return the ratio of the row that measured a step against itself; None if there is none."""
+    for row in rows:
+        if row.name.endswith(AGAINST_ITSELF) and row.interleaved is not None:
+            return Ratio(row.interleaved.ratio, row.interleaved.low, row.interleaved.high)
+    return None
+
+
+def grouped(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
+    """Return the rows by group and size, wherever they stand: they ran in the order of their priority."""
     found: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        found.setdefault((row["group"], row["size"]), []).append(row)
+        found.setdefault((row.group, row.size), []).append(row)
     return dict(sorted(found.items(), key=lambda entry: entry[0][0]))  # sizes as they came
 
 
-def parameters_of(rows: Sequence[Row]) -> str:
-    """How many parameters the models of some rows have, in words: ``1.34 billion parameters``. Empty if unknown."""
-    numbers = [row["facts"]["parameters"] for row in rows if isinstance(row["facts"].get("parameters"), int | float)]
-    if not numbers:
-        return ""
-    units = ((1e9, " billion", ".2f"), (1e6, " million", ".1f"), (1.0, "", ",.0f"))
-    unit, word, form = next(entry for entry in units if max(numbers) >= entry[0])
-    ends = dict.fromkeys(f"{number / unit:{form}}" for number in (min(numbers), max(numbers)))
-    return f"{' to '.join(ends)}{word} parameters"
-
-
-def read_summary(path: Path) -> dict[str, Any]:
-    """A summary that an earlier run wrote.
+def read_summary(path: Path) -> Summary:
+    """Read ``summary.json``, or the one in a folder.
 
     Raises:
-        UsageError: if the file is not one.
+        UsageError: if the file cannot be read, is not a summary, or is damaged.
     """
-    if path.is_dir():
-        path = path / "summary.json"
+    path = path / "summary.json" if path.is_dir() else path
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"the summary {path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise UsageError(f"the file {path} is not JSON: give the summary.json that an earlier bench wrote.") from error
-    if not isinstance(summary, dict) or not {"schema", "environment", "card", "rows"} <= summary.keys():
-        raise UsageError(f"the file {path} is no summary of the bench: give the summary.json of an earlier run.")
-    if summary["schema"] != SCHEMA:
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"the file {path} is not JSON: give the summary.json that an earlier run wrote.") from error
+    if not isinstance(found, dict) or not {"schema", "environment", "card", "rows"} <= found.keys():
+        raise UsageError(f"the file {path} is not a summary of the bench: give the summary.json of an earlier run.")
+    if found["schema"] != SCHEMA:
         raise UsageError(
-            f"the summary {path} has schema {summary['schema']}, but this release reads {SCHEMA}: run the bench again."
+            f"the summary {path} has schema {found['schema']}, but this release reads {SCHEMA}: run the bench again."
         )
-    return summary
-
-
-def as_interval(values: Mapping[str, float]) -> Interval:
-    """A row's ``{"median", "low", "high"}``."""
-    return Interval(values["median"], values["low"], values["high"])
+    try:
+        return from_plain(Summary, found, "summary")
+    except ValueError as error:
+        raise UsageError(
+            f"the summary {path} is damaged: {error}. Give it as the bench wrote it, or run the bench again."
+        ) from error

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from conformance.bench.case import Case, Prepared, Setting
-from conformance.bench.clock import Clock
+from conformance.bench.clock import Clock, Device, Event
 from conformance.bench.measure import Measurement, measure
 
 
@@ -18,14 +18,13 @@ class FakeEvent:
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
 
-    def seconds_until(self, later: "FakeEvent") -> float:
-        return later.seconds - self.seconds
+    def elapsed_time(self, end: "FakeEvent", /) -> float:
+        return (end.seconds - self.seconds) * 1e3
 
 
-class FakeDevice:
+class FakeDevice(Device):
     """Host and device, each with a time of its own. Nothing takes any real time."""
 
-    kind = "fake"
     launch_seconds = 5e-6
     queue = 1000  # launches that the host can be ahead
     bandwidth, cache_bandwidth, cache_bytes = 1e12, 5e12, 50e6
@@ -75,7 +74,7 @@ class FakeDevice:
     def synchronize(self) -> None:
         self.host = max(self.host, self.busy_until)
 
-    def event(self) -> FakeEvent:
+    def event(self) -> Event:
         return FakeEvent(max(self.host, self.busy_until))
 
     def delay(self, seconds: float) -> None:
@@ -93,9 +92,6 @@ class FakeDevice:
 
     def reset_peak(self) -> None:
         self.peak_tensors = self.tensors
-
-    def release(self) -> None:
-        pass
 
 
 def never(setting: Setting) -> Prepared:

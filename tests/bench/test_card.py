@@ -1,7 +1,6 @@
 """What the bench knows of the card."""
 
 import importlib.metadata
-import shutil
 import subprocess
 from dataclasses import replace
 from typing import Any
@@ -12,20 +11,18 @@ import torch
 from conformance.bench import card
 from conformance.bench.card import (
     UNKNOWN,
-    Card,
     decode_reasons,
     describe_environment,
     describe_load,
-    differences,
     doubts_about,
     drift_between,
     measure_card,
     median_seconds,
-    parse_answer,
     query,
     slug,
 )
-from conformance.bench.clock import Clock, HostDevice
+from conformance.bench.clock import Clock, Device
+from conformance.bench.summary import Card
 from tests.bench.fake_device import FakeDevice
 
 H100 = Card("NVIDIA H100 80GB HBM3", copy_bandwidth=3.0e12, bf16_rate=7.0e14, dense_peak=989.4e12)
@@ -48,7 +45,7 @@ def test_a_card_that_did_not_keep_its_clocks_is_told() -> None:
 
 
 def test_the_cpu_is_measured_with_the_same_code() -> None:
-    found, load = measure_card(Clock(HostDevice()), torch.device("cpu"))
+    found, load = measure_card(Clock(Device()), torch.device("cpu"))
     assert (found.name, found.dense_peak, load) == ("CPU, small", None, {})
     assert found.copy_bandwidth > 0
     assert found.bf16_rate > 0
@@ -56,7 +53,7 @@ def test_the_cpu_is_measured_with_the_same_code() -> None:
 
 def test_rates_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(card, "median_seconds", lambda *_, **__: 0.5)
-    found, _ = measure_card(Clock(HostDevice()), torch.device("cpu"))
+    found, _ = measure_card(Clock(Device()), torch.device("cpu"))
     assert found.bf16_rate == 2 * 256**3 / 0.5  # a product and a sum for each
     assert found.copy_bandwidth == 2 * 4 * 2**20 / 0.5  # read and written
 
@@ -66,7 +63,7 @@ def test_a_card_is_not_measured_with_zeros(monkeypatch: pytest.MonkeyPatch, func
     original = getattr(torch, function)
     monkeypatch.setattr(torch, function, lambda *size, **keywords: original(*size, **keywords).zero_())
     with pytest.raises(ValueError, match="throughout: fill it with random data"):
-        measure_card(Clock(HostDevice()), torch.device("cpu"))
+        measure_card(Clock(Device()), torch.device("cpu"))
 
 
 def test_the_card_is_measured_from_a_cold_cache() -> None:
@@ -97,7 +94,6 @@ def answer_with(monkeypatch: pytest.MonkeyPatch, answers: dict[str, str]) -> lis
             raise subprocess.CalledProcessError(2, command)
         return subprocess.CompletedProcess(command, 0, stdout=answers[fields])
 
-    monkeypatch.setattr(shutil, "which", "/usr/bin/{}".format)
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(torch.cuda, "get_device_properties", {CUDA: Properties}.get)
     return commands
@@ -105,14 +101,15 @@ def answer_with(monkeypatch: pytest.MonkeyPatch, answers: dict[str, str]) -> lis
 
 def test_nvidia_smi_is_asked_about_this_card(monkeypatch: pytest.MonkeyPatch) -> None:
     commands = answer_with(monkeypatch, {"driver_version": "570.86.15\n"})
-    assert query(CUDA, "driver_version") == {"driver_version": "570.86.15"}
+    assert query(CUDA, "driver_version") == ["570.86.15"]
     assert commands[0][1] == f"--id=GPU-{Properties.uuid}"
-    assert query(CUDA, "clocks.sm") == {"clocks.sm": UNKNOWN}
+    assert query(CUDA, "clocks.sm") == [UNKNOWN]
 
 
 def test_without_nvidia_smi_all_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "which", {}.get)
-    assert query(CUDA, "driver_version") == {"driver_version": UNKNOWN}
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", {CUDA: Properties}.get)
+    assert query(CUDA, "driver_version") == [UNKNOWN]
     assert describe_load(CUDA) == {"clocks": UNKNOWN, "throttle": UNKNOWN}
 
 
@@ -126,19 +123,14 @@ def test_clocks_and_throttle_reasons_of_new_and_old_drivers(monkeypatch: pytest.
     }
 
 
-def test_answers_of_nvidia_smi() -> None:
-    assert parse_answer("1980, [N/A]\n", ["a", "b"]) == {"a": "1980", "b": UNKNOWN}
-    assert parse_answer("1980\n1980\n", ["a", "b"]) == {"a": UNKNOWN, "b": UNKNOWN}  # of two cards
+def test_answers_of_nvidia_smi(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer_with(monkeypatch, {"a,b": "1980, [N/A]\n", "c,d": "1980\n1980\n"})
+    assert query(CUDA, "a", "b") == ["1980", UNKNOWN]
+    assert query(CUDA, "c", "d") == [UNKNOWN, UNKNOWN]  # of two cards
     assert decode_reasons("0x0000000000000000") == "none"
     assert decode_reasons("0x0000000000000048") == "hardware slowdown, hardware thermal slowdown"
     assert decode_reasons("0x0000000000100000") == "0x0000000000100000"
     assert decode_reasons("Not Active") == UNKNOWN
-
-
-def test_environments_differ_by_card_and_by_what_computes() -> None:
-    old = {"gpu": "A", "torch": "2.11.0", "gpt-conformance": "0.1.0", "platform": "x"}
-    assert differences(old, old | {"gpt-conformance": "0.2.0", "platform": "y"}) == []
-    assert differences(old, old | {"gpu": "B", "torch": "2.12.0"}) == ["gpu A and B", "torch 2.11.0 and 2.12.0"]
 
 
 def test_a_folder_is_named_after_the_card() -> None:

@@ -82,7 +82,7 @@ def test_both_sides_of_a_ratio_begin_alike() -> None:
     same = Prepared(lambda: device.work(1e-3))
     found = measure(CASE, same, clock, pedantic_with(clock), beside=same)
     ratio = paired_ratio([r.device for r in found.rounds], [r.device for r in found.beside])
-    assert ratio.low < 1 < ratio.high
+    assert abs(ratio.median - 1) < 0.005  # of the 3 % that a side would gain
 
 
 def test_garbage_is_collected_on_neither_side() -> None:

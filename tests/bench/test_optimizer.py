@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from conformance.bench.case import Setting, Unavailable
+from conformance.bench.case import AGAINST_ITSELF, Setting
+from conformance.bench.models import tensor_shapes
+from conformance.bench.optimizer_state import states
 from conformance.bench.optimizer_step import (
-    AGAINST_ITSELF,
     TRAFFIC,
     VARIANTS,
     Variant,
@@ -13,17 +14,16 @@ from conformance.bench.optimizer_step import (
     bytes_per_parameter,
     cases,
     find_optimizer,
-    shapes_of,
-    states,
 )
+from conformance.errors import Unavailable
 
 CPU = torch.device("cpu")
 
 
 def test_the_shapes_are_those_of_the_trainer() -> None:
-    assert sum(shape.numel() for shape in shapes_of("gpt2-124m")) == 124_475_904
-    assert len(shapes_of("gpt2-124m")) == 148  # the tied head once
-    assert sum(shape.numel() for shape in shapes_of("llama-1.2b")) == 1_340_704_768
+    assert sum(shape.numel() for shape in tensor_shapes("gpt2-124m")) == 124_475_904
+    assert len(tensor_shapes("gpt2-124m")) == 148  # the tied head once
+    assert sum(shape.numel() for shape in tensor_shapes("llama-1.2b")) == 1_340_704_768
 
 
 def test_the_floors_are_the_sums_that_are_written_out() -> None:
@@ -48,24 +48,19 @@ def test_the_rows() -> None:
     assert {case.size for case in small} == {"tiny"}
     assert len({case.key for case in full}) == len(full)
     assert all(case.beside is None or case.beside in {c.name for c in full if c.size == case.size} for case in full)
-    assert sum(case.seconds for case in quick) < 20
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:CUDA is not available:UserWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    "variant",
-    [variant for variant in VARIANTS if not variant.path.startswith("torchao")],  # compiles its step with inductor
-    ids=lambda variant: variant.name,
+    "variant", [variant for variant in VARIANTS if not variant.compiles], ids=lambda variant: variant.name
 )
 def test_every_variant_steps_and_starts_again(variant: Variant, dtype: torch.dtype) -> None:
-    if variant.needs_cuda:
-        with pytest.raises(Unavailable, match=f"{variant.needs_cuda} CUDA"):
+    if variant.paged:
+        with pytest.raises(Unavailable, match="through CUDA's unified memory only"):
             build(variant, "tiny", dtype, Setting(CPU))
         return
     prepared = build(variant, "tiny", dtype, Setting(CPU))
-    assert prepared.reset is not None
-    assert prepared.later_facts is not None
     parameter = prepared.inputs[0]
     start = parameter.detach().clone()
     assert start.unique().numel() > 100
@@ -81,7 +76,7 @@ def test_every_variant_steps_and_starts_again(variant: Variant, dtype: torch.dty
     expected = {
         "moments like the parameter": 2 * dtype.itemsize,
         "32-bit moments": 8,
-        "8-bit moments": 3.9,  # of tiny tensors many are under 4,096 elements, and keep 32 bits
+        "8-bit moments": 3.83,  # of tiny tensors many are under 4,096 elements, and keep 32 bits
         "moments and average": 3 * dtype.itemsize,
     }[variant.traffic]
     assert state == pytest.approx(expected, rel=0.02)
@@ -89,9 +84,9 @@ def test_every_variant_steps_and_starts_again(variant: Variant, dtype: torch.dty
 
 def test_what_is_not_installed_says_so() -> None:
     with pytest.raises(Unavailable, match="pip install nowhere"):
-        find_optimizer(Variant("x", "nowhere.AdamW", {}, "8-bit moments"))
+        find_optimizer("nowhere.AdamW")
     with pytest.raises(Unavailable, match="has no AdamW9bit"):
-        find_optimizer(Variant("x", "torch.optim.AdamW9bit", {}, "8-bit moments"))
+        find_optimizer("torch.optim.AdamW9bit")
 
 
 def test_the_state_is_found_where_the_optimizer_keeps_it() -> None:

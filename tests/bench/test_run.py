@@ -11,17 +11,28 @@ import pytest
 import torch
 from rich.console import Console
 
-from conformance.bench.card import Card
-from conformance.bench.case import Case, Prepared, Setting, Unavailable
+from conformance.bench.bootstrap import Interval
+from conformance.bench.case import Case, Prepared, Setting
 from conformance.bench.clock import Clock, Round
+from conformance.bench.columns import parameters_of
+from conformance.bench.figures import make_row
 from conformance.bench.measure import Measurement
-from conformance.bench.run import Run
+from conformance.bench.plain import to_plain
+from conformance.bench.run import Run, in_minutes
+from conformance.bench.session import summarise
 from conformance.bench.suite import run_suite
-from conformance.bench.summary import empty_row, make_row, make_summary, parameters_of
-from conformance.bench.table import print_summary
+from conformance.bench.summary import Beside, Card, Row, Samples, missing
+from conformance.bench.terminal import print_summary
+from conformance.errors import Unavailable
 from tests.bench.fake_device import FakeDevice
 
 CARD = Card("Fake", copy_bandwidth=1e12, bf16_rate=5e14, dense_peak=None)
+
+
+def beside(row: Row) -> Beside:
+    """Return the ratio of a row that was interleaved."""
+    assert row.interleaved is not None
+    return row.interleaved
 
 
 class Bench:
@@ -65,7 +76,7 @@ class Bench:
         self.console = Console(file=io.StringIO(), width=200)
         setting = Setting(torch.device("meta"))
         run = Run(setting, Clock(self.device), CARD, cases, console=self.console, **keywords)
-        assert run_suite(run, folder / "benchmark.json")
+        assert run_suite(run, folder / "benchmark.json", {"card": to_plain(CARD)})
         return run
 
     @property
@@ -82,19 +93,19 @@ def bench() -> Bench:
 def test_rows_are_measured_and_written(bench: Bench, tmp_path: Path) -> None:
     run = bench.run(bench.case("A"), bench.case("B", 2e-3, beside="A"), folder=tmp_path)
     first, second = run.rows
-    assert first["device_ms"]["low"] <= first["device_ms"]["median"] <= first["device_ms"]["high"]
-    assert first["device_ms"]["median"] == pytest.approx(1.005, rel=0.02)
-    assert first["share_of_floor"] == pytest.approx(0.5, rel=0.02)
-    assert second["interleaved"]["with"] == "A"
-    assert second["interleaved"]["ratio"] == pytest.approx(2.0, rel=0.02)
-    assert first["doubts"] == second["doubts"] == []
-    assert len(second["samples_ms"]["device"]) == second["rounds"] == 30
+    assert first.judged.low <= first.judged.median <= first.judged.high
+    assert first.judged.median == pytest.approx(1.005, rel=0.02)
+    assert first.share_of_floor == pytest.approx(0.5, rel=0.02)
+    assert beside(second).with_ == "A"
+    assert beside(second).ratio == pytest.approx(2.0, rel=0.02)
+    assert first.doubts == second.doubts == ()
+    assert len(second.samples_ms.device) == second.rounds == 30
     assert run.complete
     assert bench.log == ["build A", "build B", "close B", "close A"]  # A stays, since B is interleaved with it
-    assert f"[2/2] size, B: {second['device_ms']['median']:.3f} ms" in bench.printed
+    assert f"[2/2] size, B: {second.judged.median:.3f} ms" in bench.printed
     written = json.loads((tmp_path / "benchmark.json").read_text())
     assert [b["stats"]["rounds"] for b in written["benchmarks"]] == [30, 30]
-    assert written["benchmarks"][1]["extra_info"]["interleaved"] == second["interleaved"]
+    assert written["benchmarks"][1]["extra_info"]["interleaved"] == to_plain(second)["interleaved"]
     assert written["machine_info"]["card"]["name"] == "Fake"
 
 
@@ -102,9 +113,9 @@ def test_a_row_keeps_its_three_times_apart() -> None:
     rounds = [Round(device=1.0, wall=2.0, host=0.5)] * 5
     case = Case("training step", "size", "A", Bench().case("A").build, beside="B")
     found = make_row(case, Measurement(rounds, beside=[Round(1.0, 1.0, 1.0)] * 5), {}, CARD)
-    assert (found["device_ms"]["median"], found["wall_ms"]["median"], found["host_ms"]) == (1000, 2000, 500)
-    assert found["samples_ms"] == {"device": [1000] * 5, "wall": [2000] * 5}
-    assert found["interleaved"]["ratio"] == 2.0  # a training step is judged by the wall
+    assert (found.device_ms, found.judged.median, found.host_ms) == (Interval(1000, 1000, 1000), 2000, 500)
+    assert found.samples_ms == Samples((1000,) * 5, (2000,) * 5)
+    assert beside(found).ratio == 2.0  # a training step is judged by the wall
 
 
 def test_the_peak_of_a_row_is_its_own(bench: Bench, tmp_path: Path) -> None:
@@ -116,14 +127,14 @@ def test_the_peak_of_a_row_is_its_own(bench: Bench, tmp_path: Path) -> None:
 
     rows = [Case("group", "size", name, build, beside=beside) for name, beside in (("A", None), ("B", "A"))]
     run = bench.run(*rows, folder=tmp_path)
-    assert [row["peak_allocated"] for row in run.rows] == [30, 30]
+    assert [row.peak_allocated for row in run.rows] == [30, 30]
 
 
 def test_a_companion_is_built_for_a_row_that_needs_it(bench: Bench, tmp_path: Path) -> None:
     other = bench.case("A")
     run = bench.run(bench.case("B", beside="A"), bench.case("C"), folder=tmp_path, companions=[other])
-    assert [row["name"] for row in run.rows] == ["B", "C"]
-    assert run.rows[0]["interleaved"]["with"] == "A"
+    assert [row.name for row in run.rows] == ["B", "C"]
+    assert beside(run.rows[0]).with_ == "A"
     assert bench.log == ["build A", "build B", "close B", "close A", "build C", "close C"]
 
 
@@ -136,7 +147,7 @@ def test_what_cannot_be_measured_has_its_reason(bench: Bench, tmp_path: Path) ->
         bench.case("A"),
         folder=tmp_path,
     )
-    reasons = {row["name"]: row["unavailable"] for row in run.rows}
+    reasons = {row.name: row.unavailable for row in run.rows}
     assert reasons == {
         "absent": "the moon is not full.",
         "large": "out of memory.",
@@ -161,24 +172,24 @@ def test_without_room_for_two_a_row_is_measured_alone(bench: Bench, tmp_path: Pa
 
     large = Case("group", "size", "B", build, beside="A")
     run = bench.run(bench.case("A"), large, bench.case("C", beside="A"), folder=tmp_path)
-    assert [row["unavailable"] for row in run.rows] == [None] * 3
-    assert run.rows[1]["interleaved"] is None
-    assert run.rows[1]["doubts"] == ["measured alone: the memory does not hold A beside it"]
-    assert run.rows[2]["interleaved"]["with"] == "A"
+    assert [row.unavailable for row in run.rows] == [None] * 3
+    assert run.rows[1].interleaved is None
+    assert run.rows[1].doubts == ("measured alone: the memory does not hold A beside it",)
+    assert beside(run.rows[2]).with_ == "A"
     assert bench.log == ["build A", "close A", "build B", "close B", "build A", "build C", "close C", "close A"]
 
 
 def test_a_row_whose_companion_is_not_there_is_measured_alone(bench: Bench, tmp_path: Path) -> None:
     run = bench.run(bench.broken("A", Unavailable("no A.")), bench.case("B", beside="A"), folder=tmp_path)
-    assert run.rows[1]["unavailable"] is None
-    assert run.rows[1]["doubts"] == ["measured alone: A is not there (no A.)"]
-    with pytest.raises(ValueError, match="which is no case"):
+    assert run.rows[1].unavailable is None
+    assert run.rows[1].doubts == ("measured alone: A is not there (no A.)",)
+    with pytest.raises(ValueError, match="there is no such row"):
         bench.run(bench.case("B", beside="nothing"), folder=tmp_path)
 
 
 def test_ctrl_c_keeps_the_rows(bench: Bench, tmp_path: Path) -> None:
     run = bench.run(bench.case("A"), bench.broken("B", KeyboardInterrupt(), steps=6), bench.case("C"), folder=tmp_path)
-    assert [row["name"] for row in run.rows] == ["A"]
+    assert [row.name for row in run.rows] == ["A"]
     assert run.interrupted
     assert not run.complete
     assert len(json.loads((tmp_path / "benchmark.json").read_text())["benchmarks"]) == 1
@@ -194,8 +205,8 @@ def test_a_lost_device_ends_the_run_in_words(bench: Bench, tmp_path: Path, monke
         return Prepared(lambda: None)
 
     run = bench.run(bench.case("A"), Case("group", "size", "B", lose), bench.case("C"), folder=tmp_path)
-    assert [row["unavailable"] is None for row in run.rows] == [True, False, False]
-    assert run.rows[2]["unavailable"].startswith("not run: the device was lost in B (RuntimeError: CUDA error")
+    assert [row.unavailable is None for row in run.rows] == [True, False, False]
+    assert str(run.rows[2].unavailable).startswith("not run: the device was lost in B (RuntimeError: CUDA error")
     assert not run.complete
 
 
@@ -213,25 +224,25 @@ def test_compiled_code_is_forgotten_where_the_graph_changes(
 def test_a_limit_leaves_out_what_would_exceed_it(bench: Bench, tmp_path: Path) -> None:
     late = Case("group", "size", "B", bench.case("B").build, seconds=50.0)
     run = bench.run(bench.case("A"), late, folder=tmp_path, limit=40.0)
-    assert run.rows[1]["unavailable"] == "not run: it would exceed the limit of 40 s."
+    assert run.rows[1].unavailable == "not run: it would exceed the limit of 40 s."
     assert not run.complete
 
 
 def test_the_limit_counts_what_is_used_and_goes_by_the_pace(bench: Bench, tmp_path: Path) -> None:
     run = bench.run(bench.case("A", priority=1), folder=tmp_path, limit=40.0, used=38.0)
-    assert run.rows[0]["unavailable"] == "not run: it would exceed the limit of 40 s."
+    assert run.rows[0].unavailable == "not run: it would exceed the limit of 40 s."
     first, second = (Case("group", "size", name, bench.case(name).build, seconds=20.0) for name in "AB")
     run = bench.run(first, second, folder=tmp_path, limit=30.0)  # A takes under a second instead of 20
-    assert [row["unavailable"] for row in run.rows] == [None, None]
+    assert [row.unavailable for row in run.rows] == [None, None]
 
 
 def test_the_time_left_goes_by_what_was_measured(bench: Bench, tmp_path: Path) -> None:
     cases = [Case("group", "size", name, bench.case(name).build, seconds=20.0) for name in "ABC"]
     run = Run(Setting(torch.device("meta")), Clock(bench.device), CARD, cases)
-    assert (run.seconds_left, run.time_left()) == (60.0, "1:00")
-    run.rows.append(empty_row(cases[0], "not installed."))
+    assert (run.seconds_left, in_minutes(run.seconds_left)) == (60.0, "1:00")
+    run.rows.append(missing(cases[0], "not installed."))
     assert run.seconds_left == 40.0  # it took no time, which says nothing of the others
-    run.rows.append(empty_row(cases[1]))
+    run.rows.append(make_row(cases[1], Measurement([Round(1.0, 1.0, 1.0)]), {}, CARD))
     run.started -= 40.0
     assert run.seconds_left == pytest.approx(40.0, rel=0.01)  # twice as slow as an H100
 
@@ -254,7 +265,7 @@ def test_a_companion_that_cannot_be_closed_costs_no_row(bench: Bench, tmp_path: 
 
     bad = Case("group", "size", "A", build)
     run = bench.run(bench.case("B", beside="A"), bench.case("C"), folder=tmp_path, companions=[bad])
-    assert [row["unavailable"] for row in run.rows] == [None, None]
+    assert [row.unavailable for row in run.rows] == [None, None]
     assert run.failed == ["A"]
     assert "it does not close" in bench.printed
 
@@ -267,8 +278,8 @@ def test_nobody_needs_to_read_the_progress(bench: Bench, tmp_path: Path) -> None
     run = Run(Setting(torch.device("meta")), Clock(bench.device), CARD, [bench.case("A"), bench.case("B")])
     run.console = Console(file=Closed())
     run.console.on_broken_pipe = lambda: sys.exit(1)  # type: ignore[method-assign] # as it does, but for the streams
-    assert run_suite(run, tmp_path / "benchmark.json")
-    assert [row["unavailable"] for row in run.rows] == [None, None]
+    assert run_suite(run, tmp_path / "benchmark.json", {})
+    assert [row.unavailable for row in run.rows] == [None, None]
 
 
 def test_garbage_is_not_collected_in_a_round(bench: Bench, tmp_path: Path) -> None:
@@ -282,14 +293,14 @@ def test_garbage_is_not_collected_in_a_round(bench: Bench, tmp_path: Path) -> No
         return Prepared(step)
 
     run = bench.run(Case("group", "size", "A", build, rounds=5), folder=tmp_path)
-    assert run.rows[0]["rounds"] == 5
+    assert run.rows[0].rounds == 5
     assert enabled[-5:] == [False] * 5
 
 
 def test_a_quick_run_takes_few_rounds(bench: Bench, tmp_path: Path) -> None:
     run = Run(Setting(torch.device("meta"), quick=True), Clock(bench.device), CARD, [bench.case("A")])
-    assert run_suite(run, tmp_path / "benchmark.json")
-    assert run.rows[0]["rounds"] == 8
+    assert run_suite(run, tmp_path / "benchmark.json", {})
+    assert run.rows[0].rounds == 8
 
 
 def test_the_users_pytest_configuration_does_not_matter(
@@ -300,7 +311,7 @@ def test_the_users_pytest_configuration_does_not_matter(
     monkeypatch.setenv("PYTEST_ADDOPTS", "--no-such-option")
     monkeypatch.chdir(tmp_path)
     run = bench.run(bench.case("A"), folder=tmp_path)
-    assert run.rows[0]["unavailable"] is None
+    assert run.rows[0].unavailable is None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["benchmark.json", "conftest.py", "pyproject.toml"]
 
 
@@ -313,21 +324,22 @@ def test_the_table_has_figures_reasons_and_doubts(bench: Bench, tmp_path: Path) 
         folder=tmp_path,
     )
     environment = dict.fromkeys(("gpu", "driver", "cuda", "torch", "python", "clocks", "throttle"), "some")
-    summary = make_summary(environment, CARD, run.rows, run.setting, run.complete, ["the card is warm."])
-    assert summary["card"]["noise"]["ratio"] == pytest.approx(1.0, abs=0.02)
+    summary = summarise(run, environment, ["the card is warm."])
+    assert summary.card.noise is not None
+    assert summary.card.noise.ratio == pytest.approx(1.0, abs=0.02)
     console = Console(file=io.StringIO(), width=200)
     print_summary(console, summary)
     assert isinstance(console.file, io.StringIO)
     printed = console.file.getvalue()
     for expected in (
-        "noise floor: a step against itself",
-        "drift: a step at several times of the run differed by up to",
+        "noise floor: a step took",
+        "drift: one step, at several times of the run, differed by up to",
         "Doubt: the card is warm.",
-        "drift of the host: what it does for a step differed by up to",
+        "drift of the host: its work for one step differed by up to",
         "device ms",
         "of floor",
-        "unavailable: D: no D.",
-        "? C: 0.200 ms is less than the 0.500 ms that the memory needs",
+        "D was not measured: no D.",
+        "? C: 0.199 ms is less than the 0.500 ms that the memory needs",
     ):
         assert expected in printed, printed
 
@@ -343,4 +355,6 @@ def test_the_table_has_figures_reasons_and_doubts(bench: Bench, tmp_path: Path) 
     ],
 )
 def test_parameters_in_words(numbers: list[float], words: str) -> None:
-    assert parameters_of([{"facts": {"parameters": number}} for number in numbers] + [{"facts": {}}]) == words
+    facts: list[dict[str, float | str]] = [{"parameters": number} for number in numbers]
+    rows = [Row(group="g", size="s", name="n", unavailable="no", facts=known) for known in [*facts, {}]]
+    assert parameters_of(rows) == words

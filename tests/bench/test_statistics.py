@@ -15,7 +15,6 @@ def test_the_interval_holds_the_median_and_is_the_same_each_time() -> None:
     found = median_interval(samples(3.0, seed=0))
     assert found.low < found.median < found.high
     assert found == median_interval(samples(3.0, seed=0))
-    assert found.scaled(1e3).low == found.low * 1e3
     with pytest.raises(ValueError, match="no samples"):
         median_interval([])
 

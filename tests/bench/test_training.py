@@ -12,18 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from conformance.bench import measure, peers, training
-from conformance.bench.case import Case, Prepared, Setting, Unavailable
+from conformance.bench.case import Case, Prepared, Setting
 from conformance.bench.measure import check_inputs
-from conformance.bench.throughput import throughput
-from conformance.subject import UsageError
+from conformance.bench.models import draw, random_batches, shape
+from conformance.errors import Unavailable
+from reference import GPT, GPTConfig, Trainer
 from reference.cli.presets import PRESETS
-from reference.config import GPTConfig
-from reference.model.gpt import GPT
-from reference.training.trainer import Trainer
 
 CPU = Setting(torch.device("cpu"))
 CASES = training.cases(CPU.device, quick=False)
-NEEDS_GPU = {"PagedAdamW8bit", "AdamW captured"}
+NEEDS_GPU = {"PagedAdamW8bit"}
 FACTS = {"tokens", "parameters", "flops_per_token", "flops_per_token_causal", "formula", "microbatch", "length"}
 FACTS |= {"precision", "optimizer", "compiled", "host", "batches"}
 
@@ -33,7 +31,6 @@ def losses(prepared: Prepared, steps: int) -> list[float]:
     found = []
     for _ in range(steps):
         prepared.step()
-        assert prepared.later_facts is not None
         found.append(float(prepared.later_facts()["last loss"]))
     return found
 
@@ -47,7 +44,6 @@ def runs_here(case: Case) -> bool:
 )
 def test_after_a_reset_every_row_begins_again(case: Case) -> None:
     prepared = case.build(CPU)
-    assert prepared.reset is not None
     first = losses(prepared, 3)
     prepared.reset()
     assert losses(prepared, 3) == first
@@ -59,20 +55,6 @@ def test_after_a_reset_every_row_begins_again(case: Case) -> None:
 def test_what_needs_a_gpu_says_so(case: Case) -> None:
     with pytest.raises(Unavailable, match="CUDA"):
         case.build(CPU)
-
-
-def test_names_are_unique_and_what_a_row_is_beside_exists() -> None:
-    for device, quick in [("cpu", False), ("cuda", False), ("cuda", True)]:
-        found = training.cases(torch.device(device), quick) + peers.cases(torch.device(device), quick)
-        keys = [case.key for case in found]
-        assert len(set(keys)) == len(keys)
-        assert all((c.group, c.size, c.beside) in keys for c in found if c.beside is not None)
-    quickly = training.cases(torch.device("cuda"), quick=True)
-    assert [case.name for case in quickly] == [
-        "reference, bf16-mixed, AdamW fused, compiled",
-        "reference, bf16-mixed, AdamW foreach, compiled",
-        "reference, bf16-mixed, AdamW fused, eager",
-    ]
 
 
 def test_rows_that_share_compiled_code_stand_together() -> None:
@@ -87,11 +69,11 @@ def test_rows_that_share_compiled_code_stand_together() -> None:
 
 
 def test_the_preset_is_measured_as_it_is() -> None:
-    [row] = [row for row in training.GPT2_ROWS if row.note]
+    [row] = [row for row in training.GPT2_ROWS if row.note == training.PRESET]
     preset = PRESETS["gpt2-124m"]
-    assert replace(training.shape("gpt2-124m"), **row.model) == preset.model
+    assert replace(shape("gpt2-124m"), **row.model) == preset.model
     assert row.microbatch == preset.data.microbatch_size
-    for name in ("precision", "compile", "clip", "optimizer", "capture_step", "stable_embedding"):
+    for name in ("precision", "compile", "clip", "optimizer", "stable_embedding"):
         assert getattr(row.train, name) == getattr(preset.train, name)
     assert f"accumulates {preset.train.microbatches} microbatches" in row.note
 
@@ -103,10 +85,10 @@ def test_peers_and_reference_train_with_the_same_settings() -> None:
     assert plain.facts["residual"] == "float32"
     assert training.GPT2_ROWS[0].microbatch == peers.MICROBATCH
     for peer in peers.PEERS:
-        own = peer.build is peers.reference_model
+        own = peer.build is GPT
         if not own and importlib.util.find_spec(peer.package.replace("-", "_")) is None:
             continue
-        other = peers.prepare(peer, training.shape("gpt2-tiny"), CPU)
+        other = peers.prepare(peer, shape("gpt2-tiny"), CPU)
         for name in ("tokens", "microbatch", "precision", "optimizer", "compiled", "clip", "batches"):
             assert other.facts[name] == plain.facts[name], name
         assert other.facts["decays"] == "100.0% of the parameters, in 1 group"
@@ -137,22 +119,20 @@ def test_the_same_model_is_compiled_once_for_all_its_optimizers(graphs: list[tor
     rows = [row for row in training.GPT2_ROWS if row.train.compile][:2]
     eight_bit = next(row for row in training.GPT2_ROWS if row.train.optimizer == training.EIGHT_BIT)
     for row in (*rows, eight_bit):
-        prepared = training.prepare(row, training.shape("gpt2-tiny"), CPU)
+        prepared = training.prepare(row, shape("gpt2-tiny"), CPU)
         assert prepared.facts["logits"] == "inside the compiled graph"
         prepared.step()
         prepared.step()
     assert len(graphs) == 1
-    training.prepare(replace(rows[0], train=training.TRUE), training.shape("gpt2-tiny"), CPU).step()
+    training.prepare(replace(rows[0], train=training.TRUE), shape("gpt2-tiny"), CPU).step()
     assert len(graphs) == 2
 
 
 def test_a_step_is_an_update_of_the_trainer() -> None:
-    row, config = training.GPT2_ROWS[0], training.shape("gpt2-tiny")
+    row, config = training.GPT2_ROWS[0], shape("gpt2-tiny")
     prepared = training.prepare(row, config, CPU)
     train = replace(row.train, updates=3, compile=False, accelerator="cpu")
-    fitted = Trainer(partial(training.draw, config, CPU.device), train).fit(
-        training.random_batches(config, 2, CPU.device)
-    )
+    fitted = Trainer(partial(draw, config, CPU.device), train).fit(random_batches(config, 2, CPU.device))
     assert losses(prepared, 3) == [record.loss for record in fitted.records]
 
 
@@ -170,8 +150,8 @@ def test_the_rows_are_what_their_names_say() -> None:
 
 
 def test_batches_are_random_and_differ() -> None:
-    config = training.shape("gpt2-tiny")
-    batches = training.random_batches(config, 4, CPU.device)
+    config = shape("gpt2-tiny")
+    batches = random_batches(config, 4, CPU.device)
     assert [tuple(batch.shape) for batch in batches] == [(4, config.block_size + 1)] * 8
     assert len({batch.flatten()[:20].numpy().tobytes() for batch in batches}) == 8
     assert 0 <= min(int(b.min()) for b in batches) < 5
@@ -180,8 +160,8 @@ def test_batches_are_random_and_differ() -> None:
 
 @pytest.mark.parametrize("size", ["gpt2-tiny", "llama-tiny"])
 def test_weights_drawn_on_the_device_follow_the_table(size: str) -> None:
-    config = training.shape(size)
-    model = training.draw(config, CPU.device)
+    config = shape(size)
+    model = draw(config, CPU.device)
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
             assert parameter.std().item() == pytest.approx(config.init_std, rel=0.1), name
@@ -193,59 +173,6 @@ def test_weights_drawn_on_the_device_follow_the_table(size: str) -> None:
     assert loss.item() == pytest.approx(5.545, abs=0.1)  # ln 256: nothing is left uninitialised
 
 
-# --- figures ---------------------------------------------------------------------------------------------------------
-
-H100 = "NVIDIA H100 80GB HBM3"
-
-
-def row(wall: float = 100.0, device: float = 99.0, host: float = 20.0, **facts: Any) -> dict[str, Any]:
-    """A row as the result file has it: 32 x 1024 tokens of GPT-2 in 100 ms on an H100."""
-    known: dict[str, Any] = {"tokens": 32768, "flops_per_token": 8.5e8, "flops_per_token_causal": 8.0e8}
-    known |= {"card": H100, "dense_peak": 989.4e12}
-    return {
-        "size": "gpt2-124m",
-        "name": "reference",
-        "unavailable": None,
-        "device_ms": {"median": device},
-        "wall_ms": {"median": wall},
-        "host_ms": host,
-        "facts": known | facts,
-    }
-
-
-def test_throughput_by_hand() -> None:
-    figures = throughput(row())
-    assert figures["tokens_per_second"] == pytest.approx(327_680)
-    assert figures["tokens_per_second_device"] == pytest.approx(32768 / 0.099)
-    assert figures["mfu"] == pytest.approx(327_680 * 8.5e8 / 989.4e12)  # 28.2 %
-    assert figures["mfu_causal"] == pytest.approx(327_680 * 8.0e8 / 989.4e12)
-
-
-def test_no_mfu_without_a_peak_and_nothing_without_a_measurement() -> None:
-    unknown = row()
-    del unknown["facts"]["dense_peak"]
-    assert set(throughput(unknown)) == {"tokens_per_second", "tokens_per_second_device"}
-    assert throughput({"unavailable": "bitsandbytes is not installed."}) == {}
-
-
-@pytest.mark.parametrize(
-    ("fault", "message"),
-    [
-        (row(wall=1.0, device=0.9, host=0.2), r"MFU of 28.15 is more than the card can do"),
-        (row(wall=1.7e12), "a duration is wrong, for example a timestamp"),  # of time.time(), in milliseconds
-        (row(device=1.7e12), "a duration is wrong"),
-        (row(wall=0.01), "a duration is wrong"),  # of a clock that did not wait for the device
-        (row(device=0.0), "a duration is wrong"),
-        (row(dense_peak=1978.9e12), r"1978.9 TFLOP/s is not the dense one of NVIDIA H100 80GB HBM3, 989.4"),
-        (row(card="NVIDIA H999"), "unknown"),
-        (row(tokens=32768 * 1024), "a count is wrong"),
-    ],
-)
-def test_impossible_figures_are_refused(fault: dict[str, Any], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        throughput(fault)
-
-
 # --- peers -----------------------------------------------------------------------------------------------------------
 
 PEERS = pytest.mark.parametrize("peer", peers.PEERS, ids=lambda peer: peer.name)
@@ -253,7 +180,7 @@ PEERS = pytest.mark.parametrize("peer", peers.PEERS, ids=lambda peer: peer.name)
 
 def need(peer: peers.Peer) -> None:
     """Skip the test if the peer's library is not installed."""
-    if peer.build is peers.reference_model:
+    if peer.build is GPT:
         return
     name = peer.package.replace("-", "_")
     pytest.importorskip(name, reason=f"{peer.package} is not installed: pip install 'gpt-conformance[peers]'")
@@ -287,7 +214,7 @@ def test_a_peer_steps_in_bf16_and_is_clipped(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(nn.utils, "clip_grad_norm_", watched)
     own = replace(peers.PEERS[2], package="torch", build=Watched, loss=peers.plain_loss)
-    prepared = peers.prepare(own, training.shape("gpt2-tiny"), CPU)
+    prepared = peers.prepare(own, shape("gpt2-tiny"), CPU)
     prepared.step()
     assert seen == [(True, torch.bfloat16), 1.0]
     assert prepared.facts["optimizer"] == "AdamW (fused)"
@@ -296,11 +223,10 @@ def test_a_peer_steps_in_bf16_and_is_clipped(monkeypatch: pytest.MonkeyPatch) ->
 @PEERS
 def test_a_peer_learns_and_begins_again(peer: peers.Peer, monkeypatch: pytest.MonkeyPatch) -> None:
     need(peer)
-    batch = training.random_batches(training.shape("gpt2-tiny"), 2, CPU.device)[0]
+    batch = random_batches(shape("gpt2-tiny"), 2, CPU.device)[0]
     monkeypatch.setattr(peers, "random_batches", lambda *_: [batch])
     monkeypatch.setattr(peers, "ADAMW", training.ADAMW | {"lr": 1e-2})
-    prepared = peers.prepare(peer, training.shape("gpt2-tiny"), CPU)
-    assert prepared.reset is not None
+    prepared = peers.prepare(peer, shape("gpt2-tiny"), CPU)
     first = losses(prepared, 8)
     assert first[0] == pytest.approx(5.545, abs=0.1)  # ln 256: in nats per token, and unbiased at the start
     assert first[-1] < first[0] - 1.0
@@ -315,7 +241,7 @@ def test_a_peer_compiles_in_one_graph_with_causal_attention_without_a_mask(
 ) -> None:
     """A mask would keep SDPA from the flash kernel, and a graph break would cost each step: no accidental handicap."""
     need(peer)
-    prepared = peers.prepare(peer, training.shape("gpt2-tiny"), CPU)
+    prepared = peers.prepare(peer, shape("gpt2-tiny"), CPU)
     prepared.step()
     prepared.step()
     assert len(graphs) == 1
@@ -330,4 +256,4 @@ def test_a_peer_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -
 
     peer = replace(peers.PEERS[0], build=missing)
     with pytest.raises(Unavailable, match=r"No module named 'litgpt'\): pip install gpt-conformance\[peers\]"):
-        peers.prepare(peer, training.shape("gpt2-tiny"), CPU)
+        peers.prepare(peer, shape("gpt2-tiny"), CPU)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from conformance.bench.training import Updates, draw, random_batches
+from conformance.bench.models import Updates, draw, random_batches
 from reference.config import GPTConfig, TrainConfig
 from reference.training.run import seed_dropout
 from reference.training.trainer import Trainer
