@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conformance.errors import UsageError
-from conformance.options import FORMATS, OPTIONS, USAGE
+from conformance.options import FORMATS, INTERRUPTED, OPTIONS, USAGE
 
 if TYPE_CHECKING:
     from conformance.clause import Clause
@@ -24,7 +24,7 @@ examples:
   python -m conformance explain DECAY-4                      one clause: why, source, mutants, bound
   python -m conformance report reports/conformance/*.json    result files -> pages
 
-exit code: 0 no clause failed, 1 some did, 2 the command line was wrong
+exit code: 0 no clause failed, 1 some did, 2 the command line was wrong, 130 interrupted by Ctrl-C
 """
 
 
@@ -90,8 +90,13 @@ def run_command(options: argparse.Namespace) -> int:
     errors = Console(file=sys.stderr, highlight=False)  # as stderr is now: inside a recording it is the recorder's
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 100, highlight=False)
     with Sitting(Options.of(options)) as sitting:
-        for clause in shown(sitting.chosen.values(), errors, sitting.session.subject.name):
-            sitting.judge(clause)
+        try:
+            for clause in shown(sitting.chosen.values(), errors, sitting.session.subject.name):
+                sitting.judge(clause)
+        except KeyboardInterrupt:
+            sitting.finish(console, options.verbose, options.format)
+            errors.print("Interrupted: the clauses judged until then are above.")
+            return INTERRUPTED
         return sitting.finish(console, options.verbose, options.format)
 
 

@@ -1,5 +1,6 @@
 """One judgement of one subject, from options to exit code. The command line and the pytest plugin are its two doors."""
 
+import contextlib
 import json
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
@@ -8,7 +9,7 @@ from conformance.clause import CHAPTERS, Clause, catalogue, find_clauses
 from conformance.deviations import load_deviations
 from conformance.loading import load_subject
 from conformance.options import FAILED, PASSED, Format, Options
-from conformance.report.result import Report, plain, report_of, require_writable, write_json
+from conformance.report.result import Report, plain, replace_json, report_of, require_writable, write_json
 from conformance.session import Result, Session
 
 if TYPE_CHECKING:
@@ -28,8 +29,9 @@ class Sitting:
         self.everything = catalogue()
         self.chosen = find_clauses(options.clauses)
         deviations = load_deviations(options.deviations, self.everything) if options.deviations else {}
-        self.session = Session(load_subject(options.subject), deviations)
+        self.session = Session(load_subject(options.subject), deviations, options.timeout)
         self.results: list[Result] = []
+        self.keep()
 
     def __enter__(self) -> "Sitting":
         return self
@@ -41,7 +43,14 @@ class Sitting:
         """Judge one clause."""
         result = self.session.judge(clause)
         self.results.append(result)
+        self.keep()
         return result
+
+    def keep(self) -> None:
+        """Bring the report up to date, so that a crash leaves what was judged, and no report of an earlier run."""
+        if self.report_file is not None:
+            with contextlib.suppress(OSError):  # told at the end
+                replace_json(self.report_file, self.report().as_json())
 
     def report(self) -> Report:
         """Return the report on what was judged so far."""

@@ -44,6 +44,10 @@ class RunTimeout(BaseException):
     """A run took too long. Not an Exception: a stack that catches those would go on."""
 
 
+class RunEnded(BaseException):
+    """A run tried to end the whole process. Not an Exception: a stack that catches those would go on."""
+
+
 class NotWritten(ConformanceError, FileNotFoundError):
     """A checkpoint lacks a file that it should have."""
 

@@ -1,12 +1,15 @@
 """What a user may ask for, at either door."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from conformance.errors import UsageError
+
 Format = Literal["text", "json", "github"]
-PASSED, FAILED, USAGE = 0, 1, 2
-"""Exit codes: no clause failed; some did; the command line was wrong."""
+PASSED, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+"""Exit codes: no clause failed; some did; the command line was wrong; Ctrl-C, as shells have it."""
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "--subject": {
@@ -24,7 +27,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "FILE",
         "help": "TOML file of the clauses that the stack breaks knowingly, with reasons",
     },
-    "--report": {"metavar": "FILE", "help": "write the results as JSON"},
+    "--report": {"metavar": "FILE", "help": "write the results as JSON, and keep the file up to date meanwhile"},
+    "--timeout": {
+        "metavar": "SECONDS",
+        "default": "120",
+        "help": "end a run that takes longer, and call it an error (default: 120)",
+    },
 }
 """Options of both doors, as argparse and pytest take them."""
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -38,9 +46,16 @@ class Options:
     clauses: tuple[str, ...] = ()
     deviations: Path | None = None
     report: Path | None = None
+    timeout: float = 120.0
 
     @classmethod
     def of(cls, given: Any) -> "Options":
         """Return the options in a namespace that argparse or pytest has filled from ``OPTIONS``."""
-        files = (Path(name) if name else None for name in (given.deviations, given.report))
-        return cls(given.subject, tuple(given.clause), *files)
+        files = [Path(name) if name else None for name in (given.deviations, given.report)]
+        try:
+            timeout = float(given.timeout)
+        except ValueError:
+            timeout = math.nan
+        if not 0 < timeout < math.inf:
+            raise UsageError(f"--timeout is {given.timeout!r}: give a number of seconds above 0.")
+        return cls(given.subject, tuple(given.clause), *files, timeout)

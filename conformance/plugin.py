@@ -32,7 +32,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Open the sitting if an option asks for one: a mistake is told before anything is collected."""
-    if Options.of(config.option) != Options():
+    try:
+        asked = Options.of(config.option) != Options()
+    except UsageError as error:
+        pytest.exit(sentence(error), USAGE)
+    if asked:
         sitting(config)
 
 

@@ -11,10 +11,18 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 from conformance.blame import raised_by_adapter
 from conformance.capabilities import CAPABILITIES
-from conformance.errors import AdapterFailed, ConformanceError, NotApplicable, RunFailed, RunTimeout, describe_error
+from conformance.errors import (
+    AdapterFailed,
+    ConformanceError,
+    NotApplicable,
+    RunEnded,
+    RunFailed,
+    RunTimeout,
+    describe_error,
+)
 from conformance.recipe import PRECISIONS, SHAPES, Precision, Recipe, Shape
 from conformance.recording import record
-from conformance.recording.timing import time_limit
+from conformance.recording.limits import no_sudden_exit, time_limit
 from conformance.recording.trace import Checkpoint, TensorInfo, Trace
 from conformance.subject import Distribution, Loads, Subject
 from conformance.version import is_newer
@@ -136,7 +144,7 @@ class Runs:
             error: BaseException | None = None
             with record(folder, recipe.zero_gradients, nan_gradient=recipe.nan_gradient, keep=keep) as trace:
                 try:
-                    with time_limit(self.timeout):
+                    with time_limit(self.timeout), no_sudden_exit():
                         self.subject.train(dataclasses.replace(recipe, directory=folder))
                 except KeyboardInterrupt:
                     raise
@@ -144,7 +152,7 @@ class Runs:
                     error = raised
             self._attempts[recipe] = Attempt(trace, error)
         attempt = self._attempts[recipe]
-        if isinstance(attempt.error, RunTimeout):
+        if isinstance(attempt.error, RunTimeout | RunEnded):
             raise RunFailed(str(attempt.error)) from attempt.error
         if isinstance(attempt.error, NotApplicable):
             if attempt.trace.updates:

@@ -10,7 +10,7 @@ from typing import Literal
 from conformance.blame import line_in_adapter
 from conformance.clause import PACKAGES, Clause
 from conformance.errors import NotApplicable, RunFailed, Violation, describe_error
-from conformance.runs import Runs, newer
+from conformance.runs import TIMEOUT, Runs, newer
 from conformance.subject import Subject
 from conformance.version import DISTRIBUTION, is_newer
 
@@ -36,9 +36,11 @@ class Result:
 class Session:
     """One sitting with one subject. Use as a context manager: it owns the folder that the runs write into."""
 
-    def __init__(self, subject: Subject, deviations: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, subject: Subject, deviations: Mapping[str, str] | None = None, timeout: float | None = TIMEOUT
+    ) -> None:
         self.subject = subject
-        self.runs = Runs(subject)
+        self.runs = Runs(subject, timeout)
         self.deviations = dict(deviations or {})
 
     def __enter__(self) -> "Session":

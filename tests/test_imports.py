@@ -13,7 +13,7 @@ FLOORS = {
     "conformance": [
         ["conformance.errors", "conformance.version"],
         ["conformance.capabilities", "conformance.recording.trace", "conformance.options"],
-        ["conformance.recipe", *(f"conformance.recording.{n}" for n in ("snapshot", "isolation", "timing", "files"))],
+        ["conformance.recipe", *(f"conformance.recording.{n}" for n in ("snapshot", "isolation", "limits", "files"))],
         ["conformance.subject", *(f"conformance.recording.{n}" for n in ("gates", "metrics", "unseen"))],
         ["conformance.recording.calls"],
         ["conformance.recording.recorder"],

@@ -184,23 +184,28 @@ def write_json(path: Path, content: Mapping[str, Any]) -> Path:
 
     Results are not lost: where ``path`` cannot be written any more, they go into a temporary file.
     """
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    for folder in (path.parent, None):
-        try:
-            descriptor, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".json", dir=folder)
-            with open(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
-                os.fchmod(descriptor, path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~umask())
-            if folder is not None:
-                os.replace(name, path)
-                return path
-            return Path(name)
-        except OSError:
-            if folder is None:
-                raise
-            with contextlib.suppress(OSError, UnboundLocalError):
-                os.unlink(name)
-    raise AssertionError("the loop returns or raises")
+    try:
+        replace_json(path, content)
+        return path
+    except OSError:
+        descriptor, name = tempfile.mkstemp(prefix="conformance-", suffix=".json")
+        os.close(descriptor)
+        replace_json(Path(name), content)
+        return Path(name)
+
+
+def replace_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON, whole or not at all. Raises OSError if it cannot be written."""
+    descriptor, name = tempfile.mkstemp(prefix=".", suffix=".partial", dir=path.parent)
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        os.chmod(name, path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~umask())
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
 
 
 def umask() -> int:

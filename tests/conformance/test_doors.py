@@ -5,8 +5,10 @@ import importlib.metadata
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -278,7 +280,7 @@ def test_results_are_not_lost_where_the_folder_is_gone(judge: Judge, folder: Pat
 
     class Remover(Sound):
         def train(self, recipe: Recipe) -> None:
-            (folder / "gone").rmdir()
+            shutil.rmtree(folder / "gone", ignore_errors=True)
             super().train(recipe)
 
     globals()["Remover"] = Remover
@@ -351,6 +353,7 @@ def test_a_clause_that_is_wrong_is_refused(message: str) -> None:
 
 FOREIGN = """
 import sys
+import time
 
 def pytest_addoption(parser):
     parser.addoption("--report", dest="report", help="the report of somebody else's plugin")
@@ -369,3 +372,69 @@ def test_a_pytest_run_of_somebody_else_is_untouched(tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "PYTEST_ADDOPTS"}
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment)
     assert (ran.returncode, "1 passed" in ran.stdout) == (0, True), ran.stdout
+
+
+# what a run may do to its judge ----------------------------------------------------------------------------------
+
+
+class Ender(Sound):
+    """Ends the whole process."""
+
+    def train(self, recipe: Recipe) -> None:
+        os._exit(0)
+
+
+class Hanging(Sound):
+    """Never ends, and swallows what would end it."""
+
+    def train(self, recipe: Recipe) -> None:
+        while True:
+            try:
+                time.sleep(60)
+            except Exception:  # what a stack should not do
+                continue
+
+
+class Interrupted(Sound):
+    """Its user loses patience at the second recipe."""
+
+    calls = 0
+
+    def train(self, recipe: Recipe) -> None:
+        Interrupted.calls += 1
+        if Interrupted.calls == 2:
+            raise KeyboardInterrupt
+        super().train(recipe)
+
+
+def test_a_run_that_ends_the_process_is_an_error(judge: Judge, folder: Path) -> None:
+    (folder / "out.json").write_text("the report of an earlier run")
+    code, output = judge("--subject", f"{HERE}:Ender", "--clause", "DECAY-1", "--report", "out.json")
+    assert code == 1
+    assert "ERROR DECAY-1" in output
+    assert "the run called os._exit(0)" in flat(output)
+    assert json.loads((folder / "out.json").read_text())["summary"]["error"] == 1
+    assert os._exit.__module__ == "posix", "put back"
+
+
+def test_a_run_that_hangs_is_an_error(judge: Judge) -> None:
+    code, output = judge("--subject", f"{HERE}:Hanging", "--clause", "DECAY-1", "--timeout", "0.3")
+    assert code == 1
+    assert "the run did not end within 0.3 s" in flat(output)
+
+
+@pytest.mark.parametrize("timeout", ["0", "-1", "soon", "nan", "inf"])
+def test_a_timeout_that_is_no_time_is_a_mistake(timeout: str, judge: Judge) -> None:
+    code, output = judge(f"--timeout={timeout}")
+    assert (code, output.count("\n")) == (2, 1)
+    assert output.endswith(f"--timeout is '{timeout}': give a number of seconds above 0.\n")
+
+
+def test_ctrl_c_keeps_what_was_judged(judge: Judge, folder: Path) -> None:
+    Interrupted.calls = 0
+    code, output = judge("--subject", f"{HERE}:Interrupted", "--clause", "DECAY", "--report", "out.json")
+    assert code in (2, 130)  # pytest's code, and that of shells
+    assert "Partial:" in output
+    report = json.loads((folder / "out.json").read_text())
+    assert 0 < len(report["clauses"]) < 8
+    assert report["partial"]

@@ -1,12 +1,13 @@
-"""A limit on the time of a run."""
+"""What a run may not do: take for ever, or end the process."""
 
 import contextlib
+import os
 import signal
 import threading
 import types
 from collections.abc import Iterator
 
-from conformance.errors import RunTimeout
+from conformance.errors import RunEnded, RunTimeout
 
 
 @contextlib.contextmanager
@@ -26,3 +27,20 @@ def time_limit(seconds: float | None) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+@contextlib.contextmanager
+def no_sudden_exit() -> Iterator[None]:
+    """Raise RunEnded inside the block where ``os._exit`` is called, which would end the judge without a word."""
+    original, process = os._exit, os.getpid()
+
+    def refuse(status: int) -> None:
+        if os.getpid() != process:  # a process that the run has forked may end as it likes
+            original(status)
+        raise RunEnded(f"the run called os._exit({status})")
+
+    os._exit = refuse  # type: ignore[assignment] # which returns as little
+    try:
+        yield
+    finally:
+        os._exit = original
