@@ -51,11 +51,11 @@ class Options:
     @classmethod
     def of(cls, given: Any) -> "Options":
         """Return the options in a namespace that argparse or pytest has filled from ``OPTIONS``."""
-        files = [Path(name) if name else None for name in (given.deviations, given.report)]
+        deviations, report = (Path(name) if name else None for name in (given.deviations, given.report))
         try:
             timeout = float(given.timeout)
         except ValueError:
             timeout = math.nan
         if not 0 < timeout < math.inf:
             raise UsageError(f"--timeout is {given.timeout!r}: give a number of seconds above 0.")
-        return cls(given.subject, tuple(given.clause), *files, timeout)
+        return cls(given.subject, tuple(given.clause), deviations, report, timeout)

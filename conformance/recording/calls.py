@@ -28,7 +28,7 @@ from conformance.recording.snapshot import (
     same_parameters,
     wrapper_prefixes,
 )
-from conformance.recording.trace import Forward, Trace
+from conformance.recording.trace import Forward, Named, Trace
 
 
 @dataclass
@@ -229,7 +229,7 @@ class Calls:
             for name, tensor in before.items()
             if name.startswith(first.prefix)
         }
-        self.trace.initial = {name: known[name] for name in named_tensors(module) if name in known}
+        self.trace.initial = Named({name: known[name] for name in named_tensors(module) if name in known})
         self.trace.buffers = {name: known[name] for name in named_tensors(module, buffers=True) if name in known}
         self.trace.tensors = describe_tensors(module)
         self.trace.embeddings = describe_embeddings(module)

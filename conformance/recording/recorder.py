@@ -29,7 +29,7 @@ from conformance.recording.snapshot import (
     describe_state,
     named_tensors,
 )
-from conformance.recording.trace import CrossEntropy, Loss, Step, Trace, Update
+from conformance.recording.trace import CrossEntropy, Loss, Named, Step, Trace, Update
 from conformance.recording.unseen import Shadow, find_unseen, watch_step
 
 
@@ -59,11 +59,11 @@ def recording(
 class Open:
     """An update that is not finished: optimizers may step still."""
 
-    before: dict[str, Tensor] = field(default_factory=dict)
-    gradients: dict[str, Tensor | None] = field(default_factory=dict)
+    before: Named[Tensor] = field(default_factory=Named)
+    gradients: Named[Tensor | None] = field(default_factory=Named)
     state_before: dict[str, dict[str, Any]] = field(default_factory=dict)
     state_after: dict[str, dict[str, Any]] = field(default_factory=dict)
-    after: dict[str, Tensor] = field(default_factory=dict)
+    after: Named[Tensor] = field(default_factory=Named)
     steps: list[Step] = field(default_factory=list)
     optimizers: list[Optimizer] = field(default_factory=list)
     unfounded: bool = False
@@ -246,7 +246,7 @@ class Recorder:
         else:  # another optimizer of the same update: each tensor's gradient is the one that its own optimizer finds
             own = {names[id(tensor)] for group in optimizer.param_groups for tensor in group["params"]}
             tensors = {name: t for name, t in tensors.items() if name in own or name not in self.open.before}
-        self.open.before = copied(tensors) | self.open.before
+        self.open.before = Named({**copied(tensors), **self.open.before})
         self.open.gradients |= {name: None if t.grad is None else copy_of(t.grad) for name, t in tensors.items()}
         self.open.state_before |= describe_state(optimizer, names)
         device = next((t.device.type for t in tensors.values()), "cpu")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from conformance.recording.trace import EmbeddingInfo, Group, TensorInfo
+from conformance.recording.trace import EmbeddingInfo, Group, Named, TensorInfo
 
 WRAPPER_PARTS = (
     "_forward_module",
@@ -95,7 +95,7 @@ def clean_name(name: str, wrappers: tuple[str, ...]) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPER_PARTS)
 
 
-def describe_tensors(module: nn.Module) -> dict[str, TensorInfo]:
+def describe_tensors(module: nn.Module) -> Named[TensorInfo]:
     """Return what there is to know about each parameter, by its first name."""
     owners, wrappers = dict(module.named_modules()), wrapper_prefixes(module)
     names: dict[int, list[str]] = {}
@@ -117,7 +117,7 @@ def describe_tensors(module: nn.Module) -> dict[str, TensorInfo]:
         )
         for key, (name, tensor) in first.items()
     ]
-    return {info.name: info for info in infos}
+    return Named({info.name: info for info in infos})
 
 
 def describe_embeddings(module: nn.Module) -> tuple[EmbeddingInfo, ...]:
@@ -173,9 +173,9 @@ def copy_of(tensor: Tensor) -> Tensor:
         return dense.to("cpu", copy=True)
 
 
-def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def copied(tensors: dict[str, Tensor]) -> Named[Tensor]:
     """Return copies of named tensors."""
-    return {name: copy_of(tensor) for name, tensor in tensors.items() if not tensor.is_meta}
+    return Named({name: copy_of(tensor) for name, tensor in tensors.items() if not tensor.is_meta})
 
 
 def plain_value(value: Any) -> Any:

@@ -3,13 +3,22 @@
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from conformance.errors import NotApplicable, NotWritten, Violation
+
+T = TypeVar("T")
 
 if TYPE_CHECKING:  # so that whoever only reads a trace need not import PyTorch
     import torch
     from torch import Tensor
+
+
+class Named(dict[str, T]):
+    """Values by the name of a tensor. One that is asked for and not there is a Violation, not an error of the suite."""
+
+    def __missing__(self, name: str) -> T:
+        raise Violation(f"the tensor {name}, as the model has it elsewhere in the run", "it is not there")
 
 
 @dataclass(frozen=True)
@@ -143,10 +152,10 @@ class Update:
 
     steps: tuple[Step, ...]
     """One optimizer or several, in the order in which they stepped."""
-    gradients: "dict[str, Tensor | None]"
+    gradients: "Named[Tensor | None]"
     """Of each tensor, as its own optimizer found it. None where there was none."""
-    before: "dict[str, Tensor]"
-    after: "dict[str, Tensor]"
+    before: "Named[Tensor]"
+    after: "Named[Tensor]"
     state_before: dict[str, dict[str, Any]]
     """Optimizer state by tensor, wherever the class keeps it."""
     state_after: dict[str, dict[str, Any]]
@@ -227,9 +236,9 @@ class Trace:
     """What happened in one run, on one rank. Tensors are copies on the CPU."""
 
     rank: int = 0
-    tensors: dict[str, TensorInfo] = field(default_factory=dict)
+    tensors: Named[TensorInfo] = field(default_factory=Named)
     """Parameters at the first forward, by name."""
-    initial: "dict[str, Tensor]" = field(default_factory=dict)
+    initial: "Named[Tensor]" = field(default_factory=Named)
     """Their values at the first forward."""
     buffers: "dict[str, Tensor]" = field(default_factory=dict)
     """Buffers at the first forward."""

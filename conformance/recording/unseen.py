@@ -13,13 +13,17 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from conformance.recording.trace import Named
+
 
 class Shadow:
     """Copies of the model's tensors at the end of a backward, to see whether they have changed since."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.values = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-        self.gradients = {name: None if t.grad is None else t.grad.detach().clone() for name, t in tensors.items()}
+        self.gradients: Named[Tensor | None] = Named()
+        for name, tensor in tensors.items():
+            self.gradients[name] = None if tensor.grad is None else tensor.grad.detach().clone()
 
     def differs(self, tensors: dict[str, Tensor]) -> bool:
         """Return True if any tensor has changed."""

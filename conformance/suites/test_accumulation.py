@@ -11,7 +11,7 @@ from conformance.checks.data import mean_entropy, next_tokens, sample_numbers
 from conformance.clause import clause
 from conformance.errors import NotApplicable, Violation
 from conformance.recipe import OptimizerChoice, Recipe
-from conformance.recording.trace import Trace
+from conformance.recording.trace import Named, Trace
 from conformance.runs import Runs
 from conformance.suites import SGD, dropping, everyday, on_two_ranks, paired
 
@@ -126,7 +126,7 @@ def test_gradient_of_the_mean(runs: Runs) -> None:
         run = runs.trace(recipe)
         losses = [loss_of(recipe, run, update) for update in (0, 1)]
         first, second = run.update(0), run.update(1)
-        moved = {name: first.after[name].double() - first.before[name].double() for name in first.before}
+        moved = Named({name: first.after[name].double() - first.before[name].double() for name in first.before})
         what = "the gradient, with some targets ignored," if recipe.ignored_targets else "the gradient"
         gradient_is_of((losses[0], losses[1]), moved, (first.gradients, second.gradients), what)
 

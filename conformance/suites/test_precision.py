@@ -169,6 +169,8 @@ def test_small_updates(runs: Runs) -> None:
     choice = OptimizerChoice.of(ADAMW, lr=1e-6, weight_decay=0.0)
     recipe = Recipe(precision="bf16-true", optimizer=choice, updates=4)
     coarse, exact = runs.trace(recipe), runs.trace(replace(recipe, precision="32-true"))
+    if not precision.movement(exact.initial, exact.update(-1).after):
+        raise Violation("weights that move in float32", "none does")
     ratio = precision.movement(coarse.initial, coarse.update(-1).after) / precision.movement(
         exact.initial, exact.update(-1).after
     )

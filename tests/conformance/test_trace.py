@@ -125,7 +125,7 @@ def test_logits_and_ids_are_found(model: Tiny) -> None:
         for model.wrap in outputs:
             model(IDS)
             model(input_ids=IDS)
-    assert [torch.equal(f.logits, expected) and torch.equal(f.ids, IDS) for f in trace.forwards] == [True] * 8
+    assert [torch.equal(f.scores, expected) and torch.equal(f.ids, IDS) for f in trace.forwards] == [True] * 8
 
 
 def test_mode_of_each_forward_loss_and_step(model: Tiny) -> None:
@@ -201,7 +201,7 @@ def test_a_model_inside_a_module_that_gives_the_loss(model: Tiny, rows: bool) ->
     first = trace.forwards[0]
     assert [(f.update, f.inside) for f in trace.forwards] == [(0, True), (1, True), (2, False)]
     assert torch.equal(first.ids, ids)
-    assert torch.equal(first.logits, expected)
+    assert torch.equal(first.scores, expected)
     assert (list(trace.tensors), list(trace.updates[0].after)) == (NAMES, NAMES)
     assert equal(trace.initial, start)
 
@@ -213,7 +213,7 @@ def test_an_evaluation_that_returns_nothing(model: Tiny) -> None:
     wrapped.forward = lambda ids: None if model(ids) is not None else ids  # type: ignore[method-assign]
     with record() as trace:
         wrapped(IDS)
-    assert [torch.equal(f.logits, expected) for f in trace.forwards] == [True]
+    assert [torch.equal(f.scores, expected) for f in trace.forwards] == [True]
 
 
 def test_a_model_that_gives_only_its_loss_is_the_model_and_its_embedding_is_not() -> None:

@@ -153,7 +153,7 @@ class Plain:
     """An optimizer of somebody else's that does not derive from torch's."""
 
     def __init__(self, tensors: Any, lr: float) -> None:
-        self.param_groups = [{"params": list(tensors), "lr": lr}]
+        self.param_groups: list[dict[str, Any]] = [{"params": list(tensors), "lr": lr}]
 
     def step(self) -> None:
         for group in self.param_groups:
@@ -192,7 +192,7 @@ def test_an_optimizer_that_cannot_be_found_is_told() -> None:
     def descend() -> None:
         for tensor in parameters:
             assert tensor.grad is not None
-            tensor -= 0.1 * tensor.grad
+            tensor.sub_(tensor.grad, alpha=0.1)
 
     trace = train_with(descend, model)
     assert [(len(update.steps), update.optimizer) for update in trace.updates] == [(1, ())] * 3
@@ -208,7 +208,7 @@ def test_a_forward_that_is_called_directly_is_seen(mode: str) -> None:
 
     model = Module()
     expected = model(IDS)
-    forward = {"direct": model.forward, "called": model, "training_step": model.training_step}[mode]
+    forward: Any = {"direct": model.forward, "called": model, "training_step": model.training_step}[mode]
     optimizer = AdamW(model.parameters())
     start = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
     with record() as trace:
