@@ -114,7 +114,7 @@ class Recorder:
     def forward_begins(self, module: nn.Module, args: Any) -> None:
         if not self.in_backward:
             if self.shadow is not None and not self.calls.running:
-                self.look_for_unseen_steps()
+                self.look_for_unseen_steps()  # now, before a lookup with max_norm changes the table
             self.calls.begins(module, self.done)
 
     def forward_ends(self, module: nn.Module, args: Any, kwargs: Any = None, output: Any = None) -> None:
@@ -144,7 +144,6 @@ class Recorder:
 
     def backward_begins(self, tensors: Any) -> None:
         if not self.stepping:
-            self.look_for_unseen_steps()
             self.close()
         self.backwards += 1
         for tensor in [tensors] if isinstance(tensors, Tensor) else tensors:
@@ -172,10 +171,7 @@ class Recorder:
         self.calls.choose_root({id(tensor) for tensor in tensors.values() if tensor.requires_grad})
         found = find_unseen(tensors.values())
         names = {id(tensor): name for name, tensor in tensors.items()}
-        self.open = Open(
-            copied(shadow.values), {n: None if g is None else copy_of(g) for n, g in shadow.gradients.items()}
-        )
-        self.open.after = copied(tensors)
+        self.open = Open(before=copied(shadow.values), gradients=shadow.gradients, after=copied(tensors))
         for optimizer in found or [None]:
             kinds = () if optimizer is None else tuple(map(class_path, type(optimizer).__mro__))
             groups = [] if optimizer is None else optimizer.param_groups
