@@ -91,7 +91,9 @@ class EntropyGate(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func in self.signatures and isinstance(result, Tensor):
+        if func not in self.signatures:
+            return result
+        if isinstance(result, Tensor):
             bound = self.signatures[func].bind(*args, **(kwargs or {}))
             bound.apply_defaults()
             self.watcher.entropy_computed(func.__name__, bound.arguments, result)

@@ -243,7 +243,8 @@ class Recorder:
             own = {names[id(tensor)] for group in optimizer.param_groups for tensor in group["params"]}
             tensors = {name: t for name, t in tensors.items() if name in own or name not in self.open.before}
         self.open.before = Named({**copied(tensors), **self.open.before})
-        self.open.gradients |= {name: None if t.grad is None else copy_of(t.grad) for name, t in tensors.items()}
+        found = {name: t.grad for name, t in tensors.items() if t.grad is not None}
+        self.open.gradients.update({**dict.fromkeys(tensors), **copied(found)})
         self.open.state_before |= describe_state(optimizer, names)
         device = next((t.device.type for t in tensors.values()), "cpu")
         step = Step(

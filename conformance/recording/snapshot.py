@@ -168,14 +168,20 @@ def device_type(module: nn.Module) -> str:
 
 def copy_of(tensor: Tensor) -> Tensor:
     """Return a copy on the CPU, without history."""
-    with torch.no_grad():
-        dense = tensor.detach().to_dense() if tensor.is_sparse else tensor.detach()
-        return dense.to("cpu", copy=True)
+    with torch._C.DisableTorchFunction():  # what the recorder itself does is nothing for its gates
+        return bare_copy(tensor)
 
 
 def copied(tensors: dict[str, Tensor]) -> Named[Tensor]:
     """Return copies of named tensors."""
-    return Named({name: copy_of(tensor) for name, tensor in tensors.items() if not tensor.is_meta})
+    with torch._C.DisableTorchFunction():  # once for all: entering it for each tensor costs as much as the copy
+        return Named({name: bare_copy(tensor) for name, tensor in tensors.items() if not tensor.is_meta})
+
+
+def bare_copy(tensor: Tensor) -> Tensor:
+    """Return a copy on the CPU, without history."""
+    detached = tensor.detach()
+    return (detached.to_dense() if detached.is_sparse else detached).to("cpu", copy=True)
 
 
 def plain_value(value: Any) -> Any:
