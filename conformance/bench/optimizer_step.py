@@ -60,8 +60,6 @@ class Variant:
     arguments: Mapping[str, Any]
     traffic: str
     """Which moments it keeps: the first half of a key of TRAFFIC."""
-    captured: bool = False
-    """Inside a CUDA graph, by reference.training.capture."""
     needs_cuda: str = ""
     """Why it cannot run on a CPU, up to the word CUDA."""
     note: str = ""
@@ -78,15 +76,6 @@ VARIANTS = (
     Variant(FUSED, "torch.optim.AdamW", {"fused": True}, TORCH, quick=True),
     Variant("AdamW for-loop", "torch.optim.AdamW", {"foreach": False, "fused": False}, TORCH),
     Variant("AdamW foreach", "torch.optim.AdamW", {"foreach": True}, TORCH, quick=True),
-    Variant(
-        "AdamW fused, CUDA graph",
-        "torch.optim.AdamW",
-        {"fused": True},
-        TORCH,
-        captured=True,
-        needs_cuda="a CUDA graph needs",
-        quick=True,
-    ),
     Variant("bitsandbytes AdamW", "bitsandbytes.optim.AdamW", {}, BITS_32),
     Variant("bitsandbytes AdamW8bit", "bitsandbytes.optim.AdamW8bit", {}, BITS_8, quick=True),
     Variant(
@@ -217,10 +206,6 @@ def find_optimizer(variant: Variant) -> Callable[..., Optimizer]:
         raise Unavailable(f"{package} cannot be imported ({error}): pip install {package}.") from error
     except AttributeError as error:
         raise Unavailable(f"this release of {module} has no {name}.") from error
-    if variant.captured:
-        from reference.training.capture import captured
-
-        return captured(found)
     return found  # type: ignore[no-any-return] # what a path leads to
 
 

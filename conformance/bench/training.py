@@ -76,7 +76,6 @@ GPT2_ROWS = (
     Row(FUSED, quick=True, seconds=27, compiling=18),
     Row("bf16-mixed, AdamW foreach", FOREACH, beside=FUSED, quick=True),
     Row("bf16-mixed, AdamW for-loop", FOR_LOOP, beside=FUSED),
-    Row("bf16-mixed, AdamW captured", settings(capture_step=True), beside=FUSED),
     Row("bf16-mixed, AdamW8bit", settings(optimizer=EIGHT_BIT), beside=FUSED),
     Row("bf16-mixed, PagedAdamW8bit", settings(optimizer=PAGED), beside=FUSED),
     Row("bf16-true, AdamW fused", TRUE, seconds=25, compiling=18, priority=3),
@@ -180,7 +179,7 @@ def prepare(row: Row, config: GPTConfig, setting: Setting) -> Prepared:
     """One of the reference's rows, ready to step.
 
     Raises:
-        Unavailable: if the optimizer, its package or the capture of its step is not to be had here.
+        Unavailable: if the optimizer or its package is not to be had here.
     """
     from reference.training.trainer import Trainer
 

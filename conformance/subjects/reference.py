@@ -12,7 +12,7 @@ import reference
 from conformance import Checkpoint, Constant, Normal, Recipe, TensorInfo
 from conformance.probes import DECAYED
 from conformance.subject import Distribution
-from reference.data.tokens import TokenData, write_tokens
+from reference.data import TokenData, write_tokens
 
 
 class ReferencePolicy:

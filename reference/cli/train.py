@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 
 from reference.cli.presets import PRESETS
 from reference.cli.settings import Settings, read_settings
-from reference.config import ConfigurationError, DataConfig
+from reference.config import DataConfig
+from reference.errors import CheckpointError, ConfigurationError
+from reference.files import write_file
 
 if TYPE_CHECKING:
     from reference.data.tokens import TokenData
@@ -32,7 +34,7 @@ def logged() -> Iterator[None]:
 
 
 def train_command(arguments: Sequence[str]) -> int:
-    """Train; the exit code.
+    """Train and return the exit code.
 
     Raises:
         ConfigurationError, CheckpointError, DataError, TrainingError: in one sentence each.
@@ -46,7 +48,7 @@ def train_command(arguments: Sequence[str]) -> int:
 
 
 def train(settings: Settings) -> int:
-    """Run what the settings describe; the exit code."""
+    """Run what the settings describe and return the exit code."""
     import torch
     from lightning.fabric.utilities import rank_zero_only
     from rich.console import Console
@@ -90,44 +92,45 @@ def train(settings: Settings) -> int:
 
 
 def checkpoint_to_resume(resume: bool | str, directory: Path) -> Path | None:
-    """The checkpoint that a run goes on from, None for a fresh start.
+    """Return the checkpoint that a run goes on from, None for a fresh start.
 
     Raises:
         CheckpointError: if it is missing.
         ConfigurationError: if a fresh start would mix its checkpoints with those of an earlier run.
     """
-    from reference.checkpoint.folder import checkpoints, find
+    from reference.checkpoint import checkpoints, find
 
     if isinstance(resume, str) and resume != "auto":
         return checkpoint_folder(Path(resume))
     if resume is False and (there := checkpoints(directory)):
         raise ConfigurationError(
-            f"{directory} holds checkpoints of an earlier run, up to {there[-1].name}: go on with it by --resume auto, "
+            f"{directory} holds checkpoints of an earlier run, up to {there[-1].name}: go on with it (--resume auto), "
             "choose another --directory, or delete it."
         )
     return find(True if resume is True else "auto", directory)
 
 
 def checkpoint_folder(path: Path) -> Path:
-    """The checkpoint at ``path``: it itself, or the newest one in a run's directory.
+    """Return the checkpoint at ``path``: that folder itself, or the newest one in a run's directory.
 
     Raises:
         CheckpointError: if it is neither.
     """
-    from reference.checkpoint.folder import CheckpointError, find, is_complete
+    from reference.checkpoint import find
+    from reference.checkpoint.folder import is_complete
 
     if is_complete(path):
         return path
     found = find("auto", path)
     if found is None:
         raise CheckpointError(
-            f"{path} is no checkpoint and holds none: give a folder like out/tiny, or out/tiny/step-00000100."
+            f"{path} is not a checkpoint and holds none: give a folder like out/tiny, or out/tiny/step-00000100."
         )
     return found
 
 
 def open_data(settings: Settings) -> "tuple[Settings, TokenData, TokenData | None]":
-    """Training and validation split, and the settings with a vocabulary that fits them.
+    """Return settings with a vocabulary that fits the data, the training split and the validation split.
 
     The default data is prepared if it is not there yet. The preset tiny takes the vocabulary of the data unless the
     settings have another than the preset's; for the others the Trainer checks that the data fits.
@@ -135,8 +138,8 @@ def open_data(settings: Settings) -> "tuple[Settings, TokenData, TokenData | Non
     Raises:
         DataError: if the data is missing or damaged.
     """
+    from reference.data import TokenData
     from reference.data.prepare import prepare_default
-    from reference.data.tokens import TokenData
 
     folder, model = Path(settings.data.path), settings.model
     if settings.data.path == DataConfig().path:
@@ -176,12 +179,10 @@ def require_directory(directory: Path) -> None:
 
 
 def settings_writer(settings: Settings) -> "Callback":
-    """A callback that writes ``config.yaml`` in the run's directory, after the first update.
+    """Return a callback that writes ``config.yaml`` in the run's directory, after the first update.
 
     Not before: settings that do not fit the checkpoint would replace those that do, and keep the run from going on.
     """
-    from reference.data.tokenfile import write_file
-
     written = False
 
     def write(record: "Record") -> None:

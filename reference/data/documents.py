@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reference.data.tokenfile import DataError
 from reference.data.tokenizer import FILE
+from reference.errors import DataError
+from reference.files import SUMS
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -60,7 +61,8 @@ def find_files(text: Sequence[str], out: Path) -> list[Path]:
         for path in map(Path, matched):
             found |= dict.fromkeys(files_below(path) if path.is_dir() else [path])
     own = {
-        (out / name).resolve() for name in (FILE, *(f"{split}.{kind}" for split in SPLITS for kind in ("bin", "json")))
+        (out / name).resolve()
+        for name in (FILE, SUMS, *(f"{split}.{kind}" for split in SPLITS for kind in ("bin", "json")))
     }
     return [path for path in found if path.resolve() not in own]
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reference.config import ConfigurationError
 from reference.data.documents import SPLITS, Document, divide, examine, find_files, read, standard_library, total_size
-from reference.data.tokenfile import TokenWriter, open_sidecar, publish, write_file
+from reference.data.tokenfile import TokenWriter, open_sidecar, publish
 from reference.data.tokenizer import (
     FILE,
     ByteTokenizer,
@@ -21,6 +20,8 @@ from reference.data.tokenizer import (
     stated_tokenizer,
     train_tokenizer,
 )
+from reference.errors import ConfigurationError
+from reference.files import write_file
 
 if TYPE_CHECKING:
     from rich.progress import Progress

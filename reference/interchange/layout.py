@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from reference.config import ConfigurationError, GPTConfig
+from reference.config import GPTConfig
+from reference.errors import ConfigurationError
 from reference.model.gpt import GPT
 
 

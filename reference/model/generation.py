@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from reference.config import ConfigurationError
+from reference.errors import ConfigurationError, TrainingError
 from reference.model.gpt import GPT, Cache
-from reference.training.update import TrainingError, evaluation_mode
+from reference.model.modes import evaluation_mode
 
 
 def generate(
@@ -23,12 +23,12 @@ def generate(
     end: int | None = None,
     vocab_size: int | None = None,
 ) -> Iterator[int]:
-    """Continue a prompt, and give each new token id as soon as it is drawn.
+    """Continue a prompt, and yield each new token id as soon as it is drawn.
 
     Keys and values are kept in a cache, so that each token costs one step of the model over that token alone. When
     prompt and continuation have filled block_size, the last half of them is read again from position 0, and the
     continuation goes on from there: what lies before is forgotten. Dropout is off; the modes of the modules, the
-    gradient mode and PyTorch's own random state are as they were whenever a token is given.
+    gradient mode and PyTorch's own random state are as they were whenever a token is yielded.
 
     Args:
         model: a reference.GPT, on any device and in any dtype.
@@ -40,8 +40,8 @@ def generate(
             sum to at least p (nucleus sampling, https://arxiv.org/abs/1904.09751). None: from all.
         seed: decides what is drawn. Draws are made on the CPU, so they depend on the device only through the
             rounding of the logits. None: another continuation each time.
-        end: stop when this token is drawn, without giving it; usually the tokenizer's end of document.
-        vocab_size: give ids below it only: the tokenizer's, where the model's vocabulary is padded beyond that.
+        end: stop when this token is drawn, without yielding it; usually the tokenizer's end of document.
+        vocab_size: yield ids below it only: the tokenizer's, where the model's vocabulary is padded beyond that.
 
     Raises:
         ConfigurationError: if the prompt or a setting cannot work. Raised here, before the first token is asked for.
@@ -84,7 +84,7 @@ def check_settings(
 
 
 def check_prompt(prompt: Sequence[int] | Tensor, vocab_size: int, block_size: int) -> list[int]:
-    """The prompt as a list of token ids.
+    """Return the prompt as a list of token ids.
 
     Raises:
         ConfigurationError: if it is empty, too long, or holds an id that the model has no embedding for.
@@ -111,7 +111,7 @@ def check_prompt(prompt: Sequence[int] | Tensor, vocab_size: int, block_size: in
 
 
 def stream(model: GPT, ids: list[int], tokens: int, choose: Callable[[Tensor], int], end: int | None) -> Iterator[int]:
-    """The tokens of :func:`generate`; ``choose`` takes one by the logits (V,)."""
+    """Yield the tokens of :func:`generate`; ``choose`` takes one by the logits (V,)."""
     block_size = model.config.block_size
     size = min(block_size, len(ids) + tokens)
     cache, unread = model.new_cache(size), ids
@@ -135,7 +135,7 @@ def stream(model: GPT, ids: list[int], tokens: int, choose: Callable[[Tensor], i
 # NOTE a footgun: a generator must not hold no_grad() or eval mode over a yield, or they leak to whoever reads it.
 @torch.no_grad()
 def read(model: GPT, ids: list[int], cache: list[Cache]) -> Tensor:
-    """Read more tokens: the logits (V,) of the token after the last one, float64 on the CPU."""
+    """Read more tokens and return the logits (V,) of the token after the last one, float64 on the CPU."""
     with evaluation_mode(model):
         logits = model(torch.tensor([ids], device=model.head.weight.device), cache)
     return logits[0, -1].cpu().double()

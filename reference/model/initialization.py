@@ -29,7 +29,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from reference.config import ConfigurationError
+from reference.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from reference.model.gpt import GPT

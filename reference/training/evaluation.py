@@ -1,16 +1,66 @@
-"""The loss of a checkpoint over all of a split, in the units that others use."""
+"""The loss on data that is not trained on: of a run, and of a checkpoint over all of a split."""
 
+import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from reference.checkpoint.folder import load_for_inference
-from reference.config import TrainConfig
+import torch
+
+from reference.checkpoint import load_for_inference
+from reference.config import IGNORE, TrainConfig
 from reference.data.tokenizer import ByteTokenizer
 from reference.data.tokens import TokenData
-from reference.training.launch import launch
-from reference.training.trainer import require_tokenizer, require_vocabulary
-from reference.training.update import evaluate
+from reference.errors import TrainingError
+from reference.model.loss import batch_loss
+from reference.model.modes import evaluation_mode
+from reference.training.batches import (
+    Batch,
+    TokenSource,
+    require_tokenizer,
+    require_vocabulary,
+    split_targets,
+    within_vocabulary,
+)
+from reference.training.launch import launch, reduce
+from reference.training.run import Run
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+
+def validate(run: Run, validation: Iterable[Batch] | TokenSource) -> float:
+    """Return the mean cross entropy in nats per token over the validation batches of all ranks."""
+    batches: Iterable[Batch]
+    if isinstance(validation, TokenSource):
+        batches = validation.once(run.fabric.global_rank, run.fabric.world_size)
+    else:
+        batches = within_vocabulary(validation, run.module)
+    return evaluate(run.fabric, run.wrapped, itertools.islice(batches, run.config.evaluate_batches))
+
+
+@torch.no_grad()
+def evaluate(fabric: "Fabric", model: Any, batches: Iterable[Batch]) -> float:
+    """Return the mean cross entropy in nats per target token over all batches and ranks, in eval mode.
+
+    Raises:
+        TrainingError: if there are no batches.
+    """
+    with evaluation_mode(model):
+        sums = torch.zeros(2, dtype=torch.float64, device="cpu" if fabric.device.type == "mps" else fabric.device)
+        for batch in batches:
+            ids, targets = split_targets(batch, fabric.device)
+            sums[0] += batch_loss(model, ids, targets)
+            sums[1] += (targets != IGNORE).sum()
+    sums = reduce(fabric, sums, "sum")
+    if sums[1] == 0:
+        raise TrainingError(
+            "there are no validation batches (an iterator gives them only once): give a list, a DataLoader or another "
+            "iterable that can be read again, or set evaluate_every=None."
+        )
+    return float(sums[0] / sums[1])
 
 
 @dataclass(frozen=True)
@@ -35,7 +85,7 @@ class Evaluation:
         return None if not self.size else self.loss * self.tokens / self.size / math.log(2.0)
 
     def describe(self) -> str:
-        """One line."""
+        """Return the result as one line of text."""
         bits = "" if self.bits_per_byte is None else f", {self.bits_per_byte:.4f} bits per byte"
         return f"loss {self.loss:.4f} nats per token, perplexity {self.perplexity:,.2f}{bits} ({self.tokens:,} tokens)"
 
@@ -43,7 +93,7 @@ class Evaluation:
 def evaluate_checkpoint(
     folder: Path, data: Path, split: str = "validation", microbatch_size: int = 8, config: TrainConfig | None = None
 ) -> Evaluation:
-    """Evaluate a checkpoint over all of a split, in sequences of its block_size.
+    """Evaluate a checkpoint over all of a split, in sequences of its block_size, and return what it reached.
 
     Args:
         folder: the checkpoint.
@@ -64,6 +114,6 @@ def evaluate_checkpoint(
     fabric = launch(config or TrainConfig())
     loss = evaluate(fabric, fabric.setup_module(model), tokens.once())
     targets = tokens.tokens - 1
-    # The first token is no target; it is a byte unless the first document is empty.
+    # The first token is not a target; it is a byte unless the first document is empty.
     size = targets - tokens.documents + int(tokens.ids[0] == ByteTokenizer.end_of_document)
     return Evaluation(loss, targets, size if tokens.tokenizer == ByteTokenizer.name else None)

@@ -57,9 +57,9 @@ MUTANTS = [
         "INIT-6",
         "nanotron#245, OpenTau#185",
         (
-            "reference.training.run:Run.save",
-            "weights: Any = self.module\n",
-            "weights: Any = __import__('copy').deepcopy(self.module).bfloat16()\n",
+            "reference.training.saving:save",
+            "weights: Any = run.module\n",
+            "weights: Any = __import__('copy').deepcopy(run.module).bfloat16()\n",
         ),
     ),
     mutant(

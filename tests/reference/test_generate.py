@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from reference.config import ConfigurationError, GPTConfig
+from reference.config import GPTConfig
+from reference.errors import ConfigurationError, TrainingError
 from reference.model.generation import draw, generate
 from reference.model.gpt import GPT
-from reference.training.update import TrainingError
 
 TINY: dict[str, Any] = {"vocab_size": 17, "block_size": 8, "n_layer": 2, "n_head": 4, "n_embd": 16, "init_std": 0.4}
 SHAPES = {

@@ -13,14 +13,11 @@ import pytest
 import torch
 
 from reference.__main__ import COMMANDS, main
-from reference.checkpoint.folder import CheckpointError
 from reference.cli.loggers import metrics_file
 from reference.cli.settings import read_settings
-from reference.config import ConfigurationError
-from reference.data.tokens import DataError
+from reference.errors import CheckpointError, ConfigurationError, DataError, TrainingError
 from reference.training.evaluation import Evaluation
 from reference.training.trainer import Record
-from reference.training.update import TrainingError
 from tests.reference.commands import SHORT, SMALL, TEXT, one_error, train, write_data
 
 
@@ -224,10 +221,10 @@ def test_prepare_tells_what_it_wrote(data: str, capsys: pytest.CaptureFixture[st
     ("arguments", "message"),
     [
         ("train --data.path nowhere", "nowhere has no train split"),
-        ("train --resume nowhere", "nowhere is no checkpoint and holds none: "),
+        ("train --resume nowhere", "nowhere is not a checkpoint and holds none: "),
         ("train --resume true", "resume=True, but out/tiny holds no checkpoint: "),
-        ("generate --checkpoint nowhere", "nowhere is no checkpoint and holds none: "),
-        ("export --checkpoint nowhere --out theirs", "nowhere is no checkpoint and holds none: "),
+        ("generate --checkpoint nowhere", "nowhere is not a checkpoint and holds none: "),
+        ("export --checkpoint nowhere --out theirs", "nowhere is not a checkpoint and holds none: "),
         ("import --from nowhere --out ours", "nowhere/config.json cannot be read"),
     ],
 )

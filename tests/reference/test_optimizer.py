@@ -4,6 +4,7 @@ import copy
 import importlib
 import io
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,18 +12,12 @@ import torch
 from torch import nn
 from torch.optim import SGD, Optimizer
 
-from reference.config import ConfigurationError, GPTConfig
+from reference.config import GPTConfig, TrainConfig
+from reference.errors import ConfigurationError
 from reference.model.embedding import swap_embeddings
 from reference.model.gpt import GPT
-from reference.optimizers.build import (
-    added_keywords,
-    build_optimizer,
-    check_keywords,
-    decay_groups,
-    find_class,
-    load_optimizer_state,
-    optimizer_state,
-)
+from reference.optimizers import build_optimizer, decay_groups, find_class, load_optimizer_state, optimizer_state
+from reference.optimizers.build import added_keywords, check_keywords
 
 CPU = torch.device("cpu")
 RMSNormOfALibrary = type("RMSNormOfALibrary", (nn.ParameterDict,), {})
@@ -88,7 +83,7 @@ def take_steps(model: nn.Module, optimizer: Optimizer, count: int) -> None:
 @pytest.mark.parametrize(
     ("path", "sentence"),
     [
-        ("AdamW", "'AdamW' is no class path: give module and class, for example 'torch.optim.AdamW'."),
+        ("AdamW", "'AdamW' is not a class path: give module and class, for example 'torch.optim.AdamW'."),
         ("torch.optim.AdmW", "torch.optim has no 'AdmW'; did you mean torch.optim.AdamW?"),
         ("torch.optim.Quokka", "torch.optim has no 'Quokka'."),
         ("no_such_package.Adam", "the optimizer 'no_such_package.Adam' cannot be imported (No module named"),
@@ -165,8 +160,9 @@ def test_an_optimizer_without_weight_decay_gets_every_tensor() -> None:
 def test_fused_is_added_where_it_works(
     path: str, arguments: dict[str, Any], device: str, added: dict[str, Any]
 ) -> None:
-    assert added_keywords(find_class(path), arguments, torch.device(device)) == added
-    assert added_keywords(find_class(path), arguments, torch.device(device), scaled=True) == {}
+    config = TrainConfig(optimizer=path, optimizer_args=arguments)
+    assert added_keywords(find_class(path), config, torch.device(device)) == added
+    assert added_keywords(find_class(path), replace(config, precision="16-mixed"), torch.device(device)) == {}
     used = build_optimizer(path, arguments, gpt(), torch.device(device)).defaults.get("fused")
     assert used == (arguments | added).get("fused")
 
@@ -188,7 +184,7 @@ def test_decay_of_a_gpt(tied: bool) -> None:
 
 
 def test_a_model_with_nothing_to_train_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="GPT has no parameter that is trainable"):
+    with pytest.raises(ConfigurationError, match="GPT has no trainable parameter"):
         build_optimizer("torch.optim.AdamW", {}, gpt().requires_grad_(False), CPU)
 
 

@@ -14,9 +14,8 @@ from rich.console import Console
 
 from reference.cli.loggers import csv_metrics, metrics_file, read_rows, tensorboard
 from reference.cli.progress import Meter, describe, logging_to, progress, utilisation
-from reference.config import ConfigurationError
+from reference.errors import ConfigurationError, TrainingError
 from reference.training.trainer import Record
-from reference.training.update import TrainingError
 
 
 def record(update: int, **changes: Any) -> Record:

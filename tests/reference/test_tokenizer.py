@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from reference.config import ConfigurationError
 from reference.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer, load_tokenizer, train_tokenizer
+from reference.errors import ConfigurationError
 from tests.sentences import sentence_of
 
 TEXTS = [

@@ -1,0 +1,148 @@
+"""Options of a command from a dataclass: one for each field, with the docstring under the field as its help."""
+
+import difflib
+import json
+from argparse import ArgumentError, RawDescriptionHelpFormatter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+import docstring_parser
+from jsonargparse import ArgumentParser, Namespace
+
+from reference.config import allows, check_types, in_words
+from reference.errors import ConfigurationError
+
+Options = TypeVar("Options")
+
+
+def new_parser(command: str, description: str, examples: str) -> ArgumentParser:
+    """Return a parser for a command, whose help ends with the examples as they stand."""
+    return ArgumentParser(
+        f"python -m reference {command}",
+        usage=f"python -m reference {command} [--OPTION VALUE ...]",
+        description=description,
+        epilog=examples,
+        exit_on_error=False,
+        allow_abbrev=False,
+        formatter_class=RawDescriptionHelpFormatter,  # type: ignore[arg-type] # one of jsonargparse's is not needed
+    )
+
+
+def add_options(
+    parser: ArgumentParser, options: type, prefix: str = "", defaults: Mapping[str, Any] | None = None
+) -> None:
+    """Add an option for each field of a dataclass.
+
+    A field without default is required; one that is a dataclass itself is left out. Metadata of a field: ``option`` is
+    its name on the command line, ``flag`` means that the option takes no value.
+
+    Args:
+        parser: gets the options.
+        options: the dataclass.
+        prefix: before the names, such as ``train.``.
+        defaults: in place of those of the dataclass.
+    """
+    documented = docstring_parser.parse_from_object(options)
+    about = {entry.arg_name: " ".join((entry.description or "").split()) for entry in documented.params}
+    target = parser.add_argument_group((documented.short_description or "").rstrip(".")) if prefix else parser
+    for entry in fields(options):
+        if is_dataclass(entry.type):
+            continue
+        name = f"--{prefix}{entry.metadata.get('option', entry.name)}"
+        default = entry.default if entry.default_factory is MISSING else entry.default_factory()
+        default = (defaults or {}).get(entry.name, default)
+        told = "required" if default is MISSING else f"default: {json.dumps(default, default=str)}"
+        text = f"{about[entry.name]} ({in_words(entry.type)}; {told})".replace("``", "").replace("%", "%%")
+        if entry.metadata.get("flag"):
+            target.add_argument(name, action="store_true", default=default, help=about[entry.name])
+        elif default is MISSING:
+            target.add_argument(name, type=value_type(entry.type), required=True, metavar="VALUE", help=text)
+        elif get_origin(entry.type) is list:
+            target.add_argument(name, nargs="+", default=default, metavar="VALUE", help=text)
+        else:
+            target.add_argument(name, type=value_type(entry.type), default=default, metavar="VALUE", help=text)
+
+
+def value_type(annotation: Any) -> Any:
+    """Return as what jsonargparse reads the value of a field: text, or any YAML, which :func:`check_types` checks."""
+    kinds = get_args(annotation) if get_origin(annotation) is UnionType else (annotation,)
+    if get_origin(annotation) is Mapping:
+        return Union[dict[str, Any], Any]  # noqa: UP007 # dict also takes --train.optimizer_args.lr
+    if str in kinds and bool in kinds:
+        return annotation
+    return str if get_origin(annotation) is Literal or str in kinds or Path in kinds else Any
+
+
+def read(parser: ArgumentParser, options: type[Options], words: Sequence[str]) -> Options:
+    """Return the options that the words of a command line give.
+
+    Raises:
+        ConfigurationError: if an option is unknown or missing, or its value cannot be.
+        SystemExit: after printing the help, if that was asked for.
+    """
+    return build(options, parse(parser, words).as_dict())
+
+
+def build(options: type[Options], values: Mapping[str, Any]) -> Options:
+    """Return a dataclass of these values, with paths for text where it has paths.
+
+    Raises:
+        ConfigurationError: if a value cannot be.
+    """
+    given: dict[str, Any] = {}
+    for entry in fields(options):  # type: ignore[arg-type] # a dataclass
+        option = entry.metadata.get("option", entry.name)
+        value = values[option]
+        if isinstance(value, str) and allows(entry.type, Path()):
+            if not value:  # such as a variable of the shell that is not set: not the current folder
+                raise ConfigurationError(f"--{option}: the name is empty.")
+            value = Path(value)
+        given[entry.name] = value
+    made = options(**given)
+    check_types(made)
+    return made
+
+
+def parse(parser: ArgumentParser, words: Sequence[str], more: Iterable[str] = ()) -> Namespace:
+    """Parse the words. A misspelt option is told before one that is missing because of it.
+
+    Args:
+        parser: of the command.
+        words: of the command line.
+        more: names to hint at beside the parser's own options.
+
+    Raises:
+        ConfigurationError: if the words do not fit.
+        SystemExit: after printing the help, if that was asked for.
+    """
+    known = [option for action in parser._actions for option in action.option_strings]
+    names = [word.partition("=")[0] for word in words if word.startswith("--")]
+    for name in names:
+        if name not in known and name.rpartition(".")[0] not in known:
+            raise ConfigurationError(f"there is no option {name!r}, {hint(name, [*known, *more], parser.prog)}")
+    missing = sorted({f"--{key}" for key in parser.required_args} - set(names))
+    if missing and not {"-h", "--help"}.intersection(words):
+        raise ConfigurationError(f"{' and '.join(missing)} must be given: see {parser.prog} --help.")
+    try:
+        return parser.parse_args(list(words))
+    except ArgumentError as error:
+        raise ConfigurationError(f"{' '.join(str(error).split()).rstrip('.')}.") from error
+
+
+def hint(name: str, accepted: Sequence[str], program: str = "python -m reference") -> str:
+    """Return which accepted name is nearest; by its last part if need be, so --updates finds --train.updates."""
+
+    def last(option: str) -> str:
+        return option.replace("-", ".").rpartition(".")[2]
+
+    same = [option for option in accepted if last(option) == last(name)]
+    ends = {last(option): option for option in accepted}
+    found = (
+        difflib.get_close_matches(name, same, n=1, cutoff=0.0)
+        or difflib.get_close_matches(name, accepted, n=1)
+        or [ends[end] for end in difflib.get_close_matches(last(name), ends, n=1)]
+    )
+    return f"did you mean {found[0]}?" if found else f"see {program} --help."
