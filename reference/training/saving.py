@@ -73,7 +73,7 @@ def on_rank_zero(run: Run, function: Callable[[], None]) -> None:
             failure = error
     failed = reduce(run.fabric, torch.tensor(float(failure is not None), device=run.fabric.device), "sum")
     if failed > 0:
-        raise failure or CheckpointError("rank 0 could not write a checkpoint: its message says why.")
+        raise failure or CheckpointError("rank 0 could not write checkpoints; its message says why.")
 
 
 def restore(run: Run, folder: Path) -> int:

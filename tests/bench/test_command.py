@@ -26,11 +26,23 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_small_version_runs_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--device", "cpu", "--only", "optimizer step / tiny / AdamW foreach", "--only", "graph"]) == 0
+    assert (
+        main(
+            [
+                "--device",
+                "cpu",
+                "--only",
+                "optimizer step / tiny / AdamW foreach",
+                "--only",
+                "tiny / bitsandbytes Paged",
+            ]
+        )
+        == 0
+    )
     printed, progress = capsys.readouterr()
     assert LABEL in printed
-    assert "unavailable: AdamW fused, CUDA graph, fp32: a CUDA graph needs CUDA." in printed
-    assert "[5/5] tiny, AdamW fused, CUDA graph, bf16: a CUDA graph needs CUDA. (0:00 left)" in progress
+    assert "unavailable: bitsandbytes PagedAdamW8bit, fp32: managed memory needs CUDA." in printed
+    assert "[5/5] tiny, bitsandbytes PagedAdamW8bit, bf16: managed memory needs CUDA. (0:00 left)" in progress
     folder = tmp_path / "reports/latest/bench-cpu"
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["label"], summary["schema"], summary["complete"]) == (LABEL, 2, True)
