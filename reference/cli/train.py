@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import logging
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,8 +53,7 @@ def train(settings: Settings) -> int:
     from rich.console import Console
 
     from reference.cli.loggers import csv_metrics, tensorboard
-    from reference.cli.progress import logging_to, progress
-    from reference.training.throughput import flops_per_token
+    from reference.cli.progress import live_line, logging_to
     from reference.training.trainer import Trainer
 
     console = Console(stderr=True)
@@ -67,9 +65,8 @@ def train(settings: Settings) -> int:
         settings, training, validation = open_data(settings)
         if first_rank:
             require_directory(directory)
-        flops = flops_per_token(settings.model, settings.model.block_size)
         run = settings.train
-        shown = stack.enter_context(progress(run.updates, run.log_every, flops, run.precision, console))
+        shown = stack.enter_context(live_line(run.updates, console))
         callbacks = [shown, rank_zero_only(settings_writer(settings)), csv_metrics(directory)]
         if settings.tensorboard:
             callbacks.append(stack.enter_context(tensorboard(directory)))
@@ -163,19 +160,13 @@ def open_data(settings: Settings) -> "tuple[Settings, TokenData, TokenData | Non
 
 
 def require_directory(directory: Path) -> None:
-    """Make the run's directory.
+    """Raise ConfigurationError if nothing can be written to the run's directory."""
+    from reference.checkpoint import require_writable
 
-    Raises:
-        ConfigurationError: if that cannot be, or nothing can be written there.
-    """
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=directory).close()
-    except OSError as error:
-        reason = "it is a file" if directory.is_file() else error.strerror
-        raise ConfigurationError(
-            f"the directory {directory} cannot be written ({reason}): choose another with --directory."
-        ) from error
+        require_writable(directory)
+    except CheckpointError as error:
+        raise ConfigurationError(str(error)) from error
 
 
 def settings_writer(settings: Settings) -> "Callback":

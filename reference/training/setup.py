@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +81,7 @@ def build_module(model: ModelSource, config: TrainConfig, fabric: "Fabric") -> n
         return model
     sharded = is_sharded(fabric)
     strategy = choose_strategy(config.initialization, sharded)
-    factory = model if not isinstance(model, GPTConfig) else gpt_factory(model, config.seed)
+    factory = partial(GPT, model, config.seed) if isinstance(model, GPTConfig) else model
     fabric.seed_everything(config.seed, verbose=False)  # the same on every rank: they build the same module
     # NOTE a footgun: not empty_init=True. It skips the constructor's initialisation on one device (litgpt#689).
     with fabric.init_module(empty_init=False) if strategy == "eager" else fabric.init_tensor():
@@ -90,11 +91,6 @@ def build_module(model: ModelSource, config: TrainConfig, fabric: "Fabric") -> n
             if not isinstance(model, GPTConfig) or not re.search("overflowed|allocate", str(error)):
                 raise
             raise ConfigurationError(f"no memory is large enough for the model of {model}.") from error
-
-
-def gpt_factory(config: GPTConfig, seed: int) -> Callable[[], nn.Module]:
-    """Return a function that builds the GPT."""
-    return lambda: GPT(config, seed)
 
 
 def wants_stable_embedding(config: TrainConfig, optimizer_class: type[Optimizer]) -> bool:

@@ -1,5 +1,6 @@
 """The training loop: set up, update, evaluate, save, stop, resume."""
 
+import datetime
 import logging
 import signal
 import time
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from reference import checkpoint
-from reference.config import TrainConfig
+from reference.config import GPTConfig, TrainConfig
 from reference.model.embedding import restore_embeddings
 from reference.training.batches import Batch, TokenSource, require_tokenizer, require_vocabulary
 from reference.training.evaluation import validate
@@ -20,6 +21,7 @@ from reference.training.run import Run
 from reference.training.saving import on_rank_zero, restore, save, warn_about_order
 from reference.training.setup import ModelSource, set_up
 from reference.training.stopping import Stop, stop_on_signals
+from reference.training.throughput import device_peak, flops_per_token
 
 logger = logging.getLogger("reference")
 
@@ -133,7 +135,7 @@ class Trainer:
             upcoming = run.fetch(batches) if done < config.updates else []
             if folder is not None and upcoming:
                 warn_about_order(run, folder, upcoming)
-            started = time.perf_counter()
+            began = started = time.perf_counter()
             for update in range(done, config.updates):
                 last = update + 1 == config.updates
                 did = run.update_once(update, upcoming, None if last else batches)
@@ -156,7 +158,8 @@ class Trainer:
                 for callback in self.callbacks:
                     callback(record)
                 if is_due(update, config.log_every, last) or update == done:
-                    log(record, config.updates)
+                    passed = time.perf_counter() - began
+                    log(record, run, passed / (update + 1 - done) * (config.updates - update - 1))
                 stopped = run.must_stop() and not last
                 saves = stopped or is_due(update, config.save_every, last)
                 if saves:
@@ -185,14 +188,31 @@ def is_due(update: int, every: int | None, last: bool) -> bool:
     return every is not None and (last or (update + 1) % every == 0)
 
 
-def log(record: Record, updates: int) -> None:
-    """Log a line on an update."""
-    validation = "" if record.validation_loss is None else f", validation {record.validation_loss:.4f}"
-    logger.info(
-        f"update {record.update}/{updates}: loss {record.loss:.4f}{validation}, "
-        f"lr {record.learning_rate:.3g}, gradient norm {record.gradient_norm:.3f}, "
-        f"{record.tokens / record.seconds:,.0f} tokens/s"
+def log(record: Record, run: Run, left: float) -> None:
+    """Log a line on an update.
+
+    Args:
+        record: of the update.
+        run: that it belongs to.
+        left: seconds to the end of the run.
+    """
+    rate = record.tokens / record.seconds
+    parts = (
+        f"update {record.update}/{run.config.updates}: loss {record.loss:.4f}",
+        "" if record.validation_loss is None else f"validation {record.validation_loss:.4f}",
+        f"lr {record.learning_rate:.3g}, gradient norm {record.gradient_norm:.3f}, {rate:,.0f} tokens/s",
+        f"{utilisation(run, rate)}, memory {record.memory / 2**30:.1f} GiB" if record.memory else "",
+        f"left {datetime.timedelta(seconds=round(left))}" if left else "",
     )
+    logger.info(", ".join(part for part in parts if part))
+
+
+def utilisation(run: Run, rate: float) -> str:
+    """Return MFU in words for a rate in tokens per second; unknown for other models and cards that are not known."""
+    config, peak = getattr(run.module, "config", None), device_peak(run.fabric.device, run.config.precision)
+    if peak is None or not isinstance(config, GPTConfig):
+        return "MFU unknown"
+    return f"MFU {rate * flops_per_token(config, config.block_size) / (peak * run.fabric.world_size):.1%}"
 
 
 def allocated(device: torch.device) -> int:

@@ -240,7 +240,7 @@ def test_a_directory_that_cannot_be_written_is_one_sentence(data: str, capsys: p
     Path("out").write_text("a file")
     assert train(data) == 2
     told = capsys.readouterr().err.splitlines()[-1]
-    assert told == "error: the directory out/tiny cannot be written (Not a directory): choose another with --directory."
+    assert told.startswith("error: checkpoints cannot be written to out/tiny: Not a directory. Choose a directory that")
 
 
 def test_a_gpu_that_is_full_is_one_sentence(
