@@ -73,7 +73,7 @@ class GPTConfig:
             raise ConfigurationError(f"n_kv_head is {self.n_kv_head}, but must be at least 1, or None for n_head.")
         if self.n_embd % self.n_head:
             raise ConfigurationError(
-                f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: choose n_embd as a multiple of it."
+                f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: choose a multiple of n_head as n_embd."
             )
         if self.n_head % self.kv_heads:
             raise ConfigurationError(
@@ -97,7 +97,7 @@ class GPTConfig:
 
     @property
     def kv_heads(self) -> int:
-        """Number of key/value heads, resolved."""
+        """The number of key/value heads, resolved."""
         return self.n_head if self.n_kv_head is None else self.n_kv_head
 
     @property
@@ -114,12 +114,12 @@ class GPTConfig:
 
     @classmethod
     def gpt2(cls, **changes: Any) -> "GPTConfig":
-        """GPT-2 124M, with any field changed by keyword."""
+        """Return GPT-2 124M, with any field changed by keyword."""
         return cls(**changes)
 
     @classmethod
     def llama(cls, **changes: Any) -> "GPTConfig":
-        """Llama's shape: RMSNorm, rotary positions, SwiGLU, no biases, head of its own; 1.3B by default."""
+        """Return Llama's shape: RMSNorm, rotary positions, SwiGLU, no biases, an untied head; 1.3B by default."""
         shape: dict[str, Any] = {
             "vocab_size": 32000,
             "block_size": 2048,
@@ -136,7 +136,7 @@ class GPTConfig:
 
     @classmethod
     def tiny(cls, **changes: Any) -> "GPTConfig":
-        """A GPT of some 30k parameters over bytes: for tests and for a first look."""
+        """Return the shape of a GPT of some 30k parameters over bytes: for tests and for a first look."""
         shape: dict[str, Any] = {"vocab_size": 256, "block_size": 64, "n_layer": 2, "n_head": 2, "n_embd": 32}
         return cls(**(shape | changes))
 
@@ -159,7 +159,7 @@ class TrainConfig:
     """Its keyword arguments (lr, betas, weight_decay, ...), handed over exactly. A misspelt one is an error."""
     decay: Literal["role", "ndim", "all"] = "role"
     """Which tensors decay. role: matrices that multiply activations, so no norms, biases, embeddings or memory
-    tokens; ndim: tensors of two and more dimensions, as nanoGPT does; all: everything."""
+    tokens; ndim: tensors of two or more dimensions, as in nanoGPT; all: everything."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """After the warm-up: a cosine down to min_lr; the peak and then a cooldown (warmup-stable-decay); or the peak
     throughout. See reference.training.schedule."""

@@ -75,7 +75,7 @@ def train(settings: Settings) -> int:
             result = trainer.fit(training, validation, folder or False)
         except torch.OutOfMemoryError as error:
             raise ConfigurationError(
-                f"the GPU has not enough memory for microbatches of {settings.data.microbatch_size}: halve "
+                f"the GPU does not have enough memory for microbatches of {settings.data.microbatch_size}: halve "
                 "--data.microbatch_size and double --train.microbatches (the updates are the same), "
                 "or set --train.activation_checkpointing true."
             ) from error

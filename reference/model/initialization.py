@@ -63,7 +63,7 @@ def reset(module: nn.Module) -> None:
 
 
 def is_large(model: nn.Module) -> bool:
-    """Whether threads are worth it. Not with fake tensors, whose mode is known to one thread alone."""
+    """Return whether threads are worth it. Not with fake tensors, whose mode is known to one thread alone."""
     plain = [p for p in model.parameters() if type(p) is nn.Parameter and not p.is_meta]
     return sum(p.numel() for p in plain) > 10_000_000
 
@@ -77,7 +77,7 @@ class NoDefaultInitialization(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Give back the tensor that was to be filled."""
+        """Return the tensor that was to be filled."""
         if getattr(func, "__module__", None) == "torch.nn.init":
             return args[0] if args else (kwargs or {})["tensor"]
         return func(*args, **(kwargs or {}))
@@ -103,7 +103,7 @@ def tie(module: nn.Linear | nn.Embedding, model: nn.Module, owner: str) -> None:
 
 
 def declared_std(name: str, init_std: float, n_layer: int, scale_residual: bool) -> float:
-    """The standard deviation that the table gives the linear layer or embedding called ``name``."""
+    """Return the standard deviation that the table gives the linear layer or embedding called ``name``."""
     if scale_residual and name.endswith(RESIDUAL):
         return init_std / math.sqrt(2 * n_layer)
     return init_std
@@ -123,23 +123,23 @@ def draw(module: nn.Linear | nn.Embedding, name: str, std: float, seed: int) -> 
 
 
 def generator(seed: int, name: str) -> torch.Generator:
-    """A CPU generator that depends on nothing but the seed and the name."""
+    """Return a CPU generator that depends on nothing but the seed and the name."""
     return torch.Generator().manual_seed(derive_seed(seed, name))
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A seed of 63 bits from any parts: the same in every process, unrelated for neighbouring numbers."""
+    """Return a seed of 63 bits from any parts: the same in every process, unrelated for neighbouring numbers."""
     text = ":".join(map(str, parts))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def owns_tensors(module: nn.Module) -> bool:
-    """Whether the module itself, not its children, holds parameters or buffers."""
+    """Return whether the module itself, not its children, holds parameters or buffers."""
     return bool(list(module.parameters(recurse=False)) or list(module.buffers(recurse=False)))
 
 
 def choose_strategy(requested: str, sharded: bool) -> str:
-    """``eager`` or ``meta``, by request and environment.
+    """Return ``eager`` or ``meta``, by request and environment.
 
     ====================================  ===================================================================
     one device                            eager: built in place
@@ -154,7 +154,7 @@ def choose_strategy(requested: str, sharded: bool) -> str:
 
 
 def build(factory: Callable[[], nn.Module], strategy: str, device: torch.device, sharded: bool) -> nn.Module:
-    """Build a module eagerly or on the meta device.
+    """Build a module eagerly or on the meta device, and return it.
 
     Args:
         factory: builds the module; its constructor initialises it.
@@ -205,7 +205,7 @@ def materialize(model: nn.Module, device: torch.device) -> None:
 
 
 def tied_names(model: nn.Module) -> dict[str, list[str]]:
-    """For each parameter with several names: the first name, and the others."""
+    """Return, for each parameter with several names, the first name and the others."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)

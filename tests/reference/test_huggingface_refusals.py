@@ -199,5 +199,5 @@ def test_damaged_and_missing_weights(exported: Path, tmp_path: Path) -> None:
 def test_a_tokenizer_that_is_none(exported: Path, tmp_path: Path) -> None:
     (exported / "tokenizer.json").write_text("{}", encoding="utf-8")
     message = sentence_of(ConfigurationError, lambda: import_huggingface(exported, tmp_path / "back"))
-    assert "tokenizer.json is no tokenizer.json of the tokenizers library" in message
+    assert "tokenizer.json is not a tokenizer.json of the tokenizers library" in message
     assert not (tmp_path / "back").exists()

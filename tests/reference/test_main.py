@@ -252,7 +252,9 @@ def test_a_gpu_that_is_full_is_one_sentence(
     monkeypatch.setattr("reference.training.trainer.Trainer.fit", full)
     assert train(data) == 2
     told = capsys.readouterr().err.splitlines()[-1]
-    assert told.startswith("error: the GPU has not enough memory for microbatches of 2: halve --data.microbatch_size")
+    assert told.startswith(
+        "error: the GPU does not have enough memory for microbatches of 2: halve --data.microbatch_size"
+    )
 
 
 @pytest.mark.parametrize(

@@ -297,7 +297,7 @@ def test_mlps_are_their_formulas() -> None:
         ({"vocab_size": -1}, "vocab_size is -1, but must be at least 1."),
         ({"n_kv_head": 0}, "n_kv_head is 0"),
         ({"n_kv_head": -1}, "n_kv_head is -1"),
-        ({"n_head": 3}, "n_embd 16 is not divisible by n_head 3: choose n_embd as a multiple of it."),
+        ({"n_head": 3}, "n_embd 16 is not divisible by n_head 3: choose a multiple of n_head as n_embd."),
         ({"n_kv_head": 3}, "n_head 4 is not divisible by n_kv_head 3: every key/value head must serve the same"),
         ({"n_kv_head": 8}, "n_head 4 is not divisible by n_kv_head 8"),
         ({"position": "rotary", "n_head": 16}, "rotary positions turn pairs of channels, so n_embd / n_head must be"),
