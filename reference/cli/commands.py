@@ -6,17 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from reference.cli.options import Options, add_options, new_parser, read
+from reference.cli.options import read
 from reference.cli.train import checkpoint_folder, logged
 from reference.config import DataConfig, TrainConfig
 from reference.errors import ConfigurationError
-
-
-def take_options(command: str, options: type[Options], examples: str, words: Sequence[str]) -> Options:
-    """Return the options of a command, which its dataclass describes."""
-    parser = new_parser(command, (options.__doc__ or "").strip(), f"examples:\n{examples}")
-    add_options(parser, options)
-    return read(parser, options, words)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +38,7 @@ def prepare_command(words: Sequence[str]) -> int:
         "  python -m reference prepare --text 'books/**/*.txt' --tokenizer bpe:8192 --out data/books\n"
         "  python -m reference prepare --text books/ --tokenizer path/to/tokenizer.json --out data/books"
     )
-    options = take_options("prepare", PrepareOptions, examples, words)
+    options = read("prepare", PrepareOptions, examples, words)
     if options.out is None and options.text:
         raise ConfigurationError("--text needs --out, the folder to write to, for example --out data/mine.")
     from reference.data.prepare import prepare
@@ -91,7 +84,7 @@ def generate_command(words: Sequence[str]) -> int:
         "  python -m reference generate --checkpoint out/tiny --tokens 500 --temperature 0.8 --top_p 0.95 --seed 1\n"
         "  python -m reference generate --checkpoint out/tiny/step-00000200 --prompt 'import ' --temperature 0"
     )
-    options = take_options("generate", GenerateOptions, examples, words)
+    options = read("generate", GenerateOptions, examples, words)
     import torch
 
     from reference.checkpoint import load_for_inference
@@ -142,7 +135,7 @@ def evaluate_command(words: Sequence[str]) -> int:
         "  python -m reference evaluate --checkpoint out/tiny --data data/standard-library\n"
         "  python -m reference evaluate --checkpoint out/books --data data/books --precision bf16-mixed"
     )
-    options = take_options("evaluate", EvaluateOptions, examples, words)
+    options = read("evaluate", EvaluateOptions, examples, words)
     from reference.training.evaluation import evaluate_checkpoint
 
     with logged():
@@ -167,7 +160,7 @@ class ExportOptions:
 def export_command(words: Sequence[str]) -> int:
     """Write a checkpoint as a folder for transformers; return the exit code."""
     examples = "  python -m reference export --format huggingface --checkpoint out/tiny --out exported"
-    options = take_options("export", ExportOptions, examples, words)
+    options = read("export", ExportOptions, examples, words)
     from reference.interchange.huggingface import export_huggingface
 
     with logged():
@@ -193,7 +186,7 @@ def import_command(words: Sequence[str]) -> int:
         "  python -m reference import --format huggingface --from path/to/gpt2 --out out/gpt2\n"
         "  python -m reference generate --checkpoint out/gpt2 --prompt 'Hello'"
     )
-    options = take_options("import", ImportOptions, examples, words)
+    options = read("import", ImportOptions, examples, words)
     from reference.interchange.huggingface import import_huggingface
 
     with logged():

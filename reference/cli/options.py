@@ -3,14 +3,14 @@
 import difflib
 import json
 from argparse import ArgumentError, RawDescriptionHelpFormatter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import docstring_parser
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser
 
 from reference.config import allows, check_types, in_words
 from reference.errors import ConfigurationError
@@ -33,11 +33,11 @@ def new_parser(command: str, description: str, examples: str) -> ArgumentParser:
 
 def add_options(
     parser: ArgumentParser, options: type, prefix: str = "", defaults: Mapping[str, Any] | None = None
-) -> None:
-    """Add an option for each field of a dataclass.
+) -> list[str]:
+    """Add an option for each field of a dataclass, and return their names.
 
-    A field without default is required; one that is a dataclass itself is left out. Metadata of a field: ``option`` is
-    its name on the command line, ``flag`` means that the option takes no value.
+    A field that is a dataclass itself is left out. Metadata of a field: ``option`` is its name on the command line,
+    ``flag`` means that the option takes no value.
 
     Args:
         parser: gets the options.
@@ -48,22 +48,22 @@ def add_options(
     documented = docstring_parser.parse_from_object(options)
     about = {entry.arg_name: " ".join((entry.description or "").split()) for entry in documented.params}
     target = parser.add_argument_group((documented.short_description or "").rstrip(".")) if prefix else parser
+    names = []
     for entry in fields(options):
         if is_dataclass(entry.type):
             continue
-        name = f"--{prefix}{entry.metadata.get('option', entry.name)}"
+        names.append(name := f"--{prefix}{entry.metadata.get('option', entry.name)}")
         default = entry.default if entry.default_factory is MISSING else entry.default_factory()
         default = (defaults or {}).get(entry.name, default)
-        told = "required" if default is MISSING else f"default: {json.dumps(default, default=str)}"
-        text = f"{about[entry.name]} ({in_words(entry.type)}; {told})".replace("``", "").replace("%", "%%")
         if entry.metadata.get("flag"):
             target.add_argument(name, action="store_true", default=default, help=about[entry.name])
-        elif default is MISSING:
-            target.add_argument(name, type=value_type(entry.type), required=True, metavar="VALUE", help=text)
-        elif get_origin(entry.type) is list:
-            target.add_argument(name, nargs="+", default=default, metavar="VALUE", help=text)
-        else:
-            target.add_argument(name, type=value_type(entry.type), default=default, metavar="VALUE", help=text)
+            continue
+        told = "required" if default is MISSING else f"default: {json.dumps(default, default=str)}"
+        text = f"{about[entry.name]} ({in_words(entry.type)}; {told})".replace("``", "").replace("%", "%%")
+        kind = {"nargs": "+"} if get_origin(entry.type) is list else {"type": value_type(entry.type)}
+        default = None if default is MISSING else default
+        target.add_argument(name, **kind, default=default, metavar="VALUE", help=text)
+    return names
 
 
 def value_type(annotation: Any) -> Any:
@@ -76,14 +76,22 @@ def value_type(annotation: Any) -> Any:
     return str if get_origin(annotation) is Literal or str in kinds or Path in kinds else Any
 
 
-def read(parser: ArgumentParser, options: type[Options], words: Sequence[str]) -> Options:
+def read(command: str, options: type[Options], examples: str, words: Sequence[str]) -> Options:
     """Return the options that the words of a command line give.
+
+    Args:
+        command: its name.
+        options: a dataclass; its docstring says what the command does.
+        examples: for the end of the help.
+        words: of the command line.
 
     Raises:
         ConfigurationError: if an option is unknown or missing, or its value cannot be.
         SystemExit: after printing the help, if that was asked for.
     """
-    return build(options, parse(parser, words).as_dict())
+    parser = new_parser(command, (options.__doc__ or "").strip(), f"examples:\n{examples}")
+    known = add_options(parser, options)
+    return build(options, parse(parser, words, known))
 
 
 def build(options: type[Options], values: Mapping[str, Any]) -> Options:
@@ -96,6 +104,8 @@ def build(options: type[Options], values: Mapping[str, Any]) -> Options:
     for entry in fields(options):  # type: ignore[arg-type] # a dataclass
         option = entry.metadata.get("option", entry.name)
         value = values[option]
+        if value is None and entry.default is MISSING and entry.default_factory is MISSING:
+            raise ConfigurationError(f"--{option} must be given: see --help.")
         if isinstance(value, str) and allows(entry.type, Path()):
             if not value:  # such as a variable of the shell that is not set: not the current folder
                 raise ConfigurationError(f"--{option}: the name is empty.")
@@ -106,28 +116,23 @@ def build(options: type[Options], values: Mapping[str, Any]) -> Options:
     return made
 
 
-def parse(parser: ArgumentParser, words: Sequence[str], more: Iterable[str] = ()) -> Namespace:
-    """Parse the words. A misspelt option is told before one that is missing because of it.
+def parse(parser: ArgumentParser, words: Sequence[str], known: Sequence[str]) -> dict[str, Any]:
+    """Return the values that the words of a command line give.
 
     Args:
         parser: of the command.
         words: of the command line.
-        more: names to hint at beside the parser's own options.
+        known: names of options, for hints.
 
     Raises:
         ConfigurationError: if the words do not fit.
         SystemExit: after printing the help, if that was asked for.
     """
-    known = [option for action in parser._actions for option in action.option_strings]
-    names = [word.partition("=")[0] for word in words if word.startswith("--")]
-    for name in names:
-        if name not in known and name.rpartition(".")[0] not in known:
-            raise ConfigurationError(f"there is no option {name!r}, {hint(name, [*known, *more], parser.prog)}")
-    missing = sorted({f"--{key}" for key in parser.required_args} - set(names))
-    if missing and not {"-h", "--help"}.intersection(words):
-        raise ConfigurationError(f"{' and '.join(missing)} must be given: see {parser.prog} --help.")
+    for name in [word.partition("=")[0] for word in words if word.startswith("--")]:
+        if name not in ("--help", *known) and name.rpartition(".")[0] not in known:
+            raise ConfigurationError(f"there is no option {name!r}, {hint(name, known, parser.prog)}")
     try:
-        return parser.parse_args(list(words))
+        return dict(parser.parse_args(list(words)).as_dict())
     except ArgumentError as error:
         raise ConfigurationError(f"{' '.join(str(error).split()).rstrip('.')}.") from error
 

@@ -80,15 +80,15 @@ def read_settings(arguments: Sequence[str]) -> Settings:
         values, others = take(others, f"--{group}")
         contents += [checked({group: read_mapping(value, group)}, f"--{group}") for value in values]
     named = [str(content["preset"]) for content in contents if "preset" in content] + take(others, "--preset")[0]
-    parser = build_parser(named[-1] if named else "tiny", contents)
-    found = parse(parser, others, [f"--train.optimizer_args.{keyword}" for keyword in KEYWORDS]).as_dict()
+    parser, known = build_parser(named[-1] if named else "tiny", contents)
+    found = parse(parser, others, known)
     if not found["directory"]:
         raise ConfigurationError(f"--directory is empty: give a folder, for example out/{found['preset']}.")
     return build(Settings, found | {group: config(**found[group]) for group, config in GROUPS.items()})
 
 
-def build_parser(preset_name: str, contents: Sequence[dict[str, Any]]) -> ArgumentParser:
-    """Return the parser, with the values of a preset and of files as its defaults.
+def build_parser(preset_name: str, contents: Sequence[dict[str, Any]]) -> tuple[ArgumentParser, list[str]]:
+    """Return the parser, with the values of a preset and of files as its defaults, and the names of its options.
 
     Raises:
         ConfigurationError: if there is no such preset.
@@ -102,10 +102,10 @@ def build_parser(preset_name: str, contents: Sequence[dict[str, Any]]) -> Argume
     parser = new_parser("train", "Train a GPT.", EXAMPLES.format(presets=presets))
     parser.add_argument("--config", metavar="FILE", help="a YAML file with settings; repeatable")
     parser.add_argument("--print_config", action="store_true", help="print the settings as such a file, and end")
-    add_options(parser, Settings, defaults=values | {"preset": preset_name})
+    known = ["--config", "--print_config", *add_options(parser, Settings, defaults=values | {"preset": preset_name})]
     for group, config in GROUPS.items():
-        add_options(parser, config, f"{group}.", values[group])
-    return parser
+        known += add_options(parser, config, f"{group}.", values[group])
+    return parser, [*known, *(f"--train.optimizer_args.{keyword}" for keyword in KEYWORDS)]
 
 
 def take(arguments: Sequence[str], option: str) -> tuple[list[str], list[str]]:

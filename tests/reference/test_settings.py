@@ -76,7 +76,6 @@ def test_print_config_of_settings_that_cannot_work_is_an_error(capsys: pytest.Ca
         ("train --model.n_layr 3", "there is no option '--model.n_layr', did you mean --model.n_layer?"),
         ("train --train.upd 3", "there is no option '--train.upd', did you mean --train.updates?"),  # no abbreviations
         ("train --frobnicate", "there is no option '--frobnicate', see python -m reference train --help."),
-        ("train now", "Unrecognized arguments: now."),
         ("train --preset gpt2-124", "there is no preset 'gpt2-124': did you mean gpt2-124m"),
         ("train --preset", "argument --preset: expected one argument."),
         ("train --model.n_layer 3.5", "n_layer is 3.5, but must be a whole number."),
@@ -97,10 +96,9 @@ def test_print_config_of_settings_that_cannot_work_is_an_error(capsys: pytest.Ca
             "train --config missing.yaml",
             "the configuration file missing.yaml cannot be read: No such file or directory.",
         ),
-        ("generate", "--checkpoint must be given: see python -m reference generate --help."),
+        ("generate", "--checkpoint must be given: see --help."),
         ("generate --chekpoint x", "there is no option '--chekpoint', did you mean --checkpoint?"),
         ("generate --checkpoint x --top_k two", "top_k is 'two', but must be a whole number or null (None)."),
-        ("generate --checkpoint x y", "Unrecognized arguments: y."),
         ("export --format onnx --checkpoint x --out y", "format is 'onnx', but must be one of 'huggingface'."),
         ("prepare --text x", "--text needs --out, the folder to write to, for example --out data/mine."),
     ],
@@ -108,6 +106,12 @@ def test_print_config_of_settings_that_cannot_work_is_an_error(capsys: pytest.Ca
 def test_a_wrong_command_line_is_one_sentence(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments.split()) == 2
     assert one_error(capsys).startswith(message)
+
+
+@pytest.mark.parametrize("arguments", ["train now", "generate --checkpoint x now"])
+def test_a_word_that_belongs_to_no_option_is_one_sentence(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments.split()) == 2
+    assert one_error(capsys).lower() == "unrecognized arguments: now."  # upper case in jsonargparse 4.41, lower in 4.53
 
 
 def test_a_value_that_is_no_choice_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
