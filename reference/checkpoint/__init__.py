@@ -6,34 +6,16 @@ weights.py   tensors in safetensors: each once, ties by name; whether they fit a
 It imports the wing model, and reference.config, reference.errors and reference.files.
 """
 
-from reference.checkpoint.folder import (
-    checkpoints,
-    find,
-    load_config,
-    load_for_inference,
-    load_model,
-    load_state,
-    load_weights,
-    number,
-    prune,
-    require_writable,
-    save,
-    step_folder,
-)
-from reference.errors import CheckpointError
-
-__all__ = [
-    "CheckpointError",
-    "checkpoints",
-    "find",
-    "load_config",
-    "load_for_inference",
-    "load_model",
-    "load_state",
-    "load_weights",
-    "number",
-    "prune",
-    "require_writable",
-    "save",
-    "step_folder",
-]
+from reference.checkpoint.folder import checkpoints as checkpoints
+from reference.checkpoint.folder import find as find
+from reference.checkpoint.folder import load_config as load_config
+from reference.checkpoint.folder import load_for_inference as load_for_inference
+from reference.checkpoint.folder import load_model as load_model
+from reference.checkpoint.folder import load_state as load_state
+from reference.checkpoint.folder import load_weights as load_weights
+from reference.checkpoint.folder import number as number
+from reference.checkpoint.folder import prune as prune
+from reference.checkpoint.folder import require_writable as require_writable
+from reference.checkpoint.folder import save as save
+from reference.checkpoint.folder import step_folder as step_folder
+from reference.errors import CheckpointError as CheckpointError

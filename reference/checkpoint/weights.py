@@ -32,12 +32,7 @@ def write_weights(state_dict: Mapping[str, Any], path: Path) -> None:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file on the CPU, mapped from it; tied names share one tensor.
-
-    Raises:
-        safetensors.SafetensorError: if the file is damaged.
-        OSError: if it cannot be read.
-    """
+    """Return the tensors of a safetensors file on the CPU, mapped from it; tied names share one tensor."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
@@ -47,11 +42,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def first_names(state_dict: Mapping[str, Any]) -> dict[str, str]:
-    """Return for every name the alphabetically first one of the same tensor.
-
-    Raises:
-        TypeError: if there is anything but tensors.
-    """
+    """Return for every name the alphabetically first one of the same tensor; raise TypeError for all but tensors."""
     first: dict[Any, str] = {}
     names: dict[str, str] = {}
     for name in sorted(state_dict):

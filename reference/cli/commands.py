@@ -136,7 +136,7 @@ def evaluate_command(words: Sequence[str]) -> int:
         "  python -m reference evaluate --checkpoint out/books --data data/books --precision bf16-mixed"
     )
     options = read("evaluate", EvaluateOptions, examples, words)
-    from reference.training.evaluation import evaluate_checkpoint
+    from reference.cli.evaluation import evaluate_checkpoint
 
     with logged():
         checkpoint = checkpoint_folder(options.checkpoint)

@@ -9,7 +9,5 @@ tokens.py      sequences from token files, in another order every epoch
 It imports reference.config, reference.errors and reference.files, and no other wing.
 """
 
-from reference.data.tokenfile import write_tokens
-from reference.data.tokens import TokenData
-
-__all__ = ["TokenData", "write_tokens"]
+from reference.data.tokenfile import write_tokens as write_tokens
+from reference.data.tokens import TokenData as TokenData

@@ -10,6 +10,4 @@ modes.py            evaluation mode, and the way back
 It imports reference.config and reference.errors, and no other wing.
 """
 
-from reference.model.gpt import GPT
-
-__all__ = ["GPT"]
+from reference.model.gpt import GPT as GPT

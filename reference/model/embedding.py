@@ -44,7 +44,7 @@ def swap_embeddings(model: nn.Module) -> list[str]:
             )
     stable = {id(module): stable_embedding(module) for module in plain.values()}
     for name, module in plain.items():
-        set_submodule(model, name, stable[id(module)])
+        model.set_submodule(name, stable[id(module)])
     logger.info("embedding: %s trained as StableEmbedding", ", ".join(plain) or "none found, nothing")
     return list(plain)
 
@@ -93,11 +93,12 @@ def restore_embeddings(model: nn.Module) -> nn.Module:
         if is_stable(module):
             assert isinstance(module, nn.Embedding)
             plain.setdefault(id(module), folded(module))
-            set_submodule(restored, name, plain[id(module)])
+            restored.set_submodule(name, plain[id(module)])
             shared = [other for other, p in restored.named_parameters() if p is module.weight]
             if shared:
                 logger.info("embedding: %s is folded and untied from %s", name, ", ".join(shared))
-                untie_config(restored)
+                if isinstance(config := getattr(restored, "config", None), GPTConfig):
+                    restored.config = replace(config, tie_embeddings=False)  # type: ignore[assignment] # a plain attribute
     restored.eval()
     if plain:
         require_equal_logits(model, restored)
@@ -156,15 +157,3 @@ def renormed(embedding: nn.Embedding) -> Tensor:
 def is_stable(module: nn.Module) -> bool:
     """Return whether this is bitsandbytes' StableEmbedding, told without importing the package."""
     return type(module).__name__ == "StableEmbedding" and type(module).__module__.startswith("bitsandbytes.")
-
-
-def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put ``module`` in the place of the submodule called ``name``."""
-    parent, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, module)
-
-
-def untie_config(model: nn.Module) -> None:
-    """Record in a GPT's own configuration that head and embedding are two tensors now."""
-    if isinstance(config := getattr(model, "config", None), GPTConfig):
-        model.config = replace(config, tie_embeddings=False)  # type: ignore[assignment] # a plain attribute of GPT

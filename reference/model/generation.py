@@ -69,18 +69,18 @@ def check_settings(
     tokens: int, temperature: float, top_k: int | None, top_p: float | None, vocab_size: int | None, seed: int | None
 ) -> None:
     """Raise ConfigurationError if a setting of :func:`generate` is out of its range."""
-    if tokens < 0:
-        raise ConfigurationError(f"tokens is {tokens}, but must be at least 0.")
-    if not 0.0 <= temperature < math.inf:
-        raise ConfigurationError(f"temperature is {temperature}: give 0 for greedy, or a positive number.")
-    if top_k is not None and top_k < 1:
-        raise ConfigurationError(f"top_k is {top_k}: give a number of tokens of at least 1, or None for all.")
-    if top_p is not None and not 0.0 < top_p <= 1.0:
-        raise ConfigurationError(f"top_p is {top_p}: give a probability above 0 and up to 1, or None for all tokens.")
-    if vocab_size is not None and vocab_size < 1:
-        raise ConfigurationError(f"vocab_size is {vocab_size}: give the tokenizer's, or None for the model's.")
-    if seed is not None and not 0 <= seed < 1 << 64:
-        raise ConfigurationError(f"seed is {seed}: give a number of 64 bits that is not negative, or None.")
+    rules = {
+        f"tokens is {tokens}, but must be at least 0.": tokens >= 0,
+        f"temperature is {temperature}: give 0 for greedy, or a positive number.": 0.0 <= temperature < math.inf,
+        f"top_k is {top_k}: give a number of tokens of at least 1, or None for all.": top_k is None or top_k >= 1,
+        f"top_p is {top_p}: give a probability above 0 and up to 1, or None.": top_p is None or 0.0 < top_p <= 1.0,
+        f"vocab_size is {vocab_size}: give the tokenizer's, or None for the model's.": vocab_size is None
+        or vocab_size >= 1,
+        f"seed is {seed}: give a number of 64 bits that is not negative, or None.": 0 <= (seed or 0) < 1 << 64,
+    }
+    for sentence, holds in rules.items():
+        if not holds:
+            raise ConfigurationError(sentence)
 
 
 def check_prompt(prompt: Sequence[int] | Tensor, vocab_size: int, block_size: int) -> list[int]:

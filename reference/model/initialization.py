@@ -141,11 +141,8 @@ def owns_tensors(module: nn.Module) -> bool:
 def choose_strategy(requested: str, sharded: bool) -> str:
     """Return ``eager`` or ``meta``, by request and environment.
 
-    ====================================  ===================================================================
-    one device                            eager: built in place
-    several devices, not sharded (DDP)    eager: the same seed on all ranks, and DDP broadcasts rank 0's
-    sharded (FSDP)                        meta: no rank ever holds the whole model; each draws what it holds
-    ====================================  ===================================================================
+    Eager: built in place; under DDP with the same seed on all ranks, and DDP broadcasts rank 0's. Meta, for sharded
+    runs (FSDP): no rank ever holds the whole model, and each draws what it holds.
     """
     chosen = requested if requested != "auto" else ("meta" if sharded else "eager")
     reason = "as asked for" if requested != "auto" else ("parameters are sharded" if sharded else "not sharded")
@@ -154,13 +151,9 @@ def choose_strategy(requested: str, sharded: bool) -> str:
 
 
 def build(factory: Callable[[], nn.Module], strategy: str, device: torch.device, sharded: bool) -> nn.Module:
-    """Build a module eagerly or on the meta device, and return it.
+    """Build a module eagerly or on the meta device (:func:`choose_strategy`), and return it.
 
-    Args:
-        factory: builds the module; its constructor initialises it.
-        strategy: ``eager`` or ``meta``, see :func:`choose_strategy`.
-        device: where the parameters shall live.
-        sharded: leave materialising to FSDP, which does it shard by shard through ``reset_parameters``.
+    A sharded one is left to FSDP to materialise, which does it shard by shard through ``reset_parameters``.
 
     Raises:
         ConfigurationError: under ``meta``, if a submodule has parameters of its own and no ``reset_parameters``.

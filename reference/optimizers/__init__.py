@@ -8,15 +8,9 @@ state.py      the state, to a checkpoint and back
 It imports reference.config and reference.errors, and no other wing.
 """
 
-from reference.optimizers.build import build_optimizer, create_optimizer, find_class
-from reference.optimizers.decay import decay_groups
-from reference.optimizers.state import load_optimizer_state, optimizer_state
-
-__all__ = [
-    "build_optimizer",
-    "create_optimizer",
-    "decay_groups",
-    "find_class",
-    "load_optimizer_state",
-    "optimizer_state",
-]
+from reference.optimizers.build import build_optimizer as build_optimizer
+from reference.optimizers.build import create_optimizer as create_optimizer
+from reference.optimizers.build import find_class as find_class
+from reference.optimizers.decay import decay_groups as decay_groups
+from reference.optimizers.state import load_optimizer_state as load_optimizer_state
+from reference.optimizers.state import optimizer_state as optimizer_state

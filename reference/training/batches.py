@@ -85,32 +85,28 @@ def is_tokens(value: Any) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and value.ndim == 2 and value.numel() > 0 and not value.is_floating_point()
 
 
-def within_vocabulary(batches: Iterable[Batch], module: nn.Module) -> Iterable[Batch]:
-    """Return the batches, each checked for token ids that a GPT has no row for, unless it lies on a GPU already.
+def within_vocabulary(batches: Iterable[Batch], module: nn.Module) -> Iterator[Batch]:
+    """Yield the batches, each checked for token ids that a GPT has no row for, unless it lies on a GPU already.
 
     There an id too large ends in an assertion of the device, which names neither the id nor the batch. The vocabulary
     of other modules is not known.
 
     Raises:
-        TrainingError: when a batch is read with ids or targets beyond the vocabulary; the target -100 is allowed.
+        TrainingError: for ids or targets beyond the vocabulary; the target -100 is allowed.
     """
     config = getattr(module, "config", None)
-    return (checked(batch, config.vocab_size) for batch in batches) if isinstance(config, GPTConfig) else batches
-
-
-def checked(batch: Batch, vocabulary: int) -> Batch:
-    """Return the batch as it is; see :func:`within_vocabulary`."""
-    for number, part in enumerate(batch if isinstance(batch, tuple | list) else (batch,)):
-        if not is_tokens(part) or part.device.type != "cpu":
-            continue
-        values = part[part != IGNORE] if number else part
-        low, high = (int(value) for value in values.aminmax()) if values.numel() else (0, 0)
-        if low < 0 or high >= vocabulary:
-            raise TrainingError(
-                f"a batch holds the token id {low if low < 0 else high}, but the model knows 0 to {vocabulary - 1}: "
-                "tokenize the text with the model's tokenizer, or set vocab_size higher."
-            )
-    return batch
+    for batch in batches:
+        for number, part in enumerate(batch if isinstance(batch, tuple | list) else (batch,)):
+            if not isinstance(config, GPTConfig) or not is_tokens(part) or part.device.type != "cpu":
+                continue
+            values = part[part != IGNORE] if number else part
+            low, high = (int(value) for value in values.aminmax()) if values.numel() else (0, 0)
+            if low < 0 or high >= config.vocab_size:
+                raise TrainingError(
+                    f"a batch holds the token id {low if low < 0 else high}, but the model knows 0 to "
+                    f"{config.vocab_size - 1}: tokenize the text with the model's tokenizer, or set vocab_size higher."
+                )
+        yield batch
 
 
 def require_vocabulary(module: nn.Module, *sources: Any) -> None:
@@ -128,11 +124,8 @@ def require_vocabulary(module: nn.Module, *sources: Any) -> None:
 def require_tokenizer(folder: Path, source: Any) -> None:
     """Raise ConfigurationError if token files were written with another tokenizer than those of a checkpoint.
 
-    Vocabularies of equal size fit, and every id would mean something else.
-
-    Args:
-        folder: the checkpoint.
-        source: a reference.TokenData. Of other sources nothing is known, and nothing is raised.
+    Vocabularies of equal size fit, and every id would mean something else. Of sources that are not a reference.TokenData
+    nothing is known, and nothing is raised.
     """
     trained, given = checkpoint.load_config(folder)["tokenizer"], getattr(source, "tokenizer", None)
     file = getattr(source, "tokenizer_file", None)

@@ -52,7 +52,7 @@ def launch(config: TrainConfig) -> "Fabric":
     if config.logits == "compute":
         # Fabric's wrapper turns every floating output into float32. The loss below does that by itself, and under
         # torch.compile without writing the float32 logits to memory.
-        fabric.strategy.precision.convert_output = keep_dtype  # type: ignore[method-assign, assignment] # of this instance
+        fabric.strategy.precision.convert_output = lambda output: output  # type: ignore[method-assign, assignment] # of this instance
     logger.info("logits: leave the model in %s", "float32" if config.logits == "float32" else "the computing dtype")
     return fabric
 
@@ -92,11 +92,6 @@ def leave_group() -> None:
     """
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def keep_dtype(output: Any) -> Any:
-    """Return the model's output as it is, in place of Fabric's conversion."""
-    return output
 
 
 def is_sharded(fabric: "Fabric") -> bool:

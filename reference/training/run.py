@@ -143,12 +143,8 @@ class Run:
     def require_finite(self, update: int, values: list[float], share: Tensor) -> None:
         """Raise TrainingError on every rank if the loss or the gradient norm of an update is NaN or infinite.
 
-        Not under a loss scaler (16-mixed): it meets such gradients on purpose, and skips the step by itself.
-
-        Args:
-            update: number of the update, from 0.
-            values: loss and gradient norm over all ranks; more is ignored.
-            share: this rank's own part of the loss, which tells where it went wrong.
+        Not under a loss scaler (16-mixed): it meets such gradients on purpose, and skips the step by itself. ``values``
+        begin with loss and norm over all ranks; ``share``, this rank's own part, tells where it went wrong.
         """
         (loss, norm, *_), fabric = values, self.fabric
         scaled = getattr(fabric.strategy.precision, "scaler", None) is not None
@@ -163,10 +159,6 @@ class Run:
             f"parameters are those of the update before, and {self.saved}. Lower the learning rate or lengthen the "
             "warm-up, and resume."
         )
-
-    def must_stop(self) -> bool:
-        """Return whether the run ends here; the same on all ranks."""
-        return self.stopping or (self.fabric.world_size == 1 and self.stop.signal is not None)
 
     def count_sequences(self, pairs: Pairs) -> int:
         """Return the sequences of an update over all ranks, whose microbatches are taken to be as large as here."""

@@ -15,7 +15,6 @@ from reference.optimizers.state import computed_as_by, load_optimizer_state, opt
 from reference.training.batches import Pairs
 from reference.training.launch import is_sharded, reduce
 from reference.training.run import Run
-from reference.training.sharding import gathered, shard_optimizer_state, shard_weights
 
 logger = logging.getLogger("reference")
 
@@ -34,6 +33,8 @@ def save(run: Run, update: int, source: Any) -> None:
     weights: Any = run.module
     packed: dict[str, Any] = {}
     if is_sharded(run.fabric):
+        from reference.training.sharding import gathered  # torch.distributed.checkpoint takes its time
+
         weights, packed = gathered(run.wrapped._forward_module, run.bare)
         # Gathered, a tied tensor comes once for each of its names.
         weights |= {name: weights[first] for name, first in run.ties.items() if first in weights}
@@ -84,12 +85,20 @@ def restore(run: Run, folder: Path) -> int:
     Raises:
         CheckpointError: if it does not fit the run.
     """
-    config, optimizer = run.config, run.bare
-    root = run.wrapped._forward_module if is_sharded(run.fabric) else None
+    config, optimizer, root = run.config, run.bare, None
+    if is_sharded(run.fabric):
+        from reference.training.sharding import shard_optimizer_state, shard_weights
+
+        root = run.wrapped._forward_module
     state = checkpoint.load_state(folder)
     saved, done = state["optimizer"], int(state["update"])
     run.saved = f"the newest checkpoint is {folder}"
-    warn_of_newer(run.directory, folder, done)
+    newer = [path.name for path in checkpoint.checkpoints(run.directory) if checkpoint.number(path) > done]
+    if newer:
+        logger.warning(
+            "resume: %s holds newer checkpoints than %s, up to %s: they stay, and resume='auto' would take them",
+            *(run.directory, folder.name, newer[-1]),
+        )
     if saved is not None and state["optimizer_class"] != config.optimizer:
         raise CheckpointError(
             f"{folder} was trained with {state['optimizer_class']}, not {config.optimizer}: "
@@ -121,24 +130,8 @@ def restore(run: Run, folder: Path) -> int:
     return done
 
 
-def warn_of_newer(directory: Path, folder: Path, done: int) -> None:
-    """Log a warning if the run's directory holds newer checkpoints than the one that it resumes from."""
-    newer = [path.name for path in checkpoint.checkpoints(directory) if checkpoint.number(path) > done]
-    if newer:
-        logger.warning(
-            "resume: %s holds newer checkpoints than %s, up to %s: they stay, and resume='auto' would take them",
-            *(directory, folder.name, newer[-1]),
-        )
-
-
 def warn_about_order(run: Run, folder: Path, pairs: Pairs) -> None:
-    """Log a warning if updates consume more or fewer sequences than before a checkpoint, which keeps updates only.
-
-    Args:
-        run: that goes on.
-        folder: the checkpoint.
-        pairs: the microbatches of the next update.
-    """
+    """Log a warning if an update has more or fewer sequences than before a checkpoint, which counts updates only."""
     before, now = checkpoint.load_config(folder).get("sequences_per_update"), run.count_sequences(pairs)
     if before is not None and before != now:
         logger.warning(

@@ -17,11 +17,6 @@ def learning_rate(config: TrainConfig, update: int, peak: float) -> float:
 
     The warm-up starts at peak / (warmup + 1), not at 0: a first update with a rate of 0 does nothing
     (transformers#34754, torchtune#2010).
-
-    Args:
-        config: schedule, updates, warmup, cooldown and min_lr of the run.
-        update: from 0 to ``config.updates`` - 1.
-        peak: the largest rate.
     """
     warmup, updates = config.warmup, config.updates
     if update < warmup:

@@ -7,6 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.optim import Optimizer
 
 from reference.errors import CheckpointError, first_line
@@ -19,19 +26,11 @@ def gathered(root: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], 
 
     Every rank must call it; on all but rank 0 both are empty.
     """
-    from torch.distributed.checkpoint.state_dict import (
-        StateDictOptions,
-        get_model_state_dict,
-        get_optimizer_state_dict,
-    )
-
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     saved = get_model_state_dict(root, options=options)
     weights: dict[str, Any] = {name.removeprefix(prefix(root)): tensor for name, tensor in saved.items()}
     named = get_optimizer_state_dict(root, optimizer, options=options)
-    if not named:
-        return {}, {}
-    return weights, by_position(named)
+    return (weights, by_position(named)) if named else ({}, {})
 
 
 def by_position(named: Mapping[str, Any]) -> dict[str, Any]:
@@ -43,15 +42,7 @@ def by_position(named: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def by_name(state: Mapping[str, Any], names: list[list[str]]) -> dict[str, Any]:
-    """Undo :func:`by_position` and return the result.
-
-    Args:
-        state: as an unsharded optimizer gives it.
-        names: of the parameters of each group, in the optimizer's order.
-
-    Raises:
-        ValueError: if the groups have other sizes.
-    """
+    """Undo :func:`by_position`, for the names of each group; raise ValueError if the groups have other sizes."""
     sizes = [len(group["params"]) for group in state["param_groups"]]
     if sizes != [len(group) for group in names]:
         raise ValueError(f"its groups hold {sizes} tensors, the optimizer's {[len(group) for group in names]}")
@@ -66,8 +57,6 @@ def shard_weights(root: nn.Module, weights: dict[str, Tensor]) -> None:
     Raises:
         CheckpointError: if they are of another model.
     """
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
     named: dict[str, Any] = {prefix(root) + name: tensor for name, tensor in weights.items()}
     try:
         set_model_state_dict(root, named, options=StateDictOptions(full_state_dict=True))
@@ -79,17 +68,10 @@ def shard_weights(root: nn.Module, weights: dict[str, Tensor]) -> None:
 
 
 def shard_optimizer_state(root: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """Load the optimizer state of an unsharded run into the optimizer of a sharded one.
-
-    Raises:
-        ValueError: if it has other groups.
-    """
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
-
+    """Load the optimizer state of an unsharded run into the optimizer of a sharded one, or raise ValueError."""
     names = {id(parameter): unsharded_name(name) for name, parameter in root.named_parameters()}
     groups = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
-    options = StateDictOptions(full_state_dict=True)
-    set_optimizer_state_dict(root, optimizer, by_name(state, groups), options=options)
+    set_optimizer_state_dict(root, optimizer, by_name(state, groups), options=StateDictOptions(full_state_dict=True))
 
 
 def prefix(root: nn.Module) -> str:

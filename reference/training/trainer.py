@@ -131,7 +131,7 @@ class Trainer:
             if validation is not None and config.evaluate_every is None:
                 logger.info("validation: batches were given, but evaluate_every is None: they are not evaluated")
             result = FitResult(run.module, run.bare)
-            batches = run.batches(train, done)
+            batches, device = run.batches(train, done), run.fabric.device
             upcoming = run.fetch(batches) if done < config.updates else []
             if folder is not None and upcoming:
                 warn_about_order(run, folder, upcoming)
@@ -152,7 +152,7 @@ class Trainer:
                     tokens=did.tokens,
                     validation_loss=validation_loss,
                     seconds=now - started,
-                    memory=allocated(run.fabric.device),
+                    memory=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
                 )
                 result.records.append(record)
                 for callback in self.callbacks:
@@ -160,7 +160,8 @@ class Trainer:
                 if is_due(update, config.log_every, last) or update == done:
                     passed = time.perf_counter() - began
                     log(record, run, passed / (update + 1 - done) * (config.updates - update - 1))
-                stopped = run.must_stop() and not last
+                alone = run.fabric.world_size == 1  # other ranks know of a signal when the next update has begun
+                stopped = (run.stopping or (alone and stop.signal is not None)) and not last
                 saves = stopped or is_due(update, config.save_every, last)
                 if saves:
                     save(run, update + 1, train)
@@ -189,13 +190,7 @@ def is_due(update: int, every: int | None, last: bool) -> bool:
 
 
 def log(record: Record, run: Run, left: float) -> None:
-    """Log a line on an update.
-
-    Args:
-        record: of the update.
-        run: that it belongs to.
-        left: seconds to the end of the run.
-    """
+    """Log a line on an update of a run that has ``left`` seconds to go."""
     rate = record.tokens / record.seconds
     parts = (
         f"update {record.update}/{run.config.updates}: loss {record.loss:.4f}",
@@ -213,8 +208,3 @@ def utilisation(run: Run, rate: float) -> str:
     if peak is None or not isinstance(config, GPTConfig):
         return "MFU unknown"
     return f"MFU {rate * flops_per_token(config, config.block_size) / (peak * run.fabric.world_size):.1%}"
-
-
-def allocated(device: torch.device) -> int:
-    """Return the most bytes that tensors have taken on a GPU since the process began; 0 elsewhere."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0

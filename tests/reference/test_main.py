@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from reference.__main__ import COMMANDS, main
+from reference.cli.evaluation import Evaluation
 from reference.cli.loggers import metrics_file
 from reference.cli.settings import read_settings
 from reference.errors import CheckpointError, ConfigurationError, DataError, TrainingError
-from reference.training.evaluation import Evaluation
 from reference.training.trainer import Record
 from tests.reference.commands import SHORT, SMALL, TEXT, one_error, train, write_data
 
