@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from reference import checkpoint
-from reference.config import GPTConfig, TrainConfig, as_plain
+from reference.config import GPTConfig, TrainConfig, allows, as_plain, in_words
 from reference.data.tokenizer import FILE, ByteTokenizer, FileTokenizer, load_tokenizer
 from reference.errors import CheckpointError, ConfigurationError, first_line
 from reference.files import new_folder
@@ -42,6 +42,7 @@ logger = logging.getLogger("reference")
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 WEIGHT_TYPES = {"F32", "F16", "BF16"}  # safetensors' names of the dtypes that float32 holds exactly
+FINITE = torch.finfo(torch.float32).max
 END = "<|endoftext|>"  # the end of a document, in the tokenizer.json that is made for bytes
 
 
@@ -224,9 +225,10 @@ def our_config(path: Path) -> tuple[Layout, GPTConfig]:
     fields = dict(layout.shape)
     for ours, (theirs, default) in layout.fields.items():
         value = given.get(theirs, default)
-        if not has_type(value, hints[ours]):
+        infinite = hints[ours] is float and isinstance(value, int | float) and not abs(value) <= FINITE
+        if not allows(hints[ours], value) or infinite:
             said = "is missing" if value is ... else f"is {value!r}"
-            raise ConfigurationError(f"{theirs} in {path} {said}, but is {ours} here, of type {hints[ours]}.")
+            raise ConfigurationError(f"{theirs} in {path} {said}, but must be {in_words(hints[ours])} ({ours} here).")
         fields[ours] = float(value) if hints[ours] is float else value
     config = GPTConfig(**fields)
     if layout is not GPT2:
@@ -257,15 +259,6 @@ def require(path: Path, name: str, value: Any, values: tuple[Any, ...]) -> None:
     if value not in values:
         choices = " or ".join(repr(choice) for choice in values)
         raise ConfigurationError(f"{name} in {path} is {value!r}, but reference.GPT can express {choices} only.")
-
-
-def has_type(value: Any, hint: Any) -> bool:
-    """Return whether a value out of a JSON file is of the type of a field of GPTConfig; finite, if it is a number."""
-    if isinstance(value, bool) or hint is bool:
-        return isinstance(value, bool) and hint is bool
-    if hint is float:
-        return isinstance(value, int | float) and abs(value) < torch.finfo(torch.float32).max
-    return isinstance(value, hint)
 
 
 def our_tensors(folder: Path, layout: Layout, config: GPTConfig) -> dict[str, Tensor]:

@@ -197,7 +197,7 @@ class GPT(nn.Module):
             self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
-        initialize(self, seed)
+        initialize(self, config, seed)
 
     def forward(self, ids: Tensor, cache: Sequence[Cache] | None = None) -> Tensor:
         """Map token ids (B, T), any integer dtype, to logits (B, T, V) in the dtype of the computation.

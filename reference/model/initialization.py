@@ -23,30 +23,28 @@ import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from reference.config import GPTConfig
 from reference.errors import ConfigurationError
-
-if TYPE_CHECKING:
-    from reference.model.gpt import GPT
 
 logger = logging.getLogger("reference")
 
 RESIDUAL = (".attention.proj", ".mlp.proj")  # the two linear layers of a block that write into the residual stream
 
 
-def initialize(model: "GPT", seed: int) -> None:
+def initialize(model: nn.Module, config: GPTConfig, seed: int) -> None:
     """Apply the table to a GPT. On the meta device it only prepares: :func:`materialize` applies it later.
 
     Each submodule gets a ``reset_parameters`` of its own, the hook by which FSDP initialises a module that was
     built on the meta device. LitGPT once patched that hook and then never called it (litgpt#1150): here the
     same function binds and calls.
     """
-    bind_reset_parameters(model, seed)
+    bind_reset_parameters(model, config, seed)
     modules = [module for module in model.modules() if owns_tensors(module)]
     if not is_large(model):
         for module in modules:
@@ -83,17 +81,15 @@ class NoDefaultInitialization(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def bind_reset_parameters(model: "GPT", seed: int) -> None:
+def bind_reset_parameters(model: nn.Module, config: GPTConfig, seed: int) -> None:
     """Give every linear layer and embedding a ``reset_parameters`` that draws from the table."""
-    config = model.config
     first: dict[int, str] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             if (owner := first.setdefault(id(module.weight), name)) != name:
                 reset = partial(tie, module, model, owner)
             else:
-                std = declared_std(name, config.init_std, config.n_layer, config.scale_residual_init)
-                reset = partial(draw, module, name, std, seed)
+                reset = partial(draw, module, name, declared_std(name, config), seed)
             module.reset_parameters = reset  # type: ignore[assignment] # the hook that FSDP calls
 
 
@@ -102,11 +98,11 @@ def tie(module: nn.Linear | nn.Embedding, model: nn.Module, owner: str) -> None:
     module.weight = model.get_submodule(owner).weight  # type: ignore[assignment] # a Parameter
 
 
-def declared_std(name: str, init_std: float, n_layer: int, scale_residual: bool) -> float:
+def declared_std(name: str, config: GPTConfig) -> float:
     """Return the standard deviation that the table gives the linear layer or embedding called ``name``."""
-    if scale_residual and name.endswith(RESIDUAL):
-        return init_std / math.sqrt(2 * n_layer)
-    return init_std
+    if config.scale_residual_init and name.endswith(RESIDUAL):
+        return config.init_std / math.sqrt(2 * config.n_layer)
+    return config.init_std
 
 
 @torch.no_grad()

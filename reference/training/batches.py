@@ -124,8 +124,7 @@ def require_vocabulary(module: nn.Module, *sources: Any) -> None:
 def require_tokenizer(folder: Path, source: Any) -> None:
     """Raise ConfigurationError if token files were written with another tokenizer than those of a checkpoint.
 
-    Vocabularies of equal size fit, and every id would mean something else. Of sources that are not a reference.TokenData
-    nothing is known, and nothing is raised.
+    Vocabularies of equal size fit, and every id would mean something else. Other sources tell nothing to compare.
     """
     trained, given = checkpoint.load_config(folder)["tokenizer"], getattr(source, "tokenizer", None)
     file = getattr(source, "tokenizer_file", None)
