@@ -2,13 +2,16 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from types import UnionType
+from dataclasses import InitVar, dataclass, field, fields
+from pathlib import Path
+from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin
 
+from reference.errors import ConfigurationError
 
-class ConfigurationError(ValueError):
-    """A setting that cannot work. The message says what is wrong, what was expected and what to do."""
+__all__ = ["IGNORE", "ConfigurationError", "DataConfig", "GPTConfig", "TrainConfig", "as_plain"]
+
+IGNORE = -100  # a target with this value counts neither in the loss nor in its mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +73,7 @@ class GPTConfig:
             raise ConfigurationError(f"n_kv_head is {self.n_kv_head}, but must be at least 1, or None for n_head.")
         if self.n_embd % self.n_head:
             raise ConfigurationError(
-                f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: choose n_embd as a multiple of it."
+                f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: choose a multiple of n_head as n_embd."
             )
         if self.n_head % self.kv_heads:
             raise ConfigurationError(
@@ -94,7 +97,7 @@ class GPTConfig:
 
     @property
     def kv_heads(self) -> int:
-        """Number of key/value heads, resolved."""
+        """The number of key/value heads, resolved."""
         return self.n_head if self.n_kv_head is None else self.n_kv_head
 
     @property
@@ -111,12 +114,12 @@ class GPTConfig:
 
     @classmethod
     def gpt2(cls, **changes: Any) -> "GPTConfig":
-        """GPT-2 124M, with any field changed by keyword."""
+        """Return GPT-2 124M, with any field changed by keyword."""
         return cls(**changes)
 
     @classmethod
     def llama(cls, **changes: Any) -> "GPTConfig":
-        """Llama's shape: RMSNorm, rotary positions, SwiGLU, no biases, head of its own; 1.3B by default."""
+        """Return Llama's shape: RMSNorm, rotary positions, SwiGLU, no biases, an untied head; 1.3B by default."""
         shape: dict[str, Any] = {
             "vocab_size": 32000,
             "block_size": 2048,
@@ -133,7 +136,7 @@ class GPTConfig:
 
     @classmethod
     def tiny(cls, **changes: Any) -> "GPTConfig":
-        """A GPT of some 30k parameters over bytes: for tests and for a first look."""
+        """Return the shape of a GPT of some 30k parameters over bytes: for tests and for a first look."""
         shape: dict[str, Any] = {"vocab_size": 256, "block_size": 64, "n_layer": 2, "n_head": 2, "n_embd": 32}
         return cls(**(shape | changes))
 
@@ -156,7 +159,7 @@ class TrainConfig:
     """Its keyword arguments (lr, betas, weight_decay, ...), handed over exactly. A misspelt one is an error."""
     decay: Literal["role", "ndim", "all"] = "role"
     """Which tensors decay. role: matrices that multiply activations, so no norms, biases, embeddings or memory
-    tokens; ndim: tensors of two and more dimensions, as nanoGPT does; all: everything."""
+    tokens; ndim: tensors of two or more dimensions, as in nanoGPT; all: everything."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """After the warm-up: a cosine down to min_lr; the peak and then a cooldown (warmup-stable-decay); or the peak
     throughout. See reference.training.schedule."""
@@ -181,9 +184,6 @@ class TrainConfig:
     """auto: on the meta device under FSDP, eager elsewhere. meta: built without memory, materialised afterwards."""
     compile: bool = False
     """Compile the model and its loss, as one graph, with torch.compile."""
-    capture_step: bool = False
-    """Capture the optimizer's step in a CUDA graph and replay it: spares the host's work of each step. Needs CUDA and
-    an optimizer that accepts ``capturable``."""
     activation_checkpointing: bool = False
     """Keep only the input of each transformer block for backward, and compute the block again there: less memory,
     and a second forward of each block. The gradients are the same, bit for bit."""
@@ -207,9 +207,16 @@ class TrainConfig:
     """Checkpoints to keep; older ones of this directory are removed once a newer one is complete. None: all."""
     log_every: int = 10
     """Updates between log lines (the first and the last are always logged)."""
+    capture_step: InitVar[bool] = False
+    """Removed since 0.1.0. Files of that release say ``false``, and are still read."""
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, capture_step: bool) -> None:
         check_types(self)
+        if capture_step is not False:
+            raise ConfigurationError(
+                f"capture_step is {capture_step!r}, but it was removed, because a captured step saved no time: "
+                "leave it out."
+            )
         for name in ("updates", "microbatches", "devices", "num_nodes", "log_every"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}, but must be at least 1.")
@@ -254,24 +261,20 @@ class DataConfig:
 
 
 def check_types(config: Any) -> None:
-    """Raise ConfigurationError if a field holds anything that its annotation does not allow.
+    """Raise ConfigurationError if a field of a dataclass holds a value that its annotation does not allow.
 
     Dataclasses do not check their annotations; without this, ``norm="rms"`` would fail far from its cause.
     """
     for entry in fields(config):
         value = getattr(config, entry.name)
-        if get_origin(entry.type) is Literal and value not in get_args(entry.type):
-            choices = ", ".join(repr(choice) for choice in get_args(entry.type))
-            raise ConfigurationError(f"{entry.name} is {value!r}, but must be one of {choices}.")
         if not allows(entry.type, value):
-            kind = entry.type.__name__ if isinstance(entry.type, type) else str(entry.type)
-            raise ConfigurationError(f"{entry.name} is {value!r}, but must be of type {kind}.")
+            raise ConfigurationError(f"{entry.name} is {value!r}, but must be {in_words(entry.type)}.")
 
 
 def allows(annotation: Any, value: Any) -> bool:
-    """Whether a value is of an annotated type. An int is a float, too; a bool is neither."""
+    """Return whether a value is of an annotated type. An int is a float, too; a bool is neither."""
     if get_origin(annotation) is Literal:
-        return value in get_args(annotation)
+        return isinstance(value, str) and value in get_args(annotation)
     if get_origin(annotation) is UnionType:
         return any(allows(kind, value) for kind in get_args(annotation))
     if isinstance(value, bool):
@@ -279,7 +282,29 @@ def allows(annotation: Any, value: Any) -> bool:
     return isinstance(value, int | float if annotation is float else get_origin(annotation) or annotation)
 
 
+def in_words(annotation: Any) -> str:
+    """Return how messages and help texts call an annotated type."""
+    if get_origin(annotation) is Literal:
+        return "one of " + ", ".join(repr(choice) for choice in get_args(annotation))
+    if get_origin(annotation) is UnionType:
+        return " or ".join(in_words(kind) for kind in get_args(annotation))
+    kind = get_origin(annotation) or annotation
+    return WORDS.get(kind, kind.__name__)
+
+
+WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    NoneType: "null (None)",
+    Mapping: "a mapping, such as {lr: 3e-4}",
+    list: "a list",
+    Path: "a path",
+}
+
+
 def as_plain(config: GPTConfig | TrainConfig | DataConfig) -> dict[str, Any]:
-    """The configuration as a dictionary of plain values, as it is written beside a checkpoint."""
+    """Return the configuration as a dictionary of plain values, as it is written beside a checkpoint."""
     values = {entry.name: getattr(config, entry.name) for entry in fields(config)}  # asdict() would copy any mapping
     return {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}

@@ -13,7 +13,7 @@ import reference
 from conformance import Checkpoint, Constant, Normal, Recipe, TensorInfo
 from conformance.subject import Distribution
 from conformance.version import suite_version
-from reference.data.tokens import TokenData, write_tokens
+from reference.data import TokenData, write_tokens
 
 
 class ReferencePolicy:

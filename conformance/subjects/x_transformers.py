@@ -17,7 +17,7 @@ from x_transformers import Decoder, TransformerWrapper
 from conformance import Checkpoint, Constant, Normal, Recipe, TensorInfo, Uniform
 from conformance.subject import Distribution
 from conformance.subjects.reference import Reference, ReferencePolicy
-from reference.checkpoint.folder import load_model, load_state
+from reference.checkpoint import load_model, load_state
 from reference.model.embedding import restore_embeddings, swap_embeddings
 
 # The matrices that multiply activations. ff.0.0 is the first one of a GELU MLP, ff.0.proj of a SwiGLU MLP.

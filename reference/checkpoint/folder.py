@@ -8,8 +8,8 @@ A checkpoint is a folder ``step-00000100`` with
     tokenizer.json      the tokenizer, if it has a file
     SHA256SUMS          checksums of them all, checked on load
 
-It is written under another name, flushed to the disk and then renamed, so a run that is killed while saving leaves
-the previous checkpoint as the newest. Only one run at a time may write into a directory; any number may read.
+It appears complete or not at all (reference.files), so a run that is killed while saving leaves the previous
+checkpoint as the newest. Only one run at a time may write into a directory; any number may read.
 """
 
 import json
@@ -18,7 +18,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from pickle import PicklingError
 from types import MappingProxyType
@@ -27,21 +27,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from reference.checkpoint.integrity import (
-    SUMS,
-    as_written,
-    digest,
-    hidden,
-    read_sums,
-    recover,
-    replace_folder,
-    require_loadable,
-    sealed,
-    tidy,
-    write_sums,
-)
 from reference.checkpoint.weights import misfit, read_weights, write_weights
-from reference.config import ConfigurationError, GPTConfig
+from reference.config import GPTConfig
+from reference.errors import CheckpointError, ConfigurationError, cause_of, first_line
+from reference.files import SUMS, digest, hidden, is_intact, new_folder, put_back, read_sums
 from reference.model.embedding import restore_embeddings, swap_embeddings
 from reference.model.gpt import GPT
 
@@ -50,20 +39,16 @@ logger = logging.getLogger("reference")
 STEP = re.compile(r"step-(\d{8,})")
 STATE = {"update", "optimizer", "optimizer_class", "precision", "stable_embedding"}  # what state.pt holds
 WEIGHTS, PROGRESS, CONFIG = FILES = ("model.safetensors", "state.pt", "config.json")
-FORMAT = 1  # in config.json since there are checksums: where it stands, SHA256SUMS must be there
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that is missing, incomplete, damaged or of another model. The message says which and what to do."""
+FORMAT = 1  # in config.json since there are checksums: a checkpoint that has it must have SHA256SUMS
 
 
 def step_folder(directory: Path, update: int) -> Path:
-    """Where the checkpoint after ``update`` updates lies."""
+    """Return where the checkpoint after ``update`` updates lies."""
     return directory / f"step-{update:08d}"
 
 
 def number(folder: Path) -> int:
-    """Updates done at a checkpoint, from its name; 0 if it is called otherwise."""
+    """Return the updates done at a checkpoint, from its name; 0 if it has another kind of name."""
     found = STEP.fullmatch(folder.name)
     return int(found[1]) if found else 0
 
@@ -108,40 +93,47 @@ def save(
     """
     from safetensors import SafetensorError
 
-    partial = hidden(folder, "partial")
     state_dict = weights.state_dict() if isinstance(weights, nn.Module) else weights
     plain = {"format": FORMAT, "tokenizer": None} | config
     content = {**files, CONFIG: (json.dumps(plain, indent=2, default=str) + "\n").encode()}
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         tidy(folder.parent)
-        partial.mkdir()
-        with ThreadPoolExecutor(2) as pool:  # one file is flushed and summed up while the next is written
-            write_weights(partial / WEIGHTS, state_dict)
-            sums = {WEIGHTS: pool.submit(sealed, partial / WEIGHTS)}
-            with (partial / PROGRESS).open("wb") as file:  # so that a full disk is an OSError of Python's
-                torch.save(state, file)
-            require_loadable(partial / PROGRESS)
-            sums[PROGRESS] = pool.submit(sealed, partial / PROGRESS)
+        with new_folder(folder) as add:
+            add(WEIGHTS, partial(write_weights, state_dict))
+            add(PROGRESS, partial(write_state, state))
             for name, source in content.items():
-                (partial / name).write_bytes(source if isinstance(source, bytes) else source.read_bytes())
-                sums[name] = pool.submit(sealed, partial / name)
-            write_sums(partial, {name: future.result() for name, future in sums.items()})
-        replace_folder(partial, folder)
+                add(name, partial(Path.write_bytes, data=source if isinstance(source, bytes) else source.read_bytes()))
     # A full disk is the second and third to safetensors and torch. The others: what cannot be stored at all.
     except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, AttributeError, PicklingError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
             f"the checkpoint {folder} could not be written: {cause_of(error)}. Earlier checkpoints are complete; "
             "make room or choose another directory, and resume from the newest."
         ) from error
 
 
-def prune(directory: Path, keep_last: int | None, newest: Path | None = None) -> list[Path]:
-    """Remove the checkpoints before the last ``keep_last`` (None: keep all), and say which.
+def write_state(state: dict[str, Any], path: Path) -> None:
+    """Write state.pt.
 
-    Only complete ones count and only they are removed: no link, and none with a file that was not written with it. A
-    folder is renamed before it is emptied, so a run that is killed leaves none of them half.
+    Raises:
+        ValueError: if ``weights_only`` would refuse to load it: now, not when a run is to be resumed.
+    """
+    with path.open("wb") as file:  # so that a full disk is an OSError of Python's
+        torch.save(state, file)
+    try:
+        torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # mapped, so no tensor is read
+    except Exception as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        raise ValueError(
+            f"its state holds {found[1] if found else 'an object'}, where only tensors and plain values load safely"
+        ) from error
+
+
+def prune(directory: Path, keep_last: int | None, newest: Path | None = None) -> list[Path]:
+    """Remove the checkpoints before the last ``keep_last`` (None: keep all), and return which.
+
+    Only complete ones count and are removed, but not a link, nor one with a file that was not written with it. A folder
+    is renamed before it is emptied, so a run that is killed leaves none of them half.
 
     Args:
         directory: of the run.
@@ -166,24 +158,39 @@ def prune(directory: Path, keep_last: int | None, newest: Path | None = None) ->
     return removed
 
 
+def recover(directory: Path) -> None:
+    """Put back checkpoints that a run set aside, and was killed before it had put the new one in their place."""
+    for previous in directory.glob(".step-*.previous"):
+        put_back(previous, directory / previous.stem.removeprefix("."))
+
+
+def tidy(directory: Path) -> None:
+    """Recover, then remove what killed runs left half written or half removed. Only for who writes there next."""
+    recover(directory)
+    for purpose in ("partial", "previous", "removed"):
+        for left in directory.glob(f".step-*.{purpose}"):
+            if purpose != "previous" or (directory / left.stem.removeprefix(".")).exists():
+                shutil.rmtree(left, ignore_errors=True)
+
+
 def lacking(folder: Path) -> list[str]:
-    """The files of a checkpoint that are not there."""
+    """Return the files of a checkpoint that are not there."""
     return [name for name in dict.fromkeys((*FILES, *(read_sums(folder) or {}))) if not (folder / name).is_file()]
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether all files of a checkpoint are there."""
+    """Return whether all files of a checkpoint are there."""
     return not lacking(folder)
 
 
 def checkpoints(directory: Path) -> list[Path]:
-    """The complete checkpoints in ``directory``, by number."""
+    """Return the complete checkpoints in ``directory``, by number."""
     found = [path for path in directory.glob("step-*") if STEP.fullmatch(path.name) and is_complete(path)]
     return sorted(found, key=number)
 
 
 def find(resume: bool | Literal["auto"] | str | Path, directory: Path) -> Path | None:
-    """The checkpoint folder to resume from, or None for a fresh start.
+    """Return the checkpoint folder to resume from, or None for a fresh start.
 
     Args:
         resume: False: none. True: the newest in ``directory``. ``auto``: the newest, or None if there is none.
@@ -201,7 +208,7 @@ def find(resume: bool | Literal["auto"] | str | Path, directory: Path) -> Path |
         found = checkpoints(directory)
         for folder in directory.glob("step-*"):
             if STEP.fullmatch(folder.name) and folder not in found:
-                logger.warning("resume: %s is passed over, it lacks %s", folder, ", ".join(lacking(folder)))
+                logger.warning("resume: %s is passed over, because it lacks %s", folder, ", ".join(lacking(folder)))
         if found:
             return found[-1]
         if resume == "auto":
@@ -214,14 +221,14 @@ def find(resume: bool | Literal["auto"] | str | Path, directory: Path) -> Path |
         recover(folder.parent)
     if not is_complete(folder):
         raise CheckpointError(
-            f"{folder} is no checkpoint of this trainer (missing: {', '.join(lacking(folder))}): give a folder like "
+            f"{folder} is not a checkpoint of this trainer (missing: {', '.join(lacking(folder))}): give a folder like "
             f"{step_folder(directory, 100)}, or resume=False for a fresh start."
         )
     return folder
 
 
 def verify(folder: Path, name: str) -> None:
-    """Check that a file of a checkpoint is the one that was written.
+    """Check that a file of a checkpoint is the one that was written with it.
 
     Raises:
         CheckpointError: if it is damaged, missing or that of another checkpoint.
@@ -233,21 +240,21 @@ def verify(folder: Path, name: str) -> None:
         if sums is None:
             logger.info("checkpoint: %s is not checked, because it was written without checksums", folder / name)
         elif sums.get(name) != digest(folder / name):
-            raise damaged(folder / name, f"is damaged (it is not the file of which the checksum is in {SUMS})")
+            raise damaged(folder / name, f"is damaged (its checksum is not the one in {SUMS})")
     except OSError as error:
         raise damaged(folder / name, f"cannot be read ({error.strerror})") from error
 
 
 def damaged(path: Path, problem: str) -> CheckpointError:
-    """The error for a file of a checkpoint. It names the newest intact checkpoint before that one."""
+    """Return the error for a file of a checkpoint, which names the newest intact checkpoint before that one."""
     before = [folder for folder in checkpoints(path.parent.parent) if number(folder) < number(path.parent)]
-    intact = next((folder for folder in reversed(before) if as_written(folder)), None)
+    intact = next((folder for folder in reversed(before) if is_intact(folder)), None)
     advice = "no earlier checkpoint beside it is intact" if intact is None else f"resume from {intact} instead"
     return CheckpointError(f"{path} {problem}: {advice}.")
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
-    """The whole weights of a checkpoint on the CPU, mapped from the file; tied names share one tensor.
+    """Return the whole weights of a checkpoint on the CPU, mapped from the file; tied names share one tensor.
 
     Raises:
         CheckpointError: if the file is damaged.
@@ -282,7 +289,7 @@ def put_into(model: nn.Module, saved: dict[str, Tensor], path: Path) -> None:
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """Load optimizer state and progress, onto the CPU.
+    """Load optimizer state and progress, onto the CPU, and return them.
 
     Raises:
         CheckpointError: if the file is damaged or holds anything but tensors and plain values.
@@ -300,7 +307,7 @@ def load_state(folder: Path) -> dict[str, Any]:
 
 
 def load_config(folder: Path) -> dict[str, Any]:
-    """Load what was written beside the weights: ``model`` (if it is a GPT of ours), ``train`` and ``tokenizer``.
+    """Return what config.json says: ``model`` (of a reference.GPT), ``train`` and ``tokenizer``.
 
     Raises:
         CheckpointError: if the file is damaged.
@@ -315,10 +322,10 @@ def load_config(folder: Path) -> dict[str, Any]:
 
 
 def load_for_inference(folder: str | Path) -> GPT:
-    """The GPT of a checkpoint, in eval mode on the CPU, with plain embeddings.
+    """Return the GPT of a checkpoint, in eval mode on the CPU, with plain embeddings.
 
     Raises:
-        CheckpointError: if the checkpoint is missing, damaged, or of a module that is no GPT of ours.
+        CheckpointError: if the checkpoint is missing, damaged, or of a module that is not a reference.GPT.
     """
     path = find(Path(folder), Path(folder).parent)
     assert path is not None
@@ -329,27 +336,13 @@ def load_for_inference(folder: str | Path) -> GPT:
         model: nn.Module = GPT(GPTConfig(**config["model"]))
     except (ConfigurationError, TypeError) as error:
         problem = first_line(error).rstrip(".")
-        raise CheckpointError(f"{path / CONFIG} describes no model of this version: {problem}.") from error
+        raise CheckpointError(f"{path / CONFIG} does not describe a model of this version: {problem}.") from error
     if config["train"]["precision"] == "bf16-true":
         model.to(torch.bfloat16)
-    weights = load_weights(path)
-    if "embedding.norm.weight" in weights:  # state.pt says it too, but is twice as large as the weights
+    saved = load_weights(path)
+    if "embedding.norm.weight" in saved:  # state.pt says it too, but is twice as large as the weights
         swap_embeddings(model)
-    put_into(model, weights, path / WEIGHTS)
+    put_into(model, saved, path / WEIGHTS)
     restored = restore_embeddings(model)
     assert isinstance(restored, GPT)
     return restored
-
-
-def cause_of(error: BaseException) -> str:
-    """What the system said, if it was during its error that this one was raised: torch says only "unexpected pos"."""
-    context: BaseException | None = error
-    while context is not None and not isinstance(context, OSError):
-        context = context.__context__
-    return first_line(context or error)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line that says something, of a message that may have many."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if not line.startswith("Error(s) in loading")), type(error).__name__)

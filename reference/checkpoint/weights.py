@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def write_weights(path: Path, state_dict: Mapping[str, Any]) -> None:
+def write_weights(state_dict: Mapping[str, Any], path: Path) -> None:
     """Write tensors of any device to a safetensors file.
 
     Safetensors refuses memory that is shared. Of several names of one tensor the first is written, the others stand
@@ -32,26 +32,17 @@ def write_weights(path: Path, state_dict: Mapping[str, Any]) -> None:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file on the CPU, mapped from it; tied names share one tensor.
-
-    Raises:
-        safetensors.SafetensorError: if the file is damaged.
-        OSError: if it cannot be read.
-    """
+    """Return the tensors of a safetensors file on the CPU, mapped from it; tied names share one tensor."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 # no dict
+        tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 # not a dict
         ties = file.metadata() or {}
     return tensors | {name: tensors[kept] for name, kept in ties.items() if kept in tensors}
 
 
 def first_names(state_dict: Mapping[str, Any]) -> dict[str, str]:
-    """For every name the alphabetically first one of the same tensor.
-
-    Raises:
-        TypeError: if there is anything but tensors.
-    """
+    """Return for every name the alphabetically first one of the same tensor; raise TypeError for all but tensors."""
     first: dict[Any, str] = {}
     names: dict[str, str] = {}
     for name in sorted(state_dict):
@@ -64,7 +55,7 @@ def first_names(state_dict: Mapping[str, Any]) -> dict[str, str]:
 
 
 def misfit(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
-    """How saved tensors differ from a model's own in names, ties and shapes; empty if they fit."""
+    """Return how saved tensors differ from a model's own in names, ties and shapes; empty if they fit."""
     lacks, more = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
     if lacks or more:
         return f"another model: it lacks {shorten(lacks)} and has {shorten(more)} that this one does not"
@@ -84,6 +75,6 @@ def misfit(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
 
 
 def shorten(entries: list[str]) -> str:
-    """The first three of a list, and how many more there are."""
+    """Return the first three of a list, and how many more there are."""
     more = f" and {len(entries) - 3} more" if len(entries) > 3 else ""
     return (", ".join(entries[:3]) or "nothing") + more

@@ -1,1 +1,13 @@
-"""TODO."""
+"""The command line: ``python -m reference COMMAND``, which reference/__main__.py dispatches.
+
+commands.py     prepare, generate, evaluate, export, import: their options, and what they do
+train.py        the command train
+settings.py     its settings, from preset, files and command line
+presets.py      named runs
+options.py      options from dataclasses, with jsonargparse
+evaluation.py   the loss of a checkpoint over a split
+loggers.py      metrics on disk
+progress.py     the log and a live line on the terminal
+
+It imports all other wings, each where it is used: help must come at once.
+"""

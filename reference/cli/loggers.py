@@ -11,20 +11,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reference.config import ConfigurationError
-from reference.training.update import TrainingError
+from reference.errors import ConfigurationError, TrainingError
 
 if TYPE_CHECKING:
     from reference.training.trainer import Record
 
 
 def metrics_file(directory: Path) -> Path:
-    """Where :func:`csv_metrics` writes: one row per update, with ``step`` as its number."""
+    """Return where :func:`csv_metrics` writes: one row per update, with ``step`` as its number."""
     return directory / "metrics" / "metrics.csv"
 
 
 def csv_metrics(directory: Path) -> Callable[["Record"], None]:
-    """A callback that writes a row per update, on rank 0.
+    """Return a callback that writes a row per update, on rank 0.
 
     A run that begins at update 1 begins a new file. One that was resumed keeps the rows before it. The callback raises
     TrainingError if the file cannot be written.
@@ -57,7 +56,7 @@ def csv_metrics(directory: Path) -> Callable[["Record"], None]:
 
 
 def read_rows(file: Path, before: int) -> list[dict[str, Any]]:
-    """Rows of a metrics file with a ``step`` below ``before``; none if there is no file.
+    """Return the rows of a metrics file with a ``step`` below ``before``; none if there is no file.
 
     A row that a killed run did not finish is left out.
     """
@@ -70,7 +69,7 @@ def read_rows(file: Path, before: int) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def tensorboard(directory: Path) -> Iterator[Callable[["Record"], None]]:
-    """A callback that writes TensorBoard's event files to ``directory/tensorboard``, on rank 0; closed on leaving.
+    """Yield a callback that writes TensorBoard's event files to ``directory/tensorboard``, on rank 0.
 
     Raises:
         ConfigurationError: if the package tensorboard is missing.
@@ -102,5 +101,5 @@ def tensorboard(directory: Path) -> Iterator[Callable[["Record"], None]]:
 
 
 def metrics(record: "Record") -> dict[str, Any]:
-    """A record as columns: all of its fields but the number of the update."""
+    """Return a record as columns: all of its fields but the number of the update."""
     return {key: value for key, value in asdict(record).items() if key != "update"}

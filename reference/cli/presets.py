@@ -4,7 +4,8 @@ import difflib
 from dataclasses import dataclass
 from typing import Any
 
-from reference.config import ConfigurationError, DataConfig, GPTConfig, TrainConfig
+from reference.config import DataConfig, GPTConfig, TrainConfig
+from reference.errors import ConfigurationError
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,12 @@ class Preset:
 
 
 def adamw(lr: float, weight_decay: float = 0.1) -> dict[str, Any]:
-    """AdamW as GPT-3 was trained with (https://arxiv.org/abs/2005.14165, appendix B), but for PyTorch's eps of 1e-8."""
+    """Return AdamW's arguments for GPT-3 (https://arxiv.org/abs/2005.14165, appendix B), but with PyTorch's eps."""
     return {"lr": lr, "betas": [0.9, 0.95], "weight_decay": weight_decay}
 
 
 def pretraining(lr: float, microbatches: int, warmup: int, updates: int) -> TrainConfig:
-    """Settings that the large presets share. One GPU: on N of them, divide ``microbatches`` by N.
+    """Return the settings that the large presets share. One GPU: on N of them, divide ``microbatches`` by N.
 
     The rates and the tokens per update are those of the GPT-3 model of the nearest size
     (https://arxiv.org/abs/2005.14165, table 2.1), the warm-up is its 375 million tokens, and the cosine ends at a
@@ -90,7 +91,7 @@ PRESETS = {
 
 
 def find_preset(name: str) -> Preset:
-    """The preset of that name.
+    """Return the preset of that name.
 
     Raises:
         ConfigurationError: if there is none.

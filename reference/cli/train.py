@@ -4,14 +4,15 @@ import contextlib
 import dataclasses
 import logging
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reference.cli.presets import PRESETS
 from reference.cli.settings import Settings, read_settings
-from reference.config import ConfigurationError, DataConfig
+from reference.config import DataConfig
+from reference.errors import CheckpointError, ConfigurationError
+from reference.files import write_file
 
 if TYPE_CHECKING:
     from reference.data.tokens import TokenData
@@ -32,7 +33,7 @@ def logged() -> Iterator[None]:
 
 
 def train_command(arguments: Sequence[str]) -> int:
-    """Train; the exit code.
+    """Train and return the exit code.
 
     Raises:
         ConfigurationError, CheckpointError, DataError, TrainingError: in one sentence each.
@@ -46,14 +47,13 @@ def train_command(arguments: Sequence[str]) -> int:
 
 
 def train(settings: Settings) -> int:
-    """Run what the settings describe; the exit code."""
+    """Run what the settings describe and return the exit code."""
     import torch
     from lightning.fabric.utilities import rank_zero_only
     from rich.console import Console
 
     from reference.cli.loggers import csv_metrics, tensorboard
-    from reference.cli.progress import logging_to, progress
-    from reference.training.throughput import flops_per_token
+    from reference.cli.progress import live_line, logging_to
     from reference.training.trainer import Trainer
 
     console = Console(stderr=True)
@@ -65,9 +65,8 @@ def train(settings: Settings) -> int:
         settings, training, validation = open_data(settings)
         if first_rank:
             require_directory(directory)
-        flops = flops_per_token(settings.model, settings.model.block_size)
         run = settings.train
-        shown = stack.enter_context(progress(run.updates, run.log_every, flops, run.precision, console))
+        shown = stack.enter_context(live_line(run.updates, console))
         callbacks = [shown, rank_zero_only(settings_writer(settings)), csv_metrics(directory)]
         if settings.tensorboard:
             callbacks.append(stack.enter_context(tensorboard(directory)))
@@ -76,7 +75,7 @@ def train(settings: Settings) -> int:
             result = trainer.fit(training, validation, folder or False)
         except torch.OutOfMemoryError as error:
             raise ConfigurationError(
-                f"the GPU has not enough memory for microbatches of {settings.data.microbatch_size}: halve "
+                f"the GPU does not have enough memory for microbatches of {settings.data.microbatch_size}: halve "
                 "--data.microbatch_size and double --train.microbatches (the updates are the same), "
                 "or set --train.activation_checkpointing true."
             ) from error
@@ -90,44 +89,45 @@ def train(settings: Settings) -> int:
 
 
 def checkpoint_to_resume(resume: bool | str, directory: Path) -> Path | None:
-    """The checkpoint that a run goes on from, None for a fresh start.
+    """Return the checkpoint that a run goes on from, None for a fresh start.
 
     Raises:
         CheckpointError: if it is missing.
         ConfigurationError: if a fresh start would mix its checkpoints with those of an earlier run.
     """
-    from reference.checkpoint.folder import checkpoints, find
+    from reference.checkpoint import checkpoints, find
 
     if isinstance(resume, str) and resume != "auto":
         return checkpoint_folder(Path(resume))
     if resume is False and (there := checkpoints(directory)):
         raise ConfigurationError(
-            f"{directory} holds checkpoints of an earlier run, up to {there[-1].name}: go on with it by --resume auto, "
+            f"{directory} holds checkpoints of an earlier run, up to {there[-1].name}: go on with it (--resume auto), "
             "choose another --directory, or delete it."
         )
     return find(True if resume is True else "auto", directory)
 
 
 def checkpoint_folder(path: Path) -> Path:
-    """The checkpoint at ``path``: it itself, or the newest one in a run's directory.
+    """Return the checkpoint at ``path``: that folder itself, or the newest one in a run's directory.
 
     Raises:
         CheckpointError: if it is neither.
     """
-    from reference.checkpoint.folder import CheckpointError, find, is_complete
+    from reference.checkpoint import find
+    from reference.checkpoint.folder import is_complete
 
     if is_complete(path):
         return path
     found = find("auto", path)
     if found is None:
         raise CheckpointError(
-            f"{path} is no checkpoint and holds none: give a folder like out/tiny, or out/tiny/step-00000100."
+            f"{path} is not a checkpoint and holds none: give a folder like out/tiny, or out/tiny/step-00000100."
         )
     return found
 
 
 def open_data(settings: Settings) -> "tuple[Settings, TokenData, TokenData | None]":
-    """Training and validation split, and the settings with a vocabulary that fits them.
+    """Return settings with a vocabulary that fits the data, the training split and the validation split.
 
     The default data is prepared if it is not there yet. The preset tiny takes the vocabulary of the data unless the
     settings have another than the preset's; for the others the Trainer checks that the data fits.
@@ -135,8 +135,8 @@ def open_data(settings: Settings) -> "tuple[Settings, TokenData, TokenData | Non
     Raises:
         DataError: if the data is missing or damaged.
     """
+    from reference.data import TokenData
     from reference.data.prepare import prepare_default
-    from reference.data.tokens import TokenData
 
     folder, model = Path(settings.data.path), settings.model
     if settings.data.path == DataConfig().path:
@@ -160,28 +160,20 @@ def open_data(settings: Settings) -> "tuple[Settings, TokenData, TokenData | Non
 
 
 def require_directory(directory: Path) -> None:
-    """Make the run's directory.
+    """Raise ConfigurationError if nothing can be written to the run's directory."""
+    from reference.checkpoint import require_writable
 
-    Raises:
-        ConfigurationError: if that cannot be, or nothing can be written there.
-    """
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=directory).close()
-    except OSError as error:
-        reason = "it is a file" if directory.is_file() else error.strerror
-        raise ConfigurationError(
-            f"the directory {directory} cannot be written ({reason}): choose another with --directory."
-        ) from error
+        require_writable(directory)
+    except CheckpointError as error:
+        raise ConfigurationError(str(error)) from error
 
 
 def settings_writer(settings: Settings) -> "Callback":
-    """A callback that writes ``config.yaml`` in the run's directory, after the first update.
+    """Return a callback that writes ``config.yaml`` in the run's directory, after the first update.
 
     Not before: settings that do not fit the checkpoint would replace those that do, and keep the run from going on.
     """
-    from reference.data.tokenfile import write_file
-
     written = False
 
     def write(record: "Record") -> None:

@@ -1,1 +1,13 @@
-"""TODO."""
+"""Data: from text files to token files, and from token files to batches.
+
+documents.py   text files, found, examined and divided into training and validation
+tokenizer.py   text to token ids and back: bytes, or a tokenizer.json
+prepare.py     the two together: write a data folder
+tokenfile.py   token files on the disk, checked when they are opened
+tokens.py      sequences from token files, in another order every epoch
+
+It imports reference.config, reference.errors and reference.files, and no other wing.
+"""
+
+from reference.data.tokenfile import write_tokens as write_tokens
+from reference.data.tokens import TokenData as TokenData

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reference.data.tokenfile import DataError
 from reference.data.tokenizer import FILE
+from reference.errors import DataError
+from reference.files import SUMS
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -46,8 +47,9 @@ class Document:
 
 
 def find_files(text: Sequence[str], out: Path) -> list[Path]:
-    """All files that these names, folders and patterns stand for, each once; hidden ones below a folder are not taken,
-    nor the data folder's own.
+    """Return all files that these names, folders and patterns stand for, each once.
+
+    Left out are hidden files below a folder, and the data folder's own.
 
     Raises:
         DataError: if one of them stands for nothing.
@@ -60,13 +62,14 @@ def find_files(text: Sequence[str], out: Path) -> list[Path]:
         for path in map(Path, matched):
             found |= dict.fromkeys(files_below(path) if path.is_dir() else [path])
     own = {
-        (out / name).resolve() for name in (FILE, *(f"{split}.{kind}" for split in SPLITS for kind in ("bin", "json")))
+        (out / name).resolve()
+        for name in (FILE, SUMS, *(f"{split}.{kind}" for split in SPLITS for kind in ("bin", "json")))
     }
     return [path for path in found if path.resolve() not in own]
 
 
 def files_below(folder: Path) -> list[Path]:
-    """All files below a folder, but those whose name, or a folder's on the way to them, begins with a dot."""
+    """Return all files below a folder, except hidden ones and those in hidden folders."""
     return [
         path
         for path in sorted(folder.rglob("*"))
@@ -75,7 +78,7 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def standard_library() -> list[Path]:
-    """The sources of this Python's standard library: real text on every machine. Without tests and other packages.
+    """Return the sources of this Python's standard library: real text on every machine, without its tests.
 
     Raises:
         DataError: if this Python came without sources.
@@ -93,7 +96,7 @@ def standard_library() -> list[Path]:
 
 
 def examine(paths: list[Path], seed: int, shown: "Progress") -> tuple[list[Document], list[tuple[Path, str]]]:
-    """Read every file once: the documents in the order of their digests, and the files left out with the reason.
+    """Read every file once; return the documents, sorted by digest, and the files left out, with the reason.
 
     Raises:
         DataError: if nothing is left.
@@ -136,7 +139,7 @@ def examine(paths: list[Path], seed: int, shown: "Progress") -> tuple[list[Docum
 
 
 def divide(documents: list[Document], share: float) -> tuple[list[Document], list[Document], str]:
-    """Training documents, validation documents, and how they were told apart.
+    """Divide documents: return those for training, those for validation, and how they were told apart.
 
     Raises:
         DataError: if there is too little text to have two splits.
@@ -163,7 +166,7 @@ def divide(documents: list[Document], share: float) -> tuple[list[Document], lis
 
 
 def place_to_cut(document: Document, wanted: int) -> int:
-    """A byte at which to cut, at most ``wanted``: behind the last line end not far before, or between characters."""
+    """Return a byte at which to cut, at most ``wanted``: after a line end not far before it, or between characters."""
     start = max(0, min(wanted // 2, wanted - 4), wanted - CHUNK)  # a character has up to 4 bytes
     try:
         with open(document.path, "rb") as file:
@@ -181,12 +184,12 @@ def place_to_cut(document: Document, wanted: int) -> int:
 
 
 def total_size(documents: Iterable[Document]) -> int:
-    """Bytes of all of them."""
+    """Return the bytes of all of them."""
     return sum(document.size for document in documents)
 
 
 def read(document: Document) -> Iterator[str]:
-    """The document's text, in chunks. Line ends and a byte order mark stay as they are.
+    """Yield the document's text, in chunks. Line ends and a byte order mark stay as they are.
 
     Raises:
         DataError: if the file has changed since it was examined.

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reference.config import ConfigurationError
 from reference.data.documents import SPLITS, Document, divide, examine, find_files, read, standard_library, total_size
-from reference.data.tokenfile import TokenWriter, open_sidecar, publish, write_file
+from reference.data.tokenfile import TokenWriter, open_sidecar, publish
 from reference.data.tokenizer import (
     FILE,
     ByteTokenizer,
@@ -21,6 +20,8 @@ from reference.data.tokenizer import (
     stated_tokenizer,
     train_tokenizer,
 )
+from reference.errors import ConfigurationError
+from reference.files import write_file
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -55,7 +56,7 @@ class Prepared:
     """Files that were left out, each with the reason."""
 
     def describe(self) -> str:
-        """Some lines: what was written, and what was left out."""
+        """Return some lines: what was written, and what was left out."""
         lines = [
             f"{self.folder}: {self.files:,} text files, {self.size:,} bytes, split {self.divided}; "
             f"{self.tokenizer}, vocabulary {self.vocab_size:,}"
@@ -87,8 +88,8 @@ def prepare(
     rest), it is by position in the whole text: the end of it is for validation, and one document may be cut.
 
     Args:
-        text: files, folders (all files below, but hidden ones) and glob patterns. None given: the sources of Python's
-            standard library, without its tests.
+        text: files, folders (all files below that are not hidden) and glob patterns. None given: the sources of
+            Python's standard library, without its tests.
         tokenizer: ``bytes``; ``bpe:SIZE``, trained on the training split; or the path of a tokenizer.json.
         out: data folder. Made if it is not there; nothing in it changes before all is written.
         validation_share: part of the text that is kept for validation.
@@ -173,7 +174,7 @@ def prepare_default(out: Path, *, progress: bool = True) -> Prepared | None:
 
 
 def bpe_size(spec: str) -> int:
-    """The size in ``bpe:SIZE``.
+    """Return the size in ``bpe:SIZE``.
 
     Raises:
         ConfigurationError: if there is none, or too small a one.
@@ -201,7 +202,7 @@ def check_folder(out: Path, tokenizer: Tokenizer, overwrite: bool) -> None:
 
 
 def read_all(documents: list[Document], shown: "Progress") -> Iterator[str]:
-    """The texts of all of them, in chunks, to train a tokenizer."""
+    """Yield the texts of all of them, in chunks, to train a tokenizer."""
     task = shown.add_task("training the tokenizer", total=total_size(documents))
     done = 0
     for document in documents:
@@ -213,7 +214,7 @@ def read_all(documents: list[Document], shown: "Progress") -> Iterator[str]:
 
 
 def pieces(chunks: Iterable[str], tokenizer: Tokenizer) -> Iterator[tuple[str, bool]]:
-    """A text in pieces whose ids, one behind the other, are those of the whole text; the last is marked.
+    """Yield a text in pieces whose ids, one after the other, are those of the whole text; the last is marked.
 
     It is cut where that changes nothing, judged by encoding some characters around the place with and without the
     cut. A tokenizer that permits none (one that begins every text with a space) gets the document whole.
@@ -234,7 +235,7 @@ def pieces(chunks: Iterable[str], tokenizer: Tokenizer) -> Iterator[tuple[str, b
 
 
 def harmless_cut(text: str, tokenizer: Tokenizer) -> int:
-    """The last place in ``text`` where a cut changes no id, or 0 if none of some 40 is one."""
+    """Return the last place in ``text`` where a cut changes no id, or 0 if each of some 40 places would."""
     places = [len(text) - CONTEXT]
     while len(places) < 40 and (line := text.rfind("\n", CONTEXT, places[-1] - 1)) > 0:
         places += [line + 1, line]
@@ -275,7 +276,7 @@ def write(writer: TokenWriter, documents: list[Document], tokenizer: Tokenizer, 
 
 
 def bars(progress: bool) -> "Progress":
-    """Progress bars on standard error, or none."""
+    """Return progress bars on standard error, or none."""
     from rich.console import Console
     from rich.progress import Progress
 

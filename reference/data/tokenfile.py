@@ -5,16 +5,14 @@ A data folder holds, for each split (``train``, ``validation``),
     SPLIT.bin     the token ids and nothing else, little-endian, 16 bits wide where the vocabulary fits, else 32
     SPLIT.json    what they are: dtype, count, documents, vocabulary, end of document, tokenizer, checksums
 
-and ``tokenizer.json`` if the tokenizer is not plain bytes. A document ends with the id ``end_of_document``, which
-stands nowhere else, so the file itself keeps the boundaries.
+``tokenizer.json`` if the tokenizer is not plain bytes, and SHA256SUMS, which has a checksum of each file. A document
+ends with the id ``end_of_document``, which stands nowhere else, so the file itself keeps the boundaries.
 """
 
 import contextlib
 import hashlib
 import json
 import os
-import secrets
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -24,16 +22,15 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 import numpy.typing as npt
 
-FORMAT = "reference tokens 1"
-SLICE = 1 << 20  # tokens or bytes handled at a time, so that no document and no file has to fit into memory
+from reference.errors import DataError
+from reference.files import SUMS, flush, format_sums, partial_file, read_sums, write_file
+
+FORMAT = "reference tokens 2"
+FIRST_FORMAT = "reference tokens 1"  # of 0.1.0: BLAKE2b of 128 bits for SHA-256, no SHA256SUMS
+SLICE = 1 << 20  # tokens handled at a time, so that no document has to fit into memory
 SAMPLED_BLOCKS, BLOCK = 64, 4096  # what opening reads of a file: 64 blocks of 4 KiB, evenly spaced, first and last too
-ABANDONED = 86400  # seconds without a write after which a partial file belongs to a process that was killed
 
 Ids = Sequence[int] | npt.NDArray[np.integer[Any]]
-
-
-class DataError(ValueError):
-    """Token files or texts that cannot be used. The message says which, what is wrong and what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,21 +52,24 @@ class Sidecar:
     tokenizer: str
     """``bytes``, or ``tokenizer.json`` for the file of that name in the same folder."""
     tokenizer_checksum: str | None
-    """BLAKE2b of tokenizer.json, None where there is none."""
+    """SHA-256 of tokenizer.json, None where there is none."""
     checksum: str
-    """BLAKE2b of the whole token file: :meth:`TokenData.verify` compares it."""
+    """SHA-256 of the whole token file: :meth:`TokenData.verify` compares it."""
     sampled_checksum: str
-    """BLAKE2b of 64 blocks of 4 KiB, evenly spaced (all of a file up to 256 KiB): compared at every opening."""
+    """SHA-256 of 64 blocks of 4 KiB, evenly spaced (all of a file up to 256 KiB): compared at every opening."""
 
     @property
     def size(self) -> int:
         """Bytes that the token file must have."""
         return self.tokens * np.dtype(self.dtype).itemsize
 
-    def text(self) -> str:
-        """The file's content: the fields, and a checksum over them against editing and damage."""
-        plain = asdict(self)
-        return json.dumps(plain | {"sidecar_checksum": hash_of([json.dumps(plain).encode()])}, indent=2) + "\n"
+    def content(self) -> bytes:
+        """Return what is written to SPLIT.json."""
+        return (json.dumps(asdict(self), indent=2) + "\n").encode()
+
+    def hash_of(self, parts: Iterable[bytes]) -> str:
+        """Return the checksum of content that comes in parts, as this format has it."""
+        return hash_of(parts, self.format)
 
 
 def write_tokens(
@@ -130,13 +130,13 @@ class TokenWriter:
         self.dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
         self.tokens = 0
         self.documents = 0
-        self.checksum = hashlib.blake2b(digest_size=16)
+        self.checksum = hashlib.sha256()
         self.partial: Path | None = None
 
     def __enter__(self) -> Self:
         with self.told():
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.partial = temporary(self.folder, f"{self.split}.bin")
+            self.partial = partial_file(self.folder / f"{self.split}.bin")
             self.file: BinaryIO = open(self.partial, "wb", buffering=SLICE)
         return self
 
@@ -150,13 +150,13 @@ class TokenWriter:
 
     @contextlib.contextmanager
     def told(self) -> Iterator[None]:
-        """Turn what the system refuses into one sentence."""
+        """Turn what the system refuses into DataError, one sentence."""
         try:
             yield
         except OSError as error:
             raise DataError(
                 f"the {self.split} tokens could not be written to {self.folder} ({error.strerror or error}): make "
-                "room or choose another folder; nothing was published."
+                "room or choose another folder, and run again."
             ) from error
 
     def write(self, ids: Ids) -> None:
@@ -196,14 +196,14 @@ class TokenWriter:
         self.tokens += stored.size
 
     def finish(self) -> Sidecar:
-        """Flush all to the disk, and describe it."""
+        """Flush all to the disk, and return a description of it."""
         if not self.tokens:
             raise DataError(f"there is no token for the {self.split} split: give at least one document.")
         assert self.partial is not None
         with self.told():
             self.file.flush()
             os.fsync(self.file.fileno())
-            sampled = sampled_checksum(self.partial)
+            sampled = sampled_checksum(self.partial, FORMAT)
             path = self.folder / "tokenizer.json"
             known = self.tokenizer == path.name and path.is_file()
             return Sidecar(
@@ -214,7 +214,7 @@ class TokenWriter:
                 vocab_size=self.vocab_size,
                 end_of_document=self.end,
                 tokenizer=self.tokenizer,
-                tokenizer_checksum=hash_of([path.read_bytes()]) if known else None,
+                tokenizer_checksum=hash_of([path.read_bytes()], FORMAT) if known else None,
                 checksum=self.checksum.hexdigest(),
                 sampled_checksum=sampled,
             )
@@ -230,22 +230,26 @@ def publish(writers: Sequence[TokenWriter]) -> None:
     Raises:
         DataError: if a split is empty, or the disk does not take it.
     """
-    sidecars = [(writer, writer.finish()) for writer in writers]
-    for writer, sidecar in sidecars:
-        target = writer.folder / f"{writer.split}.json"
-        with writer.told(), contextlib.suppress(FileNotFoundError):
-            if target.read_text(encoding="utf-8", errors="replace") != sidecar.text():
-                target.unlink()  # what it describes is about to be replaced
-    for writer, _ in sidecars:
-        assert writer.partial is not None
-        with writer.told():
+    folder = writers[0].folder
+    described = {writer.split: writer.finish() for writer in writers}
+    contents = {f"{split}.json": sidecar.content() for split, sidecar in described.items()}
+    sums = {f"{split}.bin": sidecar.checksum for split, sidecar in described.items()}
+    sums |= {name: hash_of([content], FORMAT) for name, content in contents.items()}
+    sums |= {s.tokenizer: s.tokenizer_checksum for s in described.values() if s.tokenizer_checksum is not None}
+    with writers[0].told():
+        for name, content in contents.items():
+            with contextlib.suppress(FileNotFoundError):
+                if (folder / name).read_bytes() != content:
+                    (folder / name).unlink()  # what it describes is about to be replaced
+        for writer in writers:
+            assert writer.partial is not None
             writer.file.close()
-            writer.partial.replace(writer.folder / f"{writer.split}.bin")
-        writer.partial = None
-    for writer, sidecar in sidecars:
-        with writer.told():
-            write_file(writer.folder / f"{writer.split}.json", sidecar.text().encode())
-    flush(sidecars[0][0].folder)
+            writer.partial.replace(folder / f"{writer.split}.bin")
+            writer.partial = None
+        write_file(folder / SUMS, format_sums((read_sums(folder) or {}) | sums))
+        for name, content in contents.items():
+            write_file(folder / name, content)
+        flush(folder)
 
 
 def open_sidecar(folder: Path, split: str) -> Sidecar:
@@ -267,14 +271,20 @@ def open_sidecar(folder: Path, split: str) -> Sidecar:
             f"write one with `python -m reference prepare --out {folder}`."
         )
     try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
-        stated = plain.pop("sidecar_checksum")
-        known = plain["format"] == FORMAT
+        content = path.read_bytes()
+        plain = json.loads(content)
+        written = plain["format"]
+        if written == FIRST_FORMAT:
+            stated, seen = plain.pop("sidecar_checksum"), hash_of([json.dumps(plain).encode()], written)
+        else:
+            stated, seen = (read_sums(folder) or {}).get(path.name), hash_of([content], FORMAT)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is no description of a token file ({type(error).__name__}): {again}.") from error
-    if not known:
-        raise DataError(f"{path} has the format {plain['format']!r}, but this version reads {FORMAT!r}: {again}.")
-    if stated != hash_of([json.dumps(plain).encode()]) or set(plain) != {entry.name for entry in fields(Sidecar)}:
+        raise DataError(f"{path} does not describe a token file ({type(error).__name__}): {again}.") from error
+    if written not in (FORMAT, FIRST_FORMAT):
+        raise DataError(f"{path} has the format {written!r}, but this version reads {FORMAT!r}: {again}.")
+    if stated is None:
+        raise DataError(f"{folder / SUMS} is missing, or has no checksum of {path.name}: {again}.")
+    if stated != seen or set(plain) != {entry.name for entry in fields(Sidecar)}:
         raise DataError(f"{path} was changed since it was written, or is damaged: {again}.")
     sidecar = Sidecar(**plain)
     try:
@@ -284,66 +294,36 @@ def open_sidecar(folder: Path, split: str) -> Sidecar:
                 f"{tokens} has {size:,} bytes, but {path.name} says {sidecar.size:,} ({sidecar.tokens:,} tokens, "
                 f"{sidecar.dtype}): it is truncated or foreign; copy it again, or {again}."
             )
-        if sampled_checksum(tokens) != sidecar.sampled_checksum:
+        if sampled_checksum(tokens, sidecar.format) != sidecar.sampled_checksum:
             raise DataError(f"{tokens} is not the file that {path.name} describes (its content differs): {again}.")
         if sidecar.tokenizer_checksum is not None:
             tokenizer = folder / sidecar.tokenizer
-            if hash_of([tokenizer.read_bytes()]) != sidecar.tokenizer_checksum:
+            if sidecar.hash_of([tokenizer.read_bytes()]) != sidecar.tokenizer_checksum:
                 raise DataError(f"{tokenizer} is not the tokenizer that {tokens.name} was written with: {again}.")
     except OSError as error:
         raise DataError(f"{error.filename} cannot be read ({error.strerror}), but {path} needs it: {again}.") from error
     return sidecar
 
 
-def sampled_checksum(path: Path) -> str:
-    """BLAKE2b of 64 evenly spaced blocks of 4 KiB, the first and the last included; of all of a small file."""
+def sampled_checksum(path: Path, written: str) -> str:
+    """Return the checksum of 64 evenly spaced blocks of 4 KiB, the first and the last included; of all of a small file.
+
+    Args:
+        path: of the token file.
+        written: its format, which decides on the kind of checksum.
+    """
     with open(path, "rb") as file:
         last = file.seek(0, os.SEEK_END) - BLOCK
         if last <= SAMPLED_BLOCKS * BLOCK - BLOCK:
             file.seek(0)
-            return hash_of([file.read()])
+            return hash_of([file.read()], written)
         starts = (last * number // (SAMPLED_BLOCKS - 1) for number in range(SAMPLED_BLOCKS))
-        return hash_of(file.read(BLOCK) for start in starts if file.seek(start) >= 0)
+        return hash_of((file.read(BLOCK) for start in starts if file.seek(start) >= 0), written)
 
 
-def hash_of(parts: Iterable[bytes]) -> str:
-    """BLAKE2b of content that comes in parts, 128 bits in hexadecimal."""
-    digest = hashlib.blake2b(digest_size=16)
+def hash_of(parts: Iterable[bytes], written: str) -> str:
+    """Return the checksum, in hexadecimal digits, of content that comes in parts, as a format has it."""
+    digest = hashlib.blake2b(digest_size=16) if written == FIRST_FORMAT else hashlib.sha256()
     for part in parts:
         digest.update(part)
     return digest.hexdigest()
-
-
-def temporary(folder: Path, name: str) -> Path:
-    """A new hidden file beside ``name``, on the same disk, which no other process writes to."""
-    for left in folder.glob(f".{name}.*.partial"):
-        with contextlib.suppress(OSError):  # another process removed it
-            if left.stat().st_mtime < time.time() - ABANDONED:
-                left.unlink()
-    # Not by tempfile: its files can only be read by their owner, but data is shared as the system's umask says.
-    path = folder / f".{name}.{secrets.token_hex(8)}.partial"
-    path.touch(exist_ok=False)
-    return path
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a small file: under another name, flushed to the disk, then renamed."""
-    partial = temporary(path.parent, path.name)
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def flush(folder: Path) -> None:
-    """Force a folder's entries onto the disk, where the system can."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from reference.config import ConfigurationError
+from reference.errors import ConfigurationError
 
 END_OF_DOCUMENT = ("<|endoftext|>", "</s>", "<|end_of_text|>")  # GPT-2 and NeoX; Llama 1 and 2, T5; Llama 3
 FILE = "tokenizer.json"
@@ -29,24 +29,24 @@ class Tokenizer(Protocol):
     """The id that follows each document; no text encodes to it."""
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, with nothing added before or behind.
+        """Return the ids of a text, with nothing added before or after.
 
         Raises:
-            ConfigurationError: if the text holds lone surrogates, which are no characters.
+            ConfigurationError: if the text holds lone surrogates, which are not characters.
         """
 
     def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
-        """The same of several texts, as arrays of integers; in parallel where the tokenizer can."""
+        """Return the ids of several texts, as arrays of integers; in parallel where the tokenizer can."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of these ids. The end of a document is no text; bytes that are no UTF-8 become U+FFFD.
+        """Return the text of these ids. The end of a document has none; bytes that are not UTF-8 become U+FFFD.
 
         Raises:
             ConfigurationError: if an id is not of this tokenizer.
         """
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Decode ids as they come: each piece as soon as its characters are complete. Joined: ``decode(ids)``."""
+        """Decode ids as they come; yield each piece as soon as its characters are complete. Joined: ``decode(ids)``."""
 
 
 class ByteTokenizer:
@@ -85,7 +85,7 @@ class FileTokenizer:
         source: what messages call it.
 
     Raises:
-        ConfigurationError: if it is no tokenizer.json, or has no token for the end of a document.
+        ConfigurationError: if it is not a tokenizer.json, or has no token for the end of a document.
     """
 
     name = FILE
@@ -98,7 +98,9 @@ class FileTokenizer:
             self.tokenizer: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(content.decode())
         except Exception as error:  # from_str raises plain Exception
             reason = str(error).splitlines()[0].rstrip(".")
-            raise ConfigurationError(f"{source} is no tokenizer.json of the tokenizers library ({reason}).") from error
+            raise ConfigurationError(
+                f"{source} is not a tokenizer.json of the tokenizers library ({reason})."
+            ) from error
         # NOTE a footgun: a tokenizer.json carries the truncation and padding of the day it was saved, and a document
         # would silently end after 512 tokens.
         self.tokenizer.no_truncation()
@@ -186,7 +188,7 @@ def check_size(size: int) -> None:
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
-    """The tokenizer of this name or place.
+    """Return the tokenizer of this name or place.
 
     Args:
         source: ``bytes``; a tokenizer.json; or a folder: of data, a checkpoint, or any other that holds a
@@ -217,24 +219,24 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
 
 
 def stated_tokenizer(folder: Path) -> str | None:
-    """What the files of a checkpoint or data folder say their tokenizer is, if they say."""
+    """Return what the files of a checkpoint or data folder say their tokenizer is, if they do."""
     for name in ("config.json", "train.json", "validation.json"):
         try:
             stated = json.loads((folder / name).read_text(encoding="utf-8")).get("tokenizer")
         except (OSError, ValueError, AttributeError):
-            continue  # absent, or a file of that name which is none of ours
+            continue  # absent, or a foreign file of that name
         if stated is not None:
             return str(stated)
     return None
 
 
 def utf8(text: str) -> bytes:
-    """The bytes of a text, or one sentence."""
+    """Return the bytes of a text, or raise ConfigurationError."""
     try:
         return text.encode()
     except UnicodeEncodeError as error:
         raise ConfigurationError(
-            f"the text holds {text[error.start]!a} at position {error.start}, half of a surrogate pair and no "
+            f"the text holds {text[error.start]!a} at position {error.start}, half of a surrogate pair and not a "
             "character: read it with the encoding that it was written in."
         ) from error
 
@@ -243,6 +245,6 @@ def check_id(token: int, vocab_size: int) -> None:
     """Raise ConfigurationError if the id is not below the vocabulary's size."""
     if not 0 <= token < vocab_size:
         raise ConfigurationError(
-            f"token id {token} is not of this tokenizer, whose ids are below {vocab_size}: "
+            f"token id {token} is unknown to this tokenizer, whose ids are below {vocab_size}: "
             "sample only from those logits, or give the tokenizer that the model was trained with."
         )

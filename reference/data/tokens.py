@@ -1,7 +1,7 @@
 """Sequences from token files: opened in milliseconds whatever their size, in another order every epoch.
 
 Sequences are windows of block_size + 1 tokens that overlap by one: every token but the first is a target exactly once.
-What a data folder holds stands in reference/tokenfile.py; ``python -m reference prepare`` writes one.
+reference/data/tokenfile.py says what a data folder holds; ``python -m reference prepare`` writes one.
 """
 
 import functools
@@ -17,11 +17,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from reference.config import ConfigurationError
-from reference.data.tokenfile import SLICE, DataError, hash_of, open_sidecar, write_tokens
-from reference.training.update import IGNORE
-
-__all__ = ["DataError", "TokenData", "shuffled", "write_tokens"]
+from reference.config import IGNORE
+from reference.data.tokenfile import open_sidecar
+from reference.errors import ConfigurationError, DataError
 
 ROUNDS = 64  # of the shuffle; from 12 on no statistic of tests/reference/test_data.py tells it from a random order
 LOOKAHEAD = 1024  # samples whose places are computed at once: 0.8 ms for 1024 of them, 0.6 ms for one
@@ -85,7 +83,7 @@ class TokenData:
         return again, (self.folder, self.split)
 
     def describe(self) -> str:
-        """One line: what is used, and what is not."""
+        """Return one line: what is used, and what is not."""
         sidecar = self.sidecar
         return (
             f"{self.split}: {self.tokens:,} tokens of {self.documents:,} documents in {self.folder} "
@@ -94,7 +92,7 @@ class TokenData:
         )
 
     def batches_from(self, start: int, rank: int = 0, world_size: int = 1) -> Iterator[Tensor]:
-        """Microbatches of this rank without end, beginning with number ``start``.
+        """Yield microbatches of this rank without end, beginning with number ``start``.
 
         Sample n of the run, counted over all ranks and epochs, is place n mod N in the order of epoch n // N.
         Microbatch m of rank r holds samples (m * world_size + r) * B and the B - 1 behind it: the ranks never share
@@ -129,7 +127,7 @@ class TokenData:
                 yield torch.from_numpy(np.stack(rows).astype(np.int64))
 
     def places(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """The windows that these samples of the run are, (n,) in and out, int64."""
+        """Return the windows that these samples of the run are, (n,) in and out, int64."""
         epochs, positions = np.divmod(numbers, self.sequences)
         windows = np.empty_like(positions)
         for epoch in np.unique(epochs).tolist():
@@ -138,7 +136,7 @@ class TokenData:
         return windows
 
     def once(self, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """All tokens once, in the order of the file: for evaluation.
+        """Yield all tokens once, in the order of the file: for evaluation.
 
         Every token but the first of the file is a target exactly once over all ranks, those that fill no window
         included. Every rank gives the same number of batches, filled up with targets of -100, so that none waits
@@ -179,7 +177,7 @@ class TokenData:
         """
         path = self.folder / f"{self.split}.bin"
         with open(path, "rb") as file:
-            if hash_of(iter(lambda: file.read(SLICE), b"")) != self.sidecar.checksum:
+            if self.sidecar.hash_of(iter(lambda: file.read(1 << 20), b"")) != self.sidecar.checksum:
                 raise DataError(
                     f"{path} is damaged: its checksum differs from that in {self.split}.json; prepare again."
                 )
@@ -188,7 +186,7 @@ class TokenData:
 def shuffled(
     positions: npt.NDArray[np.int64], count: int, seed: int, epoch: int, rounds: int = ROUNDS
 ) -> npt.NDArray[np.int64]:
-    """What stands at these positions of a random order of 0 ... count - 1, without computing the rest of it.
+    """Return what stands at these positions of a random order of 0 ... count - 1, without computing the rest of it.
 
     The swap-or-not shuffle (Hoang, Morris and Rogaway 2012, https://arxiv.org/abs/1208.1176): in each round every
     element is paired with its mirror image about a random pivot, and a hash of the pair decides whether they change

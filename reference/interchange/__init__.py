@@ -1,1 +1,7 @@
-"""TODO."""
+"""Interchange: to and from the files of Hugging Face transformers, without importing transformers.
+
+huggingface.py   export a checkpoint, import a folder
+layout.py        how transformers names settings and tensors of GPT-2 and Llama
+
+It imports the wings model, data and checkpoint.
+"""

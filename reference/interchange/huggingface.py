@@ -12,19 +12,20 @@ hold no code; pickled weights (pytorch_model.bin) are refused.
 import json
 import logging
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 
-from reference.checkpoint import folder as checkpoint
-from reference.checkpoint.folder import CheckpointError
-from reference.config import ConfigurationError, GPTConfig, TrainConfig, as_plain
+from reference import checkpoint
+from reference.config import GPTConfig, TrainConfig, allows, as_plain, in_words
 from reference.data.tokenizer import FILE, ByteTokenizer, FileTokenizer, load_tokenizer
+from reference.errors import CheckpointError, ConfigurationError, first_line
+from reference.files import new_folder
 from reference.interchange.layout import (
     GPT2,
     LAYOUTS,
@@ -41,6 +42,7 @@ logger = logging.getLogger("reference")
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 WEIGHT_TYPES = {"F32", "F16", "BF16"}  # safetensors' names of the dtypes that float32 holds exactly
+FINITE = torch.finfo(torch.float32).max
 END = "<|endoftext|>"  # the end of a document, in the tokenizer.json that is made for bytes
 
 
@@ -71,7 +73,7 @@ def export_huggingface(folder: str | Path, out: str | Path) -> Path:
 
     folder, out = Path(folder), Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ConfigurationError(f"{out} is there already, and is no empty folder: give another place.")
+        raise ConfigurationError(f"{out} is there already, and is not an empty folder: give another place.")
     model = checkpoint.load_for_inference(folder)
     layout = choose_layout(model.config)
     end, texts = export_tokenizer(folder, model.config.block_size)
@@ -80,24 +82,20 @@ def export_huggingface(folder: str | Path, out: str | Path) -> Path:
         | {"torch_dtype": str(model.head.weight.dtype).removeprefix("torch.")}
         | {"bos_token_id": end, "eos_token_id": end}  # said also where there is none: the classes have defaults
     )
-    place = out.resolve()  # "." has no name
-    partial = place.with_name(f".{place.name}.partial")
+    tensors = their_tensors(layout, model)
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_file(their_tensors(layout, model), partial / WEIGHTS, metadata={"format": "pt"})
-        for name, content in texts.items():
-            (partial / name).write_bytes(content)
-        partial.rename(place)  # so it appears complete or not at all
+        with new_folder(out.resolve()) as add:  # "." has no name
+            add(WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+            for name, content in texts.items():
+                add(name, partial(Path.write_bytes, data=content))
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        reason = checkpoint.first_line(error)
+        reason = first_line(error)
         raise CheckpointError(f"{out} could not be written: {reason}. Make room, or give another place.") from error
     return out
 
 
 def their_config(layout: Layout, config: GPTConfig) -> dict[str, Any]:
-    """What their config.json says of the model."""
+    """Return what their config.json says of the model."""
     resolved = replace(config, n_kv_head=config.kv_heads, intermediate_size=config.hidden_size)
     fields = {theirs: getattr(resolved, ours) for ours, (theirs, _) in layout.fields.items()}
     fixed = {theirs: values[0] for theirs, values in layout.fixed.items() if values[0] is not None}
@@ -109,7 +107,7 @@ def their_config(layout: Layout, config: GPTConfig) -> dict[str, Any]:
 
 
 def their_tensors(layout: Layout, model: GPT) -> dict[str, Tensor]:
-    """The weights under their names and in their shapes; a tied one once, as the embedding."""
+    """Return the weights under their names and in their shapes; a tied one once, as the embedding."""
     config = replace(model.config, bias=True) if layout is GPT2 else model.config
     own = model.state_dict()
     tensors: dict[str, Tensor] = {}
@@ -124,7 +122,7 @@ def their_tensors(layout: Layout, model: GPT) -> dict[str, Tensor]:
 
 
 def export_tokenizer(folder: Path, block_size: int) -> tuple[int | None, dict[str, bytes]]:
-    """The id of the end of a document, and the tokenizer's files by name; None and none if there is no tokenizer."""
+    """Return the id that ends a document and the tokenizer's files by name; None and no files without a tokenizer."""
     if checkpoint.load_config(folder)["tokenizer"] not in (ByteTokenizer.name, FILE):
         logger.info("export: the checkpoint has no tokenizer, so there is none in the folder")
         return None, {}
@@ -144,7 +142,7 @@ def export_tokenizer(folder: Path, block_size: int) -> tuple[int | None, dict[st
 
 
 def byte_tokenizer() -> bytes:
-    """A tokenizer.json that encodes text as its bytes: a byte-level encoding without any merge."""
+    """Return a tokenizer.json that encodes text as its bytes: a byte-level encoding without any merge."""
     # The library writes each byte as a character that can be printed; the others as those from 256 on, in order.
     printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printed]
@@ -163,7 +161,7 @@ def byte_tokenizer() -> bytes:
 
 
 def to_json(content: Any) -> bytes:
-    """Indented JSON, with an end of line."""
+    """Return indented JSON, with an end of line."""
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
@@ -208,7 +206,7 @@ def import_huggingface(folder: str | Path, out: str | Path) -> Path:
 
 
 def our_config(path: Path) -> tuple[Layout, GPTConfig]:
-    """What a config.json of transformers means.
+    """Return what a config.json of transformers means.
 
     Raises:
         CheckpointError: if it is missing or damaged.
@@ -227,9 +225,10 @@ def our_config(path: Path) -> tuple[Layout, GPTConfig]:
     fields = dict(layout.shape)
     for ours, (theirs, default) in layout.fields.items():
         value = given.get(theirs, default)
-        if not has_type(value, hints[ours]):
+        infinite = hints[ours] is float and isinstance(value, int | float) and not abs(value) <= FINITE
+        if not allows(hints[ours], value) or infinite:
             said = "is missing" if value is ... else f"is {value!r}"
-            raise ConfigurationError(f"{theirs} in {path} {said}, but is {ours} here, of type {hints[ours]}.")
+            raise ConfigurationError(f"{theirs} in {path} {said}, but must be {in_words(hints[ours])} ({ours} here).")
         fields[ours] = float(value) if hints[ours] is float else value
     config = GPTConfig(**fields)
     if layout is not GPT2:
@@ -241,7 +240,7 @@ def our_config(path: Path) -> tuple[Layout, GPTConfig]:
 
 
 def rope_theta(path: Path, given: Mapping[str, Any]) -> Any:
-    """The base of the rotary wavelengths, from where the releases of transformers put it.
+    """Return the base of the rotary wavelengths, from where the releases of transformers put it.
 
     Raises:
         ConfigurationError: if they are scaled, or turn a part of each head only.
@@ -262,20 +261,11 @@ def require(path: Path, name: str, value: Any, values: tuple[Any, ...]) -> None:
         raise ConfigurationError(f"{name} in {path} is {value!r}, but reference.GPT can express {choices} only.")
 
 
-def has_type(value: Any, hint: Any) -> bool:
-    """Whether a value out of a JSON file is of the type of a field of GPTConfig; finite, if it is a number."""
-    if isinstance(value, bool) or hint is bool:
-        return isinstance(value, bool) and hint is bool
-    if hint is float:
-        return isinstance(value, int | float) and abs(value) < torch.finfo(torch.float32).max
-    return isinstance(value, hint)
-
-
 def our_tensors(folder: Path, layout: Layout, config: GPTConfig) -> dict[str, Tensor]:
-    """The weights under our names, float32; all are checked before the first is read.
+    """Return the weights under our names, float32; all are checked before the first is read.
 
     Raises:
-        CheckpointError: if one is missing, damaged, of another shape or dtype, or none of the model's.
+        CheckpointError: if one is missing, damaged, of another shape or dtype, or not one of the model's.
     """
     slices = {name.removeprefix(layout.prefix): part for name, part in open_tensors(folder).items()}
     unused = {name for name in slices if not re.fullmatch(layout.ignored, name)}
@@ -295,14 +285,14 @@ def our_tensors(folder: Path, layout: Layout, config: GPTConfig) -> dict[str, Te
             unused.remove("lm_head.weight")  # some releases write a tied head too
     if unused:
         raise CheckpointError(
-            f"{folder} has tensors that the model of its {CONFIG} has not ({', '.join(sorted(unused)[:3])}): "
+            f"{folder} has tensors that the model of its {CONFIG} does not have ({', '.join(sorted(unused)[:3])}): "
             "give the folder of a GPT2LMHeadModel or LlamaForCausalLM, as it was saved."
         )
     return tensors
 
 
 def open_tensors(folder: Path) -> dict[str, Any]:
-    """A handle of each tensor by its name, to ask for shape and dtype, and to read it with ``[:]``.
+    """Return a handle of each tensor by its name, to ask for shape and dtype, and to read it with ``[:]``.
 
     Raises:
         CheckpointError: if a file is missing or damaged.
@@ -325,9 +315,9 @@ def open_tensors(folder: Path) -> dict[str, Any]:
     for path in (folder / name for name in sorted(set(names))):
         try:
             file = safe_open(path, framework="pt")
-            handles |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 # no dict
+            handles |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 # not a dict
         except (SafetensorError, OSError) as error:
-            reason = checkpoint.first_line(error)
+            reason = first_line(error)
             raise CheckpointError(f"{path} is missing or damaged ({reason}): fetch it again.") from error
     return handles
 
@@ -335,7 +325,9 @@ def open_tensors(folder: Path) -> dict[str, Any]:
 def check_tensor(folder: Path, name: str, part: Any, wanted: tuple[int, ...]) -> None:
     """Raise CheckpointError if a tensor is not there (None), or has another shape or dtype than ``wanted``."""
     if part is None:
-        raise CheckpointError(f"{folder} has no tensor {name}, but {CONFIG} demands it: the files do not fit.")
+        raise CheckpointError(
+            f"{folder} has no tensor {name}, but {CONFIG} demands it: the files do not belong together."
+        )
     shape, dtype = tuple(part.get_shape()), part.get_dtype()
     if shape != wanted:
         raise CheckpointError(f"{name} in {folder} has the shape {shape}, but {CONFIG} demands {wanted}.")
@@ -347,7 +339,7 @@ def check_tensor(folder: Path, name: str, part: Any, wanted: tuple[int, ...]) ->
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
+    """Return the object that a JSON file holds.
 
     Raises:
         CheckpointError: if it is missing, damaged or holds something else.
@@ -355,7 +347,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read ({checkpoint.first_line(error)}).") from error
+        raise CheckpointError(f"{path} cannot be read ({first_line(error)}).") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object, but {type(content).__name__}.")
+        raise CheckpointError(f"{path} must hold a JSON object, but holds {type(content).__name__}.")
     return content

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from reference.config import ConfigurationError, GPTConfig
+from reference.config import GPTConfig
+from reference.errors import ConfigurationError
 from reference.model.gpt import GPT
 
 
@@ -34,7 +35,7 @@ class Layout:
     transposed: bool
     """Linear layers are Conv1D: their weights are (in, out), not (out, in)."""
     ignored: str
-    """A pattern of tensors that early releases wrote, and that are no weights."""
+    """A pattern of tensors that early releases wrote and that are not weights."""
 
 
 GPT2 = Layout(
@@ -119,7 +120,7 @@ LAYOUTS = {layout.model_type: layout for layout in (GPT2, LLAMA)}
 
 
 def choose_layout(config: GPTConfig) -> Layout:
-    """The class of transformers that computes what this configuration does.
+    """Return the class of transformers that computes what this configuration does.
 
     Raises:
         ConfigurationError: if there is none; it names the field.
@@ -140,7 +141,7 @@ def choose_layout(config: GPTConfig) -> Layout:
 
 
 def their_names(layout: Layout, name: str) -> tuple[str, ...]:
-    """Their names, without the prefix, of our tensor: its rows are theirs, one below the other."""
+    """Return their names, without the prefix, of our tensor: its rows are theirs, one below the other."""
     module, _, kind = name.rpartition(".")
     if module == "head":
         return (f"lm_head.{kind}",)
@@ -150,7 +151,7 @@ def their_names(layout: Layout, name: str) -> tuple[str, ...]:
 
 
 def their_shapes(layout: Layout, config: GPTConfig, name: str, shape: torch.Size) -> list[tuple[int, ...]]:
-    """The shapes of the tensors that :func:`their_names` names."""
+    """Return the shapes of the tensors that :func:`their_names` names."""
     if is_transposed(layout, name):
         return [tuple(shape)[::-1]]
     if len(their_names(layout, name)) == 1:
@@ -159,12 +160,12 @@ def their_shapes(layout: Layout, config: GPTConfig, name: str, shape: torch.Size
 
 
 def is_transposed(layout: Layout, name: str) -> bool:
-    """Whether their tensor is the transpose of ours: the weight of a linear layer in a block of GPT-2."""
+    """Return whether their tensor is the transpose of ours: the weight of a linear layer in a block of GPT-2."""
     return layout.transposed and name.endswith(".weight") and "norm" not in name and name.startswith("blocks.")
 
 
 def our_shapes(config: GPTConfig) -> Iterator[tuple[str, torch.Size]]:
-    """Name and shape of each tensor of a GPT, a tied one once, without building it.
+    """Yield name and shape of each tensor of a GPT, a tied one once, without building it.
 
     Raises:
         ConfigurationError: if a tensor would be larger than any memory.

@@ -9,24 +9,18 @@ those that it does. LitGPT's LoRA script swaps afterwards, and then trains neith
 
 import copy
 import logging
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from reference.config import ConfigurationError
-from reference.optimizers.build import is_bitsandbytes
+from reference.config import GPTConfig
+from reference.errors import ConfigurationError
+from reference.model.modes import evaluation_mode
 
 logger = logging.getLogger("reference")
-
-
-def swap_wanted(requested: bool, optimizer_class: type[torch.optim.Optimizer]) -> bool:
-    """Whether to swap: only if asked for, and only where a bitsandbytes optimizer makes use of it."""
-    if requested and not is_bitsandbytes(optimizer_class):
-        logger.info("embedding: stays nn.Embedding, because %s is not from bitsandbytes", optimizer_class.__name__)
-        return False
-    return requested
 
 
 def swap_embeddings(model: nn.Module) -> list[str]:
@@ -50,13 +44,13 @@ def swap_embeddings(model: nn.Module) -> list[str]:
             )
     stable = {id(module): stable_embedding(module) for module in plain.values()}
     for name, module in plain.items():
-        set_submodule(model, name, stable[id(module)])
+        model.set_submodule(name, stable[id(module)])
     logger.info("embedding: %s trained as StableEmbedding", ", ".join(plain) or "none found, nothing")
     return list(plain)
 
 
 def stable_embedding(plain: nn.Embedding) -> nn.Embedding:
-    """A StableEmbedding with the weight, the options and the training mode of ``plain``."""
+    """Return a StableEmbedding with the weight, the options and the training mode of ``plain``."""
     from bitsandbytes.nn import StableEmbedding
 
     # Passing the weight spares a second table and its random draw. The norm starts at gain 1 and bias 0.
@@ -84,7 +78,7 @@ def stable_embedding(plain: nn.Embedding) -> nn.Embedding:
 
 
 def restore_embeddings(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` for inference: every StableEmbedding is a plain nn.Embedding with the same output.
+    """Return a copy of ``model`` for inference: every StableEmbedding is a plain nn.Embedding with the same output.
 
     Row by row the norm is a fixed function, so it folds into the table: ``weight := norm(weight)``. A head that was
     tied to the table keeps the unfolded weight and is untied (logged, and ``config.tie_embeddings`` is set False).
@@ -99,11 +93,12 @@ def restore_embeddings(model: nn.Module) -> nn.Module:
         if is_stable(module):
             assert isinstance(module, nn.Embedding)
             plain.setdefault(id(module), folded(module))
-            set_submodule(restored, name, plain[id(module)])
+            restored.set_submodule(name, plain[id(module)])
             shared = [other for other, p in restored.named_parameters() if p is module.weight]
             if shared:
                 logger.info("embedding: %s is folded and untied from %s", name, ", ".join(shared))
-                untie_config(restored)
+                if isinstance(config := getattr(restored, "config", None), GPTConfig):
+                    restored.config = replace(config, tie_embeddings=False)  # type: ignore[assignment] # a plain attribute
     restored.eval()
     if plain:
         require_equal_logits(model, restored)
@@ -112,19 +107,17 @@ def restore_embeddings(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def require_equal_logits(model: nn.Module, restored: nn.Module) -> None:
-    """Raise ConfigurationError if two models of token ids differ in what they give for a few of them."""
+    """Raise ConfigurationError if two models of token ids give different logits for a few of them."""
     weight = next(module.weight for module in model.modules() if is_stable(module))
     assert isinstance(weight, Tensor)
     ids = torch.arange(min(4, weight.size(0)), device=weight.device).unsqueeze(0)
-    modes = [(module, module.training) for module in model.modules()]
     default = torch.get_default_dtype()
     torch.set_default_dtype(weight.dtype)  # StableEmbedding computes its norm in the default dtype
     try:
-        expected, seen = model.eval()(ids), restored(ids)
+        with evaluation_mode(model):
+            expected, seen = model(ids), restored(ids)
     finally:
         torch.set_default_dtype(default)
-        for module, training in modes:
-            module.training = training
     error = ((seen - expected).norm() / expected.norm()).item()
     if not error <= max(1e-3, 4 * torch.finfo(weight.dtype).eps):  # 0 on the CPU; a table read elsewhere gives 0.1 to 2
         raise ConfigurationError(
@@ -134,7 +127,7 @@ def require_equal_logits(model: nn.Module, restored: nn.Module) -> None:
 
 
 def folded(stable: nn.Embedding) -> nn.Embedding:
-    """The plain embedding whose lookup gives what ``stable`` gives."""
+    """Return the plain embedding whose lookup gives what that of ``stable`` gives."""
     with torch.no_grad():
         # Without max_norm, which would rescale the folded rows at lookup; it acts on the table before the norm.
         table = stable.weight if stable.max_norm is None else renormed(stable)
@@ -154,7 +147,7 @@ def folded(stable: nn.Embedding) -> nn.Embedding:
 
 
 def renormed(embedding: nn.Embedding) -> Tensor:
-    """The table as a lookup with ``max_norm`` sees it: rows longer than max_norm are shortened to it."""
+    """Return the table as a lookup with ``max_norm`` sees it: rows longer than max_norm are shortened to it."""
     table = embedding.weight.detach().clone()
     rows = torch.arange(embedding.num_embeddings, device=table.device)
     functional.embedding(rows, table, max_norm=embedding.max_norm, norm_type=embedding.norm_type)  # shortens in place
@@ -162,21 +155,5 @@ def renormed(embedding: nn.Embedding) -> Tensor:
 
 
 def is_stable(module: nn.Module) -> bool:
-    """Whether this is bitsandbytes' StableEmbedding, told without importing the package."""
+    """Return whether this is bitsandbytes' StableEmbedding, told without importing the package."""
     return type(module).__name__ == "StableEmbedding" and type(module).__module__.startswith("bitsandbytes.")
-
-
-def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put ``module`` in the place of the submodule called ``name``."""
-    parent, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, module)
-
-
-def untie_config(model: nn.Module) -> None:
-    """Record in a GPT's own configuration that head and embedding are two tensors now."""
-    from dataclasses import replace
-
-    from reference.config import GPTConfig
-
-    if isinstance(config := getattr(model, "config", None), GPTConfig):
-        model.config = replace(config, tie_embeddings=False)  # type: ignore[assignment] # a plain attribute of GPT

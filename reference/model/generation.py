@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from reference.config import ConfigurationError
+from reference.errors import ConfigurationError, TrainingError
 from reference.model.gpt import GPT, Cache
-from reference.training.update import TrainingError, evaluation_mode
+from reference.model.modes import evaluation_mode
 
 
 def generate(
@@ -23,12 +23,12 @@ def generate(
     end: int | None = None,
     vocab_size: int | None = None,
 ) -> Iterator[int]:
-    """Continue a prompt, and give each new token id as soon as it is drawn.
+    """Continue a prompt, and yield each new token id as soon as it is drawn.
 
     Keys and values are kept in a cache, so that each token costs one step of the model over that token alone. When
     prompt and continuation have filled block_size, the last half of them is read again from position 0, and the
     continuation goes on from there: what lies before is forgotten. Dropout is off; the modes of the modules, the
-    gradient mode and PyTorch's own random state are as they were whenever a token is given.
+    gradient mode and PyTorch's own random state are as they were whenever a token is yielded.
 
     Args:
         model: a reference.GPT, on any device and in any dtype.
@@ -40,8 +40,8 @@ def generate(
             sum to at least p (nucleus sampling, https://arxiv.org/abs/1904.09751). None: from all.
         seed: decides what is drawn. Draws are made on the CPU, so they depend on the device only through the
             rounding of the logits. None: another continuation each time.
-        end: stop when this token is drawn, without giving it; usually the tokenizer's end of document.
-        vocab_size: give ids below it only: the tokenizer's, where the model's vocabulary is padded beyond that.
+        end: stop when this token is drawn, without yielding it; usually the tokenizer's end of document.
+        vocab_size: yield ids below it only: the tokenizer's, where the model's vocabulary is padded beyond that.
 
     Raises:
         ConfigurationError: if the prompt or a setting cannot work. Raised here, before the first token is asked for.
@@ -69,22 +69,22 @@ def check_settings(
     tokens: int, temperature: float, top_k: int | None, top_p: float | None, vocab_size: int | None, seed: int | None
 ) -> None:
     """Raise ConfigurationError if a setting of :func:`generate` is out of its range."""
-    if tokens < 0:
-        raise ConfigurationError(f"tokens is {tokens}, but must be at least 0.")
-    if not 0.0 <= temperature < math.inf:
-        raise ConfigurationError(f"temperature is {temperature}: give 0 for greedy, or a positive number.")
-    if top_k is not None and top_k < 1:
-        raise ConfigurationError(f"top_k is {top_k}: give a number of tokens of at least 1, or None for all.")
-    if top_p is not None and not 0.0 < top_p <= 1.0:
-        raise ConfigurationError(f"top_p is {top_p}: give a probability above 0 and up to 1, or None for all tokens.")
-    if vocab_size is not None and vocab_size < 1:
-        raise ConfigurationError(f"vocab_size is {vocab_size}: give the tokenizer's, or None for the model's.")
-    if seed is not None and not 0 <= seed < 1 << 64:
-        raise ConfigurationError(f"seed is {seed}: give a number of 64 bits that is not negative, or None.")
+    rules = {
+        f"tokens is {tokens}, but must be at least 0.": tokens >= 0,
+        f"temperature is {temperature}: give 0 for greedy, or a positive number.": 0.0 <= temperature < math.inf,
+        f"top_k is {top_k}: give a number of tokens of at least 1, or None for all.": top_k is None or top_k >= 1,
+        f"top_p is {top_p}: give a probability above 0 and up to 1, or None.": top_p is None or 0.0 < top_p <= 1.0,
+        f"vocab_size is {vocab_size}: give the tokenizer's, or None for the model's.": vocab_size is None
+        or vocab_size >= 1,
+        f"seed is {seed}: give a number of 64 bits that is not negative, or None.": 0 <= (seed or 0) < 1 << 64,
+    }
+    for sentence, holds in rules.items():
+        if not holds:
+            raise ConfigurationError(sentence)
 
 
 def check_prompt(prompt: Sequence[int] | Tensor, vocab_size: int, block_size: int) -> list[int]:
-    """The prompt as a list of token ids.
+    """Return the prompt as a list of token ids.
 
     Raises:
         ConfigurationError: if it is empty, too long, or holds an id that the model has no embedding for.
@@ -111,7 +111,7 @@ def check_prompt(prompt: Sequence[int] | Tensor, vocab_size: int, block_size: in
 
 
 def stream(model: GPT, ids: list[int], tokens: int, choose: Callable[[Tensor], int], end: int | None) -> Iterator[int]:
-    """The tokens of :func:`generate`; ``choose`` takes one by the logits (V,)."""
+    """Yield the tokens of :func:`generate`; ``choose`` takes one by the logits (V,)."""
     block_size = model.config.block_size
     size = min(block_size, len(ids) + tokens)
     cache, unread = model.new_cache(size), ids
@@ -135,7 +135,7 @@ def stream(model: GPT, ids: list[int], tokens: int, choose: Callable[[Tensor], i
 # NOTE a footgun: a generator must not hold no_grad() or eval mode over a yield, or they leak to whoever reads it.
 @torch.no_grad()
 def read(model: GPT, ids: list[int], cache: list[Cache]) -> Tensor:
-    """Read more tokens: the logits (V,) of the token after the last one, float64 on the CPU."""
+    """Read more tokens and return the logits (V,) of the token after the last one, float64 on the CPU."""
     with evaluation_mode(model):
         logits = model(torch.tensor([ids], device=model.head.weight.device), cache)
     return logits[0, -1].cpu().double()

@@ -59,7 +59,7 @@ class Cache:
     """
 
     def __init__(self, size: int) -> None:
-        """An empty cache.
+        """Make an empty cache.
 
         Args:
             size: tokens that it can hold.
@@ -69,7 +69,7 @@ class Cache:
         self.values: Tensor | None = None
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the keys and values (B, K, T, D) of the next T tokens; those of all tokens so far.
+        """Add the keys and values (B, K, T, D) of the next T tokens and return those of all tokens so far.
 
         Raises:
             ValueError: if they do not fit in.
@@ -98,7 +98,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor, rotary: Rotary | None, cache: Cache | None = None) -> Tensor:
-        """(B, T, C) -> (B, T, C). With a cache the T tokens follow those in it, and see them."""
+        """Map (B, T, C) to (B, T, C). With a cache the T tokens follow those in it, and see them."""
         batch, time, width = x.shape
         heads = self.qkv(x).view(batch, time, -1, self.head_size).transpose(1, 2)  # (B, H + 2K, T, D)
         q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
@@ -134,7 +134,7 @@ class GeluMLP(nn.Module):
         self.proj = nn.Linear(config.hidden_size, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
+        """Map (B, T, C) to (B, T, C)."""
         return self.proj(F.gelu(self.fc(x), approximate="tanh"))
 
 
@@ -148,7 +148,7 @@ class SwigluMLP(nn.Module):
         self.proj = nn.Linear(config.hidden_size, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
+        """Map (B, T, C) to (B, T, C)."""
         return self.proj(F.silu(self.gate(x)) * self.fc(x))
 
 
@@ -164,7 +164,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, rotary: Rotary | None, cache: Cache | None = None) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
+        """Map (B, T, C) to (B, T, C)."""
         x = x + self.dropout(self.attention(self.norm_attention(x), rotary, cache))
         return x + self.dropout(self.mlp(self.norm_mlp(x)))
 
@@ -197,10 +197,10 @@ class GPT(nn.Module):
             self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
-        initialize(self, seed)
+        initialize(self, config, seed)
 
     def forward(self, ids: Tensor, cache: Sequence[Cache] | None = None) -> Tensor:
-        """Token ids (B, T), any integer dtype -> logits (B, T, V) in the dtype of the computation.
+        """Map token ids (B, T), any integer dtype, to logits (B, T, V) in the dtype of the computation.
 
         Args:
             ids: the tokens; with a cache, those that follow the tokens in it.
@@ -232,12 +232,12 @@ class GPT(nn.Module):
         return self.head(self.norm(x))
 
     def new_cache(self, size: int | None = None) -> list[Cache]:
-        """An empty cache for each block, to hold ``size`` tokens (None: block_size)."""
+        """Return an empty cache for each block, to hold ``size`` tokens (None: block_size)."""
         return [Cache(self.config.block_size if size is None else size) for _ in self.blocks]
 
 
 def build_norm(config: GPTConfig) -> nn.Module:
-    """LayerNorm or RMSNorm, as the config says."""
+    """Return LayerNorm or RMSNorm, as the config says."""
     if config.norm == "rmsnorm":
         return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
     return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)

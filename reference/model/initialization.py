@@ -23,30 +23,28 @@ import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from reference.config import ConfigurationError
-
-if TYPE_CHECKING:
-    from reference.model.gpt import GPT
+from reference.config import GPTConfig
+from reference.errors import ConfigurationError
 
 logger = logging.getLogger("reference")
 
 RESIDUAL = (".attention.proj", ".mlp.proj")  # the two linear layers of a block that write into the residual stream
 
 
-def initialize(model: "GPT", seed: int) -> None:
+def initialize(model: nn.Module, config: GPTConfig, seed: int) -> None:
     """Apply the table to a GPT. On the meta device it only prepares: :func:`materialize` applies it later.
 
     Each submodule gets a ``reset_parameters`` of its own, the hook by which FSDP initialises a module that was
     built on the meta device. LitGPT once patched that hook and then never called it (litgpt#1150): here the
     same function binds and calls.
     """
-    bind_reset_parameters(model, seed)
+    bind_reset_parameters(model, config, seed)
     modules = [module for module in model.modules() if owns_tensors(module)]
     if not is_large(model):
         for module in modules:
@@ -63,7 +61,7 @@ def reset(module: nn.Module) -> None:
 
 
 def is_large(model: nn.Module) -> bool:
-    """Whether threads are worth it. Not with fake tensors, whose mode is known to one thread alone."""
+    """Return whether threads are worth it. Not with fake tensors, whose mode is known to one thread alone."""
     plain = [p for p in model.parameters() if type(p) is nn.Parameter and not p.is_meta]
     return sum(p.numel() for p in plain) > 10_000_000
 
@@ -77,23 +75,21 @@ class NoDefaultInitialization(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Give back the tensor that was to be filled."""
+        """Return the tensor that was to be filled."""
         if getattr(func, "__module__", None) == "torch.nn.init":
             return args[0] if args else (kwargs or {})["tensor"]
         return func(*args, **(kwargs or {}))
 
 
-def bind_reset_parameters(model: "GPT", seed: int) -> None:
+def bind_reset_parameters(model: nn.Module, config: GPTConfig, seed: int) -> None:
     """Give every linear layer and embedding a ``reset_parameters`` that draws from the table."""
-    config = model.config
     first: dict[int, str] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             if (owner := first.setdefault(id(module.weight), name)) != name:
                 reset = partial(tie, module, model, owner)
             else:
-                std = declared_std(name, config.init_std, config.n_layer, config.scale_residual_init)
-                reset = partial(draw, module, name, std, seed)
+                reset = partial(draw, module, name, declared_std(name, config), seed)
             module.reset_parameters = reset  # type: ignore[assignment] # the hook that FSDP calls
 
 
@@ -102,11 +98,11 @@ def tie(module: nn.Linear | nn.Embedding, model: nn.Module, owner: str) -> None:
     module.weight = model.get_submodule(owner).weight  # type: ignore[assignment] # a Parameter
 
 
-def declared_std(name: str, init_std: float, n_layer: int, scale_residual: bool) -> float:
-    """The standard deviation that the table gives the linear layer or embedding called ``name``."""
-    if scale_residual and name.endswith(RESIDUAL):
-        return init_std / math.sqrt(2 * n_layer)
-    return init_std
+def declared_std(name: str, config: GPTConfig) -> float:
+    """Return the standard deviation that the table gives the linear layer or embedding called ``name``."""
+    if config.scale_residual_init and name.endswith(RESIDUAL):
+        return config.init_std / math.sqrt(2 * config.n_layer)
+    return config.init_std
 
 
 @torch.no_grad()
@@ -123,29 +119,26 @@ def draw(module: nn.Linear | nn.Embedding, name: str, std: float, seed: int) -> 
 
 
 def generator(seed: int, name: str) -> torch.Generator:
-    """A CPU generator that depends on nothing but the seed and the name."""
+    """Return a CPU generator that depends on nothing but the seed and the name."""
     return torch.Generator().manual_seed(derive_seed(seed, name))
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A seed of 63 bits from any parts: the same in every process, unrelated for neighbouring numbers."""
+    """Return a seed of 63 bits from any parts: the same in every process, unrelated for neighbouring numbers."""
     text = ":".join(map(str, parts))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def owns_tensors(module: nn.Module) -> bool:
-    """Whether the module itself, not its children, holds parameters or buffers."""
+    """Return whether the module itself, not its children, holds parameters or buffers."""
     return bool(list(module.parameters(recurse=False)) or list(module.buffers(recurse=False)))
 
 
 def choose_strategy(requested: str, sharded: bool) -> str:
-    """``eager`` or ``meta``, by request and environment.
+    """Return ``eager`` or ``meta``, by request and environment.
 
-    ====================================  ===================================================================
-    one device                            eager: built in place
-    several devices, not sharded (DDP)    eager: the same seed on all ranks, and DDP broadcasts rank 0's
-    sharded (FSDP)                        meta: no rank ever holds the whole model; each draws what it holds
-    ====================================  ===================================================================
+    Eager: built in place; under DDP with the same seed on all ranks, and DDP broadcasts rank 0's. Meta, for sharded
+    runs (FSDP): no rank ever holds the whole model, and each draws what it holds.
     """
     chosen = requested if requested != "auto" else ("meta" if sharded else "eager")
     reason = "as asked for" if requested != "auto" else ("parameters are sharded" if sharded else "not sharded")
@@ -154,13 +147,9 @@ def choose_strategy(requested: str, sharded: bool) -> str:
 
 
 def build(factory: Callable[[], nn.Module], strategy: str, device: torch.device, sharded: bool) -> nn.Module:
-    """Build a module eagerly or on the meta device.
+    """Build a module eagerly or on the meta device (:func:`choose_strategy`), and return it.
 
-    Args:
-        factory: builds the module; its constructor initialises it.
-        strategy: ``eager`` or ``meta``, see :func:`choose_strategy`.
-        device: where the parameters shall live.
-        sharded: leave materialising to FSDP, which does it shard by shard through ``reset_parameters``.
+    A sharded one is left to FSDP to materialise, which does it shard by shard through ``reset_parameters``.
 
     Raises:
         ConfigurationError: under ``meta``, if a submodule has parameters of its own and no ``reset_parameters``.
@@ -205,7 +194,7 @@ def materialize(model: nn.Module, device: torch.device) -> None:
 
 
 def tied_names(model: nn.Module) -> dict[str, list[str]]:
-    """For each parameter with several names: the first name, and the others."""
+    """Return, for each parameter with several names, the first name and the others."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)

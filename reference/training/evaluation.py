@@ -1,69 +1,50 @@
-"""The loss of a checkpoint over all of a split, in the units that others use."""
+"""The loss of a run on data that is not trained on."""
 
-import math
-from dataclasses import dataclass
-from pathlib import Path
+import itertools
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
-from reference.checkpoint.folder import load_for_inference
-from reference.config import TrainConfig
-from reference.data.tokenizer import ByteTokenizer
-from reference.data.tokens import TokenData
-from reference.training.launch import launch
-from reference.training.trainer import require_tokenizer, require_vocabulary
-from reference.training.update import evaluate
+import torch
 
+from reference.config import IGNORE
+from reference.errors import TrainingError
+from reference.model.loss import batch_loss
+from reference.model.modes import evaluation_mode
+from reference.training.batches import Batch, TokenSource, split_targets, within_vocabulary
+from reference.training.launch import reduce
+from reference.training.run import Run
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What a checkpoint reached on a split."""
-
-    loss: float
-    """Mean cross entropy in nats per token; every token of the split but its first is a target."""
-    tokens: int
-    """Targets."""
-    size: int | None
-    """Bytes of text among the targets, where a token is a byte; None for another tokenizer."""
-
-    @property
-    def perplexity(self) -> float:
-        """The exponential of the loss; infinite where that is too large for a float."""
-        return math.exp(self.loss) if self.loss < 700.0 else math.inf
-
-    @property
-    def bits_per_byte(self) -> float | None:
-        """Bits for all targets, the ends of documents included, over the bytes of text."""
-        return None if not self.size else self.loss * self.tokens / self.size / math.log(2.0)
-
-    def describe(self) -> str:
-        """One line."""
-        bits = "" if self.bits_per_byte is None else f", {self.bits_per_byte:.4f} bits per byte"
-        return f"loss {self.loss:.4f} nats per token, perplexity {self.perplexity:,.2f}{bits} ({self.tokens:,} tokens)"
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
 
 
-def evaluate_checkpoint(
-    folder: Path, data: Path, split: str = "validation", microbatch_size: int = 8, config: TrainConfig | None = None
-) -> Evaluation:
-    """Evaluate a checkpoint over all of a split, in sequences of its block_size.
+def validate(run: Run, validation: Iterable[Batch] | TokenSource) -> float:
+    """Return the mean cross entropy in nats per token over the validation batches of all ranks."""
+    batches: Iterable[Batch]
+    if isinstance(validation, TokenSource):
+        batches = validation.once(run.fabric.global_rank, run.fabric.world_size)
+    else:
+        batches = within_vocabulary(validation, run.module)
+    return evaluate(run.fabric, run.wrapped, itertools.islice(batches, run.config.evaluate_batches))
 
-    Args:
-        folder: the checkpoint.
-        data: folder that ``python -m reference prepare`` wrote.
-        split: ``train`` or ``validation``.
-        microbatch_size: sequences at a time.
-        config: its accelerator and precision are used.
+
+@torch.no_grad()
+def evaluate(fabric: "Fabric", model: Any, batches: Iterable[Batch]) -> float:
+    """Return the mean cross entropy in nats per target token over all batches and ranks, in eval mode.
 
     Raises:
-        CheckpointError: if the checkpoint is missing or damaged.
-        DataError: if the data is.
-        ConfigurationError: if the model was trained on another tokenizer's ids.
+        TrainingError: if there are no batches.
     """
-    model = load_for_inference(folder)
-    tokens = TokenData(data, split, block_size=model.config.block_size, microbatch_size=microbatch_size, seed=0)
-    require_tokenizer(folder, tokens)
-    require_vocabulary(model, tokens)
-    fabric = launch(config or TrainConfig())
-    loss = evaluate(fabric, fabric.setup_module(model), tokens.once())
-    targets = tokens.tokens - 1
-    # The first token is no target; it is a byte unless the first document is empty.
-    size = targets - tokens.documents + int(tokens.ids[0] == ByteTokenizer.end_of_document)
-    return Evaluation(loss, targets, size if tokens.tokenizer == ByteTokenizer.name else None)
+    with evaluation_mode(model):
+        sums = torch.zeros(2, dtype=torch.float64, device="cpu" if fabric.device.type == "mps" else fabric.device)
+        for batch in batches:
+            ids, targets = split_targets(batch, fabric.device)
+            sums[0] += batch_loss(model, ids, targets)
+            sums[1] += (targets != IGNORE).sum()
+    sums = reduce(fabric, sums, "sum")
+    if sums[1] == 0:
+        raise TrainingError(
+            "there are no validation batches (an iterator gives them only once): give a list, a DataLoader or another "
+            "iterable that can be read again, or set evaluate_every=None."
+        )
+    return float(sums[0] / sums[1])

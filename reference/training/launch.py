@@ -5,11 +5,13 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 
-from reference.config import ConfigurationError, TrainConfig
+from reference.config import TrainConfig
+from reference.errors import ConfigurationError
 from reference.training.stopping import ended_by_signals
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ logger = logging.getLogger("reference")
 
 
 def launch(config: TrainConfig) -> "Fabric":
-    """Start Fabric with the precision that was asked for, or refuse.
+    """Start Fabric with the precision that was asked for, or refuse, and return it.
 
     Raises:
         ConfigurationError: if there is no such accelerator or strategy here, or the device cannot compute in that
@@ -43,11 +45,6 @@ def launch(config: TrainConfig) -> "Fabric":
     if config.precision == "16-mixed" and fabric.device.type == "cpu":
         # Fabric would go on in bf16-mixed with a warning: a precision that nobody asked for.
         raise ConfigurationError("precision='16-mixed' needs a GPU: on the CPU choose 'bf16-mixed' or '32-true'.")
-    if config.capture_step and (fabric.device.type != "cuda" or is_sharded(fabric) or config.precision == "16-mixed"):
-        raise ConfigurationError(
-            "capture_step=True needs a CUDA device, parameters that are not sharded, and no loss scaler (16-mixed): "
-            "set capture_step=False."
-        )
     with waiting_for_nodes(config):
         fabric.launch()
     if fabric.world_size > 1:
@@ -55,14 +52,14 @@ def launch(config: TrainConfig) -> "Fabric":
     if config.logits == "compute":
         # Fabric's wrapper turns every floating output into float32. The loss below does that by itself, and under
         # torch.compile without writing the float32 logits to memory.
-        fabric.strategy.precision.convert_output = keep_dtype  # type: ignore[method-assign, assignment] # of this instance
+        fabric.strategy.precision.convert_output = lambda output: output  # type: ignore[method-assign, assignment] # of this instance
     logger.info("logits: leave the model in %s", "float32" if config.logits == "float32" else "the computing dtype")
     return fabric
 
 
 @contextlib.contextmanager
 def waiting_for_nodes(config: TrainConfig) -> Iterator[None]:
-    """Where there are several, say once on each what it waits for, and let Ctrl-C end it meanwhile."""
+    """Where there are several nodes, say once on each what it waits for, and let Ctrl-C end it meanwhile."""
     if config.num_nodes == 1:
         yield
         return
@@ -79,7 +76,7 @@ def waiting_for_nodes(config: TrainConfig) -> Iterator[None]:
 
 
 def sharding() -> Any:
-    """FSDP with one unit per transformer block, as its paper has it (https://arxiv.org/abs/2304.11277)."""
+    """Return FSDP with one unit per transformer block, as its paper has it (https://arxiv.org/abs/2304.11277)."""
     from lightning.fabric.strategies.fsdp import FSDPStrategy
 
     from reference.model.gpt import Block
@@ -97,11 +94,13 @@ def leave_group() -> None:
         torch.distributed.destroy_process_group()
 
 
-def keep_dtype(output: Any) -> Any:
-    """Fabric's conversion of the model's output, switched off."""
-    return output
-
-
 def is_sharded(fabric: "Fabric") -> bool:
-    """Whether the strategy shards parameters over ranks, told without importing its module."""
+    """Return whether the strategy shards parameters over ranks, told without importing its module."""
     return type(fabric.strategy).__name__ in ("FSDPStrategy", "ModelParallelStrategy")
+
+
+def reduce(fabric: "Fabric", tensor: Tensor, operation: Literal["sum", "mean"]) -> Tensor:
+    """Return a tensor summed or averaged over all ranks; as it is on a single one."""
+    reduced = fabric.all_reduce(tensor, reduce_op=operation) if fabric.world_size > 1 else tensor
+    assert isinstance(reduced, Tensor)
+    return reduced

@@ -6,7 +6,7 @@ While a run waits for other nodes there is nothing to save, and both end it.
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 
@@ -23,43 +23,49 @@ def stop_on_signals() -> Iterator[Stop]:
     """Note SIGINT and SIGTERM instead of acting on them; afterwards they act as before.
 
     With the first signal the previous handlers are back: a second Ctrl-C raises KeyboardInterrupt, a second SIGTERM
-    ends the process. In a thread other than the main one, where Python allows no handlers, nothing is changed.
+    ends the process.
     """
     stop = Stop()
-    if threading.current_thread() is not threading.main_thread():
+
+    def note(number: int, frame: FrameType | None) -> None:
+        stop.signal = signal.Signals(number)
+
+    with handled_by(note):
         yield stop
+
+
+def ended_by_signals() -> contextlib.AbstractContextManager[None]:
+    """Let SIGINT and SIGTERM end the process, by the operating system; afterwards they act as before.
+
+    PyTorch waits for other nodes in C++, for half an hour, where no handler of Python runs: not even Ctrl-C would be
+    heard.
+    """
+    return handled_by(signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def handled_by(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> Iterator[None]:
+    """Handle SIGINT and SIGTERM in the block; a function handles the first of them only.
+
+    In a thread other than the main one, where Python allows no handlers, nothing is changed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def put_back() -> None:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: set outside Python
+        for number, previous in before.items():
+            signal.signal(number, signal.SIG_DFL if previous is None else previous)  # None: set outside Python
 
-    def note(number: int, frame: FrameType | None) -> None:
-        stop.signal = signal.Signals(number)
+    def once(number: int, frame: FrameType | None) -> None:
         put_back()
+        assert callable(handler)
+        handler(number, frame)
 
     for number in before:
-        signal.signal(number, note)
+        signal.signal(number, handler if isinstance(handler, signal.Handlers) else once)
     try:
-        yield stop
+        yield
     finally:
         put_back()
-
-
-@contextlib.contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """Let SIGINT and SIGTERM end the process, by the operating system; afterwards they act as before.
-
-    PyTorch waits for other nodes in C++, for half an hour, where no handler of Python runs: not even Ctrl-C would be
-    heard. In a thread other than the main one, where Python allows no handlers, nothing is changed.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)

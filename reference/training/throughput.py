@@ -26,7 +26,7 @@ class Card:
 
 
 def rates(sixteen: float, tf32: float | None = None, fp32: float | None = None) -> dict[str, float]:
-    """Rates of a card that is equally fast in bfloat16 and float16."""
+    """Return the rates of a card that is equally fast in bfloat16 and float16."""
     known = {"bfloat16": sixteen, "float16": sixteen, "tfloat32": tf32, "float32": fp32}
     return {name: rate for name, rate in known.items() if rate is not None}
 
@@ -66,7 +66,7 @@ CARDS = (
 
 
 def dense_peak(device_name: str, dtype: torch.dtype, tf32: bool = False) -> float | None:
-    """Most FLOP/s of a card in matrix products, without sparsity.
+    """Return the most FLOP/s that a card can do in matrix products, without sparsity.
 
     Args:
         device_name: as ``torch.cuda.get_device_name()`` gives it.
@@ -86,7 +86,7 @@ def dense_peak(device_name: str, dtype: torch.dtype, tf32: bool = False) -> floa
 
 
 def device_peak(device: torch.device, precision: str) -> float | None:
-    """Dense peak of the device in the dtype that Fabric's ``precision`` computes in; None where it is not known."""
+    """Return the dense peak of the device in the dtype of Fabric's ``precision``; None where it is not known."""
     if device.type != "cuda":
         return None
     tf32 = torch.get_float32_matmul_precision() != "highest"
@@ -94,12 +94,12 @@ def device_peak(device: torch.device, precision: str) -> float | None:
 
 
 def computing_dtype(precision: str) -> torch.dtype:
-    """Dtype of the matrix products under one of Fabric's precisions, e.g. ``bf16-mixed``."""
+    """Return the dtype of the matrix products under one of Fabric's precisions, e.g. ``bf16-mixed``."""
     return {"bf16": torch.bfloat16, "16": torch.float16, "32": torch.float32}[precision.partition("-")[0]]
 
 
 def flops_per_token(config: GPTConfig, length: int, causal: bool = False) -> float:
-    """FLOPs of one training step, forward and backward, per token: 6 N + 12 L d T.
+    """Return the FLOPs of one training step, forward and backward, per token: 6 N + 12 L d T.
 
     N is :func:`matrix_parameters`; L, d and T are layers, width and sequence length.
 
@@ -114,7 +114,7 @@ def flops_per_token(config: GPTConfig, length: int, causal: bool = False) -> flo
 
 
 def matrix_parameters(config: GPTConfig) -> int:
-    """Parameters that multiply activations: the weights of all linear layers, the head included, tied or not.
+    """Return how many parameters multiply activations: the weights of all linear layers, with the head, tied or not.
 
     A lookup multiplies nothing, so the embedding counts only as the head that it is tied to, and positions not at
     all. Norms and biases, under 0.1 % of the parameters, are left out.

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from reference.checkpoint.folder import load_for_inference
+from reference.checkpoint import load_for_inference
 from reference.config import GPTConfig, TrainConfig
-from reference.data.tokens import TokenData, write_tokens
+from reference.data import TokenData, write_tokens
+from reference.errors import TrainingError
 from reference.training.trainer import Trainer
-from reference.training.update import TrainingError
 from tests.reference.two_ranks import two_ranks
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the ranks are forked: hide the GPU")
@@ -196,7 +196,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_update(on_both: Any, fold
 
 
 def message_of(directory: str) -> str:
-    from reference.checkpoint.folder import CheckpointError
+    from reference.errors import CheckpointError
 
     batches = [torch.ones(2, 9, dtype=torch.long)] * 2
     with pytest.raises(CheckpointError) as caught:

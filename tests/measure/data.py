@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from conformance.report.environment import environment
+from reference.data import TokenData, write_tokens
 from reference.data.prepare import prepare
-from reference.data.tokens import TokenData, write_tokens
 
 GIGABYTE = 10**9
 BLOCK_SIZE, MICROBATCH_SIZE, BATCHES = 1024, 8, 1000

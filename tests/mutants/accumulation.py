@@ -1,18 +1,18 @@
 """Faults of the gradient of one update: split into microbatches, over ranks, and over tokens."""
 
-from tests.mutants.planting import ACCUMULATE, UPDATE, mutant
+from tests.mutants.planting import UPDATE, mutant
 
-SHARED = "shared[0])"
-LOSS = "loss = batch_loss(model, ids, targets) * scale"
+LOSS = "loss = batch_loss(self.wrapped, ids, targets) * scale"
+COUNT = "shared[0].clamp(min=1)"
 NO_SYNC = """\
-        with fabric.no_backward_sync(model, enabled=index + 1 < len(pairs)):
-            loss = batch_loss(model, ids, targets) * scale
+        with fabric.no_backward_sync(self.wrapped, enabled=index + 1 < len(pairs)):
+            loss = batch_loss(self.wrapped, ids, targets) * scale
             fabric.backward(loss)
 """
 OUTSIDE = """\
-        with fabric.no_backward_sync(model, enabled=True):
-            loss = batch_loss(model, ids, targets) * scale
-        with fabric.no_backward_sync(model, enabled=index + 1 < len(pairs)):
+        with fabric.no_backward_sync(self.wrapped, enabled=True):
+            loss = batch_loss(self.wrapped, ids, targets) * scale
+        with fabric.no_backward_sync(self.wrapped, enabled=index + 1 < len(pairs)):
             fabric.backward(loss)
 """
 
@@ -21,36 +21,34 @@ MUTANTS = [
         "accum-not-divided",
         "ACC-1",
         "nanoGPT#168, #206",
-        (ACCUMULATE, LOSS, LOSS + " * len(pairs)"),
+        (UPDATE, LOSS, LOSS + " * len(pairs)"),
     ),
     mutant(
         "accum-gradients-cleared",
         "ACC-1",
         "zero_grad() inside the loop over microbatches",
-        (ACCUMULATE, "fabric.backward(loss)", "model.zero_grad(); fabric.backward(loss)"),
+        (UPDATE, "fabric.backward(loss)", "self.wrapped.zero_grad(); fabric.backward(loss)"),
     ),
     mutant(
         "accum-mean-of-means",
         "ACC-2",
         "transformers#34191, torchtune#1878",
-        (ACCUMULATE, LOSS, "loss = batch_loss(model, ids, targets) / (targets != IGNORE).sum() / len(pairs)"),
+        (UPDATE, LOSS, "loss = batch_loss(self.wrapped, ids, targets) / (targets != -100).sum() / len(pairs)"),
     ),
     mutant(
         "rank-mean-of-means",
         "ACC-4",
         "transformers#34242, #34373",
-        (UPDATE, "pairs, shared[0])", "pairs, count_targets(pairs) * fabric.world_size)"),
+        (UPDATE, COUNT, "(count_targets(pairs) * fabric.world_size).clamp(min=1)"),
     ),
-    mutant("no-sync-order", "ACC-3", "build-nanogpt#30", (ACCUMULATE, NO_SYNC, OUTSIDE)),
-    mutant(
-        "no-sync-always", "ACC-3", "litgpt 9892d1b8", (ACCUMULATE, "enabled=index + 1 < len(pairs)", "enabled=True")
-    ),
+    mutant("no-sync-order", "ACC-3", "build-nanogpt#30", (UPDATE, NO_SYNC, OUTSIDE)),
+    mutant("no-sync-always", "ACC-3", "litgpt 9892d1b8", (UPDATE, "enabled=index + 1 < len(pairs)", "enabled=True")),
     mutant(
         "ddp-bypassed",
         "ACC-3",
         "minimind#853, openvla-oft#160",
         (
-            "reference.training.update:batch_loss",
+            "reference.model.loss:batch_loss",
             "return token_loss(model(ids), targets)",
             "bare = model._forward_module; return token_loss(getattr(bare, 'module', bare)(ids), targets)",
         ),
@@ -59,19 +57,19 @@ MUTANTS = [
         "rank-gradients-summed",
         "ACC-3",
         "burn#5695 (world size counted twice)",
-        (ACCUMULATE, "scale = fabric.world_size / count", "scale = fabric.world_size**2 / count"),
+        (UPDATE, "scale = fabric.world_size / shared", "scale = fabric.world_size**2 / shared"),
     ),
     mutant(
         "chunked-ce-ignore-index",
         "ACC-5",
         "litgpt#751",
-        ("reference.training.update:count_targets", "(targets != IGNORE).sum()", "torch.tensor(targets.numel())"),
+        ("reference.training.batches:count_targets", "(targets != IGNORE).sum()", "torch.tensor(targets.numel())"),
     ),
     mutant(
         "loss-counts-one-token-too-many",
         "ACC-5",
         "transformers#46204",
-        (UPDATE, "pairs, shared[0])", "pairs, shared[0] + fabric.world_size * sum(len(ids) for ids, _ in pairs))"),
+        (UPDATE, COUNT, "(shared[0] + fabric.world_size * sum(len(ids) for ids, _ in pairs))"),
     ),
     mutant(
         "ac-rng-mismatch",

@@ -2,9 +2,10 @@
 
 from tests.mutants.planting import UPDATE, mutant
 
-CLIP = "reference.training.update:clip"
-CALL = 'fabric.clip_gradients(model, optimizer, max_norm=limit or float("inf"), error_if_nonfinite=False)'
-LIMIT = 'max_norm=limit or float("inf")'
+FINITE = "reference.training.run:Run.require_finite"
+CALL = "fabric.clip_gradients(self.wrapped, self.optimizer, max_norm=limit, error_if_nonfinite=False)"
+LIMIT = 'limit = config.clip or float("inf")'
+PARAMETERS = "self.module.parameters()"
 
 MUTANTS = [
     mutant(
@@ -13,9 +14,9 @@ MUTANTS = [
         "accelerate#641",
         (
             UPDATE,
-            "share = accumulate(fabric, self.wrapped, pairs, shared[0])",
-            "share = sum((accumulate(fabric, self.wrapped, [pair], shared[0]),"
-            " clip(fabric, self.wrapped, self.optimizer, config.clip))[0] for pair in pairs)",
+            "share += loss.detach()",
+            "share += loss.detach(); fabric.clip_gradients(self.wrapped, self.optimizer, "
+            'max_norm=config.clip or float("inf"), error_if_nonfinite=False)',
         ),
     ),
     mutant(
@@ -23,9 +24,9 @@ MUTANTS = [
         "CLIP-1",
         "grokadamw 0.1.2 (clips each tensor)",
         (
-            CLIP,
+            UPDATE,
             CALL,
-            'torch.stack([nn.utils.clip_grad_norm_([p], limit or float("inf")) for p in model.parameters()]).norm()',
+            f"torch.stack([nn.utils.clip_grad_norm_([p], limit) for p in {PARAMETERS}]).norm()",
         ),
     ),
     mutant(
@@ -33,35 +34,35 @@ MUTANTS = [
         "CLIP-1",
         "clip_grad_value_ where the norm was meant",
         (
-            CLIP,
+            UPDATE,
             CALL,
-            'nn.utils.clip_grad_value_(model.parameters(), limit or float("inf")) or torch.tensor(1.0)',
+            f"nn.utils.clip_grad_value_({PARAMETERS}, limit) or torch.tensor(1.0)",
         ),
     ),
-    mutant("clip-ignored", "CLIP-1", "a setting that is read by nobody", (CLIP, LIMIT, 'max_norm=float("inf")')),
+    mutant("clip-ignored", "CLIP-1", "a setting that is read by nobody", (UPDATE, LIMIT, 'limit = float("inf")')),
     mutant(
         "clip-always-scales",
         "CLIP-2",
         "a factor that is not clamped at 1",
         (
-            CLIP,
+            UPDATE,
             CALL,
-            "nn.utils.get_total_norm([p.grad for p in model.parameters()]); "
-            "[p.grad.mul_((limit or norm) / norm) for p in model.parameters()]",
+            f"nn.utils.get_total_norm([p.grad for p in {PARAMETERS}]); "
+            f"[p.grad.mul_((config.clip or norm) / norm) for p in {PARAMETERS}]",
         ),
     ),
     mutant(
         "nonfinite-continues",
         "CLIP-3",
         "pytorch-lightning#21928",
-        ("reference.training.update:require_finite", "loss, norm, *_ = values", "return"),
+        (FINITE, "(loss, norm, *_), fabric = values, self.fabric", "return"),
     ),
     mutant(
         "nonfinite-loss-only",
         "CLIP-3",
         "a check of the loss, which is finite when backward overflows",
         (
-            "reference.training.update:require_finite",
+            FINITE,
             "(math.isfinite(loss) and math.isfinite(norm))",
             "math.isfinite(loss)",
         ),
@@ -70,6 +71,6 @@ MUTANTS = [
         "clip-local-norm",
         "CLIP-4",
         "pytorch#72548, torchtitan#766",
-        (CLIP, LIMIT, 'max_norm=limit / fabric.world_size**0.5 if limit else float("inf")'),
+        (UPDATE, LIMIT, 'limit = config.clip / fabric.world_size**0.5 if config.clip else float("inf")'),
     ),
 ]

@@ -58,14 +58,14 @@ MUTANTS = [
         "labels-unshifted",
         "DATA-6",
         "transformers#27517, GenerativeModels#314",
-        ("reference.training.update:split_targets", PLAIN, "return batch[:, :-1], batch[:, :-1]"),
+        ("reference.training.batches:split_targets", PLAIN, "return batch[:, :-1], batch[:, :-1]"),
     ),
     mutant(
         "end-of-document-masked",
         "DATA-6",
         "transformers#23530, #22794 (padded with the end of a document, then padding ignored)",
         (
-            "reference.training.update:split_targets",
+            "reference.training.batches:split_targets",
             PLAIN,
             "return batch[:, :-1], batch[:, 1:].masked_fill(batch[:, 1:] == 127, IGNORE)",
         ),
@@ -75,7 +75,7 @@ MUTANTS = [
         "DATA-6",
         "a shift in the data and another in the loss",
         (
-            "reference.training.update:split_targets",
+            "reference.training.batches:split_targets",
             PLAIN,
             "return batch[:, :-1], nn.functional.pad(batch[:, 2:], (0, 1), value=IGNORE)",
         ),

@@ -20,7 +20,7 @@ MUTANTS = [
         "decay-everything",
         "DECAY-4",
         "lit-llama#254, Fast-LLM#545",
-        (BUILD, "groups: Any = decay_groups(model, decay, dimensions) if decays else", "groups: Any ="),
+        (BUILD, "groups: Any = decay_groups(model, config.decay, dimensions) if decays else", "groups: Any ="),
     ),
     mutant(
         "decay-coupled",
@@ -80,8 +80,8 @@ MUTANTS = [
         "pytorch#101107, LLMs-from-scratch#580",
         (
             SETUP,
-            "module,\n        fabric.device,",
-            "torch.compile(module) if config.compile else module,\n        fabric.device,",
+            "create_optimizer(config, module, ",
+            "create_optimizer(config, torch.compile(module) if config.compile else module, ",
         ),
         (
             DECAYED,

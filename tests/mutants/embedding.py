@@ -47,7 +47,7 @@ MUTANTS = [
         (
             BUILD,
             "own_override_manager(optimizer, model)",
-            "__import__('reference').swap_embeddings(model) if is_bitsandbytes(optimizer_class) else None",
+            "__import__('reference').swap_embeddings(model) if 'bitsandbytes' in optimizer_class.__module__ else None",
         ),
     ),
     mutant(
@@ -55,7 +55,7 @@ MUTANTS = [
         "EMB-4",
         "bitsandbytes#1269",
         (
-            "reference.optimizers.build:own_override_manager",
+            "reference.optimizers.override:own_override_manager",
             '[(module, "weight", {"optim_bits": 32}) for module in wide] + registered',
             "[]",
         ),
@@ -64,7 +64,7 @@ MUTANTS = [
         "bnb-override-leaks",
         "EMB-5",
         "bitsandbytes 0.50.2",
-        ("reference.optimizers.build:own_override_manager", "if not is_bitsandbytes(optimizer):", "if True:"),
+        ("reference.optimizers.override:own_override_manager", "if not is_bitsandbytes(optimizer):", "if True:"),
     ),
     mutant(
         "stableemb-unties",
@@ -77,8 +77,8 @@ MUTANTS = [
         "EMB-7",
         "-",
         (
-            "reference.model.embedding:swap_wanted",
-            "if requested and not is_bitsandbytes(optimizer_class):",
+            "reference.training.setup:wants_stable_embedding",
+            "if config.stable_embedding and not is_bitsandbytes(optimizer_class):",
             "if False:",
         ),
     ),

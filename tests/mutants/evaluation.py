@@ -2,9 +2,9 @@
 
 from tests.mutants.planting import EVALUATE, FIT, UPDATE, mutant
 
-MODE, RUN = "reference.training.update:evaluation_mode", "reference.training.run:Run.evaluate"
+MODE, RUN = "reference.model.modes:evaluation_mode", "reference.training.evaluation:validate"
 SPLIT = "ids, targets = split_targets(batch, fabric.device)"
-PART = "itertools.islice(batches, self.config.evaluate_batches)"
+PART = "itertools.islice(batches, run.config.evaluate_batches)"
 
 MUTANTS = [
     mutant("eval-in-training-mode", "EVAL-1 EVAL-2", "torchtune#1791", (MODE, "    model.eval()\n", "")),
@@ -20,19 +20,19 @@ MUTANTS = [
         "val-subset-drifts",
         "EVAL-2 EVAL-4",
         "TinyLlama#77",
-        (RUN, PART, "[list(batches)[next(self.__dict__.setdefault('turns', itertools.count())) % 2]]"),
+        (RUN, PART, "[list(batches)[next(run.__dict__.setdefault('turns', itertools.count())) % 2]]"),
     ),
     mutant(
         "eval-casts-weights",
         "EVAL-3",
         "transformers bf16_full_eval",
-        (RUN, "return evaluate(", "self.module.bfloat16().float(); return evaluate("),
+        (RUN, "return evaluate(", "run.module.bfloat16().float(); return evaluate("),
     ),
     mutant(
         "val-is-train",
         "EVAL-4",
         "transformers#8295, jasmine#185",
-        (FIT, "run.evaluate(validation)", "run.evaluate(train[:2])"),
+        (FIT, "validate(run, validation)", "validate(run, train[:2])"),
     ),
     mutant(
         "val-unshifted",
@@ -50,7 +50,7 @@ MUTANTS = [
         "eval-draws-random-numbers",
         "EVAL-7",
         "torch.utils.data.DataLoader, which draws a seed at each pass",
-        (UPDATE, "seed_dropout(derive_seed(config.seed, update, fabric.global_rank), fabric.device)", "pass"),
+        (UPDATE, "seed_dropout(derive_seed(config.seed, update, fabric.global_rank), device)", "pass"),
         (EVALUATE, SPLIT, f"torch.rand(1); {SPLIT}"),
     ),
 ]

@@ -32,7 +32,7 @@ MUTANTS = [
         "init-residual-scale-fixed-depth",
         "INIT-2",
         "stanford-crfm/mistral#30",
-        (STD, "math.sqrt(2 * n_layer)", "math.sqrt(2 * 2)"),
+        (STD, "math.sqrt(2 * config.n_layer)", "math.sqrt(2 * 2)"),
     ),
     mutant(
         "init-uniform-instead-of-normal",
@@ -44,7 +44,7 @@ MUTANTS = [
         "init-unseeded", "INIT-3", "-", (DRAW, "generator(seed, name)", "generator(__import__('time').time_ns(), name)")
     ),
     mutant("init-seed-ignored", "INIT-4", "litgpt#1425", (DRAW, "generator(seed, name)", "generator(0, name)")),
-    mutant("init-std-one", "INIT-5", "-", (STD, "    return init_std\n", "    return 1.0\n")),
+    mutant("init-std-one", "INIT-5", "-", (STD, "    return config.init_std\n", "    return 1.0\n")),
     mutant(
         "init-clobbers-loaded",
         "INIT-6",
@@ -57,9 +57,9 @@ MUTANTS = [
         "INIT-6",
         "nanotron#245, OpenTau#185",
         (
-            "reference.training.run:Run.save",
-            "weights: Any = self.module\n",
-            "weights: Any = __import__('copy').deepcopy(self.module).bfloat16()\n",
+            "reference.training.saving:save",
+            "weights: Any = run.module\n",
+            "weights: Any = __import__('copy').deepcopy(run.module).bfloat16()\n",
         ),
     ),
     mutant(

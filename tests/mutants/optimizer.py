@@ -51,8 +51,8 @@ MUTANTS = [
         (ADDED, 'if "fused" in arguments:', "if False:"),
         (
             BUILD,
-            "added_keywords(optimizer_class, arguments, device, scaled) | dict(arguments)",
-            "dict(arguments) | added_keywords(optimizer_class, arguments, device, scaled)",
+            "keywords = added | dict(arguments)",
+            "keywords = dict(arguments) | added",
         ),
     ),
     mutant(
@@ -61,8 +61,8 @@ MUTANTS = [
         "litgpt instantiate_torch_optimizer",
         (
             BUILD,
-            "keywords = added_keywords(optimizer_class, arguments, device, scaled) | dict(arguments)",
-            "keywords = arguments; keywords.update(added_keywords(optimizer_class, arguments, device, scaled))",
+            "keywords = added | dict(arguments)",
+            "keywords = arguments; keywords.update(added)",
         ),
     ),
     mutant(
@@ -88,6 +88,6 @@ MUTANTS = [
         "opt-state-outside-state",
         "OPT-13",
         "grokadamw 0.1.2",
-        ("reference.optimizers.build:optimizer_state", 'state["state_in_groups"] = misplaced', "pass"),
+        ("reference.optimizers.state:optimizer_state", 'state["state_in_groups"] = misplaced', "pass"),
     ),
 ]

@@ -77,16 +77,17 @@ def edited_code(function: FunctionType, edit: Edit) -> Any:
     return code
 
 
-FIT, SETUP = "reference.training.trainer:Trainer.fit", "reference.training.trainer:Trainer.setup"
-BUILD_MODULE, UPDATE = "reference.training.trainer:Trainer.build_module", "reference.training.run:Run.update_once"
-BUILD, ADDED = "reference.optimizers.build:build_optimizer", "reference.optimizers.build:added_keywords"
-GROUPS, DECAYED = "reference.optimizers.build:decay_groups", "reference.optimizers.build:is_decayed"
+FIT, SETUP = "reference.training.trainer:Trainer.fit", "reference.training.setup:set_up"
+BUILD_MODULE, UPDATE = "reference.training.setup:build_module", "reference.training.run:Run.update_once"
+BUILD, ADDED = "reference.optimizers.build:create_optimizer", "reference.optimizers.build:added_keywords"
+GROUPS, DECAYED = "reference.optimizers.decay:decay_groups", "reference.optimizers.decay:is_decayed"
 DRAW, STD = "reference.model.initialization:draw", "reference.model.initialization:declared_std"
-LAUNCH, RESTORE = "reference.training.launch:launch", "reference.checkpoint.resume:restore"
+LAUNCH, RESTORE = "reference.training.launch:launch", "reference.training.saving:restore"
 # load_model() is these words and nothing else.
 LOAD, PUT = "reference.checkpoint.folder:load_model", "put_into(model, load_weights(folder), folder / WEIGHTS)"
-ACCUMULATE, EVALUATE = "reference.training.update:accumulate", "reference.training.update:evaluate"
+EVALUATE = "reference.training.evaluation:evaluate"
 PEAKS = 'peaks = [group["lr"] for group in bare.param_groups]'
+RATE = "learning_rate(config, update, peak)"  # in UPDATE
 
 
 def mutant(name: str, killers: str, published: str, *edits: tuple[str, str, str]) -> Mutant:

@@ -1,6 +1,6 @@
 """Faults of precision."""
 
-from tests.mutants.planting import ACCUMULATE, LAUNCH, UPDATE, mutant
+from tests.mutants.planting import LAUNCH, UPDATE, mutant
 
 MUTANTS = [
     mutant("logits-left-as-computed", "PREC-1", "litgpt#1508", (LAUNCH, 'if config.logits == "compute":', "if True:")),
@@ -9,13 +9,13 @@ MUTANTS = [
         "loss-in-bf16",
         "PREC-3",
         "modalities#464, marin#8217",
-        ("reference.training.update:token_loss", "logits.float()", "logits.bfloat16()"),
+        ("reference.model.loss:token_loss", "logits.float()", "logits.bfloat16()"),
     ),
     mutant(
         "loss-not-upcast",
         "PREC-3",
         "modalities#464",
-        ("reference.training.update:token_loss", "logits.float().flatten", "logits.flatten"),
+        ("reference.model.loss:token_loss", "logits.float().flatten", "logits.flatten"),
     ),
     mutant(
         "precision-ignored",
@@ -34,7 +34,7 @@ MUTANTS = [
         "PREC-5",
         "pytorch#120376, GradCache#17",
         (
-            ACCUMULATE,
+            UPDATE,
             "        fabric.backward(loss)",
             "        with fabric.strategy.precision.forward_context():\n                fabric.backward(loss)",
         ),
@@ -53,7 +53,7 @@ MUTANTS = [
         "bf16-update-lost",
         "PREC-6",
         "pytorch/ao#1124, torchtune#2254",
-        ("reference.training.trainer:warn_about_rounding", 'if config.precision == "bf16-true"', "if False"),
+        ("reference.training.setup:warn_about_rounding", 'if config.precision == "bf16-true"', "if False"),
     ),
     mutant(
         "rope-phase-bf16",

@@ -1,6 +1,6 @@
 """Faults of what a run reports: the training is right, and the numbers about it are not."""
 
-from tests.mutants.planting import ACCUMULATE, FIT, UPDATE, mutant
+from tests.mutants.planting import FIT, UPDATE, mutant
 
 MUTANTS = [
     mutant(
@@ -13,7 +13,7 @@ MUTANTS = [
         "reported-loss-of-the-last-microbatch",
         "REPORT-1",
         "allennlp#4706, nanoGPT train.py",
-        (ACCUMULATE, "total += loss.detach()", "total = loss.detach() * len(pairs)"),
+        (UPDATE, "share += loss.detach()", "share = loss.detach() * len(pairs)"),
     ),
     mutant(
         "reported-rate-of-the-next-update",
@@ -29,6 +29,6 @@ MUTANTS = [
         "reported-norm-after-clipping",
         "REPORT-3",
         "ray#4965",
-        ("reference.training.update:clip", "return norm", "return norm.clamp(max=limit) if limit else norm"),
+        (UPDATE, "assert norm is not None", "norm = norm.clamp(max=limit)"),
     ),
 ]

@@ -1,25 +1,24 @@
 """Faults of saving and of going on from a checkpoint."""
 
-from tests.mutants.planting import FIT, LOAD, PUT, UPDATE, mutant
+from tests.mutants.planting import FIT, LOAD, PUT, RATE, UPDATE, mutant
 
-BATCHES, SAVE = "reference.training.run:Run.batches", "reference.training.run:Run.save"
+BATCHES, SAVE = "reference.training.run:Run.batches", "reference.training.saving:save"
 START = "start = done * self.config.microbatches"
 STREAM = "train.batches_from(start, self.fabric.global_rank, self.fabric.world_size)"
-NUMBER = "learning_rate(\n            update,"
-WRAPPED = (SAVE, "weights: Any = self.module\n", "weights: Any = self.wrapped._forward_module\n")
+WRAPPED = (SAVE, "weights: Any = run.module\n", "weights: Any = run.wrapped._forward_module\n")
 
 MUTANTS = [
     mutant(
         "rng-not-restored",
         "RESUME-1",
         "transformers#17032, nanoGPT#467",
-        (UPDATE, "seed_dropout(derive_seed(config.seed, update, fabric.global_rank), fabric.device)", "pass"),
+        (UPDATE, "seed_dropout(derive_seed(config.seed, update, fabric.global_rank), device)", "pass"),
     ),
     mutant(
         "scheduler-not-restored",
         "RESUME-1",
         "transformers, accelerate: scheduler.pt left out; the first loss is equal",
-        (UPDATE, NUMBER, NUMBER.replace("update", "update - self.__dict__.setdefault('first', update)")),
+        (UPDATE, RATE, RATE.replace("update", "update - self.__dict__.setdefault('first', update)")),
     ),
     mutant("data-rewinds", "RESUME-1 RESUME-2", "KempnerForge#51, entrenar#294", (BATCHES, START, "start = 0")),
     mutant(

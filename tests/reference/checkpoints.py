@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from reference.checkpoint import folder as checkpoint
-from reference.checkpoint.integrity import digest, write_sums
+from reference import checkpoint
 from reference.config import GPTConfig
+from reference.files import SUMS, digest, format_sums
 from reference.model.gpt import GPT
 
 TINY: dict[str, Any] = {"vocab_size": 16, "block_size": 8, "n_layer": 1, "n_head": 2, "n_embd": 8}
@@ -32,7 +32,8 @@ def saved(directory: Path, update: int = 1, seed: int = 1) -> Path:
 
 def sum_up(folder: Path) -> None:
     """Write the checksums of a folder anew, as somebody would who forged a file in it."""
-    write_sums(folder, {path.name: digest(path) for path in folder.iterdir() if path.name != "SHA256SUMS"})
+    sums = {path.name: digest(path) for path in folder.iterdir() if path.name != SUMS}
+    (folder / SUMS).write_bytes(format_sums(sums))
 
 
 def load(folder: Path) -> None:

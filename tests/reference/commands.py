@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from reference.__main__ import main
-from reference.data.tokens import write_tokens
+from reference.data import write_tokens
 
 SMALL = [
     *("--model.n_layer=1", "--model.n_embd=16", "--model.n_head=2", "--model.block_size=16"),

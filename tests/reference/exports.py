@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from reference.checkpoint import folder as checkpoint
+from reference import checkpoint
 from reference.config import GPTConfig, TrainConfig, as_plain
 from reference.data.tokenizer import train_tokenizer
 from reference.model.gpt import GPT

@@ -15,15 +15,16 @@ from safetensors import safe_open
 from safetensors.torch import save_model
 from torch import nn
 
-from reference.checkpoint import folder as checkpoint
-from reference.checkpoint import integrity
-from reference.checkpoint.folder import CheckpointError
+from reference import checkpoint
+from reference.checkpoint.folder import FILES
 from reference.checkpoint.weights import first_names
 from reference.config import TrainConfig, as_plain
+from reference.errors import CheckpointError
+from reference.files import hidden
 from tests.reference.checkpoints import STATE, gpt, load, saved
 from tests.sentences import sentence_of
 
-WHOLE = sorted([*checkpoint.FILES, "SHA256SUMS"])
+WHOLE = sorted([*FILES, "SHA256SUMS"])
 
 
 def names_in(folder: Path) -> list[str]:
@@ -60,7 +61,7 @@ def test_round_trip(tmp_path: Path, way: str) -> None:
 
 def test_checksums_are_those_of_sha256sum(tmp_path: Path) -> None:
     folder = saved(tmp_path)
-    expected = {f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}" for name in checkpoint.FILES}
+    expected = {f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}" for name in FILES}
     assert set((folder / "SHA256SUMS").read_text().splitlines()) == expected
 
 
@@ -196,11 +197,11 @@ def test_find(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert checkpoint.find(first, tmp_path / "elsewhere") == first
     assert checkpoint.find(str(third), tmp_path) == third
     assert not caplog.records
-    for name in checkpoint.FILES:  # an incomplete newest is passed over, and it is said
+    for name in FILES:  # an incomplete newest is passed over, and it is said
         copy = shutil.copytree(first, tmp_path / "step-00000011")
         (copy / name).unlink()
         assert checkpoint.find(True, tmp_path) == second
-        assert caplog.messages == [f"resume: {copy} is passed over, it lacks {name}"]
+        assert caplog.messages == [f"resume: {copy} is passed over, because it lacks {name}"]
         assert f"(missing: {name})" in sentence_of(CheckpointError, lambda copy=copy: checkpoint.find(copy, tmp_path))  # type: ignore[misc]
         shutil.rmtree(copy)
         caplog.clear()
@@ -216,7 +217,7 @@ def test_a_checkpoint_that_is_asked_for_and_not_there(tmp_path: Path) -> None:
     message = sentence_of(CheckpointError, lambda: checkpoint.find(True, tmp_path))
     assert message == f"resume=True, but {tmp_path} holds no checkpoint: start with resume=False or 'auto'."
     message = sentence_of(CheckpointError, lambda: checkpoint.find(tmp_path / "step-00000003", tmp_path))
-    assert re.search(r"step-00000003 is no checkpoint .*\(missing: model.safetensors, state.pt, config.json\)", message)
+    assert re.search(r"-00000003 is not a checkpoint .*\(missing: model.safetensors, state.pt, config.json\)", message)
 
 
 # what is removed ---------------------------------------------------------------------------------------------------
@@ -270,9 +271,9 @@ def test_a_checkpoint_that_cannot_be_removed_ends_no_run(
 
 def test_what_killed_runs_left_goes_when_the_next_one_writes(tmp_path: Path) -> None:
     kept, aside, other = saved(tmp_path, 1), saved(tmp_path, 2), saved(tmp_path, 3)
-    shutil.copytree(kept, integrity.hidden(kept, "previous"))  # killed when the new one was in its place
-    aside.rename(integrity.hidden(aside, "previous"))  # killed before
-    other.rename(integrity.hidden(other, "removed"))
+    shutil.copytree(kept, hidden(kept, "previous"))  # killed when the new one was in its place
+    aside.rename(hidden(aside, "previous"))  # killed before
+    other.rename(hidden(other, "removed"))
     shutil.copytree(kept, tmp_path / ".step-00000008.partial")
     for name in (".step-mine", ".steps.partial", ".git"):
         (tmp_path / name).mkdir()

@@ -13,15 +13,16 @@ import pytest
 import torch
 from torch import nn
 
-from reference.checkpoint import folder as checkpoint
-from reference.checkpoint.folder import CheckpointError
-from reference.checkpoint.integrity import as_written
+from reference import checkpoint
+from reference.checkpoint.folder import FILES
 from reference.config import TrainConfig
+from reference.errors import CheckpointError
+from reference.files import is_intact
 from reference.training.trainer import Trainer
 from tests.reference.checkpoints import STATE, gpt, load, saved, sum_up
 from tests.sentences import sentence_of
 
-FILES = (*checkpoint.FILES, "SHA256SUMS")
+ALL_FILES = (*FILES, "SHA256SUMS")
 
 
 def full_disk(*_: Any, **__: Any) -> None:
@@ -129,7 +130,7 @@ def test_what_could_not_be_loaded_again_is_not_written(
 
 
 @pytest.mark.parametrize("kept", [0, 4, 50, 0.5, -5], ids=str)
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", ALL_FILES)
 def test_a_truncated_file(tmp_path: Path, name: str, kept: float) -> None:
     folder = saved(tmp_path)
     content = (folder / name).read_bytes()
@@ -140,7 +141,7 @@ def test_a_truncated_file(tmp_path: Path, name: str, kept: float) -> None:
     assert message.endswith(": no earlier checkpoint beside it is intact.")
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", ALL_FILES)
 def test_one_flipped_bit(tmp_path: Path, name: str) -> None:
     folder, draw = saved(tmp_path), random.Random(name)
     path = folder / name
@@ -155,17 +156,17 @@ def test_one_flipped_bit(tmp_path: Path, name: str) -> None:
     load(folder)
 
 
-@pytest.mark.parametrize("name", checkpoint.FILES)
+@pytest.mark.parametrize("name", FILES)
 def test_a_file_of_another_checkpoint(tmp_path: Path, name: str) -> None:
     folder, other = saved(tmp_path, 2, seed=1), checkpoint.step_folder(tmp_path / "other", 2)
     checkpoint.save(other, gpt(seed=2), STATE | {"update": 8}, {"train": {"seed": 2}})
     shutil.copy(other / name, folder / name)
     assert sentence_of(CheckpointError, lambda: load(folder)).startswith(
-        f"{folder / name} is damaged (it is not the file of which "
+        f"{folder / name} is damaged (its checksum is not the one in "
     )
 
 
-@pytest.mark.parametrize("name", checkpoint.FILES)
+@pytest.mark.parametrize("name", FILES)
 def test_a_missing_file(tmp_path: Path, name: str) -> None:
     (saved(tmp_path) / name).unlink()
     with pytest.raises(CheckpointError, match=f"{name} cannot be read \\(No such file or directory\\): no earlier"):
@@ -182,9 +183,9 @@ def test_the_error_names_the_newest_intact_checkpoint_before(tmp_path: Path) -> 
     first, second, third, fourth = (saved(tmp_path, update) for update in (1, 2, 3, 4))
     for folder in (second, third):
         (folder / "state.pt").write_bytes(b"damaged")
-    assert [as_written(folder) for folder in (first, second, third, fourth)] == [True, False, False, True]
+    assert [is_intact(folder) for folder in (first, second, third, fourth)] == [True, False, False, True]
     message = sentence_of(CheckpointError, lambda: load(third))
-    assert message.endswith(f"checksum is in SHA256SUMS): resume from {first} instead.")
+    assert message.endswith(f"not the one in SHA256SUMS): resume from {first} instead.")
     trainer = Trainer(gpt(), TrainConfig(accelerator="cpu", updates=9), tmp_path)
     with pytest.raises(CheckpointError, match=f"resume from {first} instead"):
         trainer.fit([torch.ones(1, 3, dtype=torch.long)], resume=third)
@@ -258,8 +259,11 @@ def test_a_config_that_is_none(tmp_path: Path, content: str) -> None:
     ("config", "problem"),
     [
         ({"train": {}}, "holds a module that is not reference.GPT: build it yourself and use load_model."),
-        ({"model": {"width": 3}}, "config.json describes no model of this version: "),
-        ({"model": {"n_layer": 0}}, "config.json describes no model of this version: n_layer is 0, but must be at"),
+        ({"model": {"width": 3}}, "config.json does not describe a model of this version: "),
+        (
+            {"model": {"n_layer": 0}},
+            "config.json does not describe a model of this version: n_layer is 0, but must be",
+        ),
     ],
     ids=["foreign", "newer", "impossible"],
 )

@@ -19,9 +19,9 @@ import pytest
 import torch
 from torch import nn
 
-from reference.checkpoint import folder as checkpoint
-from reference.checkpoint import integrity
-from reference.checkpoint.folder import CheckpointError
+from reference import checkpoint, files
+from reference.checkpoint import folder as checkpoint_folder
+from reference.errors import CheckpointError
 from tests.reference.checkpoints import STATE, saved
 
 pytestmark = [
@@ -163,8 +163,8 @@ def straight(folder: Path, value: int) -> None:
         save(folder, value)
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "hidden", lambda *which: which[0])
-        patch.setattr(checkpoint, "replace_folder", lambda *_: None)
+        patch.setattr(files, "hidden", lambda *which: which[0])
+        patch.setattr(files, "replace_folder", lambda *_: None)
         save(folder, value)
 
 
@@ -176,15 +176,15 @@ def removes_first(folder: Path, value: int) -> None:
         new.rename(folder)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "replace_folder", replace)
+        patch.setattr(files, "replace_folder", replace)
         save(folder, value)
 
 
 def without_tidying(folder: Path, value: int) -> None:
     """A fault: what a killed run left stays."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "tidy", integrity.recover)
-        shutil.rmtree(integrity.hidden(folder, "partial"), ignore_errors=True)
+        patch.setattr(checkpoint_folder, "tidy", checkpoint_folder.recover)
+        shutil.rmtree(files.hidden(folder, "partial"), ignore_errors=True)
         save(folder, value)
 
 
@@ -251,7 +251,7 @@ def copies(folder: Path, value: int) -> None:
             time.sleep(0.003)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "replace_folder", copy)
+        patch.setattr(files, "replace_folder", copy)
         save(folder, value)
 
 

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from reference.config import ConfigurationError
-from reference.data.tokenfile import DataError
 from reference.data.tokens import shuffled
+from reference.errors import ConfigurationError, DataError
 from tests.reference.token_files import END, counting, opened, taken, windows, write
 from tests.sentences import sentence_of
 

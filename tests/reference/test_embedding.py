@@ -9,18 +9,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from reference.config import ConfigurationError, GPTConfig
+from reference.config import GPTConfig, TrainConfig
+from reference.errors import ConfigurationError
 from reference.model.embedding import (
     folded,
     is_stable,
     restore_embeddings,
     stable_embedding,
     swap_embeddings,
-    swap_wanted,
 )
 from reference.model.gpt import GPT
 from reference.model.initialization import materialize
-from reference.optimizers.build import find_class
+from reference.optimizers import find_class
+from reference.training.setup import wants_stable_embedding
 
 TINY: dict[str, Any] = {"vocab_size": 16, "block_size": 8, "n_layer": 1, "n_head": 2, "n_embd": 8}
 IDS = torch.arange(16).view(2, 8)
@@ -227,8 +228,9 @@ def test_swap_on_the_meta_device_keeps_the_table_of_initial_weights() -> None:
         (False, "bitsandbytes.optim.AdamW8bit", False),
     ],
 )
-def test_swap_wanted(requested: bool, path: str, wanted: bool) -> None:
-    assert swap_wanted(requested, find_class(path)) is wanted
+def test_embeddings_are_swapped_for_bitsandbytes_only(requested: bool, path: str, wanted: bool) -> None:
+    config = TrainConfig(stable_embedding=requested)
+    assert wants_stable_embedding(config, find_class(path)) is wanted
 
 
 def test_a_table_that_is_read_elsewhere_is_no_silent_change_of_function() -> None:

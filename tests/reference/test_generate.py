@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from reference.config import ConfigurationError, GPTConfig
+from reference.config import GPTConfig
+from reference.errors import ConfigurationError, TrainingError
 from reference.model.generation import draw, generate
 from reference.model.gpt import GPT
-from reference.training.update import TrainingError
 
 TINY: dict[str, Any] = {"vocab_size": 17, "block_size": 8, "n_layer": 2, "n_head": 4, "n_embd": 16, "init_std": 0.4}
 SHAPES = {
@@ -155,8 +155,8 @@ def test_all_tokens_equal_gives_the_first() -> None:
         ([1], {"temperature": math.nan}, "temperature is nan: give 0 for greedy, or a positive number."),
         ([1], {"temperature": math.inf}, "temperature is inf: give 0 for greedy, or a positive number."),
         ([1], {"top_k": 0}, "top_k is 0: give a number of tokens of at least 1, or None for all."),
-        ([1], {"top_p": 0.0}, "top_p is 0.0: give a probability above 0 and up to 1, or None for all tokens."),
-        ([1], {"top_p": 1.5}, "top_p is 1.5: give a probability above 0 and up to 1, or None for all tokens."),
+        ([1], {"top_p": 0.0}, "top_p is 0.0: give a probability above 0 and up to 1, or None."),
+        ([1], {"top_p": 1.5}, "top_p is 1.5: give a probability above 0 and up to 1, or None."),
         ([1], {"vocab_size": 0}, "vocab_size is 0: give the tokenizer's, or None for the model's."),
         ([1], {"seed": 1 << 64}, "seed is 18446744073709551616: give a number of 64 bits that is not negative"),
         ([1], {"seed": -1}, "seed is -1: give a number of 64 bits that is not negative, or None."),

@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from reference.checkpoint import folder as checkpoint
-from reference.checkpoint.folder import CheckpointError, load_for_inference
+from reference import checkpoint
+from reference.checkpoint import load_for_inference
 from reference.config import GPTConfig
 from reference.data.tokenizer import load_tokenizer
+from reference.errors import CheckpointError
 from reference.interchange.huggingface import export_huggingface, import_huggingface
 from tests.reference.exports import (
     GROUPED,
@@ -54,7 +55,7 @@ def test_the_files_of_a_gpt2(tmp_path: Path) -> None:
     config = GPTConfig.gpt2(**TINY | {"n_layer": 1}, dropout=0.1)
     folder = saved(tmp_path / "run", config)
     out = export_huggingface(folder, tmp_path / "exported")
-    assert sorted(os.listdir(out)) == ["config.json", "model.safetensors"]
+    assert sorted(os.listdir(out)) == ["SHA256SUMS", "config.json", "model.safetensors"]
     assert json.loads((out / "config.json").read_text()) == {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -216,7 +217,7 @@ def test_tensors_of_other_releases(tmp_path: Path) -> None:
 
     rewrite(exported, lambda tensors: tensors["lm_head.weight"].add_(1.0))
     message = sentence_of(CheckpointError, lambda: import_huggingface(exported, tmp_path / "other"))
-    assert "has tensors that the model of its config.json has not (lm_head.weight): give the folder of a" in message
+    assert "has tensors that the model of its config.json does not have (lm_head.weight): give the folder" in message
 
 
 def shard(folder: Path, **changes: Any) -> None:

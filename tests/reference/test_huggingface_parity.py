@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from reference.checkpoint.folder import load_for_inference
+from reference.checkpoint import load_for_inference
 from reference.config import GPTConfig
 from reference.data.tokenizer import load_tokenizer
 from reference.interchange.huggingface import export_huggingface, import_huggingface

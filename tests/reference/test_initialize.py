@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from reference.config import ConfigurationError, GPTConfig
+from reference.config import GPTConfig
+from reference.errors import ConfigurationError
 from reference.model.embedding import swap_embeddings
 from reference.model.gpt import GPT
 from reference.model.initialization import (

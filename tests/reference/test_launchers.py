@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from reference.checkpoint.folder import load_for_inference
+from reference.checkpoint import load_for_inference
 from reference.cli.loggers import metrics_file
 
 pytestmark = pytest.mark.slow  # each process imports everything anew, some seconds

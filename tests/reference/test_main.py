@@ -13,14 +13,11 @@ import pytest
 import torch
 
 from reference.__main__ import COMMANDS, main
-from reference.checkpoint.folder import CheckpointError
+from reference.cli.evaluation import Evaluation
 from reference.cli.loggers import metrics_file
 from reference.cli.settings import read_settings
-from reference.config import ConfigurationError
-from reference.data.tokens import DataError
-from reference.training.evaluation import Evaluation
+from reference.errors import CheckpointError, ConfigurationError, DataError, TrainingError
 from reference.training.trainer import Record
-from reference.training.update import TrainingError
 from tests.reference.commands import SHORT, SMALL, TEXT, one_error, train, write_data
 
 
@@ -224,10 +221,10 @@ def test_prepare_tells_what_it_wrote(data: str, capsys: pytest.CaptureFixture[st
     ("arguments", "message"),
     [
         ("train --data.path nowhere", "nowhere has no train split"),
-        ("train --resume nowhere", "nowhere is no checkpoint and holds none: "),
+        ("train --resume nowhere", "nowhere is not a checkpoint and holds none: "),
         ("train --resume true", "resume=True, but out/tiny holds no checkpoint: "),
-        ("generate --checkpoint nowhere", "nowhere is no checkpoint and holds none: "),
-        ("export --checkpoint nowhere --out theirs", "nowhere is no checkpoint and holds none: "),
+        ("generate --checkpoint nowhere", "nowhere is not a checkpoint and holds none: "),
+        ("export --checkpoint nowhere --out theirs", "nowhere is not a checkpoint and holds none: "),
         ("import --from nowhere --out ours", "nowhere/config.json cannot be read"),
     ],
 )
@@ -243,7 +240,7 @@ def test_a_directory_that_cannot_be_written_is_one_sentence(data: str, capsys: p
     Path("out").write_text("a file")
     assert train(data) == 2
     told = capsys.readouterr().err.splitlines()[-1]
-    assert told == "error: the directory out/tiny cannot be written (Not a directory): choose another with --directory."
+    assert told.startswith("error: checkpoints cannot be written to out/tiny: Not a directory. Choose a directory that")
 
 
 def test_a_gpu_that_is_full_is_one_sentence(
@@ -255,7 +252,9 @@ def test_a_gpu_that_is_full_is_one_sentence(
     monkeypatch.setattr("reference.training.trainer.Trainer.fit", full)
     assert train(data) == 2
     told = capsys.readouterr().err.splitlines()[-1]
-    assert told.startswith("error: the GPU has not enough memory for microbatches of 2: halve --data.microbatch_size")
+    assert told.startswith(
+        "error: the GPU does not have enough memory for microbatches of 2: halve --data.microbatch_size"
+    )
 
 
 @pytest.mark.parametrize(

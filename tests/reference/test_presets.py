@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from reference.cli.presets import PRESETS, find_preset
-from reference.config import ConfigurationError
+from reference.errors import ConfigurationError
 from reference.model.gpt import GPT
 from reference.optimizers.build import build_optimizer
 

@@ -6,6 +6,7 @@ import io
 import logging
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,10 +14,13 @@ import torch
 from rich.console import Console
 
 from reference.cli.loggers import csv_metrics, metrics_file, read_rows, tensorboard
-from reference.cli.progress import Meter, describe, logging_to, progress, utilisation
-from reference.config import ConfigurationError
-from reference.training.trainer import Record
-from reference.training.update import TrainingError
+from reference.cli.progress import live_line, logging_to
+from reference.config import GPTConfig, TrainConfig
+from reference.errors import ConfigurationError, TrainingError
+from reference.model.gpt import GPT
+from reference.training.run import Run
+from reference.training.throughput import flops_per_token
+from reference.training.trainer import Record, log, utilisation
 
 
 def record(update: int, **changes: Any) -> Record:
@@ -24,68 +28,52 @@ def record(update: int, **changes: Any) -> Record:
     return Record(update=update, **(given | changes))
 
 
-def ticking(times: list[float]) -> Meter:
-    iterator = iter(times)
-    return Meter(clock=lambda: next(iterator))
+def run_of(updates: int, **changes: Any) -> Run:
+    """A run that only describes itself."""
+    fabric = SimpleNamespace(device=torch.device("cuda"), world_size=2)
+    given: dict[str, Any] = dict.fromkeys(Run.__dataclass_fields__)
+    config = TrainConfig(updates=updates, precision="bf16-mixed")
+    return Run(**given | {"config": config, "fabric": fabric, "module": GPT(GPTConfig.tiny())} | changes)
 
 
-def test_speed_leaves_the_first_update_out_once_there_are_others() -> None:
-    meter = Meter()
-    meter.add(record(1, seconds=50.0))
-    assert meter.tokens_per_second == 2.0
-    meter.add(record(2))
-    meter.add(record(3, tokens=300))
-    assert meter.tokens_per_second == 400.0
+def test_a_line_on_the_cpu(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    log(record(2, validation_loss=2.75), run_of(62), 3600.4)
+    log(record(62), run_of(62), 0.0)
+    assert caplog.messages == [
+        "update 2/62: loss 2.5000, validation 2.7500, lr 0.001, gradient norm 0.500, 200 tokens/s, left 1:00:00",
+        "update 62/62: loss 0.0806, lr 0.001, gradient norm 0.500, 200 tokens/s",
+    ]
 
 
-def test_time_left_counts_evaluations_too() -> None:
-    """The updates took half a second, but one came every two."""
-    meter = ticking([10.0, 12.0, 14.0])
-    meter.add(record(1))
-    assert meter.seconds_left(9) is None
-    meter.add(record(2))
-    meter.add(record(3))
-    assert meter.seconds_left(7) == 14.0
-
-
-def test_a_line_on_the_cpu() -> None:
-    meter = ticking([0.0, 60.0])
-    meter.add(record(1))
-    meter.add(record(2, validation_loss=2.75))
-    assert describe(record(2, validation_loss=2.75), 62, meter) == (
-        "2/62: loss 2.5000, validation 2.7500, left 1:00:00, 200 tokens/s, lr 0.001, gradient norm 0.500"
-    )
-
-
-def test_a_line_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_on_a_gpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
-    meter = Meter()
-    now = record(1, memory=3 * 2**29, tokens=989_400)
-    meter.add(now)
-    mfu = utilisation(now, meter, flops_per_token=1e8, precision="bf16-mixed")
-    assert mfu == "MFU 20.0%"  # 1,978,800 tokens/s of 1e8 FLOPs each, of 989.4e12
-    assert "MFU 20.0%, memory 1.5 GiB" in describe(now, 2, meter, mfu)
+    run = run_of(2)
+    needed = flops_per_token(GPTConfig.tiny(), 64)
+    log(record(1, memory=3 * 2**29, tokens=round(0.2 * 989.4e12 / needed)), run, 0.0)  # in half a second, on two cards
+    assert caplog.messages[0].endswith("tokens/s, MFU 20.0%, memory 1.5 GiB")
 
 
-def test_an_unknown_card_has_an_unknown_utilisation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100")
-    assert utilisation(record(1, memory=1), Meter(), 1e8, "bf16-mixed") == "MFU unknown"
-    assert utilisation(record(1), Meter(), 1e8, "bf16-mixed") == ""
+@pytest.mark.parametrize(("card", "module"), [("NVIDIA H100", GPT(GPTConfig.tiny())), ("NVIDIA H200", torch.nn.ReLU())])
+def test_an_unknown_card_or_model_has_an_unknown_utilisation(
+    monkeypatch: pytest.MonkeyPatch, card: str, module: Any
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: card)
+    assert utilisation(run_of(2, module=module), 1e6) == "MFU unknown"
 
 
-def test_plain_lines_where_there_is_no_terminal() -> None:
+def test_no_live_line_where_there_is_no_terminal() -> None:
     console = Console(file=io.StringIO(), width=40)
-    with progress(25, 10, 1.0, "32-true", console) as show:
+    with live_line(25, console) as show:
         for update in range(1, 26):
             show(record(update))
-    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    assert [line.partition("/")[0] for line in lines] == ["update 1", "update 10", "update 20", "update 25"]
-    assert "\x1b" not in "".join(lines)
+    assert console.file.getvalue() == ""  # type: ignore[attr-defined]
 
 
 def test_the_live_line_is_gone_after_an_error() -> None:
     console = Console(file=io.StringIO(), width=100, force_terminal=True)
-    with contextlib.suppress(RuntimeError), progress(25, 10, 1.0, "32-true", console) as show:
+    with contextlib.suppress(RuntimeError), live_line(25, console) as show:
         show(record(1))
         raise RuntimeError
     written = console.file.getvalue()  # type: ignore[attr-defined]
@@ -97,22 +85,19 @@ def test_other_ranks_show_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     from lightning.fabric.utilities import rank_zero_only
 
     monkeypatch.setattr(rank_zero_only, "rank", 1)
-    console = Console(file=io.StringIO())
-    with progress(2, 1, 1.0, "32-true", console) as show:
+    console = Console(file=io.StringIO(), force_terminal=True)
+    with live_line(2, console) as show:
         show(record(1))
     assert console.file.getvalue() == ""  # type: ignore[attr-defined]
 
 
-def test_the_log_is_shown_without_the_trainers_own_line_on_each_update() -> None:
-    from reference.training.trainer import log
-
+def test_the_log_is_shown() -> None:
     console = Console(file=io.StringIO())
     logger = logging.getLogger("reference")
     before = logger.level, logger.propagate, list(logger.handlers)
     with logging_to(console):
         logger.info("checkpoint: %s", "[out]")
         logger.warning("bfloat16")
-        log(record(1), 10)
     assert console.file.getvalue() == "checkpoint: [out]\nwarning: bfloat16\n"  # type: ignore[attr-defined]
     assert (logger.level, logger.propagate, logger.handlers) == before
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from reference.config import ConfigurationError, GPTConfig, TrainConfig
-from reference.data.tokens import TokenData, write_tokens
+from reference.config import GPTConfig, TrainConfig
+from reference.data import TokenData, write_tokens
+from reference.errors import ConfigurationError
 from reference.model.gpt import GPT
-from reference.optimizers.build import optimizer_state
+from reference.optimizers import optimizer_state
 from reference.training.trainer import FitResult, Record, Trainer
 
 UPDATES, MICROBATCHES, ROWS, TIME = 7, 2, 2, 8

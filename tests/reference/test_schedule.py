@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
+from reference.config import TrainConfig
 from reference.training.schedule import learning_rate
 
 
 def rates(updates: int, warmup: int = 0, minimum: float | None = None, peak: float = 1.0, **more: Any) -> list[float]:
-    given = {"updates": updates, "warmup": warmup, "minimum": minimum, "peak": peak} | more
-    return [learning_rate(n, **given) for n in range(updates)]
+    config = TrainConfig(updates=updates, warmup=warmup, min_lr=minimum, **more)
+    return [learning_rate(config, n, peak) for n in range(updates)]
 
 
 def test_constant() -> None:
@@ -81,4 +82,4 @@ def test_a_single_update(schedule: str, warmup: int, minimum: float, expected: f
 
 
 def test_after_the_end_the_rate_stays_at_the_minimum() -> None:
-    assert learning_rate(50, peak=1.0, updates=10, minimum=0.1) == 0.1
+    assert learning_rate(TrainConfig(updates=10, min_lr=0.1), 50, 1.0) == 0.1

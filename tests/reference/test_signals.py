@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from reference.checkpoint import folder as checkpoint
+from reference import checkpoint
 from reference.config import GPTConfig, TrainConfig
 from reference.model.gpt import GPT
 from reference.training.stopping import ended_by_signals

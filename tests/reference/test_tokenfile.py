@@ -1,5 +1,6 @@
 """Token files: what is written, and that no damage goes unseen."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -10,10 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from reference.config import ConfigurationError
-from reference.data import tokenfile
-from reference.data.tokenfile import DataError, Ids, TokenWriter, publish
-from reference.data.tokens import write_tokens
+from reference.data import tokenfile, write_tokens
+from reference.data.tokenfile import Ids, TokenWriter, publish
+from reference.errors import ConfigurationError, DataError
 from tests.reference.token_files import END, opened, taken, write
 from tests.sentences import sentence_of
 
@@ -25,7 +25,7 @@ def test_a_file_holds_the_ids_and_one_end_behind_each_document(tmp_path: Path) -
     assert np.fromfile(path, "<u2").tolist() == [1, 2, END, 3, END, END, 4, 5, END]
     data = opened(tmp_path)
     assert (data.tokens, data.documents, data.vocab_size) == (9, 4, 1000)
-    assert sorted(found.name for found in tmp_path.iterdir()) == ["train.bin", "train.json"]
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["SHA256SUMS", "train.bin", "train.json"]
 
 
 @pytest.mark.parametrize(
@@ -173,12 +173,13 @@ HARM: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a flipped bit": (lambda folder: flip(folder / "train.bin", 100), "its content differs"),
     "no token file": (lambda folder: (folder / "train.bin").unlink(), "No such file"),
     "no sidecar": (lambda folder: (folder / "train.json").unlink(), "no train.json beside it"),
-    "half a sidecar": (lambda folder: truncate(folder / "train.json", 99), "no description of a token file"),
-    "a list": (lambda folder: (folder / "train.json").write_text("[]"), "no description of a token file"),
-    "binary": (lambda folder: (folder / "train.json").write_bytes(b"\xff"), "no description of a token file"),
-    "foreign": (lambda folder: (folder / "train.json").write_text('{"a": 1}'), "no description of a token file"),
-    "another version": (lambda folder: edit(folder, format="reference tokens 2"), "format 'reference tokens 2'"),
+    "half a sidecar": (lambda folder: truncate(folder / "train.json", 99), "does not describe a token file"),
+    "a list": (lambda folder: (folder / "train.json").write_text("[]"), "does not describe a token file"),
+    "binary": (lambda folder: (folder / "train.json").write_bytes(b"\xff"), "does not describe a token file"),
+    "foreign": (lambda folder: (folder / "train.json").write_text('{"a": 1}'), "does not describe a token file"),
+    "another version": (lambda folder: edit(folder, format="reference tokens 3"), "format 'reference tokens 3'"),
     "an edited field": (lambda folder: edit(folder, vocab_size=70000), "was changed since it was written"),
+    "no checksums": (lambda folder: (folder / "SHA256SUMS").unlink(), "SHA256SUMS is missing, or has no checksum of"),
     "another field": (lambda folder: edit(folder, more=1), "was changed since it was written"),
 }
 
@@ -191,6 +192,46 @@ def test_damage_is_one_sentence_at_the_opening(tmp_path: Path, what: str) -> Non
     message = sentence_of(DataError, lambda: opened(tmp_path))
     assert said in message
     assert str(tmp_path) in message
+
+
+def test_the_checksums_are_those_of_sha256sum(tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        write(tmp_path, [[1, 2]], split=split)
+    names = ["train.bin", "train.json", "validation.bin", "validation.json"]
+    expected = [f"{hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()}  {name}" for name in names]
+    assert sorted((tmp_path / "SHA256SUMS").read_text().splitlines()) == sorted(expected)
+
+
+def as_the_first_release(folder: Path) -> None:
+    """Turn a split into the files that 0.1.0 wrote: BLAKE2b, a checksum of the sidecar in itself, no SHA256SUMS."""
+
+    def blake(content: bytes) -> str:
+        return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+    plain, tokens = json.loads((folder / "train.json").read_text()), (folder / "train.bin").read_bytes()
+    plain |= {"format": "reference tokens 1", "checksum": blake(tokens), "sampled_checksum": blake(tokens)}
+    if plain["tokenizer_checksum"] is not None:
+        plain["tokenizer_checksum"] = blake((folder / "tokenizer.json").read_bytes())
+    plain["sidecar_checksum"] = blake(json.dumps(plain).encode())
+    (folder / "train.json").write_text(json.dumps(plain, indent=2) + "\n")
+    (folder / "SHA256SUMS").unlink()
+
+
+def test_files_of_the_first_release_are_read_and_checked(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("one")
+    write_tokens(tmp_path, "train", [[1, 2, 3]], vocab_size=9, tokenizer="tokenizer.json", end_of_document=8)
+    as_the_first_release(tmp_path)
+    data = opened(tmp_path)
+    assert data.ids.tolist() == [1, 2, 3, 8]
+    data.verify()
+    flip(tmp_path / "train.bin", 2)
+    assert "its content differs" in sentence_of(DataError, lambda: opened(tmp_path))
+    flip(tmp_path / "train.bin", 2)
+    (tmp_path / "tokenizer.json").write_text("two")
+    assert "not the tokenizer that train.bin" in sentence_of(DataError, lambda: opened(tmp_path))
+    (tmp_path / "tokenizer.json").write_text("one")
+    edit(tmp_path, vocab_size=70000)
+    assert "was changed since it was written" in sentence_of(DataError, lambda: opened(tmp_path))
 
 
 def test_what_is_not_there_is_one_sentence(tmp_path: Path) -> None:

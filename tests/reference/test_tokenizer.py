@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from reference.config import ConfigurationError
 from reference.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer, load_tokenizer, train_tokenizer
+from reference.errors import ConfigurationError
 from tests.sentences import sentence_of
 
 TEXTS = [
@@ -99,7 +99,7 @@ def test_words_that_are_joined_by_spaces_are_streamed_as_they_are_decoded() -> N
 
 def test_foreign_ids_and_half_characters_are_one_sentence(tokenizer: Tokenizer) -> None:
     size = tokenizer.vocab_size
-    assert f"token id {size} is not of this tokenizer" in sentence_of(
+    assert f"token id {size} is unknown to this tokenizer" in sentence_of(
         ConfigurationError, lambda: tokenizer.decode([size])
     )
     sentence_of(ConfigurationError, lambda: tokenizer.decode([-1]))
@@ -174,7 +174,7 @@ def test_a_file_without_an_end_of_document_is_refused() -> None:
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"\xff\xfe", b'{"model": null}'])
 def test_files_that_are_none_are_refused(content: bytes) -> None:
     assert sentence_of(ConfigurationError, lambda: FileTokenizer(content, "it.json")).startswith(
-        "it.json is no tokenizer.json"
+        "it.json is not a tokenizer.json"
     )
 
 

@@ -1,9 +1,5 @@
-"""The loop: what it learns, accumulates, clips, evaluates, saves, resumes and refuses."""
+"""The loop: what it learns, accumulates, clips, evaluates, saves and resumes."""
 
-import copy
-import re
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,41 +9,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from reference.checkpoint.folder import CheckpointError, load_config, load_for_inference, save
-from reference.config import ConfigurationError, GPTConfig, TrainConfig, as_plain
-from reference.data.tokens import TokenData, write_tokens
+from reference.checkpoint import load_config, load_for_inference, save
+from reference.config import TrainConfig, as_plain
+from reference.data import TokenData, write_tokens
+from reference.errors import ConfigurationError
+from reference.model import loss
 from reference.model.gpt import GPT
-from reference.training import update
+from reference.model.loss import token_loss
+from reference.training.evaluation import evaluate
 from reference.training.launch import launch
-from reference.training.trainer import FitResult, Record, Trainer
-from reference.training.update import TrainingError, evaluate, token_loss
-
-GPT2 = GPTConfig.gpt2(vocab_size=16, block_size=8, n_layer=1, n_head=2, n_embd=8)
-DROPPING = replace(GPT2, dropout=0.1)
-SGD: dict[str, Any] = {"optimizer": "torch.optim.SGD", "optimizer_args": {"lr": 1.0}}
-
-
-class Bigram(nn.Module):  # somebody else's module, which notes in which mode it is called
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Embedding(16, 8)
-        self.dropout = nn.Dropout(0.5)
-        self.head = nn.Linear(8, 16)
-        self.modes: list[tuple[bool, bool]] = []
-
-    def forward(self, ids: Tensor) -> Tensor:
-        self.modes.append((self.training, self.dropout.training))
-        return self.head(self.dropout(self.table(ids)))
-
-
-def fit(model: Any, train: Any, validation: Any = None, resume: Any = False, **changes: Any) -> FitResult:
-    directory, callbacks = changes.pop("directory", "unused"), changes.pop("callbacks", [])
-    config = TrainConfig(**{"updates": 1, "accelerator": "cpu", "schedule": "constant", **changes})
-    return Trainer(model, config, directory, callbacks).fit(train, validation, resume)
-
-
-def flat(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
+from reference.training.trainer import Record
+from tests.reference.trainers import DROPPING, GPT2, SGD, Bigram, fit, flat
 
 
 def ragged() -> tuple[Tensor, Tensor]:
@@ -161,82 +133,6 @@ def test_resume_with_a_data_loader(tmp_path: Path, batches: list[Tensor], shuffl
     assert resumed.records == whole.records[2:]
 
 
-@pytest.mark.parametrize("clip", [1.0, None], ids=["clipped", "unclipped"])
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_what_is_not_finite_stops_the_run_before_the_step(batches: list[Tensor], clip: float | None, what: str) -> None:
-    model, poisoned = Bigram(), dict[str, Tensor]()
-
-    def poison(record: Record) -> None:
-        if what == "loss":
-            model.head.bias.data[0] = torch.inf
-        else:
-            model.head.bias.register_hook(lambda gradient: gradient * torch.nan)
-        poisoned.update(copy.deepcopy(model.state_dict()))
-
-    with pytest.raises(TrainingError, match=rf"the {what}.* at update 2 on rank 0; the parameters are those of the"):
-        fit(model, batches, updates=2, clip=clip, callbacks=[poison], **SGD)
-    assert poisoned
-    assert all(torch.equal(tensor, poisoned[name]) for name, tensor in model.state_dict().items())
-
-
-@pytest.mark.parametrize("count", [0, 1], ids=["empty", "read-once"])
-def test_batches_that_end_are_an_error(batches: list[Tensor], count: int) -> None:
-    with pytest.raises(TrainingError, match="the training batches ended: give a list, a DataLoader or another iter"):
-        fit(GPT2, iter(batches[:count]), updates=2)
-
-
-def test_no_validation_batches_are_an_error(batches: list[Tensor]) -> None:
-    with pytest.raises(TrainingError, match=r"there are no validation batches .an iterator gives them only once"):
-        fit(GPT2, batches, [], evaluate_every=1)
-
-
-ROW = torch.ones(8, dtype=torch.long)
-FORMS = {
-    "dict": ({"ids": ROW}, "dict"),
-    "1-d": (ROW, "(8,)"),
-    "no-row": (torch.ones(0, 8, dtype=torch.long), "(0, 8)"),
-    "one-token": (ROW[None, :1], "(1, 1)"),
-    "shapes": ((ROW.view(1, 8), ROW.view(2, 4)), "tuple"),
-    "single": ([ROW.view(1, 8)], "list"),
-    "1-d-pair": ((ROW, ROW), "tuple"),
-    "lists": ([[1, 2, 3], [4, 5, 6]], "list"),
-}
-
-
-@pytest.mark.parametrize(("batch", "form"), FORMS.values(), ids=FORMS)
-def test_a_batch_of_another_form_is_refused(batch: Any, form: str) -> None:
-    sentence = f"a batch has the form {form}: expected integer token ids (B, T + 1), or a pair of ids and targets."
-    with pytest.raises(TrainingError, match=re.escape(sentence)):
-        fit(GPT2, [batch])
-
-
-class Gives(nn.Module):
-    """A module that gives what a function makes of the logits (B, T, V)."""
-
-    def __init__(self, change: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        self.bigram, self.change = Bigram(), change
-
-    def forward(self, ids: Tensor) -> Any:
-        return self.change(self.bigram(ids))
-
-
-@pytest.mark.parametrize(
-    ("change", "form"),
-    [
-        (lambda logits: (logits,), "tuple"),
-        (lambda logits: logits[:, :-1], r"\(2, 7, 16\)"),
-        (lambda logits: logits.mean(-1), r"\(2, 8\)"),
-    ],
-    ids=["tuple", "shorter", "no-vocabulary"],
-)
-def test_a_module_that_gives_no_logits_is_refused(
-    batches: list[Tensor], change: Callable[[Tensor], Any], form: str
-) -> None:
-    with pytest.raises(TrainingError, match=f"the model gave {form} for targets .*: it must map token ids"):
-        fit(Gives(change), batches)
-
-
 def test_a_foreign_module_is_trained_as_it_is_and_a_factory_from_the_seed(batches: list[Tensor]) -> None:
     before = flat(model := Bigram())
     assert fit(model, batches).model is model
@@ -253,23 +149,16 @@ def test_callbacks_get_every_record(batches: list[Tensor]) -> None:
     assert [(r.update, r.learning_rate, r.tokens) for r in seen] == [(1, 0.25, 16), (2, 0.5, 16), (3, 0.5, 16)]
 
 
-# Fabric warns that it will compute in another precision, before we refuse it.
-@pytest.mark.filterwarnings("ignore:.*AMP with fp16 is not supported on CPU:UserWarning")
-def test_16_mixed_is_refused_on_the_cpu(batches: list[Tensor]) -> None:
-    with pytest.raises(ConfigurationError, match="precision='16-mixed' needs a GPU: on the CPU choose 'bf16-mixed' or"):
-        fit(GPT2, batches, precision="16-mixed")
-
-
 @pytest.mark.parametrize(("logits", "dtype"), [("compute", torch.bfloat16), ("float32", torch.float32)])
 def test_logits(batches: list[Tensor], monkeypatch: pytest.MonkeyPatch, logits: str, dtype: torch.dtype) -> None:
     seen = []
 
     def spy(output: Tensor, targets: Tensor) -> Tensor:
-        loss = token_loss(output, targets)
-        seen.append((output.dtype, loss.dtype))
-        return loss
+        value = token_loss(output, targets)
+        seen.append((output.dtype, value.dtype))
+        return value
 
-    monkeypatch.setattr(update, "token_loss", spy)
+    monkeypatch.setattr(loss, "token_loss", spy)
     fit(GPT2, batches, batches[:1], precision="bf16-mixed", logits=logits, evaluate_every=1)
     assert seen == [(dtype, torch.float32)] * 2
 
@@ -286,24 +175,6 @@ def test_load_for_inference(tmp_path: Path, batches: list[Tensor], precision: st
     if precision != "bf16-true":  # StableEmbedding computes in the default dtype
         assert torch.equal(loaded(ids), result.model.eval()(ids))
     assert type(loaded.get_submodule("embedding")) is nn.Embedding
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"strategy": "nonsense"}, "Fabric refuses .*strategy='nonsense'.*: "),
-        ({"accelerator": "cuda"}, "Fabric refuses accelerator='cuda'.*: "),
-        ({"capture_step": True}, "capture_step=True needs a CUDA device"),
-    ],
-)
-def test_what_cannot_be_launched_is_refused_in_one_sentence(
-    batches: list[Tensor], changes: dict[str, Any], message: str
-) -> None:
-    if changes.get("accelerator") == "cuda" and torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    with pytest.raises(ConfigurationError, match=message) as caught:
-        fit(GPT2, batches, **changes)
-    assert "\n" not in str(caught.value)
 
 
 def test_a_record_tells_time_and_memory(batches: list[Tensor]) -> None:
@@ -331,14 +202,6 @@ def test_activation_checkpointing_changes_nothing(batches: list[Tensor]) -> None
     assert torch.equal(flat(kept.model), flat(again.model))
     with pytest.raises(ConfigurationError, match=r"works on reference\.GPT, not on Bigram"):
         fit(Bigram, batches, activation_checkpointing=True)
-
-
-def test_a_vocabulary_that_is_too_small_is_refused(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"vocab_size": 257, "tokenizer": "bytes", "end_of_document": 256}
-    write_tokens(tmp_path, "train", [list(range(200))], **settings)
-    data = TokenData(tmp_path, "train", block_size=8, microbatch_size=2, seed=0)
-    with pytest.raises(ConfigurationError, match="vocabulary of 257 tokens, but the model one of 16: set vocab_size"):
-        fit(GPT2, data)
 
 
 def test_older_checkpoints_go_when_a_newer_one_is_complete(batches: list[Tensor], tmp_path: Path) -> None:
@@ -390,36 +253,3 @@ def test_a_run_that_is_complete_is_said(
     assert again.records == []
     assert torch.equal(flat(again.model), flat(done.model))
     assert "step-00000002 has done 2 updates, and updates=2: nothing is left to train" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("ids", "targets", "named"),
-    [
-        ([[1, 64, 2]], None, 64),
-        ([[1, -1, 2]], None, -1),
-        ([[1, 2, 3]], [[2, 65, 3]], 65),
-        ([[1, 2, 3]], [[-100, -7, 3]], -7),
-    ],
-)
-def test_ids_that_the_model_has_no_row_for_are_told(ids: Any, targets: Any, named: int) -> None:
-    bad = torch.tensor(ids) if targets is None else (torch.tensor(ids), torch.tensor(targets))
-    good = torch.tensor([[1, 2, 3]]), torch.tensor([[2, -100, 63]])
-    model = GPTConfig.tiny(vocab_size=64, block_size=4)
-    expected = f"holds the token id {named}, but the model knows 0 to 63: tokenize the text with"
-    trainer = Trainer(model, TrainConfig(updates=2, evaluate_every=1, accelerator="cpu"))
-    with pytest.raises(TrainingError, match=expected):
-        trainer.fit([bad])
-    with pytest.raises(TrainingError, match=expected):
-        trainer.fit([good], [bad])
-    ignored = torch.tensor([[1, 2, 3]]), torch.tensor([[-100, -100, -100]])
-    assert len(trainer.fit([good, ignored], [good]).records) == 2
-
-
-def test_a_least_rate_above_the_peak_is_refused(batches: list[Tensor]) -> None:
-    with pytest.raises(ConfigurationError, match=r"min_lr is 0\.1, above the optimizer's lr of 0\.01: the rate would"):
-        fit(GPT2, batches, optimizer_args={"lr": 0.01}, min_lr=0.1, schedule="cosine")
-
-
-def test_resume_from_nothing_known_is_told(batches: list[Tensor]) -> None:
-    with pytest.raises(CheckpointError, match=r"resume is None: give False, True, 'auto' or the folder"):
-        fit(GPT2, batches, resume=None)

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from reference.data import TokenData, write_tokens
 from reference.data.tokenfile import Ids
-from reference.data.tokens import TokenData, write_tokens
 
 END = 999
 

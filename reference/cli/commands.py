@@ -1,0 +1,194 @@
+"""What each command but ``train`` takes and does."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from reference.cli.options import read
+from reference.cli.train import checkpoint_folder, logged
+from reference.config import DataConfig, TrainConfig
+from reference.errors import ConfigurationError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareOptions:
+    """Turn text files into the token files that training reads."""
+
+    text: list[str] = field(default_factory=list)
+    """files, folders or patterns; none given: the sources of Python's standard library"""
+    tokenizer: str = "bytes"
+    """bytes, bpe:SIZE, or a tokenizer.json"""
+    out: Path | None = None
+    """data folder; with --text it must be given, without it is data/standard-library"""
+    validation_share: float = 0.05
+    """part of the text that is kept for validation"""
+    seed: int = 1337
+    """chooses what is for validation"""
+    overwrite: bool = field(default=False, metadata={"flag": True})
+    """also replace data of another tokenizer"""
+
+
+def prepare_command(words: Sequence[str]) -> int:
+    """Turn text files into token files; return the exit code."""
+    examples = (
+        "  python -m reference prepare                                            this Python's standard library\n"
+        "  python -m reference prepare --text notes.txt letters/ --out data/mine  files, and all below a folder\n"
+        "  python -m reference prepare --text 'books/**/*.txt' --tokenizer bpe:8192 --out data/books\n"
+        "  python -m reference prepare --text books/ --tokenizer path/to/tokenizer.json --out data/books"
+    )
+    options = read("prepare", PrepareOptions, examples, words)
+    if options.out is None and options.text:
+        raise ConfigurationError("--text needs --out, the folder to write to, for example --out data/mine.")
+    from reference.data.prepare import prepare
+
+    with logged():
+        written = prepare(
+            options.text,
+            options.tokenizer,
+            options.out or Path(DataConfig().path),
+            validation_share=options.validation_share,
+            seed=options.seed,
+            overwrite=options.overwrite,
+            progress=sys.stderr.isatty(),
+        )
+    print(written.describe())
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """Continue a text with a trained model."""
+
+    checkpoint: Path
+    """a checkpoint; or a run's directory: its newest"""
+    prompt: str = ""
+    """text to continue; none given: the beginning of a document"""
+    tokens: int = 200
+    """at most so many"""
+    temperature: float = 1.0
+    """0: always the most probable token"""
+    top_k: int | None = None
+    """draw from so many of the most probable tokens only"""
+    top_p: float | None = None
+    """draw from the most probable tokens that sum to this probability only"""
+    seed: int | None = None
+    """null: another text each time"""
+
+
+def generate_command(words: Sequence[str]) -> int:
+    """Print what a model makes of a prompt, as it comes; return the exit code."""
+    examples = (
+        "  python -m reference generate --checkpoint out/tiny --prompt 'def '\n"
+        "  python -m reference generate --checkpoint out/tiny --tokens 500 --temperature 0.8 --top_p 0.95 --seed 1\n"
+        "  python -m reference generate --checkpoint out/tiny/step-00000200 --prompt 'import ' --temperature 0"
+    )
+    options = read("generate", GenerateOptions, examples, words)
+    import torch
+
+    from reference.checkpoint import load_for_inference
+    from reference.data.tokenizer import load_tokenizer
+    from reference.model.generation import generate
+
+    with logged():
+        checkpoint = checkpoint_folder(options.checkpoint)
+        model = load_for_inference(checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
+        tokenizer = load_tokenizer(checkpoint)  # after it: damage of the checkpoint is told as such
+        ids = generate(
+            model,
+            tokenizer.encode(options.prompt) or [tokenizer.end_of_document],
+            tokens=options.tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            seed=options.seed,
+            end=tokenizer.end_of_document,
+            vocab_size=tokenizer.vocab_size,
+        )
+        print(options.prompt, end="", flush=True)
+        for piece in tokenizer.stream(ids):
+            print(piece, end="", flush=True)
+        print()
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """Measure the loss of a checkpoint over all of a split."""
+
+    checkpoint: Path
+    """a checkpoint; or a run's directory: its newest"""
+    data: Path
+    """folder that prepare wrote"""
+    split: Literal["train", "validation"] = "validation"
+    """which part of the data"""
+    microbatch_size: int = 8
+    """sequences at a time"""
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    """of the computation"""
+
+
+def evaluate_command(words: Sequence[str]) -> int:
+    """Print the loss of a checkpoint on data; return the exit code."""
+    examples = (
+        "  python -m reference evaluate --checkpoint out/tiny --data data/standard-library\n"
+        "  python -m reference evaluate --checkpoint out/books --data data/books --precision bf16-mixed"
+    )
+    options = read("evaluate", EvaluateOptions, examples, words)
+    from reference.cli.evaluation import evaluate_checkpoint
+
+    with logged():
+        checkpoint = checkpoint_folder(options.checkpoint)
+        config = TrainConfig(precision=options.precision)
+        print(evaluate_checkpoint(checkpoint, options.data, options.split, options.microbatch_size, config).describe())
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """Write a checkpoint as a folder that from_pretrained of transformers reads."""
+
+    checkpoint: Path
+    """a checkpoint; or a run's directory: its newest"""
+    out: Path
+    """a folder that is empty or does not exist"""
+    format: Literal["huggingface"] = "huggingface"
+    """of the folder"""
+
+
+def export_command(words: Sequence[str]) -> int:
+    """Write a checkpoint as a folder for transformers; return the exit code."""
+    examples = "  python -m reference export --format huggingface --checkpoint out/tiny --out exported"
+    options = read("export", ExportOptions, examples, words)
+    from reference.interchange.huggingface import export_huggingface
+
+    with logged():
+        print(f"Written: {export_huggingface(checkpoint_folder(options.checkpoint), options.out)}")
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportOptions:
+    """Make a checkpoint from a folder that save_pretrained of transformers wrote (GPT-2 or Llama)."""
+
+    source: Path = field(metadata={"option": "from"})
+    """folder with config.json"""
+    out: Path
+    """gets step-00000000"""
+    format: Literal["huggingface"] = "huggingface"
+    """of the folder"""
+
+
+def import_command(words: Sequence[str]) -> int:
+    """Make a checkpoint from a folder of transformers; return the exit code."""
+    examples = (
+        "  python -m reference import --format huggingface --from path/to/gpt2 --out out/gpt2\n"
+        "  python -m reference generate --checkpoint out/gpt2 --prompt 'Hello'"
+    )
+    options = read("import", ImportOptions, examples, words)
+    from reference.interchange.huggingface import import_huggingface
+
+    with logged():
+        print(f"Written: {import_huggingface(options.source, options.out)}")
+    return 0

@@ -1,0 +1,124 @@
+"""From a configuration to a run: device and ranks, the module, its optimizer."""
+
+import logging
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from reference.config import GPTConfig, TrainConfig
+from reference.errors import ConfigurationError
+from reference.model.embedding import swap_embeddings
+from reference.model.gpt import GPT
+from reference.model.initialization import build, choose_strategy, tied_names
+from reference.model.loss import TokenLoss
+from reference.optimizers.build import create_optimizer, find_class
+from reference.optimizers.override import is_bitsandbytes
+from reference.training.launch import is_sharded, launch
+from reference.training.run import Run
+from reference.training.stopping import Stop
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+logger = logging.getLogger("reference")
+
+ModelSource = GPTConfig | Callable[[], nn.Module] | nn.Module
+"""A shape, a function that builds a module, or a module that is taken as it is."""
+
+
+def set_up(model: ModelSource, config: TrainConfig, directory: Path, stop: Stop) -> Run:
+    """Build and start everything that training needs.
+
+    Args:
+        model: what to train.
+        config: how to train.
+        directory: where checkpoints go.
+        stop: tells the run that a signal asked for its end.
+
+    Raises:
+        ConfigurationError: if the settings cannot work.
+    """
+    optimizer_class = find_class(config.optimizer)
+    fabric = launch(config)
+    if is_sharded(fabric) and not optimizer_class.__module__.startswith("torch."):
+        raise ConfigurationError(
+            f"{config.optimizer} keeps state that cannot be gathered from sharded parameters: under FSDP use an "
+            "optimizer of torch.optim, or use strategy='ddp'."
+        )
+    module = build_module(model, config, fabric)
+    if wants_stable_embedding(config, optimizer_class):
+        swap_embeddings(module)  # before the optimizer, which must own the tensors that are trained
+    if config.activation_checkpointing:
+        checkpoint_activations(module)
+    ties = {other: first for first, others in tied_names(module).items() for other in others}
+    # FSDP flattens the tensors, and the decay policy asks for their dimensions.
+    dimensions = {name: tensor.ndim for name, tensor in module.named_parameters(remove_duplicate=False)}
+    compiled: Any = torch.compile(TokenLoss(module)) if config.compile else module
+    wrapped = fabric.setup_module(compiled)
+    bare = create_optimizer(config, module, fabric.device, dimensions)
+    peaks = [group["lr"] for group in bare.param_groups]
+    if config.min_lr is not None and config.schedule != "constant" and config.min_lr > min(peaks):
+        raise ConfigurationError(
+            f"min_lr is {config.min_lr}, above the optimizer's lr of {min(peaks)}: the rate would rise to it. "
+            "Give a smaller one, or None for a tenth of lr."
+        )
+    optimizer: Any = fabric.setup_optimizers(bare)
+    warn_about_rounding(config)
+    wrapped.train()
+    return Run(config, fabric, module, wrapped, bare, optimizer, peaks, directory, stop, ties)
+
+
+def build_module(model: ModelSource, config: TrainConfig, fabric: "Fabric") -> nn.Module:
+    """Return the module, built and initialised as environment and configuration want it."""
+    if isinstance(model, nn.Module):
+        logger.info("initialization: the module came initialised and is taken as it is")
+        return model
+    sharded = is_sharded(fabric)
+    strategy = choose_strategy(config.initialization, sharded)
+    factory = partial(GPT, model, config.seed) if isinstance(model, GPTConfig) else model
+    fabric.seed_everything(config.seed, verbose=False)  # the same on every rank: they build the same module
+    # NOTE a footgun: not empty_init=True. It skips the constructor's initialisation on one device (litgpt#689).
+    with fabric.init_module(empty_init=False) if strategy == "eager" else fabric.init_tensor():
+        try:
+            return build(factory, strategy, fabric.device, sharded)
+        except RuntimeError as error:
+            if not isinstance(model, GPTConfig) or not re.search("overflowed|allocate", str(error)):
+                raise
+            raise ConfigurationError(f"no memory is large enough for the model of {model}.") from error
+
+
+def wants_stable_embedding(config: TrainConfig, optimizer_class: type[Optimizer]) -> bool:
+    """Return whether to swap embeddings: only if asked for, and only where a bitsandbytes optimizer makes use of it."""
+    if config.stable_embedding and not is_bitsandbytes(optimizer_class):
+        logger.info("embedding: stays nn.Embedding, because %s is not from bitsandbytes", optimizer_class.__name__)
+        return False
+    return config.stable_embedding
+
+
+def checkpoint_activations(module: nn.Module) -> None:
+    """Have a GPT compute its blocks again in backward instead of keeping what is inside them.
+
+    Raises:
+        ConfigurationError: if the module is not a reference.GPT.
+    """
+    if not isinstance(module, GPT):
+        raise ConfigurationError(
+            f"activation_checkpointing=True works on reference.GPT, not on {type(module).__name__}: wrap its blocks "
+            "with torch.utils.checkpoint yourself, and set it False."
+        )
+    module.checkpoint_blocks = True
+
+
+def warn_about_rounding(config: TrainConfig) -> None:
+    """Log what bfloat16 weights cost, where there is no float32 copy of them."""
+    if config.precision == "bf16-true":
+        logger.warning(
+            "precision bf16-true keeps no float32 weights: an update smaller than half a unit in the last place of a "
+            "weight (1/512 of it) is lost to rounding. Use bf16-mixed unless memory forbids."
+        )
