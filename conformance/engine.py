@@ -9,6 +9,7 @@ from conformance.clause import CHAPTERS, Clause, catalogue, find_clauses
 from conformance.deviations import load_deviations
 from conformance.loading import load_subject
 from conformance.options import FAILED, PASSED, Format, Options
+from conformance.report.environment import environment
 from conformance.report.result import Report, plain, replace_json, report_of, require_writable, write_json
 from conformance.session import Result, Session
 
@@ -31,6 +32,7 @@ class Sitting:
         deviations = load_deviations(options.deviations, self.everything) if options.deviations else {}
         self.session = Session(load_subject(options.subject), deviations, options.timeout)
         self.results: list[Result] = []
+        self.environment = environment()
         self.keep()
 
     def __enter__(self) -> "Sitting":
@@ -54,7 +56,9 @@ class Sitting:
 
     def report(self) -> Report:
         """Return the report on what was judged so far."""
-        return report_of(self.session.subject, self.options.subject, self.results, list(self.everything))
+        return report_of(
+            self.session.subject, self.options.subject, self.results, list(self.everything), self.environment
+        )
 
     def finish(self, console: "Console", verbose: bool = False, form: Format = "text") -> int:
         """Write the report, print the result to ``console``, and return the exit code."""

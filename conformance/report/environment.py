@@ -1,6 +1,5 @@
 """What results were obtained with: versions and machine."""
 
-import functools
 import importlib.metadata
 import os
 import platform
@@ -11,7 +10,6 @@ from conformance.version import DISTRIBUTION, suite_version
 PACKAGES = ("torch", "lightning", "bitsandbytes", "grokadamw")
 
 
-@functools.cache
 def environment() -> dict[str, str]:
     """Return versions and machine as text, for reports."""
     import torch

@@ -18,7 +18,6 @@ from typing import Any
 
 from conformance.clause import Clause
 from conformance.errors import UsageError
-from conformance.report.environment import environment
 from conformance.session import BAD, OUTCOMES, Result
 from conformance.subject import Subject
 
@@ -98,7 +97,9 @@ NEW_TEXTS = {"since": "0.1", "part": "core"}
 FIELDS = {"subject": dict, "environment": dict, "partial": bool, "summary": dict, "clauses": list}
 
 
-def report_of(subject: Subject, spec: str, results: Iterable[Result], everything: Sequence[str]) -> Report:
+def report_of(
+    subject: Subject, spec: str, results: Iterable[Result], everything: Sequence[str], facts: Mapping[str, str]
+) -> Report:
     """Return the report on what a session found.
 
     Args:
@@ -106,13 +107,14 @@ def report_of(subject: Subject, spec: str, results: Iterable[Result], everything
         spec: what ``--subject`` was.
         results: in any order.
         everything: ids of all clauses of the suite, in their order.
+        facts: versions and machine.
     """
     found = {result.clause.id: verdict_of(result) for result in results}
     return Report(
         plain(subject.name),
         plain(subject.version),
         plain(spec),
-        environment(),
+        facts,
         set(found) != set(everything),
         {identity: found[identity] for identity in everything if identity in found},
         getattr(subject, "as_of", None),

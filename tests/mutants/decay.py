@@ -29,7 +29,8 @@ MUTANTS = [
         (
             BUILD,
             "optimizer_class(groups, **keywords)",
-            "(torch.optim.Adam if optimizer_class is torch.optim.AdamW else optimizer_class)(groups, **keywords)",
+            "optimizer_class(groups, **keywords); "
+            "[group.update(decoupled_weight_decay=False) for group in optimizer.param_groups]",
         ),
     ),
     mutant(
