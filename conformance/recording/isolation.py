@@ -36,6 +36,10 @@ def everything_put_back() -> Iterator[None]:
             action()
 
 
+GUARDS: list[object] = []
+"""Guards of inference mode that a run left open, and that were covered by others."""
+
+
 def torch_modes() -> Callable[[], None]:
     """Return a function that puts back PyTorch's modes: dtype, device, gradients, autocast, threads, determinism."""
     deterministic: Any = torch.utils.deterministic
@@ -46,9 +50,12 @@ def torch_modes() -> Callable[[], None]:
     fill, precision = deterministic.fill_uninitialized_memory, torch.get_float32_matmul_precision()
     kinds = [kind for kind in ("cpu", "cuda") if kind == "cpu" or torch.cuda.is_available()]
     autocast = {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds}
-    cached = torch.is_autocast_cache_enabled()
+    cached, inference = torch.is_autocast_cache_enabled(), torch.is_inference_mode_enabled()
 
     def undo() -> None:
+        if torch.is_inference_mode_enabled() != inference:
+            # There is no setter: another guard is entered, and kept for as long as the process lives.
+            GUARDS.append(torch.autograd.grad_mode._enter_inference_mode(inference))
         torch.set_num_threads(threads)
         torch.set_default_dtype(dtype)
         if default_device != torch.utils._device.CURRENT_DEVICE:

@@ -1,4 +1,4 @@
-"""How long the README's commands take where the environment is already there.
+"""How long the README's commands take where the environment is already there, and how fast --help answers.
 
 ``python -m tests.measure.commands --write reports/commands-cpu.json``, on a machine that does nothing else; a quarter
 of an hour on two cores, most of it for the kill matrix. Needs nox and the extra ``litgpt`` in the environment.
@@ -6,6 +6,7 @@ of an hour on two cores, most of it for the kill matrix. Needs nox and the extra
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -52,6 +53,21 @@ def commands() -> dict[str, Callable[[], float]]:
     return found | {"python -m reference train": train}
 
 
+HELP = ("conformance", "conformance.bench", "reference")
+"""Packages whose --help must answer at once."""
+
+
+def help_ratios(rounds: int = 7) -> dict[str, float]:
+    """Wall time of each package's --help over that of ``python -c pass``, the two in turn: medians of ratios."""
+    nothing = [sys.executable, "-c", "pass"]
+    ratios: dict[str, float] = {}
+    for package in HELP:
+        command = [sys.executable, "-m", package, "--help"]
+        pairs = [(seconds_of(command, ROOT), seconds_of(nothing, ROOT)) for _ in range(rounds)]
+        ratios[f"python -m {package} --help"] = round(statistics.median(a / b for a, b in pairs), 1)
+    return ratios
+
+
 def train() -> float:
     """Wall time of a training run, with its data prepared before."""
     command = [sys.executable, "-m", "reference", "train"]
@@ -70,6 +86,8 @@ def main() -> None:
         before = json.loads(arguments.write.read_text(encoding="utf-8"))
         if before["environment"] == result["environment"]:
             result = before
+    if not arguments.only:
+        result["times python -c pass"] = help_ratios()
     try:
         for name, measure in commands().items():
             if arguments.only and name not in arguments.only:

@@ -1,0 +1,110 @@
+"""What a run changes in its process is put back before the next: each hostile stack leaves something else behind."""
+
+import io
+import os
+import random
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from conformance.recipe import Recipe
+from conformance.runs import Runs
+from tests.conformance.test_session import Fake
+
+LEFT: list[Any] = []  # contexts that are entered and never left
+
+
+def enter(context: Any) -> None:
+    context.__enter__()
+    LEFT.append(context)
+
+
+def add_hooks() -> None:
+    nn.modules.module.register_module_forward_hook(lambda *_: None)
+    register_optimizer_step_pre_hook(lambda *_: None)
+
+
+def numpy_state() -> list[int]:
+    state: Any = np.random.get_state()  # the global generator is what a stack may draw from
+    return list(state[1])
+
+
+def redirect() -> None:
+    sys.stdout = io.StringIO()
+
+
+HOSTILE: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+    "default dtype": (lambda: torch.set_default_dtype(torch.float64), torch.get_default_dtype),
+    "default device": (lambda: torch.set_default_device("meta"), torch.get_default_device),
+    "no gradients": (lambda: torch.set_grad_enabled(False), torch.is_grad_enabled),
+    "inference mode": (lambda: enter(torch.inference_mode()), torch.is_inference_mode_enabled),
+    "autocast": (lambda: enter(torch.autocast("cpu", torch.bfloat16)), lambda: torch.is_autocast_enabled("cpu")),
+    "threads": (lambda: torch.set_num_threads(2), torch.get_num_threads),
+    "determinism": (
+        lambda: torch.use_deterministic_algorithms(True),
+        torch.are_deterministic_algorithms_enabled,
+    ),
+    "anomaly detection": (lambda: torch.autograd.set_detect_anomaly(True), torch.is_anomaly_enabled),
+    "matmul precision": (lambda: torch.set_float32_matmul_precision("medium"), torch.get_float32_matmul_precision),
+    "hooks of modules": (add_hooks, lambda: len(nn.modules.module._global_forward_hooks)),
+    "directory": (lambda: os.chdir("/"), os.getcwd),
+    "environment": (
+        lambda: os.environ.update(OMP_NUM_THREADS="7", HOSTILE="1"),
+        lambda: (os.environ.get("OMP_NUM_THREADS"), os.environ.get("HOSTILE")),
+    ),
+    "command line": (lambda: sys.argv.append("--hostile"), lambda: sys.argv[:]),
+    "signal handlers": (
+        lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN),
+        lambda: signal.getsignal(signal.SIGTERM),
+    ),
+    "alarm": (lambda: signal.signal(signal.SIGALRM, signal.SIG_IGN), partial(signal.getsignal, signal.SIGALRM)),
+    "excepthook": (lambda: setattr(sys, "excepthook", print), lambda: sys.excepthook),
+    "excepthook of threads": (lambda: setattr(threading, "excepthook", print), lambda: threading.excepthook),
+    "torch's generator": (lambda: torch.manual_seed(7), lambda: torch.get_rng_state().tolist()),
+    "Python's generator": (lambda: random.seed(7), random.getstate),
+    "NumPy's generator": (lambda: np.random.seed(7), numpy_state),
+    "trace": (lambda: sys.settrace(lambda *_: None), sys.gettrace),
+    "stdout": (redirect, lambda: sys.stdout),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_it_is_put_back(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    leave, state = HOSTILE[what]
+    seen = []
+
+    def act() -> None:
+        leave()
+        seen.append(state())
+
+    before = state()
+    subject = Fake(act)
+    with Runs(subject) as runs:
+        runs.attempt(Recipe())
+        after = state()
+        assert seen[0] != before, "it was changed"
+        assert after == before
+        subject.before = lambda: None
+        assert len(runs.trace(Recipe(repeat=1)).updates) == 2, "the next run is as it would have been"
+
+
+def test_a_process_that_the_run_forks_may_end_as_it_likes() -> None:
+    def fork() -> None:
+        child = os.fork()
+        if child == 0:
+            os._exit(3)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+
+    with Runs(Fake(fork)) as runs:
+        assert runs.attempt(Recipe()).error is None
