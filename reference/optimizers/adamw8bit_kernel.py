@@ -1,0 +1,160 @@
+"""The Triton kernel of AdamW8bit: one launch updates all tensors. Imported only where there is a GPU.
+
+How the work lies in memory::
+
+    owner      [programs]    0 0 0 1 2 2 ...     the tensor that each program works on
+    addresses  [tensors, 8]  parameter, gradient, state1, state2, absmax1, absmax2, elements, first program
+    numbers    [tensors, 7]  beta1, beta2, 1 - beta1, 1 - beta2, rate, eps, keep       (adamw8bit.numbers)
+
+    one program     |<-- 256 elements: one scale ---->|<-- 256 elements: the next ----->|
+    parameter       [....|....|....|....              |                                 ]   [....] 16 bytes: what one
+    gradient        [....|....|....|....              |                                 ]          thread loads at once
+    state1, state2  [cccc|cccc|cccc|cccc              |                                 ]   a byte per element
+    absmax1, 2      [a]                               [a]                                   absmax1 = 0: 32-bit state
+
+The tile is one-dimensional, so that all loads, lookups and stores agree on which thread holds which element: nothing
+moves between threads but the maximum of each block.
+
+While the 16 bytes per element of a float32 step pass, an H200 has time for some 120 instructions per 32 elements. So
+nothing is computed that a table knows: 256 floats for decoding, and dynamic_map.code_table for encoding, which finds
+the nearest code exactly, by one lookup, one addition and two shifts. The cells in use stay in the L1 cache.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from reference.optimizers.dynamic_map import code_table, dynamic_map
+
+ELEMENT = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+BLOCKS = 2  # per program
+BLOCK, SMALLEST = tl.constexpr(256), tl.constexpr(2.0**-126)  # as in dynamic_map
+
+
+@triton.jit
+def each(per_block, N: tl.constexpr):
+    """One value per block, repeated for each of its elements."""
+    return tl.reshape(tl.broadcast_to(per_block[:, None], [N // BLOCK, BLOCK]), [N])
+
+
+@triton.jit
+def scale_of(values, N: tl.constexpr):
+    """The largest magnitude of each block, and its reciprocal, correctly rounded."""
+    scale = tl.maximum(tl.max(tl.reshape(tl.abs(values), [N // BLOCK, BLOCK]), 1), SMALLEST)
+    return scale, tl.div_rn(tl.full([N // BLOCK], 1.0, tl.float32), scale)
+
+
+@triton.jit
+def step_kernel(
+    addresses, numbers, owner, values1, values2, codes1, codes2, found_inf, grad_scale,
+    P: tl.constexpr, G: tl.constexpr, GUARDED: tl.constexpr, REGULAR: tl.constexpr, VECTOR: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Update N elements of one tensor. codes1 and codes2 point to the middle of their tables."""
+    program = tl.program_id(0)
+    tensor = tl.load(owner + program)
+    row = addresses + tensor * 8
+    start = (program - tl.load(row + 7)) * N  # int64: a tensor may have more than 2**31 elements
+    left = tl.minimum(tl.load(row + 6) - start, N).to(tl.int32)
+    unscale = 1.0
+    if GUARDED:
+        left = tl.where(tl.load(found_inf) == 0, left, 0)  # a skipped step has no elements
+        unscale = 1.0 / tl.load(grad_scale)
+    if REGULAR:  # the host has looked: every address is a multiple of 16 bytes, every size one of 8 elements
+        left = tl.multiple_of(left, 8)
+    aligned: tl.constexpr = 16 if REGULAR else 1
+    p = tl.multiple_of(tl.load(row + 0).to(tl.pointer_type(P)), aligned) + start
+    g = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(G)), aligned) + start
+    state1, state2, absmax1, absmax2 = tl.load(row + 2), tl.load(row + 3), tl.load(row + 4), tl.load(row + 5)
+    number = numbers + tensor * 7
+    beta1, beta2, rest1, rest2 = tl.load(number), tl.load(number + 1), tl.load(number + 2), tl.load(number + 3)
+    rate, eps, keep = tl.load(number + 4), tl.load(number + 5), tl.load(number + 6)
+
+    # NOTE a footgun: without max_contiguous Triton gives 16 elements to each thread, since codes have one byte, and
+    # moves every float32 to another thread before it is stored.
+    element = tl.max_contiguous(tl.arange(0, N), VECTOR)
+    mask = element < left
+    gradient = tl.load(g + element, mask, 0.0).to(tl.float32) * unscale
+    parameter = tl.load(p + element, mask, 0.0).to(tl.float32)
+    if absmax1 == 0:
+        s1 = tl.multiple_of(state1.to(tl.pointer_type(tl.float32)), aligned) + start + element
+        s2 = tl.multiple_of(state2.to(tl.pointer_type(tl.float32)), aligned) + start + element
+        m = tl.load(s1, mask, 0.0) * beta1 + rest1 * gradient
+        v = tl.load(s2, mask, 0.0) * beta2 + rest2 * gradient * gradient
+        tl.store(s1, m, mask)
+        tl.store(s2, v, mask)
+        update = m / (tl.sqrt(v) + eps)
+    else:
+        s1 = tl.multiple_of(state1.to(tl.pointer_type(tl.uint8)), aligned) + start + element
+        s2 = tl.multiple_of(state2.to(tl.pointer_type(tl.uint8)), aligned) + start + element
+        a1 = absmax1.to(tl.pointer_type(tl.float32)) + start // BLOCK + tl.arange(0, N // BLOCK)
+        a2 = absmax2.to(tl.pointer_type(tl.float32)) + start // BLOCK + tl.arange(0, N // BLOCK)
+        some = tl.arange(0, N // BLOCK) * BLOCK < left
+        m = tl.load(values1 + tl.load(s1, mask, 127).to(tl.int32))  # 127 is the signed code of 0, 0 the unsigned one
+        v = tl.load(values2 + tl.load(s2, mask, 0).to(tl.int32))
+        m = m * each(tl.load(a1, some, 0.0) * beta1, N) + rest1 * gradient
+        v = v * each(tl.load(a2, some, 0.0) * beta2, N) + rest2 * gradient * gradient
+        update = m / (tl.sqrt(v) + eps)
+        scale1, inverse1 = scale_of(m, N)
+        scale2, inverse2 = scale_of(v, N)
+        bits1 = (m * each(inverse1, N)).to(tl.int32, bitcast=True)
+        bits2 = (v * each(inverse2, N)).to(tl.int32, bitcast=True)
+        bits1 = bits1 ^ ((bits1 >> 31) & 0x7FFFFFFF)
+        tl.store(s1, ((tl.load(codes1 + (bits1 >> 17)) + bits1) >> 17).to(tl.uint8), mask)
+        tl.store(s2, ((tl.load(codes2 + (bits2 >> 16)) + bits2) >> 16).to(tl.uint8), mask)
+        tl.store(a1, scale1, some)
+        tl.store(a2, scale2, some)
+    tl.store(p + element, (parameter * keep - rate * update).to(P), mask)
+
+
+class Launch(NamedTuple):
+    """What one launch reads on the device: addresses and owner as drawn above, for tensors of one kind."""
+
+    members: list[int]  # their indices among the tensors that were laid out
+    positions: Tensor  # among all parameters of the optimizer, int64 [tensors]
+    addresses: Tensor
+    owner: Tensor
+    dtypes: tuple[torch.dtype, torch.dtype]  # of parameters and gradients
+    regular: bool  # all addresses are multiples of 16 bytes, all sizes multiples of 8 elements
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy to the device without waiting: the allocator of pinned memory keeps the source until it has been read."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def lay_out(identities: list[tuple[object, ...]], device: torch.device) -> list[Launch]:
+    """Divide tensors into kinds, one launch each: six addresses, elements, position and two dtypes of each tensor."""
+    kinds: dict[tuple[object, ...], list[int]] = {}
+    for index, (*addresses, _, _, elements, _, p_dtype, g_dtype) in enumerate(identities):
+        regular = elements % 8 == 0 and all(address % 16 == 0 for address in addresses)
+        kinds.setdefault((p_dtype, g_dtype, regular), []).append(index)
+    launches, size = [], BLOCKS * BLOCK.value
+    for (p_dtype, g_dtype, regular), members in kinds.items():
+        rows, first = [], 0
+        for index in members:
+            elements, position = identities[index][6:8]
+            rows.append([*identities[index][:7], first, position, -(-elements // size)])
+            first += rows[-1][-1]
+        table = to_device(torch.tensor(rows), device)
+        owner = torch.repeat_interleave(table[:, 9], output_size=first).int()
+        launches.append(Launch(members, table[:, 8], table[:, :8].contiguous(), owner, (p_dtype, g_dtype), regular))
+    return launches
+
+
+def launch_step(launch: Launch, numbers: Tensor, guards: list[Tensor] | None) -> None:
+    """Update; ``guards`` are found_inf and grad_scale, float32 scalars, of a guarded step."""
+    device, p_dtype = numbers.device, launch.dtypes[0]
+    codes1, codes2 = code_table(True, device), code_table(False, device)
+    found_inf, grad_scale = guards or (numbers, numbers)
+    with torch.cuda.device_of(numbers):
+        step_kernel[(launch.owner.numel(),)](
+            *(launch.addresses, numbers, launch.owner, dynamic_map(True, device), dynamic_map(False, device)),
+            *(codes1[len(codes1) // 2 :], codes2[len(codes2) // 2 :], found_inf, grad_scale),
+            *(ELEMENT[p_dtype], ELEMENT[launch.dtypes[1]], guards is not None, launch.regular),
+            VECTOR=16 // p_dtype.itemsize,
+            N=BLOCKS * BLOCK.value,
+            num_warps=1 if p_dtype == torch.float32 else 2,
+        )
