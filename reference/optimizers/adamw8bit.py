@@ -210,7 +210,10 @@ class AdamW8bit(Optimizer):
         settings = self.settings(items)
         guards = None
         if found_inf is not None or grad_scale is not None:
-            given = (torch.zeros(()) if found_inf is None else found_inf, torch.ones(()) if grad_scale is None else grad_scale)
+            given = (
+                torch.zeros(()) if found_inf is None else found_inf,
+                torch.ones(()) if grad_scale is None else grad_scale,
+            )
             guards = [guard.to(device, torch.float32, non_blocking=True) for guard in given]
             if device not in self.skipped:
                 self.skipped[device] = torch.zeros(len(self.parameters()), dtype=torch.float64, device=device)

@@ -36,6 +36,11 @@ def midpoints(signed: bool, device: torch.device) -> Tensor:
     return torch.where(rounded.double() > exact, lower, rounded).to(device)
 
 
+def nearest(numbers: Tensor, signed: bool) -> Tensor:
+    """Return the codes of the nearest values; of the lower one amid two."""
+    return torch.bucketize(numbers, midpoints(signed, numbers.device)).to(torch.uint8)
+
+
 def decode(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
     """Return the numbers, float32 [elements], of codes, uint8 [elements], and scales, float32 [blocks]."""
     return dynamic_map(signed, codes.device)[codes.long()] * scales.repeat_interleave(BLOCK)[: codes.numel()]
@@ -45,8 +50,7 @@ def encode(numbers: Tensor, codes: Tensor, scales: Tensor, signed: bool) -> None
     """Write the codes and scales of numbers, float32 [elements]. A NaN has no part in its block's scale."""
     blocks = F.pad(numbers, (0, -numbers.numel() % BLOCK)).view(-1, BLOCK)
     scales.copy_(blocks.nan_to_num(0.0, torch.inf, -torch.inf).abs().amax(1).clamp(min=SMALLEST))
-    parts = (blocks * (1.0 / scales)[:, None]).view(-1)[: numbers.numel()]
-    codes.copy_(torch.bucketize(parts, midpoints(signed, parts.device)))
+    codes.copy_(nearest((blocks * (1.0 / scales)[:, None]).view(-1)[: numbers.numel()], signed))
 
 
 @functools.cache
