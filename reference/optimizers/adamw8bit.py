@@ -7,6 +7,7 @@ works in adamw8bit_kernel.
 import functools
 import importlib.util
 import logging
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -24,9 +25,8 @@ WRAPPED = "__bnb_optimizer_quant_state__"  # under this key bitsandbytes hides t
 
 
 class Work(NamedTuple):
-    """One tensor to update: what this rank holds of it."""
+    """One tensor to update: what this rank holds of it, and the index of its group."""
 
-    position: int  # among all parameters
     group: int
     parameter: Tensor
     gradient: Tensor
@@ -48,13 +48,13 @@ class AdamW8bit(Optimizer):
         keep_32bit: tensors of ``params`` that keep 32-bit moments whatever their size, as bitsandbytes'
             StableEmbedding asks for. It holds for this optimizer only; bitsandbytes' GlobalOptimManager is not read.
 
-    State per tensor: ``step``; ``state1`` and ``state2``, uint8 of the tensor's shape; ``absmax1`` and ``absmax2``,
-    float32 ``[ceil(elements / 256)]``; ``qmap1`` and ``qmap2``, float32 ``[256]``. With 32-bit moments ``state1`` and
-    ``state2`` are float32, and the others are missing. ``state_dict`` and ``load_state_dict`` exchange it with
-    bitsandbytes' AdamW8bit (0.50) in both directions.
+    State per tensor: ``step``, a float32 scalar; ``state1`` and ``state2``, uint8 of the tensor's shape; ``absmax1``
+    and ``absmax2``, float32 ``[ceil(elements / 256)]``; ``qmap1`` and ``qmap2``, float32 ``[256]``. With 32-bit moments
+    ``state1`` and ``state2`` are float32, and the others are missing. ``state_dict`` and ``load_state_dict`` exchange
+    it with bitsandbytes' AdamW8bit (0.50) in both directions.
 
     A ``found_inf`` other than 0 (set by torch's GradScaler, or by whoever guards the step) leaves everything as it is,
-    without waiting for the device. Until the state is saved, ``step`` then counts on the host what the device skipped.
+    without waiting for the device.
 
     Raises:
         ValueError: settings out of range; in ``step``, a tensor that it cannot update.
@@ -72,13 +72,13 @@ class AdamW8bit(Optimizer):
         min_8bit_size: int = 4096,
         keep_32bit: Iterable[Tensor] = (),
     ) -> None:
-        if isinstance(lr, Tensor) or min(lr, eps, weight_decay) < 0.0 or not all(0.0 <= beta < 1.0 for beta in betas):
+        not_plain = any(isinstance(number, Tensor) for number in (lr, eps, weight_decay, *betas))
+        if not_plain or min(lr, eps, weight_decay) < 0 or not 0 <= min(betas) <= max(betas) < 1:
             raise ValueError(
                 "AdamW8bit needs lr, eps and weight_decay as plain numbers of at least 0 and betas in [0, 1), not "
                 f"lr={lr}, eps={eps}, weight_decay={weight_decay}, betas={betas}."
             )
         self.launches: dict[torch.device, tuple[Any, Any]] = {}  # what they were made from, and what the kernel reads
-        self.skipped: dict[torch.device, Tensor] = {}  # how many steps of each parameter found_inf skipped
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "min_8bit_size": min_8bit_size}
         super().__init__(params, defaults)
         owned = {id(p) for p in self.parameters()}
@@ -91,36 +91,18 @@ class AdamW8bit(Optimizer):
         """Return all parameters, group by group."""
         return [p for group in self.param_groups for p in group["params"]]
 
-    def settle(self) -> None:
-        """Take the skipped steps out of ``step``. Waits for the device."""
-        for skipped in self.skipped.values():
-            for p, count in zip(self.parameters(), skipped.tolist(), strict=True):
-                if count:
-                    self.state[p]["step"] -= int(count)
-        self.skipped.clear()
-
-    def __getstate__(self) -> dict[str, Any]:
-        self.settle()
-        return super().__getstate__()
-
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.launches, self.skipped = {}, {}
+        self.launches = {}
         super().__setstate__(state)
         for group in self.param_groups:
             group.setdefault("min_8bit_size", 4096)  # bitsandbytes keeps it outside its groups
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as to every torch optimizer."""
-        self.settle()
-        super().add_param_group(param_group)
-
     def state_dict(self) -> dict[str, Any]:
-        """Return groups and state in bitsandbytes' form."""
-        self.settle()
+        """Return groups and state in bitsandbytes' form. Waits for the device, which counts the steps."""
         saved = super().state_dict()
         for key, entry in saved["state"].items():
             moments = {name: value for name, value in entry.items() if name != "step"}
-            saved["state"][key] = {"step": entry["step"], WRAPPED: moments}
+            saved["state"][key] = {"step": int(entry["step"]), WRAPPED: moments}
         return saved
 
     @torch.no_grad()
@@ -145,15 +127,13 @@ class AdamW8bit(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         work: dict[torch.device, list[Work]] = {}
-        position = -1
         for number, group in enumerate(self.param_groups):
             for p in group["params"]:
-                position += 1
                 if p.grad is None or not (local := local_part(p)).numel():
                     continue
                 if not self.state[p]:
                     self.state[p] = fresh_state(local, wide=local.numel() < group["min_8bit_size"])
-                item = Work(position, number, local, local_gradient(p, local), self.state[p])
+                item = Work(number, local, local_gradient(p, local), self.state[p])
                 work.setdefault(local.device, []).append(item)
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         for device, items in work.items():
@@ -163,40 +143,34 @@ class AdamW8bit(Optimizer):
                 self.compute(items, 1.0 if grad_scale is None else 1.0 / float(grad_scale))
         return loss
 
-    def settings(self, items: list[Work]) -> Tensor:
-        """Count the step; return beta1, beta2, lr, eps, weight_decay and step of each tensor, float64 [tensors, 6]."""
-        for item in items:
-            item.state["step"] += 1
-        groups = [(*group["betas"], group["lr"], group["eps"], group["weight_decay"]) for group in self.param_groups]
-        of_group = torch.tensor(groups, dtype=torch.float64)[[item.group for item in items]]
-        steps = torch.tensor([item.state["step"] for item in items], dtype=torch.float64)
-        return torch.cat([of_group, steps[:, None]], 1)
-
     def compute(self, items: list[Work], unscale: float) -> None:
         """Update in plain PyTorch. Every tensor is seen as it lies in memory, in one dimension."""
         for item in items:
             check(item)
-        rows = numbers(self.settings(items)).tolist()
-        for (_, _, parameter, gradient, state), row in zip(items, rows, strict=True):
-            beta1, beta2, rest1, rest2, rate, eps, keep = row
+        for number, parameter, gradient, state in items:
+            group = self.param_groups[number]
+            (beta1, beta2), lr = group["betas"], group["lr"]
+            step = float(state["step"].add_(1))
+            correction = math.sqrt(1 - beta2**step)
             p, g = flat(parameter), flat(gradient).float() * unscale
             state1, state2 = flat(state["state1"]), flat(state["state2"])
             if "absmax1" not in state:
-                m = state1.mul_(beta1).add_(rest1 * g)
-                v = state2.mul_(beta2).add_(rest2 * g * g)
+                m = state1.mul_(beta1).add_((1 - beta1) * g)
+                v = state2.mul_(beta2).add_((1 - beta2) * g * g)
             else:
-                m = decode(state1, state["absmax1"] * beta1, signed=True) + rest1 * g
-                v = decode(state2, state["absmax2"] * beta2, signed=False) + rest2 * g * g
+                m = decode(state1, state["absmax1"] * beta1, signed=True) + (1 - beta1) * g
+                v = decode(state2, state["absmax2"] * beta2, signed=False) + (1 - beta2) * g * g
                 encode(m, state1, state["absmax1"], signed=True)
                 encode(v, state2, state["absmax2"], signed=False)
-            p.copy_(p.float() * keep - rate * (m / (v.sqrt() + eps)))
+            update = lr * correction / (1 - beta1**step) * (m / (v.sqrt() + group["eps"] * correction))
+            p.copy_(p.float() * (1 - lr * group["weight_decay"]) - update)
 
     def launch(
         self, device: torch.device, items: list[Work], found_inf: Tensor | None, grad_scale: Tensor | None
     ) -> None:
         """Update by one launch per kind of tensor (dtypes and alignment): one, unless the model mixes kinds.
 
-        Nothing waits for the device. Addresses travel there when one has changed, a few numbers per tensor always.
+        Nothing waits for the device. Addresses travel there when one has changed, nine numbers per group always.
         """
         from reference.optimizers.adamw8bit_kernel import launch_step, lay_out, to_device
 
@@ -207,38 +181,24 @@ class AdamW8bit(Optimizer):
             for item in items:
                 check(item)
             self.launches[device] = made_from, lay_out(made_from, device)
-        settings = self.settings(items)
+        numbers = to_device(torch.tensor([numbers_of(group) for group in self.param_groups]), device)
+        steps = [item.state["step"] for item in items]
+        torch._foreach_add_(steps, 1)
         guards = None
         if found_inf is not None or grad_scale is not None:
-            given = (
-                torch.zeros(()) if found_inf is None else found_inf,
-                torch.ones(()) if grad_scale is None else grad_scale,
-            )
-            guards = [guard.to(device, torch.float32, non_blocking=True) for guard in given]
-            if device not in self.skipped:
-                self.skipped[device] = torch.zeros(len(self.parameters()), dtype=torch.float64, device=device)
+            inf = torch.zeros((), device=device) if found_inf is None else found_inf
+            scale = torch.ones((), device=device) if grad_scale is None else grad_scale
+            guards = [guard.to(device, torch.float32, non_blocking=True) for guard in (inf, scale)]
+            torch._foreach_sub_(steps, [(guards[0] != 0).float()] * len(steps))
         for launch in self.launches[device][1]:
-            rows = settings[launch.members]
-            if guards is None:
-                rows = to_device(numbers(rows), device)
-            else:  # only the device knows how many steps it skipped
-                rows = to_device(rows, device)
-                rows[:, 5] -= self.skipped[device][launch.positions]
-                rows = numbers(rows)
-                self.skipped[device][launch.positions] += (guards[0] != 0).double()
-            launch_step(launch, rows, guards)
+            launch_step(launch, numbers, guards)
 
 
-def numbers(settings: Tensor) -> Tensor:
-    """Return beta1, beta2, 1 - beta1, 1 - beta2, rate, eps and keep for each row of settings, float32 [tensors, 7].
-
-    ``p = keep * p - rate * m / (sqrt(v) + eps)``: the bias corrections are in them, computed in double precision.
-    """
-    beta1, beta2, lr, eps, weight_decay, step = settings.unbind(1)
-    correction = (1 - beta2**step).sqrt()
-    rate = lr * correction / (1 - beta1**step)
-    columns = [beta1, beta2, 1 - beta1, 1 - beta2, rate, eps * correction, 1 - lr * weight_decay]
-    return torch.stack(columns, 1).float()
+def numbers_of(group: dict[str, Any]) -> list[float]:
+    """Return what the kernel wants to know of a group, computed in double precision."""
+    (beta1, beta2), lr = group["betas"], group["lr"]
+    logs = (math.log(beta) if beta else -math.inf for beta in (beta1, beta2))
+    return [beta1, beta2, 1 - beta1, 1 - beta2, *logs, lr, group["eps"], 1 - lr * group["weight_decay"]]
 
 
 @functools.cache
@@ -251,39 +211,44 @@ def has_kernel(device: torch.device) -> bool:
 
 
 def identity(item: Work) -> tuple[Any, ...]:
-    """Return what a launch depends on: six addresses (0 for the scales of 32-bit state), elements, position, dtypes."""
-    p, g, state = item.parameter, item.gradient, item.state
+    """Return what a launch depends on: seven addresses (scales 0 if there are none), elements, group, dtypes."""
+    number, p, g, state = item
     scales = (state["absmax1"].data_ptr(), state["absmax2"].data_ptr()) if "absmax1" in state else (0, 0)
     moments = state["state1"].data_ptr(), state["state2"].data_ptr()
-    return (p.data_ptr(), g.data_ptr(), *moments, *scales, p.numel(), item.position, p.dtype, g.dtype)
+    step = state["step"].data_ptr()
+    return (p.data_ptr(), g.data_ptr(), *moments, *scales, step, p.numel(), number, p.dtype, g.dtype)
 
 
 def check(item: Work) -> None:
     """Raise ValueError for what cannot be updated: the kernel writes wherever an address leads."""
-    p, g, state = item.parameter, item.gradient, item.state
-    what = f"parameter {item.position} ({p.dtype}, shape {tuple(p.shape)}, strides {p.stride()}, on {p.device})"
-    if p.dtype not in DTYPES or g.dtype not in DTYPES or torch.empty_like(p).stride() != p.stride():
+    _, p, g, state = item
+    dense = p.is_contiguous() or torch.empty_like(p).stride() == p.stride()
+    if p.dtype not in DTYPES or g.dtype not in DTYPES or not dense:
         raise ValueError(
-            f"AdamW8bit cannot update {what} with gradients of {g.dtype}: it needs float32, bfloat16 or float16, and "
-            "tensors without gaps in memory."
+            f"AdamW8bit cannot update a parameter of {p.dtype}, shape {tuple(p.shape)} and strides {p.stride()} with "
+            f"gradients of {g.dtype}: it needs float32, bfloat16 or float16, and tensors without gaps in memory."
         )
-    if any(moment.device != p.device or moment.numel() != p.numel() for moment in (state["state1"], state["state2"])):
+    if any(state[key].device != p.device or state[key].numel() != p.numel() for key in ("state1", "state2")):
         raise ValueError(
-            f"The moments of {what} have another device or size: build AdamW8bit after the model has moved, or load "
-            "the state again."
+            f"The moments of a parameter of shape {tuple(p.shape)} on {p.device} have another device or size: build "
+            "AdamW8bit after the model has moved, or load the state again."
         )
 
 
 def local_part(tensor: Tensor) -> Tensor:
     """Return what this rank holds of a DTensor, and any other tensor as it is."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    to_local = getattr(type(tensor), "to_local", None)
+    return tensor if to_local is None else to_local(tensor)
 
 
 def local_gradient(parameter: Tensor, local: Tensor) -> Tensor:
     """Return the gradient of what this rank holds, laid out in memory like it."""
     gradient = parameter.grad
     assert gradient is not None
-    if gradient.layout != torch.strided or getattr(gradient, "placements", 0) != getattr(parameter, "placements", 0):
+    placements = [
+        getattr(t, "placements", None) if hasattr(type(t), "to_local") else None for t in (parameter, gradient)
+    ]
+    if gradient.layout != torch.strided or placements[0] != placements[1]:
         raise ValueError("AdamW8bit needs dense gradients that are sharded like their parameters.")
     gradient = local_part(gradient)
     same = gradient.stride() == local.stride()
@@ -297,7 +262,7 @@ def flat(tensor: Tensor) -> Tensor:
 
 def fresh_state(local: Tensor, wide: bool) -> dict[str, Any]:
     """Return the state before the first step, when both moments are zero; ``wide``: in 32 bits."""
-    state: dict[str, Any] = {"step": 0}
+    state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device=local.device)}
     for index, signed, zero in (("1", True, 127), ("2", False, 0)):
         if wide:
             state[f"state{index}"] = torch.zeros_like(local, dtype=torch.float32)
@@ -313,7 +278,7 @@ def loaded_state(local: Tensor, saved: dict[str, Any], name: Any) -> dict[str, A
     entry = {**saved, **saved.get(WRAPPED, {})}
     try:
         state = fresh_state(local, wide=entry["state1"].dtype == torch.float32)
-        state["step"] = int(entry["step"])
+        state["step"].fill_(entry["step"])
         for key in state.keys() - {"step"}:
             new, old = state[key], entry[key].to(local.device)
             if (old.dtype, old.numel()) != (new.dtype, new.numel()) or (key[0] == "q" and not torch.equal(old, new)):

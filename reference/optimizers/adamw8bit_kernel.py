@@ -3,8 +3,8 @@
 How the work lies in memory::
 
     owner      [programs]    0 0 0 1 2 2 ...     the tensor that each program works on
-    addresses  [tensors, 8]  parameter, gradient, state1, state2, absmax1, absmax2, elements, first program
-    numbers    [tensors, 7]  beta1, beta2, 1 - beta1, 1 - beta2, rate, eps, keep       (adamw8bit.numbers)
+    addresses [tensors, 10]  parameter, gradient, state1, state2, absmax1, absmax2, step; elements, group, first program
+    numbers    [groups, 9]   beta1, beta2, 1 - beta1, 1 - beta2, log beta1, log beta2, lr, eps, 1 - lr * weight_decay
 
     one program     |<-- 256 elements: one scale ---->|<-- 256 elements: the next ----->|
     parameter       [....|....|....|....              |                                 ]   [....] 16 bytes: what one
@@ -20,8 +20,11 @@ nothing is computed that a table knows: 256 floats for decoding, and dynamic_map
 the nearest code exactly, by one lookup, one addition and two shifts. The cells in use stay in the L1 cache.
 """
 # ruff: noqa: N803 - what Triton compiles in is written in capitals
+# Triton is untyped, and comes with torch for CUDA only:
+# mypy: disable-error-code="import-not-found,untyped-decorator,no-untyped-def"
 
-from typing import NamedTuple
+import itertools
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -31,7 +34,7 @@ from torch import Tensor
 from reference.optimizers.dynamic_map import code_table, dynamic_map
 
 ELEMENT = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-BLOCKS, WARPS = 2, {4: 1, 2: 2}  # per program: blocks, and warps by the bytes of a parameter; the fastest on an H200
+BLOCKS = 2  # per program, which is one warp: the fastest on an H200, in float32 and in bfloat16
 BLOCK, SMALLEST = tl.constexpr(256), tl.constexpr(2.0**-126)  # as in dynamic_map
 
 
@@ -49,16 +52,24 @@ def scale_of(values, N: tl.constexpr):
 
 
 @triton.jit
+def correction(x):
+    """1 - exp(x) for x <= 0, to float32's last digits also near 0: 1 - beta**step with x = step * log(beta)."""
+    series = 1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6))))
+    return tl.where(x > -0.2, -x * series, 1 - tl.exp(x))
+
+
+@triton.jit
 def step_kernel(
     addresses, numbers, owner, values1, values2, codes1, codes2, found_inf, grad_scale,
-    P: tl.constexpr, G: tl.constexpr, GUARDED: tl.constexpr, REGULAR: tl.constexpr, VECTOR: tl.constexpr, N: tl.constexpr,
+    P: tl.constexpr, G: tl.constexpr, GUARDED: tl.constexpr, REGULAR: tl.constexpr, VECTOR: tl.constexpr,
+    N: tl.constexpr,
 ):  # fmt: skip
     """Update N elements of one tensor. codes1 and codes2 point to the middle of their tables."""
     program = tl.program_id(0)
     tensor = tl.load(owner + program)
-    row = addresses + tensor * 8
-    start = (program - tl.load(row + 7)) * N  # int64: a tensor may have more than 2**31 elements
-    left = tl.minimum(tl.load(row + 6) - start, N).to(tl.int32)
+    row = addresses + tensor * 10
+    start = (program - tl.load(row + 9)) * N  # int64: a tensor may have more than 2**31 elements
+    left = tl.minimum(tl.load(row + 7) - start, N).to(tl.int32)
     unscale = 1.0
     if GUARDED:
         left = tl.where(tl.load(found_inf) == 0, left, 0)  # a skipped step has no elements
@@ -69,9 +80,12 @@ def step_kernel(
     p = tl.multiple_of(tl.load(row + 0).to(tl.pointer_type(P)), aligned) + start
     g = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(G)), aligned) + start
     state1, state2, absmax1, absmax2 = tl.load(row + 2), tl.load(row + 3), tl.load(row + 4), tl.load(row + 5)
-    number = numbers + tensor * 7
+    step = tl.maximum(tl.load(tl.load(row + 6).to(tl.pointer_type(tl.float32))), 1.0)  # 0 if the first one is skipped
+    number = numbers + tl.load(row + 8) * 9
     beta1, beta2, rest1, rest2 = tl.load(number), tl.load(number + 1), tl.load(number + 2), tl.load(number + 3)
-    rate, eps, keep = tl.load(number + 4), tl.load(number + 5), tl.load(number + 6)
+    root2 = tl.sqrt(correction(step * tl.load(number + 5)))
+    rate = tl.load(number + 6) * root2 / correction(step * tl.load(number + 4))
+    eps, keep = tl.load(number + 7) * root2, tl.load(number + 8)
 
     # NOTE a footgun: without max_contiguous Triton gives 16 elements to each thread, since codes have one byte, and
     # moves every float32 to another thread before it is stored.
@@ -80,12 +94,12 @@ def step_kernel(
     gradient = tl.load(g + element, mask, 0.0).to(tl.float32) * unscale
     parameter = tl.load(p + element, mask, 0.0).to(tl.float32)
     if absmax1 == 0:
-        s1 = tl.multiple_of(state1.to(tl.pointer_type(tl.float32)), aligned) + start + element
-        s2 = tl.multiple_of(state2.to(tl.pointer_type(tl.float32)), aligned) + start + element
-        m = tl.load(s1, mask, 0.0) * beta1 + rest1 * gradient
-        v = tl.load(s2, mask, 0.0) * beta2 + rest2 * gradient * gradient
-        tl.store(s1, m, mask)
-        tl.store(s2, v, mask)
+        wide1 = tl.multiple_of(state1.to(tl.pointer_type(tl.float32)), aligned) + start + element
+        wide2 = tl.multiple_of(state2.to(tl.pointer_type(tl.float32)), aligned) + start + element
+        m = tl.load(wide1, mask, 0.0) * beta1 + rest1 * gradient
+        v = tl.load(wide2, mask, 0.0) * beta2 + rest2 * gradient * gradient
+        tl.store(wide1, m, mask)
+        tl.store(wide2, v, mask)
         update = m / (tl.sqrt(v) + eps)
     else:
         s1 = tl.multiple_of(state1.to(tl.pointer_type(tl.uint8)), aligned) + start + element
@@ -111,13 +125,12 @@ def step_kernel(
 
 
 class Launch(NamedTuple):
-    """What one launch reads on the device: addresses and owner as drawn above, for tensors of one kind."""
+    """What one launch reads on the device, as drawn above, and the kind of its tensors."""
 
-    members: list[int]  # their indices among the tensors that were laid out
-    positions: Tensor  # among all parameters of the optimizer, int64 [tensors]
     addresses: Tensor
     owner: Tensor
-    dtypes: tuple[torch.dtype, torch.dtype]  # of parameters and gradients
+    p_dtype: torch.dtype
+    g_dtype: torch.dtype
     regular: bool  # all addresses are multiples of 16 bytes, all sizes multiples of 8 elements
 
 
@@ -126,36 +139,33 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def lay_out(identities: list[tuple[object, ...]], device: torch.device) -> list[Launch]:
-    """Divide tensors into kinds, one launch each: six addresses, elements, position and two dtypes of each tensor."""
-    kinds: dict[tuple[object, ...], list[int]] = {}
-    for index, (*addresses, _, _, elements, _, p_dtype, g_dtype) in enumerate(identities):
-        regular = elements % 8 == 0 and all(address % 16 == 0 for address in addresses)
-        kinds.setdefault((p_dtype, g_dtype, regular), []).append(index)
-    launches, size = [], BLOCKS * BLOCK.value
-    for (p_dtype, g_dtype, regular), members in kinds.items():
-        rows, first = [], 0
-        for index in members:
-            elements, position = identities[index][6:8]
-            rows.append([*identities[index][:7], first, position, -(-elements // size)])
-            first += rows[-1][-1]
-        table = to_device(torch.tensor(rows), device)
-        owner = torch.repeat_interleave(table[:, 9], output_size=first).int()
-        launches.append(Launch(members, table[:, 8], table[:, :8].contiguous(), owner, (p_dtype, g_dtype), regular))
+def lay_out(identities: list[tuple[Any, ...]], device: torch.device) -> list[Launch]:
+    """Divide tensors into kinds, one launch each: seven addresses, elements, group and two dtypes of each tensor."""
+    kinds: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
+    for p, g, state1, state2, absmax1, absmax2, step, elements, group, *dtypes in identities:
+        regular = elements % 8 == 0 and (p | g | state1 | state2) % 16 == 0
+        row = (p, g, state1, state2, absmax1, absmax2, step, elements, group)
+        kinds.setdefault((*dtypes, regular), []).append(row)
+    launches = []
+    for kind, rows in kinds.items():
+        programs = [-(-row[7] // (BLOCKS * 256)) for row in rows]
+        first = [0, *itertools.accumulate(programs)]
+        addresses = to_device(torch.tensor([[*row, at] for row, at in zip(rows, first, strict=False)]), device)
+        owner = torch.repeat_interleave(to_device(torch.tensor(programs), device), output_size=first[-1]).int()
+        launches.append(Launch(addresses, owner, *kind))
     return launches
 
 
 def launch_step(launch: Launch, numbers: Tensor, guards: list[Tensor] | None) -> None:
     """Update; ``guards`` are found_inf and grad_scale, float32 scalars, of a guarded step."""
-    device, p_dtype = numbers.device, launch.dtypes[0]
+    addresses, owner, p_dtype, g_dtype, regular = launch
+    device = addresses.device
     codes1, codes2 = code_table(True, device), code_table(False, device)
     found_inf, grad_scale = guards or (numbers, numbers)
-    with torch.cuda.device_of(numbers):
-        step_kernel[(launch.owner.numel(),)](
-            *(launch.addresses, numbers, launch.owner, dynamic_map(True, device), dynamic_map(False, device)),
+    with torch.cuda.device_of(addresses):
+        step_kernel[(owner.numel(),)](
+            *(addresses, numbers, owner, dynamic_map(True, device), dynamic_map(False, device)),
             *(codes1[len(codes1) // 2 :], codes2[len(codes2) // 2 :], found_inf, grad_scale),
-            *(ELEMENT[p_dtype], ELEMENT[launch.dtypes[1]], guards is not None, launch.regular),
-            VECTOR=16 // p_dtype.itemsize,
-            N=BLOCKS * BLOCK.value,
-            num_warps=WARPS[p_dtype.itemsize],
+            *(ELEMENT[p_dtype], ELEMENT[g_dtype], guards is not None, regular, 16 // p_dtype.itemsize, BLOCKS * 256),
+            num_warps=1,
         )

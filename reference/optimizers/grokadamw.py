@@ -3,12 +3,12 @@
 The arithmetic of the package grokadamw 0.1.2, bit for bit on the CPU in float32, with what is peculiar to it:
 
 - Each tensor's gradient is clipped by itself, in ``p.grad``, to a norm of ``gradient_clipping``.
-- The first moment's rate is ``beta1 * (1 - gamma)**i``, i being the tensor's place among those of its group that have a
-  gradient; the bias correction is that of ``beta1``. ``eps`` is added to the root of the uncorrected second moment.
+- The first moment's rate is ``beta1 * (1 - gamma)**i`` for the i-th tensor of its group that has a gradient; the bias
+  correction is that of ``beta1``. ``eps`` is added to the root of the uncorrected second moment.
 - Without functions the signal comes from ``train_loss`` and ``eval_loss`` in the group; without those it is 0.
 - Functions are not saved; after a load those of the constructor hold. Moments have the parameter's dtype.
 
-Not kept: moments in ``param_groups``, lost by a load and moved to the CPU and back at every step; logging.basicConfig on
+Not kept: moments in ``param_groups``, lost by a load and moved to the CPU and back every step; logging.basicConfig at
 import; an autocast that changes nothing.
 """
 
@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 logger = logging.getLogger("reference")
+MOMENTS = ("exp_avg", "exp_avg_sq", "grok_ema")
 
 
 class GrokAdamW(Optimizer):
@@ -37,46 +38,32 @@ class GrokAdamW(Optimizer):
     """
 
     def __init__(
-        self,
-        params: ParamsT,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        alpha_init: float = 0.98,
-        lamb: float = 2.0,
-        gamma: float = 0.1,
-        grokking_signal_fns: list[Callable[[], float | None]] | None = None,
-        grokking_signal_decay_rate: float = 0.1,
+        self, params: ParamsT, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+        weight_decay: float = 1e-2, alpha_init: float = 0.98, lamb: float = 2.0, gamma: float = 0.1,
+        grokking_signal_fns: list[Callable[[], float | None]] | None = None, grokking_signal_decay_rate: float = 0.1,
         gradient_clipping: float = 1.0,
-    ) -> None:
+    ) -> None:  # fmt: skip
         defaults = {key: value for key, value in locals().items() if key not in ("self", "params", "__class__")}
         if min(lr, eps, weight_decay) < 0 or not 0 <= min(betas) <= max(betas) < 1 or not 0 <= alpha_init <= 1:
-            raise ValueError(
-                f"GrokAdamW needs lr, eps and weight_decay of at least 0, not {lr}, {eps} and {weight_decay}; betas in "
-                f"[0, 1), not {betas}; and alpha_init in [0, 1], not {alpha_init}."
-            )
+            raise ValueError(f"GrokAdamW needs numbers of at least 0, betas < 1 and alpha_init <= 1, not {defaults}.")
         super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update all parameters that have a gradient; return what ``closure`` returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             given, alpha = signal(group), group["alpha_init"]
             if given is not None:
                 alpha = alpha * math.exp(-group["grokking_signal_decay_rate"] * given)
-            alike: dict[Any, list[tuple[int, Tensor]]] = {}  # what one foreach operation can take
+            alike: dict[Any, list[tuple[int, Tensor, dict[str, Any]]]] = {}  # what one foreach operation can take
             for place, p in enumerate(p for p in group["params"] if p.grad is not None):
                 if not self.state[p]:
-                    moments = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq", "grok_ema")}
-                    self.state[p] = {"step": 0, **moments}
-                alike.setdefault((p.device, p.dtype), []).append((place, p))
+                    self.state[p] = {"step": 0} | {key: torch.zeros_like(p) for key in MOMENTS}
+                self.state[p]["step"] += 1
+                alike.setdefault((p.device, p.dtype), []).append((place, p, self.state[p]))
             for members in alike.values():
-                update(group, members, [self.state[p] for _, p in members], alpha)
+                update(group, members, alpha)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -105,33 +92,31 @@ def signal(group: dict[str, Any]) -> float | None:
             signals.append(function())
         except Exception as error:
             logger.warning("GrokAdamW: a grokking_signal_fn raised %r and is left out of this step.", error)
-    signals = [value for value in signals if value is not None]
-    return sum(signals) / len(signals) if signals else None
+    told = [value for value in signals if value is not None]
+    return sum(told) / len(told) if told else None
 
 
-def update(
-    group: dict[str, Any], members: list[tuple[int, Tensor]], states: list[dict[str, Any]], alpha: float
-) -> None:
-    """Update tensors of one device and dtype, each with its place in the group."""
+def update(group: dict[str, Any], members: list[tuple[int, Tensor, dict[str, Any]]], alpha: float) -> None:
+    """Update tensors of one device and dtype, given with their places in the group and their states."""
     (beta1, beta2), lr = group["betas"], group["lr"]
-    parameters, gradients = [p for _, p in members], [p.grad for _, p in members]
-    firsts, seconds, averages = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "grok_ema"))
+    parameters: list[Any] = [p for _, p, _ in members]
+    gradients: list[Any] = [p.grad for p in parameters]
+    firsts, seconds, averages = ([state[key] for *_, state in members] for key in MOMENTS)
     if group["gradient_clipping"] > 0:
         norms = torch.stack(torch._foreach_norm(gradients))
-        torch._foreach_mul_(gradients, torch.clamp(group["gradient_clipping"] / (norms + 1e-6), max=1.0).unbind())
+        shares: Any = torch.clamp(group["gradient_clipping"] / (norms + 1e-6), max=1.0).unbind()
+        torch._foreach_mul_(gradients, shares)
     torch._foreach_mul_(averages, alpha)
     torch._foreach_add_(averages, gradients, alpha=1 - alpha)
-    amplified = torch._foreach_mul(averages, group["lamb"])
+    amplified: Any = torch._foreach_mul(averages, group["lamb"])
     torch._foreach_add_(amplified, gradients)
-    for (place, _), first, gradient in zip(members, firsts, amplified, strict=True):
+    for (place, *_), first, gradient in zip(members, firsts, amplified, strict=True):
         own_beta1 = beta1 * (1 - group["gamma"]) ** place
         first.mul_(own_beta1).add_(gradient, alpha=1 - own_beta1)  # foreach has no alpha of each tensor's own
     torch._foreach_mul_(seconds, beta2)
     torch._foreach_addcmul_(seconds, amplified, amplified, value=1 - beta2)
-    rates = []
-    for state in states:
-        state["step"] += 1
-        rates.append(-lr * math.sqrt(1 - beta2 ** state["step"]) / (1 - beta1 ** state["step"]))
+    corrections = [(1 - beta1 ** state["step"], 1 - beta2 ** state["step"]) for *_, state in members]
+    rates = [-(lr * math.sqrt(correction2) / correction1) for correction1, correction2 in corrections]
     denominators = torch._foreach_sqrt(seconds)
     torch._foreach_add_(denominators, group["eps"])
     torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])

@@ -37,7 +37,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     if request.param == "interpreted":
         if os.environ.get("TRITON_INTERPRET") != "1":
             pytest.skip("needs triton, and TRITON_INTERPRET=1 in the environment")
-        monkeypatch.setattr(adamw8bit, "has_kernel", lambda device: True)
+        monkeypatch.setattr(adamw8bit, "has_kernel", lambda _: True)
     yield CPU
 
 
@@ -67,7 +67,7 @@ class Model:
     """AdamW with 8-bit moments in float64: what the step should compute."""
 
     def __init__(self, tensor: Tensor, gradient: Tensor, state: dict[str, Any]) -> None:
-        step, elements = state["step"] + 1, tensor.numel()
+        step, elements = int(state["step"]) + 1, tensor.numel()
         (beta1, beta2), lr, eps = SETTINGS["betas"], SETTINGS["lr"], SETTINGS["eps"]
         m, v = (self.decoded(state, index, elements) for index in ("1", "2"))
         g = gradient.double().cpu().reshape(-1)
@@ -189,6 +189,7 @@ def test_bitsandbytes_finds_the_same_codes_from_equal_state(device: torch.device
     mine, other = AdamW8bit(ours, **SETTINGS), optim.AdamW8bit(theirs, **SETTINGS)
     same = total = 0
     for update in range(6):
+        before = [tensor.detach().clone() for tensor in ours]
         with torch.no_grad():
             for a, b in zip(ours, theirs, strict=True):
                 b.copy_(a)
@@ -198,8 +199,10 @@ def test_bitsandbytes_finds_the_same_codes_from_equal_state(device: torch.device
             give_gradients(tensors, update)
         mine.step()
         other.step()
-        for a, b in zip(ours, theirs, strict=True):
-            assert torch.allclose(a, b, rtol=1e-5, atol=2e-6)
+        for a, b, old in zip(ours, theirs, before, strict=True):
+            # On CUDA bitsandbytes decays what it has moved, which differs by the decay's share of the movement.
+            tolerance = 1e-6 + (2 * SETTINGS["lr"] * SETTINGS["weight_decay"] + 1e-5) * (a - old).abs()
+            assert bool(((a - b).abs() <= tolerance).all())
             one, two = mine.state[a], other.state[b]
             if one["state1"].dtype == torch.uint8:
                 for key, absmax in (("state1", "absmax1"), ("state2", "absmax2")):
@@ -356,7 +359,7 @@ def test_a_run_goes_on_bit_equal_after_a_load(device: torch.device, dtype: torch
         assert torch.equal(tensor, again)
         assert torch.equal(tensor, third)
         for key, value in optimizer.state[tensor].items():
-            assert other.state[again][key] == value if key == "step" else torch.equal(other.state[again][key], value)
+            assert torch.equal(other.state[again][key], value)
 
 
 def test_bitsandbytes_and_this_load_each_others_state(device: torch.device) -> None:
@@ -474,7 +477,7 @@ def test_what_it_cannot_update_is_refused_in_a_sentence() -> None:
     for tensor in (torch.ones(8, dtype=torch.float64), torch.ones(4, 4)[:, ::2]):
         parameter = nn.Parameter(tensor)
         parameter.grad = torch.ones_like(parameter)
-        with pytest.raises(ValueError, match="cannot update parameter 0"):
+        with pytest.raises(ValueError, match="cannot update a parameter"):
             AdamW8bit([parameter]).step()
     table = nn.Embedding(8, 8, sparse=True)
     table(torch.tensor([1])).sum().backward()
@@ -490,13 +493,12 @@ def test_what_it_cannot_update_is_refused_in_a_sentence() -> None:
 
 def test_sharded_parameters_are_updated_where_they_are(device: torch.device, tmp_path: Path) -> None:
     from torch import distributed
+    from torch.distributed import FileStore  # type: ignore[attr-defined] # its stub leaves it out
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
     backend = "nccl" if device.type == "cuda" else "gloo"
-    distributed.init_process_group(
-        backend, store=distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
-    )
+    distributed.init_process_group(backend, store=FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     try:
         mesh = init_device_mesh(device.type, (1,))
         plain = parameters(device)[:3]
@@ -511,7 +513,7 @@ def test_sharded_parameters_are_updated_where_they_are(device: torch.device, tmp
             other.step()
         for tensor, local in zip(sharded, plain, strict=True):
             assert torch.equal(tensor.to_local(), local)  # type: ignore[attr-defined]
-        sharded[0].grad = DTensor.from_local(plain[0].grad, mesh, [Replicate()])
+        sharded[0].grad = DTensor.from_local(torch.ones_like(plain[0]), mesh, [Replicate()])
         with pytest.raises(ValueError, match="sharded like their parameters"):
             one.step()
     finally:

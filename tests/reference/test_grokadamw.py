@@ -47,7 +47,8 @@ def both(updates: int = 12, dtype: torch.dtype = torch.float32, **settings: Any)
     found = []
     for optimizer_class in (GrokAdamW, package()):
         tensors = parameters(dtype)
-        optimizer = optimizer_class([{"params": tensors[:4]}, {"params": tensors[4:], "lr": 3e-3}], **settings)
+        groups: list[dict[str, Any]] = [{"params": tensors[:4]}, {"params": tensors[4:], "lr": 3e-3}]
+        optimizer = optimizer_class(groups, **settings)
         for update in range(updates):
             give_gradients(tensors, update, without=1 if update % 4 == 2 else None)
             if update == 5:
@@ -86,7 +87,8 @@ def test_in_bfloat16_it_is_as_near_as_rounding_allows() -> None:
 def test_each_setting_matters() -> None:
     plain, _ = both()
     for name, value in {"lamb": 1.0, "gamma": 0.2, "alpha_init": 0.9, "gradient_clipping": 0.5, "eps": 1e-2}.items():
-        other, _ = both(**{name: value})
+        settings: dict[str, Any] = {name: value}
+        other, _ = both(**settings)
         assert not torch.equal(plain[0] if name != "gamma" else plain[2], other[0] if name != "gamma" else other[2])
 
 
