@@ -7,9 +7,7 @@ The arithmetic of the package grokadamw 0.1.2, bit for bit on the CPU in float32
   correction is that of ``beta1``. ``eps`` is added to the root of the uncorrected second moment.
 - Without functions the signal comes from ``train_loss`` and ``eval_loss`` in the group; without those it is 0.
 - Functions are not saved; after a load those of the constructor hold. Moments have the parameter's dtype.
-
-Not kept: moments in ``param_groups``, lost by a load and moved to the CPU and back every step; logging.basicConfig at
-import; an autocast that changes nothing.
+Not kept: moments that a load loses and every step moves to the CPU; logging.basicConfig; an autocast without effect.
 """
 
 import logging
@@ -99,13 +97,11 @@ def signal(group: dict[str, Any]) -> float | None:
 def update(group: dict[str, Any], members: list[tuple[int, Tensor, dict[str, Any]]], alpha: float) -> None:
     """Update tensors of one device and dtype, given with their places in the group and their states."""
     (beta1, beta2), lr = group["betas"], group["lr"]
-    parameters: list[Any] = [p for _, p, _ in members]
-    gradients: list[Any] = [p.grad for p in parameters]
+    parameters, gradients = [p for _, p, _ in members], [p.grad for _, p, _ in members if p.grad is not None]
     firsts, seconds, averages = ([state[key] for *_, state in members] for key in MOMENTS)
     if group["gradient_clipping"] > 0:
         norms = torch.stack(torch._foreach_norm(gradients))
-        shares: Any = torch.clamp(group["gradient_clipping"] / (norms + 1e-6), max=1.0).unbind()
-        torch._foreach_mul_(gradients, shares)
+        torch._foreach_mul_(gradients, [*torch.clamp(group["gradient_clipping"] / (norms + 1e-6), max=1.0)])
     torch._foreach_mul_(averages, alpha)
     torch._foreach_add_(averages, gradients, alpha=1 - alpha)
     amplified: Any = torch._foreach_mul(averages, group["lamb"])

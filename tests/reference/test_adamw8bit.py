@@ -297,11 +297,12 @@ def test_a_nan_in_a_gradient_is_not_hidden(device: torch.device) -> None:
 
 def test_groups_have_their_own_numbers_and_the_schedule_is_obeyed(device: torch.device) -> None:
     first, second, third = (nn.Parameter(torch.ones(4096, device=device)) for _ in range(3))
-    optimizer = AdamW8bit(
-        [{"params": [first], "lr": 0.5}, {"params": [second], "weight_decay": 0.5}, {"params": [third]}],
-        lr=0.25,
-        weight_decay=0.0,
-    )
+    groups: list[dict[str, Any]] = [
+        {"params": [first], "lr": 0.5},
+        {"params": [second], "weight_decay": 0.5},
+        {"params": [third]},
+    ]
+    optimizer = AdamW8bit(groups, lr=0.25, weight_decay=0.0)
     for tensor in (first, second):
         tensor.grad = torch.ones_like(tensor)
     optimizer.step()
