@@ -170,7 +170,8 @@ class AdamW8bit(Optimizer):
     ) -> None:
         """Update by one launch per kind of tensor (dtypes and alignment): one, unless the model mixes kinds.
 
-        Nothing waits for the device. Addresses travel there when one has changed, nine numbers per group always.
+        Nothing waits for the device. At every step the addresses of the gradients travel there, which zero_grad drops,
+        and a few numbers per group; all other addresses when one has changed.
         """
         from reference.optimizers.adamw8bit_kernel import launch_step, lay_out, to_device
 
@@ -181,24 +182,16 @@ class AdamW8bit(Optimizer):
             for item in items:
                 check(item)
             self.launches[device] = made_from, lay_out(made_from, device)
-        numbers = to_device(torch.tensor([numbers_of(group) for group in self.param_groups]), device)
-        steps = [item.state["step"] for item in items]
-        torch._foreach_add_(steps, 1)
+        groups = [(*group["betas"], group["lr"], group["eps"], group["weight_decay"]) for group in self.param_groups]
+        settings = to_device(torch.tensor(groups, dtype=torch.float64), device)
         guards = None
         if found_inf is not None or grad_scale is not None:
             inf = torch.zeros((), device=device) if found_inf is None else found_inf
             scale = torch.ones((), device=device) if grad_scale is None else grad_scale
             guards = [guard.to(device, torch.float32, non_blocking=True) for guard in (inf, scale)]
-            torch._foreach_sub_(steps, [(guards[0] != 0).float()] * len(steps))
         for launch in self.launches[device][1]:
-            launch_step(launch, numbers, guards)
-
-
-def numbers_of(group: dict[str, Any]) -> list[float]:
-    """Return what the kernel wants to know of a group, computed in double precision."""
-    (beta1, beta2), lr = group["betas"], group["lr"]
-    logs = (math.log(beta) if beta else -math.inf for beta in (beta1, beta2))
-    return [beta1, beta2, 1 - beta1, 1 - beta2, *logs, lr, group["eps"], 1 - lr * group["weight_decay"]]
+            gradients = torch.tensor([items[index].gradient.data_ptr() for index in launch.members])
+            launch_step(launch, to_device(gradients, device), settings, guards)
 
 
 @functools.cache
@@ -211,12 +204,12 @@ def has_kernel(device: torch.device) -> bool:
 
 
 def identity(item: Work) -> tuple[Any, ...]:
-    """Return what a launch depends on: seven addresses (scales 0 if there are none), elements, group, dtypes."""
+    """Return what a launch depends on: six addresses (scales 0 if there are none), elements, group, and its kind."""
     number, p, g, state = item
     scales = (state["absmax1"].data_ptr(), state["absmax2"].data_ptr()) if "absmax1" in state else (0, 0)
-    moments = state["state1"].data_ptr(), state["state2"].data_ptr()
-    step = state["step"].data_ptr()
-    return (p.data_ptr(), g.data_ptr(), *moments, *scales, step, p.numel(), number, p.dtype, g.dtype)
+    moments, elements = (state["state1"].data_ptr(), state["state2"].data_ptr()), p.numel()
+    regular = elements % 8 == 0 and (p.data_ptr() | g.data_ptr() | moments[0] | moments[1]) % 16 == 0
+    return (p.data_ptr(), *moments, *scales, state["step"].data_ptr(), elements, number, p.dtype, g.dtype, regular)
 
 
 def check(item: Work) -> None:

@@ -3,8 +3,9 @@
 How the work lies in memory::
 
     owner      [programs]    0 0 0 1 2 2 ...     the tensor that each program works on
-    addresses [tensors, 10]  parameter, gradient, state1, state2, absmax1, absmax2, step; elements, group, first program
-    numbers    [groups, 9]   beta1, beta2, 1 - beta1, 1 - beta2, log beta1, log beta2, lr, eps, 1 - lr * weight_decay
+    addresses  [tensors, 9]  parameter, state1, state2, absmax1, absmax2, step; elements, group, first program
+    gradients  [tensors]     addresses, too
+    numbers    [tensors, 7]  beta1, beta2, 1 - beta1, 1 - beta2, rate, eps, keep: what count_kernel leaves
 
     one program     |<-- 256 elements: one scale ---->|<-- 256 elements: the next ----->|
     parameter       [....|....|....|....              |                                 ]   [....] 16 bytes: what one
@@ -52,24 +53,43 @@ def scale_of(values, N: tl.constexpr):
 
 
 @triton.jit
-def correction(x):
-    """1 - exp(x) for x <= 0, to float32's last digits also near 0: 1 - beta**step with x = step * log(beta)."""
-    series = 1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6))))
-    return tl.where(x > -0.2, -x * series, 1 - tl.exp(x))
+def count_kernel(addresses, settings, found_inf, numbers, tensors, GUARDED: tl.constexpr, N: tl.constexpr):
+    """Count the step of N tensors and compute, in float64, the numbers: keep * p - rate * m / (sqrt(v) + eps).
+
+    settings are beta1, beta2, lr, eps and weight_decay of each group, float64 [groups, 5].
+    """
+    tensor = tl.program_id(0) * N + tl.arange(0, N)
+    known = tensor < tensors
+    row, number = addresses + tensor * 9, numbers + tensor * 7
+    counter = tl.load(row + 5, known, 0).to(tl.pointer_type(tl.float32))
+    step = tl.load(counter, known, 0.0) + 1
+    counted = tl.where(tl.load(found_inf) == 0, step, step - 1) if GUARDED else step
+    tl.store(counter, counted, known)
+    group = settings + tl.load(row + 7, known, 0) * 5
+    beta1, beta2, lr = tl.load(group), tl.load(group + 1), tl.load(group + 2)
+    correction = tl.sqrt(1 - tl.exp2(step * tl.log2(beta2)))
+    rate = lr * correction / (1 - tl.exp2(step * tl.log2(beta1)))
+    tl.store(number, beta1.to(tl.float32), known)
+    tl.store(number + 1, beta2.to(tl.float32), known)
+    tl.store(number + 2, (1 - beta1).to(tl.float32), known)
+    tl.store(number + 3, (1 - beta2).to(tl.float32), known)
+    tl.store(number + 4, rate.to(tl.float32), known)
+    tl.store(number + 5, (tl.load(group + 3) * correction).to(tl.float32), known)
+    tl.store(number + 6, (1 - lr * tl.load(group + 4)).to(tl.float32), known)
 
 
 @triton.jit
 def step_kernel(
-    addresses, numbers, owner, values1, values2, codes1, codes2, found_inf, grad_scale,
+    addresses, gradients, numbers, owner, values1, values2, codes1, codes2, found_inf, grad_scale,
     P: tl.constexpr, G: tl.constexpr, GUARDED: tl.constexpr, REGULAR: tl.constexpr, VECTOR: tl.constexpr,
     N: tl.constexpr,
 ):  # fmt: skip
     """Update N elements of one tensor. codes1 and codes2 point to the middle of their tables."""
     program = tl.program_id(0)
     tensor = tl.load(owner + program)
-    row = addresses + tensor * 10
-    start = (program - tl.load(row + 9)) * N  # int64: a tensor may have more than 2**31 elements
-    left = tl.minimum(tl.load(row + 7) - start, N).to(tl.int32)
+    row = addresses + tensor * 9
+    start = (program - tl.load(row + 8)) * N  # int64: a tensor may have more than 2**31 elements
+    left = tl.minimum(tl.load(row + 6) - start, N).to(tl.int32)
     unscale = 1.0
     if GUARDED:
         left = tl.where(tl.load(found_inf) == 0, left, 0)  # a skipped step has no elements
@@ -78,14 +98,11 @@ def step_kernel(
         left = tl.multiple_of(left, 8)
     aligned: tl.constexpr = 16 if REGULAR else 1
     p = tl.multiple_of(tl.load(row + 0).to(tl.pointer_type(P)), aligned) + start
-    g = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(G)), aligned) + start
-    state1, state2, absmax1, absmax2 = tl.load(row + 2), tl.load(row + 3), tl.load(row + 4), tl.load(row + 5)
-    step = tl.maximum(tl.load(tl.load(row + 6).to(tl.pointer_type(tl.float32))), 1.0)  # 0 if the first one is skipped
-    number = numbers + tl.load(row + 8) * 9
+    g = tl.multiple_of(tl.load(gradients + tensor).to(tl.pointer_type(G)), aligned) + start
+    state1, state2, absmax1, absmax2 = tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
+    number = numbers + tensor * 7
     beta1, beta2, rest1, rest2 = tl.load(number), tl.load(number + 1), tl.load(number + 2), tl.load(number + 3)
-    root2 = tl.sqrt(correction(step * tl.load(number + 5)))
-    rate = tl.load(number + 6) * root2 / correction(step * tl.load(number + 4))
-    eps, keep = tl.load(number + 7) * root2, tl.load(number + 8)
+    rate, eps, keep = tl.load(number + 4), tl.load(number + 5), tl.load(number + 6)
 
     # NOTE a footgun: without max_contiguous Triton gives 16 elements to each thread, since codes have one byte, and
     # moves every float32 to another thread before it is stored.
@@ -127,6 +144,7 @@ def step_kernel(
 class Launch(NamedTuple):
     """What one launch reads on the device, as drawn above, and the kind of its tensors."""
 
+    members: list[int]  # indices of its tensors among those that were laid out
     addresses: Tensor
     owner: Tensor
     p_dtype: torch.dtype
@@ -140,32 +158,34 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def lay_out(identities: list[tuple[Any, ...]], device: torch.device) -> list[Launch]:
-    """Divide tensors into kinds, one launch each: seven addresses, elements, group and two dtypes of each tensor."""
-    kinds: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
-    for p, g, state1, state2, absmax1, absmax2, step, elements, group, *dtypes in identities:
-        regular = elements % 8 == 0 and (p | g | state1 | state2) % 16 == 0
-        row = (p, g, state1, state2, absmax1, absmax2, step, elements, group)
-        kinds.setdefault((*dtypes, regular), []).append(row)
+    """Divide tensors into kinds, one launch each. See adamw8bit.identity."""
+    kinds: dict[tuple[Any, ...], list[int]] = {}
+    for index, (*_, p_dtype, g_dtype, regular) in enumerate(identities):
+        kinds.setdefault((p_dtype, g_dtype, regular), []).append(index)
     launches = []
-    for kind, rows in kinds.items():
-        programs = [-(-row[7] // (BLOCKS * 256)) for row in rows]
+    for kind, members in kinds.items():
+        programs = [-(-identities[index][6] // (BLOCKS * 256)) for index in members]
         first = [0, *itertools.accumulate(programs)]
-        addresses = to_device(torch.tensor([[*row, at] for row, at in zip(rows, first, strict=False)]), device)
+        rows = [[*identities[index][:8], at] for index, at in zip(members, first, strict=False)]
         owner = torch.repeat_interleave(to_device(torch.tensor(programs), device), output_size=first[-1]).int()
-        launches.append(Launch(addresses, owner, *kind))
+        launches.append(Launch(members, to_device(torch.tensor(rows), device), owner, *kind))
     return launches
 
 
-def launch_step(launch: Launch, numbers: Tensor, guards: list[Tensor] | None) -> None:
-    """Update; ``guards`` are found_inf and grad_scale, float32 scalars, of a guarded step."""
-    addresses, owner, p_dtype, g_dtype, regular = launch
-    device = addresses.device
+def launch_step(launch: Launch, gradients: Tensor, settings: Tensor, guards: list[Tensor] | None) -> None:
+    """Count the step and update; ``guards`` are found_inf and grad_scale, float32 scalars, of a guarded step."""
+    _, addresses, owner, p_dtype, g_dtype, regular = launch
+    device, guarded, tensors = addresses.device, guards is not None, len(addresses)
     codes1, codes2 = code_table(True, device), code_table(False, device)
+    numbers = torch.empty(tensors, 7, device=device)
     found_inf, grad_scale = guards or (numbers, numbers)
     with torch.cuda.device_of(addresses):
+        count_kernel[(triton.cdiv(tensors, 32),)](
+            addresses, settings, found_inf, numbers, tensors, guarded, 32, num_warps=1
+        )
         step_kernel[(owner.numel(),)](
-            *(addresses, numbers, owner, dynamic_map(True, device), dynamic_map(False, device)),
+            *(addresses, gradients, numbers, owner, dynamic_map(True, device), dynamic_map(False, device)),
             *(codes1[len(codes1) // 2 :], codes2[len(codes2) // 2 :], found_inf, grad_scale),
-            *(ELEMENT[p_dtype], ELEMENT[g_dtype], guards is not None, regular, 16 // p_dtype.itemsize, BLOCKS * 256),
+            *(ELEMENT[p_dtype], ELEMENT[g_dtype], guarded, regular, 16 // p_dtype.itemsize, BLOCKS * 256),
             num_warps=1,
         )

@@ -88,10 +88,15 @@ def state_bytes(optimizer: Any) -> int:
     """Bytes of all tensors of the state, each storage once."""
     groups = [group["state"].values() for group in optimizer.param_groups if "state" in group]  # grokadamw's own place
     entries = [*optimizer.state.values(), *(entry for group in groups for entry in group)]
-    tensors = [value for entry in entries for value in entry.values() if isinstance(value, Tensor)]
-    return sum(
-        storage.nbytes() for storage in {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}.values()
-    )
+    found: dict[int, int] = {}
+    left = [value for entry in entries for value in entry.values() if isinstance(value, Tensor)]
+    while left:
+        tensor: Any = left.pop()
+        if hasattr(tensor, "__tensor_flatten__"):  # torchao's tensors are made of others
+            left += [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+        else:
+            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(found.values())
 
 
 def measure_steps(clock: Clock, bandwidth: float, size: str, dtype: torch.dtype) -> dict[str, Any]:
