@@ -5,7 +5,7 @@ How the work lies in memory::
     owner      [programs]    0 0 0 1 2 2 ...     the tensor that each program works on
     addresses  [tensors, 9]  parameter, state1, state2, absmax1, absmax2, step; elements, group, first program
     gradients  [tensors]     addresses, too
-    numbers    [tensors, 7]  beta1, beta2, 1 - beta1, 1 - beta2, rate, eps, keep: what count_kernel leaves
+    numbers    [tensors, 8]  beta1, beta2, 1 - beta1, 1 - beta2, rate, eps, keep, skip: what count_kernel leaves
 
     one program     |<-- 256 elements: one scale ---->|<-- 256 elements: the next ----->|
     parameter       [....|....|....|....              |                                 ]   [....] 16 bytes: what one
@@ -53,26 +53,30 @@ def scale_of(values, N: tl.constexpr):
 
 
 @triton.jit
-def count_kernel(addresses, settings, found_inf, numbers, tensors, GUARDED: tl.constexpr, N: tl.constexpr):
+def count_kernel(addresses, settings, found_inf, grad_scale, numbers, tensors, GUARDED: tl.constexpr, N: tl.constexpr):
     """Count the step of N tensors and compute, in float64, the numbers: keep * p - rate * m / (sqrt(v) + eps).
 
     settings are beta1, beta2, lr, eps and weight_decay of each group, float64 [groups, 5].
     """
     tensor = tl.program_id(0) * N + tl.arange(0, N)
     known = tensor < tensors
-    row, number = addresses + tensor * 9, numbers + tensor * 7
+    row, number = addresses + tensor * 9, numbers + tensor * 8
     counter = tl.load(row + 5, known, 0).to(tl.pointer_type(tl.float32))
     step = tl.load(counter, known, 0.0) + 1
-    counted = tl.where(tl.load(found_inf) == 0, step, step - 1) if GUARDED else step
-    tl.store(counter, counted, known)
+    skip, unscale = 0.0, 1.0  # the gradient's scale goes into the factors of the gradient and of its square
+    if GUARDED:
+        skip = tl.where(tl.load(found_inf) == 0, 0.0, 1.0)
+        unscale = 1.0 / tl.load(grad_scale).to(tl.float64)
+    tl.store(counter, step - skip, known)
+    tl.store(number + 7, tl.zeros([N], tl.float32) + skip, known)
     group = settings + tl.load(row + 7, known, 0) * 5
     beta1, beta2, lr = tl.load(group), tl.load(group + 1), tl.load(group + 2)
     correction = tl.sqrt(1 - tl.exp2(step * tl.log2(beta2)))
     rate = lr * correction / (1 - tl.exp2(step * tl.log2(beta1)))
     tl.store(number, beta1.to(tl.float32), known)
     tl.store(number + 1, beta2.to(tl.float32), known)
-    tl.store(number + 2, (1 - beta1).to(tl.float32), known)
-    tl.store(number + 3, (1 - beta2).to(tl.float32), known)
+    tl.store(number + 2, ((1 - beta1) * unscale).to(tl.float32), known)
+    tl.store(number + 3, ((1 - beta2) * unscale * unscale).to(tl.float32), known)
     tl.store(number + 4, rate.to(tl.float32), known)
     tl.store(number + 5, (tl.load(group + 3) * correction).to(tl.float32), known)
     tl.store(number + 6, (1 - lr * tl.load(group + 4)).to(tl.float32), known)
@@ -80,8 +84,8 @@ def count_kernel(addresses, settings, found_inf, numbers, tensors, GUARDED: tl.c
 
 @triton.jit
 def step_kernel(
-    addresses, gradients, numbers, owner, values1, values2, codes1, codes2, found_inf, grad_scale,
-    P: tl.constexpr, G: tl.constexpr, GUARDED: tl.constexpr, REGULAR: tl.constexpr, VECTOR: tl.constexpr,
+    addresses, gradients, numbers, owner, values1, values2, codes1, codes2,
+    P: tl.constexpr, G: tl.constexpr, REGULAR: tl.constexpr, VECTOR: tl.constexpr,
     N: tl.constexpr,
 ):  # fmt: skip
     """Update N elements of one tensor. codes1 and codes2 point to the middle of their tables."""
@@ -89,18 +93,15 @@ def step_kernel(
     tensor = tl.load(owner + program)
     row = addresses + tensor * 9
     start = (program - tl.load(row + 8)) * N  # int64: a tensor may have more than 2**31 elements
+    number = numbers + tensor * 8
     left = tl.minimum(tl.load(row + 6) - start, N).to(tl.int32)
-    unscale = 1.0
-    if GUARDED:
-        left = tl.where(tl.load(found_inf) == 0, left, 0)  # a skipped step has no elements
-        unscale = 1.0 / tl.load(grad_scale)
+    left = tl.where(tl.load(number + 7) == 0, left, 0)  # a skipped step has no elements
     if REGULAR:  # the host has looked: every address is a multiple of 16 bytes, every size one of 8 elements
         left = tl.multiple_of(left, 8)
     aligned: tl.constexpr = 16 if REGULAR else 1
     p = tl.multiple_of(tl.load(row + 0).to(tl.pointer_type(P)), aligned) + start
     g = tl.multiple_of(tl.load(gradients + tensor).to(tl.pointer_type(G)), aligned) + start
     state1, state2, absmax1, absmax2 = tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
-    number = numbers + tensor * 7
     beta1, beta2, rest1, rest2 = tl.load(number), tl.load(number + 1), tl.load(number + 2), tl.load(number + 3)
     rate, eps, keep = tl.load(number + 4), tl.load(number + 5), tl.load(number + 6)
 
@@ -108,7 +109,7 @@ def step_kernel(
     # moves every float32 to another thread before it is stored.
     element = tl.max_contiguous(tl.arange(0, N), VECTOR)
     mask = element < left
-    gradient = tl.load(g + element, mask, 0.0).to(tl.float32) * unscale
+    gradient = tl.load(g + element, mask, 0.0).to(tl.float32)
     parameter = tl.load(p + element, mask, 0.0).to(tl.float32)
     if absmax1 == 0:
         wide1 = tl.multiple_of(state1.to(tl.pointer_type(tl.float32)), aligned) + start + element
@@ -175,17 +176,17 @@ def lay_out(identities: list[tuple[Any, ...]], device: torch.device) -> list[Lau
 def launch_step(launch: Launch, gradients: Tensor, settings: Tensor, guards: list[Tensor] | None) -> None:
     """Count the step and update; ``guards`` are found_inf and grad_scale, float32 scalars, of a guarded step."""
     _, addresses, owner, p_dtype, g_dtype, regular = launch
-    device, guarded, tensors = addresses.device, guards is not None, len(addresses)
+    device, tensors = addresses.device, len(addresses)
     codes1, codes2 = code_table(True, device), code_table(False, device)
-    numbers = torch.empty(tensors, 7, device=device)
+    numbers = torch.empty(tensors, 8, device=device)
     found_inf, grad_scale = guards or (numbers, numbers)
     with torch.cuda.device_of(addresses):
         count_kernel[(triton.cdiv(tensors, 32),)](
-            addresses, settings, found_inf, numbers, tensors, guarded, 32, num_warps=1
+            *(addresses, settings, found_inf, grad_scale, numbers, tensors, guards is not None, 32), num_warps=1
         )
         step_kernel[(owner.numel(),)](
             *(addresses, gradients, numbers, owner, dynamic_map(True, device), dynamic_map(False, device)),
-            *(codes1[len(codes1) // 2 :], codes2[len(codes2) // 2 :], found_inf, grad_scale),
-            *(ELEMENT[p_dtype], ELEMENT[g_dtype], guarded, regular, 16 // p_dtype.itemsize, BLOCKS * 256),
+            *(codes1[len(codes1) // 2 :], codes2[len(codes2) // 2 :]),
+            *(ELEMENT[p_dtype], ELEMENT[g_dtype], regular, 16 // p_dtype.itemsize, BLOCKS * 256),
             num_warps=1,
         )
