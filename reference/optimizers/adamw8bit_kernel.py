@@ -110,7 +110,6 @@ def step_kernel(
     element = tl.max_contiguous(tl.arange(0, N), VECTOR)
     mask = element < left
     gradient = tl.load(g + element, mask, 0.0).to(tl.float32)
-    parameter = tl.load(p + element, mask, 0.0).to(tl.float32)
     if absmax1 == 0:
         wide1 = tl.multiple_of(state1.to(tl.pointer_type(tl.float32)), aligned) + start + element
         wide2 = tl.multiple_of(state2.to(tl.pointer_type(tl.float32)), aligned) + start + element
@@ -139,6 +138,7 @@ def step_kernel(
         tl.store(s2, ((tl.load(codes2 + (bits2 >> 16)) + bits2) >> 16).to(tl.uint8), mask)
         tl.store(a1, scale1, some)
         tl.store(a2, scale2, some)
+    parameter = tl.load(p + element, mask, 0.0).to(tl.float32)  # last: registers decide how many programs run
     tl.store(p + element, (parameter * keep - rate * update).to(P), mask)
 
 
