@@ -1,12 +1,10 @@
 """GrokAdamW with its moments where the parameters are, and its state where torch keeps it.
 
-The arithmetic of the package grokadamw 0.1.2, bit for bit on the CPU in float32, with what is peculiar to it:
-
-- Each tensor's gradient is clipped by itself, in ``p.grad``, to a norm of ``gradient_clipping``.
-- The first moment's rate is ``beta1 * (1 - gamma)**i`` for the i-th tensor of its group that has a gradient; the bias
-  correction is that of ``beta1``. ``eps`` is added to the root of the uncorrected second moment.
-- Without functions the signal comes from ``train_loss`` and ``eval_loss`` in the group; without those it is 0.
-- Functions are not saved; after a load those of the constructor hold. Moments have the parameter's dtype.
+The arithmetic of the package grokadamw 0.1.2, bit for bit on the CPU, with its peculiarities: each tensor's gradient is
+clipped by itself, in ``p.grad``. The first moment's rate is ``beta1 * (1 - gamma)**i`` for the i-th tensor of its group
+that has a gradient; the bias correction is that of ``beta1``. ``eps`` is added to the root of the uncorrected second
+moment. Without functions the signal comes from ``train_loss`` and ``eval_loss`` in the group, and is 0 without those.
+Functions are not saved; after a load those of the constructor hold. Moments have the parameter's dtype.
 Not kept: moments that a load loses and every step moves to the CPU; logging.basicConfig; an autocast without effect.
 """
 
@@ -27,12 +25,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "grok_ema")
 class GrokAdamW(Optimizer):
     """AdamW that amplifies what is slow in the gradient (Grokfast, https://arxiv.org/abs/2405.20233).
 
-    It adds ``lamb`` times an average of gradients, which decays by ``alpha_init * exp(-grokking_signal_decay_rate *
-    signal)``. Each of ``grokking_signal_fns`` returns a signal, or None; their mean counts. State per tensor: ``step``,
-    and ``exp_avg``, ``exp_avg_sq`` and ``grok_ema`` like the parameter.
-
-    Raises:
-        ValueError: a setting out of range.
+    It adds ``lamb`` times an average of gradients, which decays by ``alpha_init * exp(-grokking_signal_decay_rate * s)``;
+    s is the mean of what ``grokking_signal_fns`` return but None. State: ``step``, and three tensors like the parameter.
     """
 
     def __init__(
@@ -51,9 +45,8 @@ class GrokAdamW(Optimizer):
         """Update all parameters that have a gradient; return what ``closure`` returns."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
-            given, alpha = signal(group), group["alpha_init"]
-            if given is not None:
-                alpha = alpha * math.exp(-group["grokking_signal_decay_rate"] * given)
+            rate, given = group["grokking_signal_decay_rate"], signal(group)
+            alpha = group["alpha_init"] * (1.0 if given is None else math.exp(-rate * given))
             alike: dict[Any, list[tuple[int, Tensor, dict[str, Any]]]] = {}  # what one foreach operation can take
             for place, p in enumerate(p for p in group["params"] if p.grad is not None):
                 if not self.state[p]:
@@ -84,14 +77,22 @@ def signal(group: dict[str, Any]) -> float | None:
         if train is None or evaluation is None or max(evaluation, train) <= 0:
             return 0.0
         return max(0, evaluation - train) / max(evaluation, train)
-    signals = []
+    told: list[float] = []
     for function in group["grokking_signal_fns"]:
         try:
-            signals.append(function())
+            told += [value] if (value := function()) is not None else []
         except Exception as error:
             logger.warning("GrokAdamW: a grokking_signal_fn raised %r and is left out of this step.", error)
-    told = [value for value in signals if value is not None]
     return sum(told) / len(told) if told else None
+
+
+def scale(tensors: list[Tensor], factors: list[float]) -> None:
+    """Multiply in place; on the CPU one by one, where _foreach_mul_ rounds a factor to bfloat16."""
+    if tensors[0].device.type != "cpu":
+        torch._foreach_mul_(tensors, factors)
+        return
+    for tensor, factor in zip(tensors, factors, strict=True):
+        tensor.mul_(factor)
 
 
 def update(group: dict[str, Any], members: list[tuple[int, Tensor, dict[str, Any]]], alpha: float) -> None:
@@ -100,20 +101,20 @@ def update(group: dict[str, Any], members: list[tuple[int, Tensor, dict[str, Any
     parameters, gradients = [p for _, p, _ in members], [p.grad for _, p, _ in members if p.grad is not None]
     firsts, seconds, averages = ([state[key] for *_, state in members] for key in MOMENTS)
     if group["gradient_clipping"] > 0:
-        norms = torch.stack(torch._foreach_norm(gradients))
-        torch._foreach_mul_(gradients, [*torch.clamp(group["gradient_clipping"] / (norms + 1e-6), max=1.0)])
-    torch._foreach_mul_(averages, alpha)
+        shares = group["gradient_clipping"] / (torch.stack(torch._foreach_norm(gradients)) + 1e-6)
+        torch._foreach_mul_(gradients, [*shares.clamp(max=1.0)])
+    scale(averages, [alpha] * len(members))
     torch._foreach_add_(averages, gradients, alpha=1 - alpha)
-    amplified: Any = torch._foreach_mul(averages, group["lamb"])
-    torch._foreach_add_(amplified, gradients)
-    for (place, *_), first, gradient in zip(members, firsts, amplified, strict=True):
-        own_beta1 = beta1 * (1 - group["gamma"]) ** place
-        first.mul_(own_beta1).add_(gradient, alpha=1 - own_beta1)  # foreach has no alpha of each tensor's own
-    torch._foreach_mul_(seconds, beta2)
+    amplified: Any = torch._foreach_add(gradients, torch._foreach_mul(averages, group["lamb"]))
+    rates1 = [beta1 * (1 - group["gamma"]) ** place for place, *_ in members]
+    scale(firsts, rates1)
+    for first, gradient, rate1 in zip(firsts, amplified, rates1, strict=True):
+        first.add_(gradient, alpha=1 - rate1)  # foreach takes one alpha for all
+    scale(seconds, [beta2] * len(members))
     torch._foreach_addcmul_(seconds, amplified, amplified, value=1 - beta2)
-    corrections = [(1 - beta1 ** state["step"], 1 - beta2 ** state["step"]) for *_, state in members]
-    rates = [-(lr * math.sqrt(correction2) / correction1) for correction1, correction2 in corrections]
+    steps = [state["step"] for *_, state in members]
+    rates = [-(lr * math.sqrt(1 - beta2**step) / (1 - beta1**step)) for step in steps]
     denominators = torch._foreach_sqrt(seconds)
     torch._foreach_add_(denominators, group["eps"])
-    torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
+    scale(parameters, [1 - lr * group["weight_decay"]] * len(members))
     torch._foreach_addcdiv_(parameters, firsts, denominators, scalars=rates)

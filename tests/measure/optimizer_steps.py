@@ -1,8 +1,8 @@
 """What a step of AdamW8bit and of GrokAdamW costs on a GPU, beside torch, bitsandbytes, torchao and the package.
 
-``python -m tests.measure.optimizer_steps --write FILE``: device time of each step by CUDA events, with the L2 cache
-flushed before it and the device held back until the host has launched everything; the host's own time; the bytes of the
-state; the share of codes that equal bitsandbytes' from equal state; an update of GPT-2 124M with each optimizer.
+``python -m tests.measure.optimizer_steps --write FILE [--rows PART]``: device time of each step by CUDA events, with
+the L2 cache flushed before it and the device held back until the host has launched everything; the host's own time; the
+bytes of the state; the share of codes that equal bitsandbytes' from equal state; an update of GPT-2 124M with each.
 """
 
 import argparse
@@ -99,8 +99,8 @@ def state_bytes(optimizer: Any) -> int:
     return sum(found.values())
 
 
-def measure_steps(clock: Clock, bandwidth: float, size: str, dtype: torch.dtype) -> dict[str, Any]:
-    """One row per optimizer, for parameters and gradients of one dtype."""
+def measure_steps(clock: Clock, bandwidth: float, size: str, dtype: torch.dtype, part: str) -> dict[str, Any]:
+    """One row per optimizer whose name has ``part`` in it, for parameters and gradients of one dtype."""
     import bitsandbytes
     from grokadamw.grokadamw import GrokAdamW as PackageGrokAdamW
 
@@ -125,6 +125,8 @@ def measure_steps(clock: Clock, bandwidth: float, size: str, dtype: torch.dtype)
             rows["torchao AdamW8bit"] = (lambda: TorchaoAdamW8bit(tensors, **SETTINGS), eight, 5)
     found: dict[str, Any] = {}
     for name, (build, traffic, rounds) in rows.items():
+        if part not in name:
+            continue
         give(tensors, gradients[0])
         optimizer = build()
         if "guarded" in name:
@@ -254,7 +256,9 @@ def main() -> None:
     """Measure all, and write after each part."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", type=Path, required=True, help="JSON file for the results")
-    path: Path = parser.parse_args().write
+    parser.add_argument("--rows", default="", help="only optimizers with this in their name, and no whole updates")
+    arguments = parser.parse_args()
+    path: Path = arguments.write
     clock = Clock()
     results: dict[str, Any] = {"machine": machine(), "settings": SETTINGS, "rounds": ROUNDS}
     results["copy_bytes_per_second"] = bandwidth = copy_bandwidth(clock)
@@ -263,9 +267,11 @@ def main() -> None:
     for size in SIZES:
         for dtype in (torch.float32, torch.bfloat16):
             key = f"{size}, {str(dtype).removeprefix('torch.')}"
-            results["optimizer step"][key] = measure_steps(clock, bandwidth, size, dtype)
+            results["optimizer step"][key] = measure_steps(clock, bandwidth, size, dtype, arguments.rows)
             torch.cuda.empty_cache()
             path.write_text(json.dumps(results, indent=1) + "\n")
+    if arguments.rows:
+        return
     results["codes equal to bitsandbytes'"] = {"gpt2-124m": equal_codes("gpt2-124m")}
     print(results["codes equal to bitsandbytes'"], flush=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
