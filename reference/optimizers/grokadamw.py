@@ -1,11 +1,10 @@
-"""GrokAdamW with its moments where the parameters are, and its state where torch keeps it.
+"""GrokAdamW with its moments where the parameters are, and its state where torch keeps it, so that a load finds it.
 
 The arithmetic of the package grokadamw 0.1.2, bit for bit on the CPU, with its peculiarities: each tensor's gradient is
 clipped by itself, in ``p.grad``. The first moment's rate is ``beta1 * (1 - gamma)**i`` for the i-th tensor of its group
 that has a gradient; the bias correction is that of ``beta1``. ``eps`` is added to the root of the uncorrected second
 moment. Without functions the signal comes from ``train_loss`` and ``eval_loss`` in the group, and is 0 without those.
 Functions are not saved; after a load those of the constructor hold. Moments have the parameter's dtype.
-Not kept: moments that a load loses and every step moves to the CPU; logging.basicConfig; an autocast without effect.
 """
 
 import logging
@@ -25,8 +24,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "grok_ema")
 class GrokAdamW(Optimizer):
     """AdamW that amplifies what is slow in the gradient (Grokfast, https://arxiv.org/abs/2405.20233).
 
-    It adds ``lamb`` times an average of gradients, which decays by ``alpha_init * exp(-grokking_signal_decay_rate * s)``;
-    s is the mean of what ``grokking_signal_fns`` return but None. State: ``step``, and three tensors like the parameter.
+    It adds ``lamb`` times an average of gradients, which decays by
+    ``alpha_init * exp(-grokking_signal_decay_rate * s)``, s being the mean of what ``grokking_signal_fns`` return.
     """
 
     def __init__(
@@ -105,7 +104,8 @@ def update(group: dict[str, Any], members: list[tuple[int, Tensor, dict[str, Any
         torch._foreach_mul_(gradients, [*shares.clamp(max=1.0)])
     scale(averages, [alpha] * len(members))
     torch._foreach_add_(averages, gradients, alpha=1 - alpha)
-    amplified: Any = torch._foreach_add(gradients, torch._foreach_mul(averages, group["lamb"]))
+    amplified: Any = torch._foreach_mul(averages, group["lamb"])
+    torch._foreach_add_(amplified, gradients)
     rates1 = [beta1 * (1 - group["gamma"]) ** place for place, *_ in members]
     scale(firsts, rates1)
     for first, gradient, rate1 in zip(firsts, amplified, rates1, strict=True):
