@@ -1,7 +1,7 @@
 """AdamW with 8-bit moments: the state of bitsandbytes' AdamW8bit, and one launch for all tensors on CUDA.
 
-Elsewhere plain PyTorch computes the same, slowly. How a moment becomes one byte is in dynamic_map, how the launch
-works in adamw8bit_kernel.
+A small launch before it counts the step. Elsewhere plain PyTorch computes the same, slowly. How a moment becomes one
+byte is in dynamic_map, how the launch works in adamw8bit_kernel.
 """
 
 import functools

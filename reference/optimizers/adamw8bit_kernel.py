@@ -1,6 +1,6 @@
-"""The Triton kernel of AdamW8bit: one launch updates all tensors. Imported only where there is a GPU.
+"""The Triton kernels of AdamW8bit: count_kernel, of one small program, and step_kernel, which updates all tensors.
 
-How the work lies in memory::
+Imported only where there is a GPU. How the work lies in memory::
 
     owner      [programs]    0 0 0 1 2 2 ...     the tensor that each program works on
     addresses  [tensors, 9]  parameter, state1, state2, absmax1, absmax2, step; elements, group, first program

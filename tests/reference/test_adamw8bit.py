@@ -537,6 +537,7 @@ def test_a_closure_is_called() -> None:
 # -- what only a GPU can show ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode", "ignore:The CUDA Graph is empty")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_step_never_waits_and_lays_addresses_out_only_when_one_has_changed() -> None:
     device = torch.device("cuda", torch.cuda.current_device())

@@ -112,6 +112,7 @@ def test_the_state_lies_where_the_parameters_are_and_survives_a_file(device: str
         assert torch.equal(a, b)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_device_computes_what_the_cpu_does_without_waiting() -> None:
     near, far = parameters(), parameters(device="cuda")
