@@ -112,8 +112,7 @@ def update(group: dict[str, Any], members: list[tuple[int, Tensor, dict[str, Any
         first.add_(gradient, alpha=1 - rate1)  # foreach takes one alpha for all
     scale(seconds, [beta2] * len(members))
     torch._foreach_addcmul_(seconds, amplified, amplified, value=1 - beta2)
-    steps = [state["step"] for *_, state in members]
-    rates = [-(lr * math.sqrt(1 - beta2**step) / (1 - beta1**step)) for step in steps]
+    rates = [-(lr * math.sqrt(1 - beta2 ** s["step"]) / (1 - beta1 ** s["step"])) for *_, s in members]
     denominators = torch._foreach_sqrt(seconds)
     torch._foreach_add_(denominators, group["eps"])
     scale(parameters, [1 - lr * group["weight_decay"]] * len(members))
