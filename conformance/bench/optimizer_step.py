@@ -74,9 +74,11 @@ VARIANTS = (
     Variant("AdamW foreach", "torch.optim.AdamW", TORCH, {"foreach": True}, quick=True),
     Variant("bitsandbytes AdamW", "bitsandbytes.optim.AdamW", BITS_32, {}),
     Variant("bitsandbytes AdamW8bit", "bitsandbytes.optim.AdamW8bit", BITS_8, {}, quick=True),
+    Variant("AdamW8bit in one launch", "reference.optimizers.adamw8bit.AdamW8bit", BITS_8, {}, quick=True),
     Variant("bitsandbytes PagedAdamW8bit", "bitsandbytes.optim.PagedAdamW8bit", BITS_8, {}, paged=True, note=PAGES),
     Variant("torchao AdamW8bit", "torchao.optim.AdamW8bit", BITS_8, {}, compiles=True),
     Variant("GrokAdamW", "grokadamw.GrokAdamW", GROK, {}, slow=True, note=TRAVELS),
+    Variant("GrokAdamW on the device", "reference.optimizers.grokadamw.GrokAdamW", GROK, {}),
 )
 
 

@@ -58,6 +58,7 @@ class Row:
 
 EIGHT_BIT = "bitsandbytes.optim.AdamW8bit"
 PAGED = "bitsandbytes.optim.PagedAdamW8bit"
+ONE_LAUNCH = "reference.optimizers.adamw8bit.AdamW8bit"
 FOREACH = ADAMW | {"foreach": True}  # what PyTorch does on a GPU unless told otherwise
 FOR_LOOP = ADAMW | {"fused": False}  # not foreach: PyTorch takes it for "no kernel at all"
 LARGE = "16-bit residual, microbatch 64"
@@ -75,6 +76,7 @@ GPT2_ROWS = (
     Row("bf16-mixed, AdamW foreach", replace(MIXED, optimizer_args=FOREACH), beside=FUSED, quick=True),
     Row("bf16-mixed, AdamW for-loop", replace(MIXED, optimizer_args=FOR_LOOP), beside=FUSED),
     Row(SMALL_STATE, replace(MIXED, optimizer=EIGHT_BIT), beside=FUSED),
+    Row("bf16-mixed, AdamW8bit in one launch", replace(MIXED, optimizer=ONE_LAUNCH), beside=FUSED),
     Row("bf16-mixed, PagedAdamW8bit", replace(MIXED, optimizer=PAGED), beside=FUSED, note=PAGES),
     Row(TRUE_FUSED, TRUE, seconds=25, compiling=18, priority=3),
     Row(FUSED, EAGER, quick=True, priority=3),

@@ -1,7 +1,9 @@
 """Optimizers: build one from its class path, group its parameters, and keep its state.
 
+adamw8bit.py  AdamW with 8-bit state, one launch for all tensors (adamw8bit_kernel.py, dynamic_map.py)
 build.py      class path -> optimizer: keywords checked, ``fused`` added where it works
 decay.py      which tensors weight decay is for
+grokadamw.py  GrokAdamW whose moments stay on the device
 override.py   bitsandbytes without its process-wide list of tensors with 32-bit state
 state.py      the state, to a checkpoint and back
 

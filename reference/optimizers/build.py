@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from reference.config import TrainConfig
 from reference.errors import ConfigurationError
 from reference.optimizers.decay import decay_groups
-from reference.optimizers.override import own_override_manager
+from reference.optimizers.override import own_override_manager, stable_embeddings
 
 logger = logging.getLogger("reference")
 
@@ -81,6 +81,8 @@ def create_optimizer(
     narrow = any(parameter.dtype in NARROW for parameter in parameters)
     added = added_keywords(optimizer_class, config, device, narrow)
     keywords = added | dict(arguments)  # what the user said wins
+    if accepts(optimizer_class, "keep_32bit"):  # reference.optimizers.adamw8bit
+        keywords = {"keep_32bit": [module.weight for module in stable_embeddings(model)]} | keywords
     decays = accepts(optimizer_class, "weight_decay")
     groups: Any = decay_groups(model, config.decay, dimensions) if decays else parameters
     optimizer: Optimizer
@@ -94,6 +96,9 @@ def create_optimizer(
             "choose another optimizer."
         )
     own_override_manager(optimizer, model)
+    if config.precision == "16-mixed" and getattr(optimizer, "_step_supports_amp_scaling", False):
+        # It would divide by the scale itself, and Fabric then refuses to clip.
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined] # torch's own flag
     return optimizer
 
 

@@ -10,6 +10,12 @@ def is_bitsandbytes(optimizer: Optimizer | type[Optimizer]) -> bool:
     return any(base.__module__.startswith("bitsandbytes.") for base in kind.__mro__)
 
 
+def stable_embeddings(model: nn.Module) -> list[nn.Embedding]:
+    """Return the embeddings of bitsandbytes, whose state must keep 32 bits."""
+    found = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    return [module for module in found if type(module).__module__.startswith("bitsandbytes.nn.")]
+
+
 def own_override_manager(optimizer: Optimizer, model: nn.Module) -> None:
     """Give a bitsandbytes optimizer an override manager of its own instead of the process-wide one.
 
@@ -21,8 +27,7 @@ def own_override_manager(optimizer: Optimizer, model: nn.Module) -> None:
         return
     from bitsandbytes.optim import GlobalOptimManager
 
-    wide = [module for module in model.modules() if type(module).__module__.startswith("bitsandbytes.nn.")]
-    wide = [module for module in wide if isinstance(module, nn.Embedding)]
+    wide = stable_embeddings(model)
     shared = GlobalOptimManager.get_instance()
     tensors = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
     registered = [entry for entry in shared.module_weight_config_triple if id(getattr(entry[0], entry[1])) in tensors]

@@ -17,7 +17,7 @@ from reference.model.embedding import swap_embeddings
 from reference.model.gpt import GPT
 from reference.model.initialization import build, choose_strategy, tied_names
 from reference.model.loss import TokenLoss
-from reference.optimizers.build import create_optimizer, find_class
+from reference.optimizers.build import accepts, create_optimizer, find_class
 from reference.optimizers.override import is_bitsandbytes
 from reference.training.launch import is_sharded, launch
 from reference.training.run import Run
@@ -94,8 +94,9 @@ def build_module(model: ModelSource, config: TrainConfig, fabric: "Fabric") -> n
 
 
 def wants_stable_embedding(config: TrainConfig, optimizer_class: type[Optimizer]) -> bool:
-    """Return whether to swap embeddings: only if asked for, and only where a bitsandbytes optimizer makes use of it."""
-    if config.stable_embedding and not is_bitsandbytes(optimizer_class):
+    """Return whether to swap embeddings: only if asked for, and only where an 8-bit optimizer makes use of it."""
+    useful = is_bitsandbytes(optimizer_class) or accepts(optimizer_class, "keep_32bit")
+    if config.stable_embedding and not useful:
         logger.info("embedding: stays nn.Embedding, because %s is not from bitsandbytes", optimizer_class.__name__)
         return False
     return config.stable_embedding

@@ -8,6 +8,8 @@ from conformance.subjects.reference import Reference
 from reference import GPTConfig, TrainConfig
 from tests.mutants.planting import ADDED, GROUPS, Edit
 
+BITSANDBYTES, OWN = "bitsandbytes.optim.AdamW8bit", "reference.optimizers.adamw8bit.AdamW8bit"
+
 
 class Variant(Reference):
     """The reference with a difference that must not matter."""
@@ -51,6 +53,7 @@ HARMLESS = [
     Harmless("compiled", train=(("compile", True),)),
     Harmless("saves-and-evaluates-each-update", train=(("save_every", 1), ("evaluate_every", 1))),
     Harmless("clips-at-a-large-norm", train=(("clip", lambda limit: limit or 1e6),)),
+    Harmless("adamw8bit-of-our-own", train=(("optimizer", lambda path: OWN if path == BITSANDBYTES else path),)),
     Harmless(
         "activation-checkpointing",
         train=(("activation_checkpointing", True),),
