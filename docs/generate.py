@@ -127,7 +127,7 @@ def command_table() -> str:
 
 def bench_tables() -> str:
     """Return the tables of the committed run of the bench."""
-    found = tables(read_summary(REPORTS / "bench" / "nvidia-h100-80gb-hbm3" / "summary.json"))
+    found = tables(read_summary(REPORTS / "bench" / "nvidia-h200" / "summary.json"))
     return "\n".join(f"### {group[:1].upper()}{group[1:]}\n\n{table}" for group, table in found.items())
 
 
