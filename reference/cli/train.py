@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("reference")
 
+GENTLE = 2e-4  # a rate above it is not for fine-tuning
+
 
 @contextlib.contextmanager
 def logged() -> Iterator[None]:
@@ -63,6 +65,7 @@ def train(settings: Settings) -> int:
     with contextlib.ExitStack() as stack:
         stack.enter_context(logging_to(console, first_rank))
         settings, training, validation = open_data(settings)
+        warn_of_rate(folder, settings)
         if first_rank:
             require_directory(directory)
         run = settings.train
@@ -157,6 +160,19 @@ def open_data(settings: Settings) -> "tuple[Settings, TokenData, TokenData | Non
         logger.info("model: the vocabulary of the data, %d, instead of %d", training.vocab_size, model.vocab_size)
         settings = dataclasses.replace(settings, model=dataclasses.replace(model, vocab_size=training.vocab_size))
     return settings, training, validation
+
+
+def warn_of_rate(folder: Path | None, settings: Settings) -> None:
+    """Log a warning if a run goes on from imported weights at the rates of pretraining."""
+    from reference.checkpoint.folder import number
+
+    rate = settings.train.optimizer_args.get("lr")
+    if folder is not None and number(folder) == 0 and isinstance(rate, float) and rate > GENTLE:
+        logger.warning(
+            "a learning rate of %g is for pretraining, and may destroy what the weights of %s know: set "
+            "--train.optimizer_args.lr 2e-5, or give --config %s",
+            *(rate, folder, folder.parent / "config.yaml"),
+        )
 
 
 def require_directory(directory: Path) -> None:
