@@ -26,6 +26,8 @@ class PrepareOptions:
     """files, folders or patterns; none given: the sources of Python's standard library"""
     tokenizer: str = "bytes"
     """bytes, bpe:SIZE, or a tokenizer.json"""
+    end_of_document: str | None = None
+    """the token of a tokenizer.json that ends a document, such as <eos>; null: one of the usual names"""
     out: Path | None = None
     """data folder; with --text it must be given, without it is data/standard-library"""
     validation_share: float = 0.05
@@ -56,6 +58,7 @@ def prepare_command(words: Sequence[str]) -> int:
             options.out or Path(DataConfig().path),
             validation_share=options.validation_share,
             seed=options.seed,
+            end_of_document=options.end_of_document,
             overwrite=options.overwrite,
             progress=sys.stderr.isatty(),
         )

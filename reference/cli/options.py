@@ -128,13 +128,20 @@ def parse(parser: ArgumentParser, words: Sequence[str], known: Sequence[str]) ->
         ConfigurationError: if the words do not fit.
         SystemExit: after printing the help, if that was asked for.
     """
+    words = [with_underscores(word) for word in words]
     for name in [word.partition("=")[0] for word in words if word.startswith("--")]:
         if name not in ("--help", *known) and name.rpartition(".")[0] not in known:
             raise ConfigurationError(f"there is no option {name!r}, {hint(name, known, parser.prog)}")
     try:
-        return dict(parser.parse_args(list(words)).as_dict())
+        return dict(parser.parse_args(words).as_dict())
     except ArgumentError as error:
         raise ConfigurationError(f"{' '.join(str(error).split()).rstrip('.')}.") from error
+
+
+def with_underscores(word: str) -> str:
+    """Return a word of a command line with ``--like_this`` for ``--like-this``; values stay as they are."""
+    name, equals, value = word.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") and name != "--" else word
 
 
 def hint(name: str, accepted: Sequence[str], program: str = "python -m reference") -> str:

@@ -98,6 +98,8 @@ def standard_library() -> list[Path]:
 def examine(paths: list[Path], seed: int, shown: "Progress") -> tuple[list[Document], list[tuple[Path, str]]]:
     """Read every file once; return the documents, sorted by digest, and the files left out, with the reason.
 
+    A byte order mark is not text: a file with one is a copy of the same file without.
+
     Raises:
         DataError: if nothing is left.
     """
@@ -107,9 +109,11 @@ def examine(paths: list[Path], seed: int, shown: "Progress") -> tuple[list[Docum
     for path in shown.track(paths, task_id=task):
         digest = hashlib.blake2b(digest_size=16, key=hashlib.blake2b(str(seed).encode(), digest_size=16).digest())
         decoder = codecs.getincrementaldecoder("utf-8")()
-        size = 0
+        size = start = 0
         try:
             with open(path, "rb") as file:
+                start = len(codecs.BOM_UTF8) * (file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8)
+                file.seek(start)
                 while chunk := file.read(CHUNK):
                     decoder.decode(chunk)
                     if b"\0" in chunk:
@@ -130,7 +134,7 @@ def examine(paths: list[Path], seed: int, shown: "Progress") -> tuple[list[Docum
             elif key in documents:
                 skipped.append((path, "copy of another"))
             else:
-                documents[key] = Document(path, key, 0, size)
+                documents[key] = Document(path, key, start, start + size)
     if not documents:
         reasons = Counter(reason for _, reason in skipped).most_common(3)
         told = ", ".join(f"{number} {reason}" for reason, number in reasons) or "there is none"
@@ -154,10 +158,10 @@ def divide(documents: list[Document], share: float) -> tuple[list[Document], lis
     before = 0
     for index, document in enumerate(documents):
         if before + document.size > total * (1.0 - share):
-            cut = place_to_cut(document, int(total * (1.0 - share)) - before)
-            head = Document(document.path, document.digest, 0, cut, ends=False)
+            cut = place_to_cut(document, document.start + int(total * (1.0 - share)) - before)
+            head = Document(document.path, document.digest, document.start, cut, ends=False)
             tail = Document(document.path, document.digest, cut, document.stop)
-            train = documents[:index] + ([head] if cut else [])
+            train = documents[:index] + ([head] if head.size else [])
             if not train:
                 break
             return train, [tail, *documents[index + 1 :]], "by position"
@@ -167,7 +171,8 @@ def divide(documents: list[Document], share: float) -> tuple[list[Document], lis
 
 def place_to_cut(document: Document, wanted: int) -> int:
     """Return a byte at which to cut, at most ``wanted``: after a line end not far before it, or between characters."""
-    start = max(0, min(wanted // 2, wanted - 4), wanted - CHUNK)  # a character has up to 4 bytes
+    # A character has up to 4 bytes.
+    start = max(document.start, min((document.start + wanted) // 2, wanted - 4), wanted - CHUNK)
     try:
         with open(document.path, "rb") as file:
             file.seek(start)
@@ -189,7 +194,7 @@ def total_size(documents: Iterable[Document]) -> int:
 
 
 def read(document: Document) -> Iterator[str]:
-    """Yield the document's text, in chunks. Line ends and a byte order mark stay as they are.
+    """Yield the document's text, in chunks. Line ends stay as they are; :func:`examine` left out a byte order mark.
 
     Raises:
         DataError: if the file has changed since it was examined.

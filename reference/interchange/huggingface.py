@@ -191,18 +191,37 @@ def import_huggingface(folder: str | Path, out: str | Path) -> Path:
         raise CheckpointError(f"{target} is there already: give another directory.")
     layout, config = our_config(folder / CONFIG)
     tensors = our_tensors(folder, layout, config)
-    files, tokenizer = {}, None
+    files, tokenizer, end = {}, None, None
     if (path := folder / FILE).is_file():
-        content, tokenizer = FileTokenizer(path.read_bytes(), str(path)).content, FILE
+        content, tokenizer = path.read_bytes(), FILE
         if content == byte_tokenizer():  # of one of our exports: data of plain bytes has its ids
             tokenizer = ByteTokenizer.name
         else:
             files[FILE] = content
+            end = end_token(folder, content)
     state: dict[str, Any] = {"update": 0, "optimizer": None, "optimizer_class": None, "precision": {}}
     state["stable_embedding"] = False
     plain = {"model": as_plain(config), "train": as_plain(TrainConfig()), "tokenizer": tokenizer}
+    if end is not None:
+        plain["end_of_document"] = end
     checkpoint.save(target, tensors, state, plain, files)
     return target
+
+
+def end_token(folder: Path, content: bytes) -> int:
+    """Return the id that ends a document: of a usual name, or else what config.json calls ``eos_token_id``.
+
+    Raises:
+        ConfigurationError: if it is not a tokenizer.json, or has neither.
+    """
+    said = read_json(folder / CONFIG).get("eos_token_id")
+    first = said[0] if isinstance(said, list) and said else said
+    try:
+        return FileTokenizer(content, str(folder / FILE)).end_of_document
+    except ConfigurationError:
+        if not isinstance(first, int):
+            raise
+        return FileTokenizer(content, str(folder / FILE), first).end_of_document
 
 
 def our_config(path: Path) -> tuple[Layout, GPTConfig]:
