@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 from reference.cli.presets import PRESETS
 from reference.cli.settings import Settings, read_settings
 from reference.config import DataConfig
-from reference.errors import CheckpointError, ConfigurationError
+from reference.errors import CheckpointError, ConfigurationError, ExplainedError
 from reference.files import write_file
 
 if TYPE_CHECKING:
@@ -54,11 +55,13 @@ def train(settings: Settings) -> int:
     from lightning.fabric.utilities import rank_zero_only
     from rich.console import Console
 
+    from reference.cli.boundary import explain
     from reference.cli.loggers import csv_metrics, tensorboard
     from reference.cli.progress import live_line, logging_to
     from reference.training.trainer import Trainer
 
     console = Console(stderr=True)
+    require_processors(settings)
     folder = checkpoint_to_resume(settings.resume, Path(settings.directory))
     first_rank = getattr(rank_zero_only, "rank", 0) == 0
     directory = Path(settings.directory)
@@ -82,6 +85,12 @@ def train(settings: Settings) -> int:
                 "--data.microbatch_size and double --train.microbatches (the updates are the same), "
                 "or set --train.activation_checkpointing true."
             ) from error
+        except (ExplainedError, OSError):
+            raise
+        except Exception as error:
+            if (told := explain(error, settings)) is None:
+                raise  # a fault of the program
+            raise told from error
     if first_rank:
         again = f"python -m reference train --config {directory / 'config.yaml'} --resume auto"
         if result.stopped is not None:
@@ -172,6 +181,17 @@ def warn_of_rate(folder: Path | None, settings: Settings) -> None:
             "a learning rate of %g is for pretraining, and may destroy what the weights of %s know: set "
             "--train.optimizer_args.lr 2e-5, or give --config %s",
             *(rate, folder, folder.parent / "config.yaml"),
+        )
+
+
+def require_processors(settings: Settings) -> None:
+    """Raise ConfigurationError if a run on the CPU asks for many more processes than there are processors."""
+    import torch
+
+    run, most = settings.train, 16 * (os.cpu_count() or 1)
+    if run.devices > most and (run.accelerator == "cpu" or not torch.accelerator.is_available()):
+        raise ConfigurationError(
+            f"devices is {run.devices}, but this machine has {os.cpu_count()} processors: choose at most {most}."
         )
 
 

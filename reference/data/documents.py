@@ -7,6 +7,8 @@ adding files moves none. Exact copies of a file are left out: no text is in both
 import codecs
 import glob
 import hashlib
+import os
+import re
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -56,16 +58,17 @@ def find_files(text: Sequence[str], out: Path) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for entry in text:
-        matched = [entry] if entry and Path(entry).exists() else sorted(glob.glob(entry, recursive=True))
+        pattern = re.sub(r"(\*\*/)+", "**/", entry)  # the same files, without walking each folder many times
+        matched = [entry] if entry and Path(entry).exists() else sorted(glob.glob(pattern, recursive=True))
         if not matched:
             raise DataError(f"there is no text at {entry or repr(entry)}: give a file, a folder or a quoted pattern.")
         for path in map(Path, matched):
             found |= dict.fromkeys(files_below(path) if path.is_dir() else [path])
     own = {
-        (out / name).resolve()
+        os.path.realpath(out / name)  # unlike resolve(), not an error for a circle of links
         for name in (FILE, SUMS, *(f"{split}.{kind}" for split in SPLITS for kind in ("bin", "json")))
     }
-    return [path for path in found if path.resolve() not in own]
+    return [path for path in found if os.path.realpath(path) not in own]
 
 
 def files_below(folder: Path) -> list[Path]:
@@ -111,6 +114,8 @@ def examine(paths: list[Path], seed: int, shown: "Progress") -> tuple[list[Docum
         decoder = codecs.getincrementaldecoder("utf-8")()
         size = start = 0
         try:
+            if not path.is_file():
+                raise ValueError("not a file")
             with open(path, "rb") as file:
                 start = len(codecs.BOM_UTF8) * (file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8)
                 file.seek(start)

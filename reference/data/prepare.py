@@ -196,7 +196,7 @@ def bpe_size(spec: str) -> int:
         ConfigurationError: if there is none, or too small a one.
     """
     size = spec.removeprefix("bpe:")
-    if not (size.isascii() and size.isdecimal()):
+    if not (size.isascii() and size.isdecimal() and len(size) < 10):
         raise ConfigurationError(f"tokenizer {spec!r} has no size: write bpe:SIZE, for example bpe:4096.")
     check_size(int(size))
     return int(size)

@@ -63,8 +63,8 @@ class Readback:
             most = ", ".join(repr(character) for character, _ in self.examples.most_common(5))
             where = f": {most}, first in {self.path}" if self.lost else ""
             logger.warning(
-                "the tokenizer does not keep all of the %s text (%s%s): the model will never see what is lost. Choose a "
-                "tokenizer that falls back on bytes, such as bpe:8192",
+                "the tokenizer does not keep all of the %s text (%s%s): the model will never see what is lost. "
+                "Choose a tokenizer that falls back on bytes, such as bpe:8192",
                 *(split, self.describe(), where),
             )
 

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from reference.errors import ConfigurationError
+from reference.files import read_file, read_json
 
 END_OF_DOCUMENT = ("<|endoftext|>", "</s>", "<|end_of_text|>")  # GPT-2 and NeoX; Llama 1 and 2, T5; Llama 3
 FILE = "tokenizer.json"
@@ -58,7 +59,7 @@ class ByteTokenizer:
     name = "bytes"
     vocab_size = 257
     end_of_document = 256
-    unknown = None
+    unknown: int | None = None
 
     def encode(self, text: str) -> list[int]:
         return list(utf8(text))
@@ -114,13 +115,13 @@ class FileTokenizer:
         vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
         # Not the number of tokens: some files leave gaps between their ids.
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
-        names = END_OF_DOCUMENT if end is None else (end,)
-        if isinstance(end, int) and self.tokenizer.id_to_token(end) is not None:
-            names = (self.tokenizer.id_to_token(end),)
+        names = END_OF_DOCUMENT if end is None else (str(end),)
+        if isinstance(end, int) and (token := self.tokenizer.id_to_token(end)) is not None:
+            names = (token,)
         found = [vocabulary[token] for token in names if token in vocabulary]
         if not found:
             raise ConfigurationError(
-                f"{source} has no token for the end of a document (looked for {', '.join(map(str, names))}): name the "
+                f"{source} has no token for the end of a document (looked for {', '.join(names)}): name the "
                 "one it has with --end-of-document TOKEN, such as <eos> or <|im_end|>, or add one as a special token."
             )
         self.end_of_document = found[0]
@@ -256,7 +257,7 @@ def load_tokenizer(source: str | Path, end: str | None = None) -> Tokenizer:
         ending = stated(path, "end_of_document")
         path = path / FILE
     try:
-        return FileTokenizer(path.read_bytes(), str(path), end or (ending if isinstance(ending, int) else None))
+        return FileTokenizer(read_file(path), str(path), end or (ending if isinstance(ending, int) else None))
     except OSError as error:
         raise ConfigurationError(
             f"there is no tokenizer at {source} ({path}: {error.strerror}): give 'bytes', a tokenizer.json, or a "
@@ -274,8 +275,8 @@ def stated(folder: Path, key: str) -> Any:
     """Return what the first of the files of a checkpoint or data folder that says something of a key says; or None."""
     for name in ("config.json", "train.json", "validation.json"):
         try:
-            found = json.loads((folder / name).read_text(encoding="utf-8")).get(key)
-        except (OSError, ValueError, AttributeError, RecursionError):
+            found = read_json(folder / name).get(key)
+        except (OSError, ValueError):
             continue  # absent, or a foreign file of that name
         if found is not None:
             return found

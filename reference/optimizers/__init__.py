@@ -1,6 +1,7 @@
 """Optimizers: build one from its class path, group its parameters, and keep its state.
 
-build.py      class path -> optimizer: keywords checked, ``fused`` added where it works
+build.py      class -> optimizer: keywords checked, ``fused`` added where it works
+classes.py    class path -> class, importing only a module that can hold it
 decay.py      which tensors weight decay is for
 override.py   bitsandbytes without its process-wide list of tensors with 32-bit state
 state.py      the state, to a checkpoint and back
@@ -10,7 +11,7 @@ It imports reference.config and reference.errors, and no other wing.
 
 from reference.optimizers.build import build_optimizer as build_optimizer
 from reference.optimizers.build import create_optimizer as create_optimizer
-from reference.optimizers.build import find_class as find_class
+from reference.optimizers.classes import find_class as find_class
 from reference.optimizers.decay import decay_groups as decay_groups
 from reference.optimizers.state import load_optimizer_state as load_optimizer_state
 from reference.optimizers.state import optimizer_state as optimizer_state
