@@ -26,6 +26,7 @@ examples:
 
 python -m reference COMMAND --help shows the options of a command, and more examples.
 """
+LONGEST = 380  # characters of a message
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "prepare": (prepare_command, "turn text files into token files"),
     "train": (train_command, "train a GPT: presets, configuration files, any setting by name"),
@@ -59,10 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # what no other message tells: a disk that is full, a file that may not be read
         discard_output()
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}.", file=sys.stderr)
+        print(f"error: {readable(f'{where}{error.strerror or error}.')}", file=sys.stderr)
         return 1
     except ExplainedError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {readable(str(error))}", file=sys.stderr)
         return error.exit_code
 
 
@@ -74,6 +75,15 @@ def run(words: list[str]) -> int:
     if words[0] not in COMMANDS:
         raise ConfigurationError(f"there is no command {words[0]!r}, {hint(words[0], list(COMMANDS))}")
     return COMMANDS[words[0]][0](words[1:])
+
+
+def readable(message: str) -> str:
+    """Return a message as one line of at most ``LONGEST`` characters that do nothing to a terminal.
+
+    What is too long, such as the name of a file, is cut in the middle: the end says what to do.
+    """
+    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in " ".join(message.split()))
+    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 + 5 :]}"
 
 
 def discard_output() -> None:

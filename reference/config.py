@@ -11,6 +11,7 @@ from reference.errors import ConfigurationError
 
 __all__ = ["IGNORE", "ConfigurationError", "DataConfig", "GPTConfig", "TrainConfig", "as_plain"]
 
+DEEPEST = 10_000  # blocks; a model is built block by block, and no deeper one was ever trained
 IGNORE = -100  # a target with this value counts neither in the loss nor in its mean
 
 
@@ -69,6 +70,8 @@ class GPTConfig:
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}, but must be at least 1.")
+        if self.n_layer > DEEPEST:
+            raise ConfigurationError(f"n_layer is {self.n_layer}, but must be at most {DEEPEST:,}.")
         if self.n_kv_head is not None and self.n_kv_head < 1:
             raise ConfigurationError(f"n_kv_head is {self.n_kv_head}, but must be at least 1, or None for n_head.")
         if self.n_embd % self.n_head:
@@ -268,7 +271,37 @@ def check_types(config: Any) -> None:
     for entry in fields(config):
         value = getattr(config, entry.name)
         if not allows(entry.type, value):
-            raise ConfigurationError(f"{entry.name} is {value!r}, but must be {in_words(entry.type)}.")
+            raise ConfigurationError(f"{entry.name} is {shown(value)}, but must be {in_words(entry.type)}.")
+        if isinstance(value, int) and abs(value) > LARGEST and entry.name != "seed":
+            raise ConfigurationError(f"{entry.name} is {shown(value)}, but must lie between -2**40 and 2**40.")
+        if isinstance(value, str | Path | list) and "\0" in str(value).replace("\\x00", "\0"):
+            raise ConfigurationError(f"{entry.name} is {shown(value)}: a NUL character has no place in it.")
+        if isinstance(value, Mapping) and not all(isinstance(key, str) for key in value):
+            key = next(key for key in value if not isinstance(key, str))
+            raise ConfigurationError(f"{entry.name} has the key {shown(key)}, but its keys are names, such as lr.")
+
+
+LARGEST = 1 << 40  # of whole numbers: what nothing here reaches, and machine arithmetic holds
+
+
+def shown(value: Any) -> str:
+    """Return a value as messages show it: cut short if it is long."""
+    if isinstance(value, int) and abs(value) > 1 << 200:
+        return "a number of more than 60 digits"  # Python writes none of more than 4,300
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = type(value).__name__
+    return text if len(text) <= 80 else f"{text[:60]}..."
+
+
+def check_saved(config: Mapping[str, Any]) -> None:
+    """Raise ConfigurationError if the config.json of a checkpoint, which may be forged, has a value of a wrong type."""
+    kinds: dict[str, Any] = {"model": Mapping, "train": Mapping, "tokenizer": str | NoneType}
+    kinds |= {"sequences_per_update": int | NoneType, "end_of_document": int | NoneType, "format": int}
+    for key, kind in kinds.items():
+        if key in config and not isinstance(config[key], kind):
+            raise ConfigurationError(f"{key} is {shown(config[key])}, but must be {in_words(kind)}")
 
 
 def allows(annotation: Any, value: Any) -> bool:

@@ -28,16 +28,16 @@ import torch
 from torch import Tensor, nn
 
 from reference.checkpoint.weights import misfit, read_weights, write_weights
-from reference.config import GPTConfig
+from reference.config import GPTConfig, check_saved
 from reference.errors import CheckpointError, ConfigurationError, cause_of, first_line
-from reference.files import SUMS, digest, hidden, is_intact, new_folder, put_back, read_sums
+from reference.files import SUMS, digest, hidden, is_intact, new_folder, put_back, read_json, read_sums
 from reference.model.embedding import restore_embeddings, swap_embeddings
 from reference.model.gpt import GPT
+from reference.optimizers.state import misformed
 
 logger = logging.getLogger("reference")
 
 STEP = re.compile(r"step-(\d{8,})")
-STATE = {"update", "optimizer", "optimizer_class", "precision", "stable_embedding"}  # what state.pt holds
 WEIGHTS, PROGRESS, CONFIG = FILES = ("model.safetensors", "state.pt", "config.json")
 FORMAT = 1  # in config.json since there are checksums: a checkpoint that has it must have SHA256SUMS
 
@@ -83,7 +83,7 @@ def save(
     Args:
         folder: its name, from :func:`step_folder`. One that is there is replaced.
         weights: a module, or its state dict: whole, if it was sharded.
-        state: for ``state.pt``, with the keys in ``STATE``; tensors and plain values only.
+        state: for ``state.pt``, with the keys of ``optimizers.state.STATE``; tensors and plain values only.
         config: for ``config.json``: ``model``, ``train``, ``tokenizer``.
         files: further files, such as tokenizer.json, by name: the content, or where to copy it from.
 
@@ -301,8 +301,8 @@ def load_state(folder: Path) -> dict[str, Any]:
     except Exception as error:  # torch.load raises whatever the zip reader and the unpickler raise
         # Without torch's own words: they advise to switch the protection against hostile files off.
         raise damaged(path, "cannot be read (damaged, or more than tensors and values)") from error
-    if not isinstance(state, dict) or not STATE.issubset(state):
-        raise CheckpointError(f"{path} was not written by this trainer: it lacks some of {', '.join(sorted(STATE))}.")
+    if problem := misformed(state):
+        raise CheckpointError(f"{path} was not written by this trainer: {problem}.")
     return state
 
 
@@ -315,8 +315,9 @@ def load_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     verify(folder, CONFIG)
     try:
-        config: dict[str, Any] = {"tokenizer": None} | json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError) as error:
+        config = {"tokenizer": None, "train": {}} | read_json(path)
+        check_saved(config)
+    except (OSError, ValueError) as error:
         raise damaged(path, f"cannot be read ({first_line(error)})") from error
     return config
 
@@ -337,7 +338,7 @@ def load_for_inference(folder: str | Path) -> GPT:
     except (ConfigurationError, TypeError) as error:
         problem = first_line(error).rstrip(".")
         raise CheckpointError(f"{path / CONFIG} does not describe a model of this version: {problem}.") from error
-    if config["train"]["precision"] == "bf16-true":
+    if config["train"].get("precision") == "bf16-true":
         model.to(torch.bfloat16)
     saved = load_weights(path)
     if "embedding.norm.weight" in saved:  # state.pt says it too, but is twice as large as the weights

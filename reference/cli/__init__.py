@@ -4,6 +4,8 @@ commands.py     prepare, generate, evaluate, export, import: their options, and 
 train.py        the command train
 settings.py     its settings, from preset, files and command line
 presets.py      named runs
+boundary.py     what a mistake raises deep inside a library, as one sentence
+yamltext.py     YAML, in bounded time and memory
 options.py      options from dataclasses, with jsonargparse
 evaluation.py   the loss of a checkpoint over a split
 loggers.py      metrics on disk

@@ -1,5 +1,6 @@
 """What each command but ``train`` takes and does."""
 
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,9 +8,14 @@ from pathlib import Path
 from typing import Literal
 
 from reference.cli.options import read
+from reference.cli.presets import fine_tuning
+from reference.cli.settings import Settings
 from reference.cli.train import checkpoint_folder, logged
-from reference.config import DataConfig, TrainConfig
+from reference.config import DataConfig, GPTConfig, TrainConfig
 from reference.errors import ConfigurationError
+from reference.files import write_file
+
+logger = logging.getLogger("reference")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +26,8 @@ class PrepareOptions:
     """files, folders or patterns; none given: the sources of Python's standard library"""
     tokenizer: str = "bytes"
     """bytes, bpe:SIZE, or a tokenizer.json"""
+    end_of_document: str | None = None
+    """the token of a tokenizer.json that ends a document, such as <eos>; null: one of the usual names"""
     out: Path | None = None
     """data folder; with --text it must be given, without it is data/standard-library"""
     validation_share: float = 0.05
@@ -50,6 +58,7 @@ def prepare_command(words: Sequence[str]) -> int:
             options.out or Path(DataConfig().path),
             validation_share=options.validation_share,
             seed=options.seed,
+            end_of_document=options.end_of_document,
             overwrite=options.overwrite,
             progress=sys.stderr.isatty(),
         )
@@ -175,7 +184,7 @@ class ImportOptions:
     source: Path = field(metadata={"option": "from"})
     """folder with config.json"""
     out: Path
-    """gets step-00000000"""
+    """gets step-00000000, and config.yaml to fine-tune it with"""
     format: Literal["huggingface"] = "huggingface"
     """of the folder"""
 
@@ -184,11 +193,32 @@ def import_command(words: Sequence[str]) -> int:
     """Make a checkpoint from a folder of transformers; return the exit code."""
     examples = (
         "  python -m reference import --format huggingface --from path/to/gpt2 --out out/gpt2\n"
-        "  python -m reference generate --checkpoint out/gpt2 --prompt 'Hello'"
+        "  python -m reference generate --checkpoint out/gpt2 --prompt 'Hello'\n"
+        "  python -m reference train --config out/gpt2/config.yaml --data.path data/mine    fine-tune it"
     )
     options = read("import", ImportOptions, examples, words)
     from reference.interchange.huggingface import import_huggingface
 
     with logged():
-        print(f"Written: {import_huggingface(options.source, options.out)}")
+        folder = import_huggingface(options.source, options.out)
+        print(f"Written: {folder}")
+        write_settings(folder)
     return 0
+
+
+def write_settings(folder: Path) -> None:
+    """Write config.yaml beside an imported checkpoint, for a run that fine-tunes it; one that is there is kept."""
+    from reference.checkpoint import load_config
+
+    path, saved = folder.parent / "config.yaml", load_config(folder)
+    if path.exists():
+        logger.warning("import: %s is there already and stays as it is; it may describe another model", path)
+        return
+    data = f"data/{folder.parent.resolve().name}"
+    run = fine_tuning(GPTConfig(**saved["model"]), data)
+    shape = "gpt2-124m" if run.model.position == "learned" else "llama-1.2b"
+    settings = Settings(shape, run.model, run.train, run.data, str(folder.parent), resume="auto")
+    write_file(path, settings.yaml().encode())
+    tokenizer = {"bytes": "bytes", None: "TOKENIZER.json"}.get(saved["tokenizer"], folder)
+    again = f"python -m reference prepare --text YOUR-TEXT --tokenizer {tokenizer} --out {data}"
+    print(f"To fine-tune it: {again}, then python -m reference train --config {path}", file=sys.stderr)

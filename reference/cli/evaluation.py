@@ -59,6 +59,8 @@ def evaluate_checkpoint(
     """
     model = load_for_inference(folder)
     tokens = TokenData(data, split, block_size=model.config.block_size, microbatch_size=microbatch_size, seed=0)
+    # No more than there are, however many were asked for: batches of evaluation are filled up to their size.
+    tokens.microbatch_size = min(microbatch_size, tokens.sequences + 1)
     require_tokenizer(folder, tokens)
     require_vocabulary(model, tokens)
     fabric = launch(config or TrainConfig())

@@ -1,5 +1,6 @@
 """Options of a command from a dataclass: one for each field, with the docstring under the field as its help."""
 
+import contextlib
 import difflib
 import json
 from argparse import ArgumentError, RawDescriptionHelpFormatter
@@ -10,9 +11,11 @@ from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import docstring_parser
+import yaml  # type: ignore[import-untyped] # PyYAML has no types of its own
 from jsonargparse import ArgumentParser
 
-from reference.config import allows, check_types, in_words
+from reference.cli.yamltext import require_bounded
+from reference.config import allows, check_types, in_words, shown
 from reference.errors import ConfigurationError
 
 Options = TypeVar("Options")
@@ -128,13 +131,23 @@ def parse(parser: ArgumentParser, words: Sequence[str], known: Sequence[str]) ->
         ConfigurationError: if the words do not fit.
         SystemExit: after printing the help, if that was asked for.
     """
+    words = [with_underscores(word) for word in words]
     for name in [word.partition("=")[0] for word in words if word.startswith("--")]:
         if name not in ("--help", *known) and name.rpartition(".")[0] not in known:
-            raise ConfigurationError(f"there is no option {name!r}, {hint(name, known, parser.prog)}")
+            raise ConfigurationError(f"there is no option {shown(name)}, {hint(name, known, parser.prog)}")
+    for option, value in zip(["", *words], words):
+        with contextlib.suppress(yaml.YAMLError):  # text, which needs no quotes
+            require_bounded(value.partition("=")[2] if value.startswith("--") else value, option or value[:50])
     try:
-        return dict(parser.parse_args(list(words)).as_dict())
-    except ArgumentError as error:
+        return dict(parser.parse_args(words).as_dict())
+    except (ArgumentError, ValueError, TypeError) as error:  # the others: values that no argument can have
         raise ConfigurationError(f"{' '.join(str(error).split()).rstrip('.')}.") from error
+
+
+def with_underscores(word: str) -> str:
+    """Return a word of a command line with ``--like_this`` for ``--like-this``; values stay as they are."""
+    name, equals, value = word.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") and name != "--" else word
 
 
 def hint(name: str, accepted: Sequence[str], program: str = "python -m reference") -> str:

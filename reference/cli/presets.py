@@ -90,6 +90,28 @@ PRESETS = {
 }
 
 
+def fine_tuning(model: GPTConfig, folder: str) -> Preset:
+    """Return the run that goes on from imported weights, at rates that do not destroy what they know.
+
+    No warm-up, so that a run of any length works: at a hundredth of the rate of pretraining, a first step of AdamW
+    moves each weight by 2e-5 at most. ``keep_last`` is left out, which would remove the imported weights.
+
+    Args:
+        model: the imported shape.
+        folder: of the data.
+    """
+    train = TrainConfig(
+        updates=500,
+        optimizer_args=adamw(2e-5, weight_decay=0.01),
+        warmup=0,
+        clip=1.0,
+        evaluate_every=50,
+        evaluate_batches=20,
+        save_every=100,
+    )
+    return Preset("fine-tuning of imported weights", model, train, DataConfig(path=folder, microbatch_size=4))
+
+
 def find_preset(name: str) -> Preset:
     """Return the preset of that name.
 
@@ -97,6 +119,7 @@ def find_preset(name: str) -> Preset:
         ConfigurationError: if there is none.
     """
     if name not in PRESETS:
+        name = name[:50]
         nearest = sorted(difflib.get_close_matches(name, PRESETS, n=len(PRESETS)), key=list(PRESETS).index)
         hint = f"did you mean {' or '.join(nearest)}?" if nearest else f"choose one of {', '.join(PRESETS)}."
         raise ConfigurationError(f"there is no preset {name!r}: {hint}")

@@ -1,15 +1,18 @@
 """Settings of ``python -m reference train``: from a preset, files and the command line."""
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser, get_loader
+from jsonargparse import ArgumentParser
 
+from reference import files
 from reference.cli.options import add_options, build, hint, new_parser, parse
 from reference.cli.presets import PRESETS, find_preset
-from reference.config import DataConfig, GPTConfig, TrainConfig, as_plain
+from reference.cli.yamltext import LONGEST, load_yaml
+from reference.config import DataConfig, GPTConfig, TrainConfig, as_plain, shown
 from reference.errors import ConfigurationError
 
 GROUPS: dict[str, type] = {"model": GPTConfig, "train": TrainConfig, "data": DataConfig}
@@ -71,10 +74,10 @@ def read_settings(arguments: Sequence[str]) -> Settings:
         ConfigurationError: if something is unknown, of a wrong type or out of range. Names the nearest accepted one.
         SystemExit: after printing the help, if that was asked for.
     """
-    files, others = take(arguments, "--config")
-    contents = [read_file(Path(name)) for name in files]
+    paths, others = take(arguments, "--config")
+    contents = [read_file(Path(name)) for name in paths]
     for value in (removed := take(others, "--train.capture_step"))[0]:
-        TrainConfig(capture_step=get_loader("yaml")(value))
+        TrainConfig(capture_step=load_yaml(value, "--train.capture_step"))
     others = removed[1]
     for group in GROUPS:  # a group as a whole, by a file or as a mapping
         values, others = take(others, f"--{group}")
@@ -128,36 +131,32 @@ def read_file(path: Path) -> dict[str, Any]:
     Raises:
         ConfigurationError: if it is missing or not YAML, or has a key that is not a setting.
     """
+    return checked(load_file(path, f"the configuration file {path}"), f"the configuration file {path}")
+
+
+def load_file(path: Path, source: str) -> Any:
+    """Return what a YAML file holds.
+
+    Raises:
+        ConfigurationError: if it is missing, not a file, not UTF-8 or not YAML.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = files.read_file(path, LONGEST).decode()
     except OSError as error:
-        raise ConfigurationError(f"the configuration file {path} cannot be read: {error.strerror}.") from error
+        raise ConfigurationError(f"{source} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
-        raise ConfigurationError(f"the configuration file {path} is not UTF-8 text.") from error
-    return checked(load_yaml(text, f"the configuration file {path}"), f"the configuration file {path}")
+        raise ConfigurationError(f"{source} is not UTF-8 text.") from error
+    return load_yaml(text, source)
 
 
 def read_mapping(value: str, group: str) -> Any:
     """Return the settings of a group, from a YAML file or from the text of a mapping."""
-    if Path(value).is_file():
-        return load_yaml(Path(value).read_text(encoding="utf-8"), f"the file {value}")
+    there = False
+    with contextlib.suppress(OSError, ValueError):  # a mapping may be too long for a name
+        there = Path(value).exists()
+    if there:
+        return load_file(Path(value), f"the file {value}")
     return load_yaml(value, f"--{group}")
-
-
-def load_yaml(text: str, source: str) -> Any:
-    """Return what a YAML text holds, with 3e-4 as a number.
-
-    Raises:
-        ConfigurationError: if the text is not YAML.
-    """
-    import yaml
-
-    try:
-        return get_loader("yaml")(text)
-    except yaml.YAMLError as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigurationError(f"{source} is not valid YAML{where}: {problem or 'it cannot be read'}.") from error
 
 
 def checked(content: Any, source: str) -> dict[str, Any]:
@@ -173,12 +172,14 @@ def checked(content: Any, source: str) -> dict[str, Any]:
     for key, value in content.items():
         if key in GROUPS and not isinstance(value, dict):
             raise ConfigurationError(
-                f"{key} in {source} is {value!r}, but must be a mapping of settings; a single one is given as "
+                f"{key} in {source} is {shown(value)}, but must be a mapping of settings; a single one is given as "
                 f"--{key}.NAME VALUE."
             )
         if key == "train" and "capture_step" in value:  # of 0.1.0
             TrainConfig(capture_step=value.pop("capture_step"))
         for name in [str(key), *(f"{key}.{inner}" for inner in value)] if key in GROUPS else [str(key)]:
             if name not in names:
-                raise ConfigurationError(f"{source} has {name!r}, {hint(name, names, 'python -m reference train')}")
+                raise ConfigurationError(
+                    f"{source} has {shown(name)}, {hint(name, names, 'python -m reference train')}"
+                )
     return content

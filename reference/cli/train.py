@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 from reference.cli.presets import PRESETS
 from reference.cli.settings import Settings, read_settings
 from reference.config import DataConfig
-from reference.errors import CheckpointError, ConfigurationError
+from reference.errors import CheckpointError, ConfigurationError, ExplainedError
 from reference.files import write_file
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from reference.training.trainer import Callback, Record
 
 logger = logging.getLogger("reference")
+
+GENTLE = 2e-4  # a rate above it is not for fine-tuning
 
 
 @contextlib.contextmanager
@@ -52,17 +55,20 @@ def train(settings: Settings) -> int:
     from lightning.fabric.utilities import rank_zero_only
     from rich.console import Console
 
+    from reference.cli.boundary import explain
     from reference.cli.loggers import csv_metrics, tensorboard
     from reference.cli.progress import live_line, logging_to
     from reference.training.trainer import Trainer
 
     console = Console(stderr=True)
+    require_processors(settings)
     folder = checkpoint_to_resume(settings.resume, Path(settings.directory))
     first_rank = getattr(rank_zero_only, "rank", 0) == 0
     directory = Path(settings.directory)
     with contextlib.ExitStack() as stack:
         stack.enter_context(logging_to(console, first_rank))
         settings, training, validation = open_data(settings)
+        warn_of_rate(folder, settings)
         if first_rank:
             require_directory(directory)
         run = settings.train
@@ -79,6 +85,12 @@ def train(settings: Settings) -> int:
                 "--data.microbatch_size and double --train.microbatches (the updates are the same), "
                 "or set --train.activation_checkpointing true."
             ) from error
+        except (ExplainedError, OSError):
+            raise
+        except Exception as error:
+            if (told := explain(error, settings)) is None:
+                raise  # a fault of the program
+            raise told from error
     if first_rank:
         again = f"python -m reference train --config {directory / 'config.yaml'} --resume auto"
         if result.stopped is not None:
@@ -157,6 +169,30 @@ def open_data(settings: Settings) -> "tuple[Settings, TokenData, TokenData | Non
         logger.info("model: the vocabulary of the data, %d, instead of %d", training.vocab_size, model.vocab_size)
         settings = dataclasses.replace(settings, model=dataclasses.replace(model, vocab_size=training.vocab_size))
     return settings, training, validation
+
+
+def warn_of_rate(folder: Path | None, settings: Settings) -> None:
+    """Log a warning if a run goes on from imported weights at the rates of pretraining."""
+    from reference.checkpoint.folder import number
+
+    rate = settings.train.optimizer_args.get("lr")
+    if folder is not None and number(folder) == 0 and isinstance(rate, float) and rate > GENTLE:
+        logger.warning(
+            "a learning rate of %g is for pretraining, and may destroy what the weights of %s know: set "
+            "--train.optimizer_args.lr 2e-5, or give --config %s",
+            *(rate, folder, folder.parent / "config.yaml"),
+        )
+
+
+def require_processors(settings: Settings) -> None:
+    """Raise ConfigurationError if a run on the CPU asks for many more processes than there are processors."""
+    import torch
+
+    run, most = settings.train, 16 * (os.cpu_count() or 1)
+    if run.devices > most and (run.accelerator == "cpu" or not torch.accelerator.is_available()):
+        raise ConfigurationError(
+            f"devices is {run.devices}, but this machine has {os.cpu_count()} processors: choose at most {most}."
+        )
 
 
 def require_directory(directory: Path) -> None:

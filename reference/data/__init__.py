@@ -3,6 +3,7 @@
 documents.py   text files, found, examined and divided into training and validation
 tokenizer.py   text to token ids and back: bytes, or a tokenizer.json
 prepare.py     the two together: write a data folder
+readback.py    what a tokenizer loses, by decoding a sample again
 tokenfile.py   token files on the disk, checked when they are opened
 tokens.py      sequences from token files, in another order every epoch
 

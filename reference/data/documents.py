@@ -7,6 +7,8 @@ adding files moves none. Exact copies of a file are left out: no text is in both
 import codecs
 import glob
 import hashlib
+import os
+import re
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -56,16 +58,17 @@ def find_files(text: Sequence[str], out: Path) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for entry in text:
-        matched = [entry] if entry and Path(entry).exists() else sorted(glob.glob(entry, recursive=True))
+        pattern = re.sub(r"(\*\*/)+", "**/", entry)  # the same files, without walking each folder many times
+        matched = [entry] if entry and Path(entry).exists() else sorted(glob.glob(pattern, recursive=True))
         if not matched:
             raise DataError(f"there is no text at {entry or repr(entry)}: give a file, a folder or a quoted pattern.")
         for path in map(Path, matched):
             found |= dict.fromkeys(files_below(path) if path.is_dir() else [path])
     own = {
-        (out / name).resolve()
+        os.path.realpath(out / name)  # unlike resolve(), not an error for a circle of links
         for name in (FILE, SUMS, *(f"{split}.{kind}" for split in SPLITS for kind in ("bin", "json")))
     }
-    return [path for path in found if path.resolve() not in own]
+    return [path for path in found if os.path.realpath(path) not in own]
 
 
 def files_below(folder: Path) -> list[Path]:
@@ -98,6 +101,8 @@ def standard_library() -> list[Path]:
 def examine(paths: list[Path], seed: int, shown: "Progress") -> tuple[list[Document], list[tuple[Path, str]]]:
     """Read every file once; return the documents, sorted by digest, and the files left out, with the reason.
 
+    A byte order mark is not text: a file with one is a copy of the same file without.
+
     Raises:
         DataError: if nothing is left.
     """
@@ -107,9 +112,13 @@ def examine(paths: list[Path], seed: int, shown: "Progress") -> tuple[list[Docum
     for path in shown.track(paths, task_id=task):
         digest = hashlib.blake2b(digest_size=16, key=hashlib.blake2b(str(seed).encode(), digest_size=16).digest())
         decoder = codecs.getincrementaldecoder("utf-8")()
-        size = 0
+        size = start = 0
         try:
+            if not path.is_file():
+                raise ValueError("not a file")
             with open(path, "rb") as file:
+                start = len(codecs.BOM_UTF8) * (file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8)
+                file.seek(start)
                 while chunk := file.read(CHUNK):
                     decoder.decode(chunk)
                     if b"\0" in chunk:
@@ -130,7 +139,7 @@ def examine(paths: list[Path], seed: int, shown: "Progress") -> tuple[list[Docum
             elif key in documents:
                 skipped.append((path, "copy of another"))
             else:
-                documents[key] = Document(path, key, 0, size)
+                documents[key] = Document(path, key, start, start + size)
     if not documents:
         reasons = Counter(reason for _, reason in skipped).most_common(3)
         told = ", ".join(f"{number} {reason}" for reason, number in reasons) or "there is none"
@@ -154,10 +163,10 @@ def divide(documents: list[Document], share: float) -> tuple[list[Document], lis
     before = 0
     for index, document in enumerate(documents):
         if before + document.size > total * (1.0 - share):
-            cut = place_to_cut(document, int(total * (1.0 - share)) - before)
-            head = Document(document.path, document.digest, 0, cut, ends=False)
+            cut = place_to_cut(document, document.start + int(total * (1.0 - share)) - before)
+            head = Document(document.path, document.digest, document.start, cut, ends=False)
             tail = Document(document.path, document.digest, cut, document.stop)
-            train = documents[:index] + ([head] if cut else [])
+            train = documents[:index] + ([head] if head.size else [])
             if not train:
                 break
             return train, [tail, *documents[index + 1 :]], "by position"
@@ -167,7 +176,8 @@ def divide(documents: list[Document], share: float) -> tuple[list[Document], lis
 
 def place_to_cut(document: Document, wanted: int) -> int:
     """Return a byte at which to cut, at most ``wanted``: after a line end not far before it, or between characters."""
-    start = max(0, min(wanted // 2, wanted - 4), wanted - CHUNK)  # a character has up to 4 bytes
+    # A character has up to 4 bytes.
+    start = max(document.start, min((document.start + wanted) // 2, wanted - 4), wanted - CHUNK)
     try:
         with open(document.path, "rb") as file:
             file.seek(start)
@@ -189,7 +199,7 @@ def total_size(documents: Iterable[Document]) -> int:
 
 
 def read(document: Document) -> Iterator[str]:
-    """Yield the document's text, in chunks. Line ends and a byte order mark stay as they are.
+    """Yield the document's text, in chunks. Line ends stay as they are; :func:`examine` left out a byte order mark.
 
     Raises:
         DataError: if the file has changed since it was examined.

@@ -6,9 +6,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy.typing as npt
 
 from reference.data.documents import SPLITS, Document, divide, examine, find_files, read, standard_library, total_size
+from reference.data.readback import Readback
 from reference.data.tokenfile import TokenWriter, open_sidecar, publish
 from reference.data.tokenizer import (
     FILE,
@@ -20,7 +23,7 @@ from reference.data.tokenizer import (
     stated_tokenizer,
     train_tokenizer,
 )
-from reference.errors import ConfigurationError
+from reference.errors import ConfigurationError, DataError
 from reference.files import write_file
 
 if TYPE_CHECKING:
@@ -54,6 +57,8 @@ class Prepared:
     """How the splits were told apart: ``by file`` or ``by position``."""
     skipped: tuple[tuple[Path, str], ...]
     """Files that were left out, each with the reason."""
+    readback: dict[str, Readback]
+    """What came back when a sample of each split was decoded again."""
 
     def describe(self) -> str:
         """Return some lines: what was written, and what was left out."""
@@ -62,7 +67,9 @@ class Prepared:
             f"{self.tokenizer}, vocabulary {self.vocab_size:,}"
         ]
         lines += [
-            f"{split}: {self.tokens[split]:,} tokens, {self.documents[split]:,} ends of documents" for split in SPLITS
+            f"{split}: {self.tokens[split]:,} tokens, {self.documents[split]:,} ends of documents; "
+            f"decoded again: {self.readback[split].describe()}"
+            for split in SPLITS
         ]
         reasons = Counter(reason for _, reason in self.skipped)
         for reason, number in reasons.most_common():
@@ -78,6 +85,7 @@ def prepare(
     *,
     validation_share: float = 0.05,
     seed: int = 1337,
+    end_of_document: str | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> Prepared:
@@ -85,7 +93,9 @@ def prepare(
 
     Files that are not UTF-8, hold NUL bytes, are empty, hidden or copies of others are left out, and the result says
     so. The split is by file. Where that cannot come near the share asked for (few files, or one that outweighs the
-    rest), it is by position in the whole text: the end of it is for validation, and one document may be cut.
+    rest), it is by position in the whole text: the end of it is for validation, and one document may be cut. A byte
+    order mark is dropped. Text that reads like the end of a document is kept as the characters that it consists of. A
+    sample of what is written is decoded again, and what was lost is told.
 
     Args:
         text: files, folders (all files below that are not hidden) and glob patterns. None given: the sources of
@@ -94,6 +104,7 @@ def prepare(
         out: data folder. Made if it is not there; nothing in it changes before all is written.
         validation_share: part of the text that is kept for validation.
         seed: chooses which.
+        end_of_document: the token of a tokenizer.json that ends a document. None: one of the usual names.
         overwrite: also replace data of another tokenizer.
         progress: draw bars on standard error.
 
@@ -105,7 +116,8 @@ def prepare(
         raise ConfigurationError(f"validation_share is {validation_share}, but must lie between 0 and 1.")
     if out.exists() and not out.is_dir():
         raise ConfigurationError(f"{out} is a file: give a folder to write the token files to.")
-    given = None if tokenizer.startswith("bpe:") else load_tokenizer(tokenizer)
+    trained = tokenizer.startswith("bpe:") and end_of_document is None  # load_tokenizer refuses both together
+    given = None if trained else load_tokenizer(tokenizer, end_of_document)
     size = 0 if given is not None else bpe_size(tokenizer)
     if given is not None:
         check_folder(out, given, overwrite)  # before the work rather than after it
@@ -119,7 +131,7 @@ def prepare(
             logger.info("tokenizer: the text has pairs for %d ids only, not for %d", chosen.vocab_size, size)
         check_folder(out, chosen, overwrite)
         with contextlib.ExitStack() as stack:
-            writers = []
+            writers, read_back = [], {}
             for split, part in zip(SPLITS, (train, validation), strict=True):
                 writer = TokenWriter(
                     out,
@@ -129,11 +141,14 @@ def prepare(
                     end_of_document=chosen.end_of_document,
                 )
                 writers.append(stack.enter_context(writer))
-                write(writer, part, chosen, shown)
+                read_back[split] = Readback(chosen)
+                write(writer, part, chosen, shown, read_back[split])
             if isinstance(chosen, FileTokenizer):
                 with writers[0].told():
                     write_file(out / FILE, chosen.content)
             publish(writers[::-1])  # the training split last: where it opens, all is there
+    for split, found in read_back.items():
+        found.warn(split)
     return Prepared(
         folder=out,
         tokenizer=chosen.name,
@@ -144,6 +159,7 @@ def prepare(
         documents={writer.split: writer.documents for writer in writers},
         divided=divided,
         skipped=tuple(skipped),
+        readback=read_back,
     )
 
 
@@ -180,7 +196,7 @@ def bpe_size(spec: str) -> int:
         ConfigurationError: if there is none, or too small a one.
     """
     size = spec.removeprefix("bpe:")
-    if not (size.isascii() and size.isdecimal()):
+    if not (size.isascii() and size.isdecimal() and len(size) < 10):
         raise ConfigurationError(f"tokenizer {spec!r} has no size: write bpe:SIZE, for example bpe:4096.")
     check_size(int(size))
     return int(size)
@@ -246,24 +262,31 @@ def harmless_cut(text: str, tokenizer: Tokenizer) -> int:
     return 0
 
 
-def write(writer: TokenWriter, documents: list[Document], tokenizer: Tokenizer, shown: "Progress") -> None:
+def write(
+    writer: TokenWriter, documents: list[Document], tokenizer: Tokenizer, shown: "Progress", read_back: Readback
+) -> None:
     """Encode documents and append them, some at a time: the tokenizers library encodes several in parallel."""
     task = shown.add_task(f"encoding, {writer.split}", total=total_size(documents))
     texts: list[str] = []
+    paths: list[Path] = []
     ends: list[bool] = []
 
     def append() -> None:
-        for ids, end in zip(tokenizer.encode_batch(texts), ends, strict=True):
+        for text, path, ids, end in zip(texts, paths, encoded(tokenizer, texts, paths), ends, strict=True):
             writer.write(ids)
+            read_back.count(ids)
+            read_back.compare(text, ids, path)
             if end:
                 writer.end_document()
         texts.clear()
+        paths.clear()
         ends.clear()
 
     characters = done = 0
     for document in documents:
         for piece, last in pieces(read(document), tokenizer):
             texts.append(piece)
+            paths.append(document.path)
             ends.append(last and document.ends)
             characters += len(piece)
             if characters > BATCH:
@@ -273,6 +296,19 @@ def write(writer: TokenWriter, documents: list[Document], tokenizer: Tokenizer, 
         done += document.size
         shown.update(task, completed=done)
     append()
+
+
+def encoded(tokenizer: Tokenizer, texts: list[str], paths: list[Path]) -> list[npt.NDArray[Any]]:
+    """Return the ids of several texts; raise DataError, with the name of the file, if one has none."""
+    try:
+        return tokenizer.encode_batch(texts)
+    except ConfigurationError:
+        for text, path in zip(texts, paths, strict=True):
+            try:
+                tokenizer.encode(text)
+            except ConfigurationError as error:
+                raise DataError(f"{path} cannot be encoded: {error}") from error
+        raise
 
 
 def bars(progress: bool) -> "Progress":

@@ -22,8 +22,9 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 import numpy.typing as npt
 
-from reference.errors import DataError
-from reference.files import SUMS, flush, format_sums, partial_file, read_sums, write_file
+from reference.config import check_types
+from reference.errors import ConfigurationError, DataError
+from reference.files import SUMS, flush, format_sums, partial_file, read_file, read_json, read_sums, write_file
 
 FORMAT = "reference tokens 2"
 FIRST_FORMAT = "reference tokens 1"  # of 0.1.0: BLAKE2b of 128 bits for SHA-256, no SHA256SUMS
@@ -271,8 +272,7 @@ def open_sidecar(folder: Path, split: str) -> Sidecar:
             f"write one with `python -m reference prepare --out {folder}`."
         )
     try:
-        content = path.read_bytes()
-        plain = json.loads(content)
+        content, plain = read_file(path), read_json(path)
         written = plain["format"]
         if written == FIRST_FORMAT:
             stated, seen = plain.pop("sidecar_checksum"), hash_of([json.dumps(plain).encode()], written)
@@ -287,6 +287,8 @@ def open_sidecar(folder: Path, split: str) -> Sidecar:
     if stated != seen or set(plain) != {entry.name for entry in fields(Sidecar)}:
         raise DataError(f"{path} was changed since it was written, or is damaged: {again}.")
     sidecar = Sidecar(**plain)
+    if not is_possible(sidecar):
+        raise DataError(f"{path} describes no token file that can be ({SIDECAR_RULE}): {again}.")
     try:
         size = tokens.stat().st_size
         if size != sidecar.size:
@@ -298,11 +300,25 @@ def open_sidecar(folder: Path, split: str) -> Sidecar:
             raise DataError(f"{tokens} is not the file that {path.name} describes (its content differs): {again}.")
         if sidecar.tokenizer_checksum is not None:
             tokenizer = folder / sidecar.tokenizer
-            if sidecar.hash_of([tokenizer.read_bytes()]) != sidecar.tokenizer_checksum:
+            if sidecar.hash_of([read_file(tokenizer)]) != sidecar.tokenizer_checksum:
                 raise DataError(f"{tokenizer} is not the tokenizer that {tokens.name} was written with: {again}.")
     except OSError as error:
         raise DataError(f"{error.filename} cannot be read ({error.strerror}), but {path} needs it: {again}.") from error
     return sidecar
+
+
+SIDECAR_RULE = "types, numbers or names are out of range"
+
+
+def is_possible(sidecar: Sidecar) -> bool:
+    """Return whether a description, which may be forged, can be one of a token file."""
+    try:
+        check_types(sidecar)
+    except ConfigurationError:
+        return False
+    vocabulary = 0 <= sidecar.end_of_document < sidecar.vocab_size <= 1 << 32
+    named = sidecar.tokenizer_checksum is None or sidecar.tokenizer == "tokenizer.json"  # not a path elsewhere
+    return vocabulary and named and sidecar.dtype in ("uint16", "uint32") and sidecar.tokens > 0 <= sidecar.documents
 
 
 def sampled_checksum(path: Path, written: str) -> str:

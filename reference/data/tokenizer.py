@@ -4,6 +4,7 @@ Text is data, never a command: the end of a document is an id that no text encod
 """
 
 import codecs
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from reference.errors import ConfigurationError
+from reference.files import read_file, read_json
 
 END_OF_DOCUMENT = ("<|endoftext|>", "</s>", "<|end_of_text|>")  # GPT-2 and NeoX; Llama 1 and 2, T5; Llama 3
 FILE = "tokenizer.json"
@@ -27,6 +29,8 @@ class Tokenizer(Protocol):
     """Every id is below it."""
     end_of_document: int
     """The id that follows each document; no text encodes to it."""
+    unknown: int | None
+    """The id of what the vocabulary lacks; None if it lacks nothing, or has no such id."""
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, with nothing added before or after.
@@ -55,6 +59,7 @@ class ByteTokenizer:
     name = "bytes"
     vocab_size = 257
     end_of_document = 256
+    unknown: int | None = None
 
     def encode(self, text: str) -> list[int]:
         return list(utf8(text))
@@ -83,6 +88,7 @@ class FileTokenizer:
     Args:
         content: of the file. It is kept, so that a copy of it is the same to the byte.
         source: what messages call it.
+        end: the token, or its id, that ends a document. None: the first of ``END_OF_DOCUMENT`` that the file has.
 
     Raises:
         ConfigurationError: if it is not a tokenizer.json, or has no token for the end of a document.
@@ -90,7 +96,7 @@ class FileTokenizer:
 
     name = FILE
 
-    def __init__(self, content: bytes, source: str) -> None:
+    def __init__(self, content: bytes, source: str, end: str | int | None = None) -> None:
         import tokenizers
 
         self.content = content
@@ -109,24 +115,52 @@ class FileTokenizer:
         vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
         # Not the number of tokens: some files leave gaps between their ids.
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
-        found = [vocabulary[token] for token in END_OF_DOCUMENT if token in vocabulary]
+        names = END_OF_DOCUMENT if end is None else (str(end),)
+        if isinstance(end, int) and (token := self.tokenizer.id_to_token(end)) is not None:
+            names = (token,)
+        found = [vocabulary[token] for token in names if token in vocabulary]
         if not found:
             raise ConfigurationError(
-                f"{source} has no token for the end of a document (looked for {', '.join(END_OF_DOCUMENT)}): "
-                "add one to it as a special token."
+                f"{source} has no token for the end of a document (looked for {', '.join(names)}): name the "
+                "one it has with --end-of-document TOKEN, such as <eos> or <|im_end|>, or add one as a special token."
             )
         self.end_of_document = found[0]
+        self.unknown = unknown_id(self.tokenizer, content)
 
     def encode(self, text: str) -> list[int]:
         utf8(text)
-        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        if self.end_of_document in encoding.ids:
+            return [token for part in self.cut_ends(text, encoding) for token in self.encode(part)]
+        return list(encoding.ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
         for text in texts:
             utf8(text)
         # Fast: without the places of the tokens in the text, which take as long again.
         encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, np.int64) for encoding in encodings]
+        found = [np.array(encoding.ids, np.int64) for encoding in encodings]
+        # Some files find the end even so: as a word of the vocabulary, or as a token that is not marked as special.
+        return [
+            np.array(self.encode(text), np.int64) if (ids == self.end_of_document).any() else ids
+            for text, ids in zip(texts, found, strict=True)
+        ]
+
+    def cut_ends(self, text: str, encoding: Any) -> list[str]:
+        """Return a text in parts, cut within each place where the end of a document was found.
+
+        Raises:
+            ConfigurationError: if it is found in a single character, which cannot be cut.
+        """
+        ends = [place for token, place in zip(encoding.ids, encoding.offsets) if token == self.end_of_document]
+        if any(stop - start < 2 for start, stop in ends):
+            token = self.tokenizer.id_to_token(self.end_of_document)
+            raise ConfigurationError(
+                f"the text holds {text[slice(*ends[0])]!r}, which this tokenizer encodes as {token!r}, the end of a "
+                "document: name another token with --end-of-document."
+            )
+        cuts = [0, *(start + 1 for start, _ in ends), len(text)]
+        return [text[start:stop] for start, stop in itertools.pairwise(cuts)]
 
     def decode(self, ids: Sequence[int]) -> str:
         for token in ids:
@@ -149,6 +183,13 @@ class FileTokenizer:
             given = self.decode(held)
         if rest := self.decode(held)[len(given) :]:
             yield rest
+
+
+def unknown_id(tokenizer: Any, content: bytes) -> int | None:
+    """Return the id by which a tokenizer of the ``tokenizers`` library encodes what its vocabulary lacks, if it has."""
+    model = json.loads(content)["model"]
+    found = model.get("unk_id") if model.get("type") == "Unigram" else model.get("unk_token")
+    return tokenizer.token_to_id(found) if isinstance(found, str) else found
 
 
 def train_tokenizer(texts: Iterable[str], size: int) -> FileTokenizer:
@@ -187,16 +228,21 @@ def check_size(size: int) -> None:
         )
 
 
-def load_tokenizer(source: str | Path) -> Tokenizer:
+def load_tokenizer(source: str | Path, end: str | None = None) -> Tokenizer:
     """Return the tokenizer of this name or place.
 
     Args:
         source: ``bytes``; a tokenizer.json; or a folder: of data, a checkpoint, or any other that holds a
             tokenizer.json. Where a folder states its tokenizer (config.json, train.json), that is taken.
+        end: the token that ends a document, for a tokenizer.json. None: what the folder states, or a usual one.
 
     Raises:
         ConfigurationError: if there is none.
     """
+    if end is not None and (str(source) == ByteTokenizer.name or str(source).startswith("bpe:")):
+        raise ConfigurationError(
+            f"--end-of-document names a token of a tokenizer.json, but {source} has an end of its own: leave it out."
+        )
     if str(source) == ByteTokenizer.name:
         return ByteTokenizer()
     if str(source).startswith("bpe:"):
@@ -204,13 +250,14 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
             f"{source} is a tokenizer yet to be trained: `python -m reference prepare --tokenizer {source}` trains one "
             "and writes its tokenizer.json, which is what to give here."
         )
-    path = Path(source)
+    path, ending = Path(source), None
     if path.is_dir():
         if stated_tokenizer(path) == ByteTokenizer.name:
             return ByteTokenizer()
+        ending = stated(path, "end_of_document")
         path = path / FILE
     try:
-        return FileTokenizer(path.read_bytes(), str(path))
+        return FileTokenizer(read_file(path), str(path), end or (ending if isinstance(ending, int) else None))
     except OSError as error:
         raise ConfigurationError(
             f"there is no tokenizer at {source} ({path}: {error.strerror}): give 'bytes', a tokenizer.json, or a "
@@ -220,13 +267,19 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
 
 def stated_tokenizer(folder: Path) -> str | None:
     """Return what the files of a checkpoint or data folder say their tokenizer is, if they do."""
+    found = stated(folder, "tokenizer")
+    return None if found is None else str(found)
+
+
+def stated(folder: Path, key: str) -> Any:
+    """Return what the first of the files of a checkpoint or data folder that says something of a key says; or None."""
     for name in ("config.json", "train.json", "validation.json"):
         try:
-            stated = json.loads((folder / name).read_text(encoding="utf-8")).get("tokenizer")
-        except (OSError, ValueError, AttributeError):
+            found = read_json(folder / name).get(key)
+        except (OSError, ValueError):
             continue  # absent, or a foreign file of that name
-        if stated is not None:
-            return str(stated)
+        if found is not None:
+            return found
     return None
 
 

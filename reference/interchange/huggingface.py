@@ -11,6 +11,7 @@ hold no code; pickled weights (pytorch_model.bin) are refused.
 
 import json
 import logging
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,7 +22,7 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor
 
-from reference import checkpoint
+from reference import checkpoint, files
 from reference.config import GPTConfig, TrainConfig, allows, as_plain, in_words
 from reference.data.tokenizer import FILE, ByteTokenizer, FileTokenizer, load_tokenizer
 from reference.errors import CheckpointError, ConfigurationError, first_line
@@ -84,7 +85,7 @@ def export_huggingface(folder: str | Path, out: str | Path) -> Path:
     )
     tensors = their_tensors(layout, model)
     try:
-        with new_folder(out.resolve()) as add:  # "." has no name
+        with new_folder(Path(os.path.realpath(out))) as add:  # "." has no name
             add(WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
             for name, content in texts.items():
                 add(name, partial(Path.write_bytes, data=content))
@@ -191,18 +192,36 @@ def import_huggingface(folder: str | Path, out: str | Path) -> Path:
         raise CheckpointError(f"{target} is there already: give another directory.")
     layout, config = our_config(folder / CONFIG)
     tensors = our_tensors(folder, layout, config)
-    files, tokenizer = {}, None
+    more, tokenizer, end = {}, None, None
     if (path := folder / FILE).is_file():
-        content, tokenizer = FileTokenizer(path.read_bytes(), str(path)).content, FILE
+        content, tokenizer = files.read_file(path), FILE
         if content == byte_tokenizer():  # of one of our exports: data of plain bytes has its ids
             tokenizer = ByteTokenizer.name
         else:
-            files[FILE] = content
+            more[FILE] = content
+            end = end_token(folder, content)
     state: dict[str, Any] = {"update": 0, "optimizer": None, "optimizer_class": None, "precision": {}}
     state["stable_embedding"] = False
-    plain = {"model": as_plain(config), "train": as_plain(TrainConfig()), "tokenizer": tokenizer}
-    checkpoint.save(target, tensors, state, plain, files)
+    plain: dict[str, Any] = {"model": as_plain(config), "train": as_plain(TrainConfig()), "tokenizer": tokenizer}
+    plain |= {} if end is None else {"end_of_document": end}
+    checkpoint.save(target, tensors, state, plain, more)
     return target
+
+
+def end_token(folder: Path, content: bytes) -> int:
+    """Return the id that ends a document: of a usual name, or else what config.json calls ``eos_token_id``.
+
+    Raises:
+        ConfigurationError: if it is not a tokenizer.json, or has neither.
+    """
+    said = read_json(folder / CONFIG).get("eos_token_id")
+    first = said[0] if isinstance(said, list) and said else said
+    try:
+        return FileTokenizer(content, str(folder / FILE)).end_of_document
+    except ConfigurationError:
+        if not isinstance(first, int):
+            raise
+        return FileTokenizer(content, str(folder / FILE), first).end_of_document
 
 
 def our_config(path: Path) -> tuple[Layout, GPTConfig]:
@@ -345,9 +364,6 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: if it is missing, damaged or holds something else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return files.read_json(path)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({first_line(error)}).") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, but holds {type(content).__name__}.")
-    return content

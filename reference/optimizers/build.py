@@ -1,7 +1,6 @@
 """From a class path to an optimizer: find the class, check its keywords, add ``fused`` where it works."""
 
 import difflib
-import importlib
 import inspect
 import logging
 from collections.abc import Mapping
@@ -12,7 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from reference.config import TrainConfig
-from reference.errors import ConfigurationError
+from reference.errors import ConfigurationError, first_line
+from reference.optimizers.classes import find_class
 from reference.optimizers.decay import decay_groups
 from reference.optimizers.override import own_override_manager, stable_embeddings
 
@@ -78,6 +78,11 @@ def create_optimizer(
             f"{config.optimizer} computes the loss several times per step, through a closure that the Trainer does not "
             "have: choose another optimizer."
         )
+    if callable(getattr(optimizer_class, "train", None)) and callable(getattr(optimizer_class, "eval", None)):
+        raise ConfigurationError(
+            f"{config.optimizer} has a train() and an eval() mode of its own, as schedule-free optimizers do, which "
+            "the Trainer does not switch: choose another optimizer."
+        )
     narrow = any(parameter.dtype in NARROW for parameter in parameters)
     added = added_keywords(optimizer_class, config, device, narrow)
     keywords = added | dict(arguments)  # what the user said wins
@@ -88,8 +93,9 @@ def create_optimizer(
     optimizer: Optimizer
     try:
         optimizer = optimizer_class(groups, **keywords)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigurationError(f"{config.optimizer} refused its arguments {keywords}: {error}") from error
+    except Exception as error:  # a constructor may raise anything
+        said = first_line(error)[:150].rstrip(".")
+        raise ConfigurationError(f"{config.optimizer} refused its arguments {keywords}: {said}.") from error
     if any("lr" not in group for group in optimizer.param_groups):
         raise ConfigurationError(
             f"{config.optimizer} keeps no lr in its parameter groups, but the schedule must set it there: "
@@ -100,33 +106,6 @@ def create_optimizer(
         # It would divide by the scale itself, and Fabric then refuses to clip.
         optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined] # torch's own flag
     return optimizer
-
-
-def find_class(class_path: str) -> type[Optimizer]:
-    """Import the optimizer class and return it.
-
-    Raises:
-        ConfigurationError: if there is no optimizer at that path.
-    """
-    module_name, _, name = class_path.rpartition(".")
-    if not module_name:
-        raise ConfigurationError(
-            f"{class_path!r} is not a class path: give module and class, for example 'torch.optim.{class_path}'."
-        )
-    try:
-        module = importlib.import_module(module_name)
-    except (ImportError, TypeError, ValueError) as error:  # the last two from a path like "..AdamW"
-        raise ConfigurationError(
-            f"the optimizer {class_path!r} cannot be imported ({error}): install its package or correct the path."
-        ) from error
-    found = getattr(module, name, None)
-    if found is None:
-        nearest = difflib.get_close_matches(name, dir(module), n=1)
-        hint = f"; did you mean {module_name}.{nearest[0]}?" if nearest else "."
-        raise ConfigurationError(f"{module_name} has no {name!r}{hint}")
-    if not (inspect.isclass(found) and issubclass(found, Optimizer)):
-        raise ConfigurationError(f"{class_path} is not a torch.optim.Optimizer, but {found!r}.")
-    return found
 
 
 def accepts(optimizer_class: type[Optimizer], keyword: str) -> bool:

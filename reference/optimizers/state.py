@@ -2,12 +2,34 @@
 
 import logging
 from collections.abc import Mapping
+from types import NoneType, UnionType
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+from reference.errors import first_line
+
 logger = logging.getLogger("reference")
+
+
+STATE: dict[str, type | UnionType] = {  # what state.pt holds
+    "update": int,
+    "optimizer": dict | NoneType,
+    "optimizer_class": str | NoneType,
+    "precision": dict,
+    "stable_embedding": bool,
+}
+
+
+def misformed(state: Any) -> str:
+    """Return what is wrong with the form of a state.pt, which may be forged; empty if nothing is."""
+    if not isinstance(state, dict) or not STATE.keys() <= state.keys():
+        return f"it lacks some of {', '.join(sorted(STATE))}"
+    wrong = [key for key, kind in STATE.items() if not isinstance(state[key], kind)]
+    if isinstance(state["update"], bool) or wrong or not 0 <= state["update"] < 1 << 40:
+        return f"its {(wrong or ['update'])[0]} is {type(state[(wrong or ['update'])[0]]).__name__}, or out of range"
+    return ""
 
 
 def optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
@@ -41,7 +63,10 @@ def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
     require_fitting(optimizer, state)
     state = computed_as_by(optimizer, state)
     misplaced = state.get("state_in_groups", [])
-    optimizer.load_state_dict({key: value for key, value in state.items() if key != "state_in_groups"})
+    try:
+        optimizer.load_state_dict({key: value for key, value in state.items() if key != "state_in_groups"})
+    except (LookupError, TypeError, AttributeError, RuntimeError) as error:  # of state that was forged
+        raise ValueError(first_line(error)[:150]) from error
     keep_own_dtypes(optimizer, state["state"])
     for group, by_position in zip(optimizer.param_groups, misplaced, strict=False):
         for key, entries in by_position.items():
@@ -74,6 +99,7 @@ def require_fitting(optimizer: Optimizer, state: dict[str, Any]) -> None:
     Kernels do not look: they write beyond the end of a moment that has a row too few. An optimizer of torch.optim keeps
     scalars and tensors like the parameter; other libraries also keep tables of their own, in one dimension.
     """
+    require_form(optimizer, state)
     of_torch = type(optimizer).__module__.startswith("torch.")
     for index, parameter in enumerate(all_parameters(optimizer)):
         for key, value in tensors_of(state["state"].get(index, {})):
@@ -84,6 +110,32 @@ def require_fitting(optimizer: Optimizer, state: dict[str, Any]) -> None:
                 raise ValueError(f"{key} of tensor {index} {shapes}")
             if of_torch and not (value.is_floating_point() or value.is_complex()):
                 raise ValueError(f"{key} of tensor {index} holds {value.dtype}, but must hold floating numbers")
+
+
+def require_form(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Raise ValueError if a saved state, which may be forged, has not the form that ``load_state_dict`` expects."""
+    entries, groups = state.get("state"), state.get("param_groups")
+    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+        raise ValueError("it has no state by the number of each tensor")
+    if not isinstance(groups, list) or not all(isinstance(group, dict) and "params" in group for group in groups):
+        raise ValueError("it has no list of groups")
+    for own, group in zip(optimizer.param_groups, groups, strict=False):
+        if not isinstance(group["params"], list) or not all(isinstance(number, int) for number in group["params"]):
+            raise ValueError("the tensors of its groups are not numbers")
+        for key, value in group.items():
+            if key != "params" and not is_like(value, own.get(key)):
+                raise ValueError(f"{key} is {type(value).__name__}, but must be like {own[key]!r}")
+
+
+def is_like(value: Any, own: Any) -> bool:
+    """Return whether a setting of a saved group can take the place of an optimizer's own."""
+    if own is None or value is None or isinstance(own, bool):
+        return own is None or value is None or isinstance(value, bool)
+    if isinstance(own, tuple | list):
+        same = isinstance(value, tuple | list) and len(value) == len(own)
+        return same and all(map(is_like, value, own))
+    number = (int, float, Tensor)
+    return isinstance(value, number) if isinstance(own, number) else isinstance(value, type(own))
 
 
 def keep_own_dtypes(optimizer: Optimizer, saved: dict[int, dict[str, Any]]) -> None:

@@ -88,8 +88,8 @@ def is_tokens(value: Any) -> TypeGuard[Tensor]:
 def within_vocabulary(batches: Iterable[Batch], module: nn.Module) -> Iterator[Batch]:
     """Yield the batches, each checked for token ids that a GPT has no row for, unless it lies on a GPU already.
 
-    There an id too large ends in an assertion of the device, which names neither the id nor the batch. The vocabulary
-    of other modules is not known.
+    There an id too large ends in an assertion of the device: looking before would wait for it, and a look that does not
+    wait comes after the assertion. TokenData checks its own ids. The vocabulary of other modules is not known.
 
     Raises:
         TrainingError: for ids or targets beyond the vocabulary; the target -100 is allowed.

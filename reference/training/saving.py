@@ -53,6 +53,7 @@ def save(run: Run, update: int, source: Any) -> None:
             plain["model"] = as_plain(model_config)
         file = getattr(source, "tokenizer_file", None)
         plain["tokenizer"] = file.name if file else getattr(source, "tokenizer", None)
+        plain["end_of_document"] = getattr(source, "end_of_document", None)
         checkpoint.save(folder, weights, state, plain, {file.name: file} if file else {})
         checkpoint.prune(run.directory, run.config.keep_last, folder)
 

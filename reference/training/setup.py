@@ -17,7 +17,8 @@ from reference.model.embedding import swap_embeddings
 from reference.model.gpt import GPT
 from reference.model.initialization import build, choose_strategy, tied_names
 from reference.model.loss import TokenLoss
-from reference.optimizers.build import accepts, create_optimizer, find_class
+from reference.optimizers import create_optimizer, find_class
+from reference.optimizers.build import accepts
 from reference.optimizers.override import is_bitsandbytes
 from reference.training.launch import is_sharded, launch
 from reference.training.run import Run

@@ -197,7 +197,7 @@ def log(record: Record, run: Run, left: float) -> None:
         "" if record.validation_loss is None else f"validation {record.validation_loss:.4f}",
         f"lr {record.learning_rate:.3g}, gradient norm {record.gradient_norm:.3f}, {rate:,.0f} tokens/s",
         f"{utilisation(run, rate)}, memory {record.memory / 2**30:.1f} GiB" if record.memory else "",
-        f"left {datetime.timedelta(seconds=round(left))}" if left else "",
+        f"left {datetime.timedelta(seconds=round(min(left, 1e9)))}" if left else "",
     )
     logger.info(", ".join(part for part in parts if part))
 

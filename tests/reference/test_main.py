@@ -190,6 +190,46 @@ def test_generate_evaluate_export_and_import(data: str, capsys: pytest.CaptureFi
     assert capsys.readouterr().out == texts[0]
 
 
+def test_an_import_is_fine_tuned_by_its_own_settings(data: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(data) == 0
+    assert main(["export", "--checkpoint", "out/tiny", "--out", "theirs"]) == 0
+    assert main(["import", "--from", "theirs", "--out", "ours"]) == 0
+    told = capsys.readouterr().err
+    assert "--tokenizer bytes --out data/ours, then python -m reference train --config ours/config.yaml" in told
+    settings = read_settings(["--config", "ours/config.yaml"])
+    assert (settings.directory, settings.resume, settings.data.path) == ("ours", "auto", "data/ours")
+    assert settings.model.n_embd == 16
+
+    before = checkpoint_loss("ours/step-00000000", data, capsys)
+    tune = ["train", "--config", "ours/config.yaml", "--data.path", data, "--train.updates", "3"]
+    assert main(tune) == 0
+    told = capsys.readouterr().err
+    assert "the weights of ours/step-00000000; it has no optimizer state, which starts afresh" in told
+    assert "is for pretraining" not in told
+    assert sorted(os.listdir("ours")) == ["config.yaml", "metrics", "step-00000000", "step-00000003"]
+    assert checkpoint_loss("ours/step-00000003", data, capsys) < before
+    assert main([*tune[:-1], "5"]) == 0  # goes on from its own newest
+    assert "from ours/step-00000003, after update 3" in capsys.readouterr().err
+
+
+def test_a_rate_of_pretraining_on_imported_weights_is_told(data: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(data) == 0
+    assert main(["export", "--checkpoint", "out/tiny", "--out", "theirs"]) == 0
+    Path("ours").mkdir()
+    Path("ours/config.yaml").write_text("preset: tiny")
+    assert main(["import", "--from", "theirs", "--out", "ours"]) == 0
+    assert "ours/config.yaml is there already and stays as it is" in capsys.readouterr().err
+    assert Path("ours/config.yaml").read_text() == "preset: tiny"
+    assert train(data, "--resume", "ours", "--directory", "out/tuned") == 0
+    assert "a learning rate of 0.003 is for pretraining" in capsys.readouterr().err
+
+
+def checkpoint_loss(checkpoint: str, data: str, capsys: pytest.CaptureFixture[str]) -> float:
+    capsys.readouterr()
+    assert main(["evaluate", "--checkpoint", checkpoint, "--data", data]) == 0
+    return float(capsys.readouterr().out.split()[1])
+
+
 def test_evaluate_refuses_data_of_another_tokenizer(data: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(data) == 0
     Path("text.txt").write_bytes(TEXT * 20)

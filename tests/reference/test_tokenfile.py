@@ -278,3 +278,19 @@ def test_sizes_are_positive(tmp_path: Path, block_size: int, microbatch_size: in
     assert "must be at least 1" in sentence_of(
         ConfigurationError, lambda: opened(tmp_path, block_size, microbatch_size)
     )
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_a_flipped_bit_that_opening_does_not_see_is_one_sentence(tmp_path: Path, dtype: str) -> None:
+    size = 300 if dtype == "uint16" else 70_000
+    rng = np.random.default_rng(1)
+    write(tmp_path, [rng.integers(0, 299, size=400_000)], vocab_size=size, end=size - 1)
+    path = tmp_path / "train.bin"
+    content = np.fromfile(path, dtype)
+    place = tokenfile.BLOCK * 2 // content.itemsize  # between two of the blocks that opening looks at
+    content[place] |= 1 << (content.itemsize * 8 - 1)
+    content.tofile(path)
+    data = opened(tmp_path, block_size=100, microbatch_size=64)
+    told = f"{path} is damaged: it holds the token id {content[place]}, but the vocabulary that train.json states has"
+    assert sentence_of(DataError, lambda: taken(data, data.sequences // 64 + 1)).startswith(told)
+    assert sentence_of(DataError, lambda: list(data.once())).startswith(told)
