@@ -2,8 +2,8 @@
 
 from torch import nn
 
-from conformance import Recipe, TensorInfo, everything_but
-from conformance.subject import Distribution, TruncatedNormal
+from conformance import Recipe, TensorInfo, TruncatedNormal, everything_but
+from conformance.subject import Distribution
 from tests.stacks import gpt, loop
 from tests.stacks.gpt import STD, Config
 
