@@ -52,6 +52,13 @@ def lightning(fault: str = "") -> Subject:
     return Lightning(fault)
 
 
+def trl(fault: str = "") -> Subject:
+    pytest.importorskip("trl", reason="TRL is not installed")
+    from tests.stacks.trl_trainer import Trl
+
+    return Trl(fault)
+
+
 STACKS = {
     "two optimizers": Case(
         TwoOptimizers,
@@ -185,8 +192,16 @@ STACKS = {
             "values are clipped": ("CLIP-1", ["scaled to a global norm of"]),
         },
     ),
+    "TRL": Case(
+        trl,
+        true=USUAL | {"LR-3": "a warm-up of transformers starts at a rate of zero"},
+        faults={
+            "rows are shuffled": ("ACC-6", ["update 1 trains on its 4 sequences, 0 to 3"]),
+            "the limit is lost": ("CLIP-1", ["scaled to a global norm of"]),
+        },
+    ),
 }
-SLOW = {"Lightning"}
+SLOW = {"Lightning", "TRL"}
 FAULTS = [(name, fault) for name, case in STACKS.items() for fault in case.faults]
 
 
