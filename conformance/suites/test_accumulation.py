@@ -163,7 +163,7 @@ def test_sequences_of_an_update(runs: Runs) -> None:
     recipe = everyday(runs)
     run, samples, size = runs.trace(recipe), torch.cat(recipe.batches()), recipe.update_size
     if len(run.updates) != recipe.updates:
-        raise Violation(f"{recipe.updates} updates", f"{len(run.updates)}")
+        raise Violation(f"{recipe.updates} updates", ": ".join([f"{len(run.updates)}", *run.notes[:1]]))
     for update in range(recipe.updates):
         found = run.all_training_forwards(update)
         for evaluation in {f.evaluation for f in found} or {0}:  # of a closure: each on all of them

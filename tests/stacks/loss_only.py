@@ -16,6 +16,9 @@ class Model(gpt.GPT):
         logits = super().forward(ids).float()
         if self.fault == "the target is the token itself":
             targets = ids
+        if self.fault == "the loss is computed in bfloat16":
+            with torch.autocast("cpu", enabled=False):
+                return F.cross_entropy(logits.bfloat16().flatten(0, 1), targets.flatten()).float()
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 

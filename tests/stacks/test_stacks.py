@@ -89,6 +89,7 @@ STACKS = {
         faults={
             "the target is the token itself": ("DATA-6", ["it is the token itself"]),
             "losses are summed": ("ACC-1", ["4 times as long"]),
+            "the loss is computed in bfloat16": ("PREC-3", ["the loss computed in torch.float32", "in torch.bfloat16"]),
         },
     ),
     "in backward": Case(
@@ -161,7 +162,7 @@ STACKS = {
         true=UNGUARDED,
         faults={
             "the head is not tied": ("TIE-1", ["34176 tied, 34176 untied"]),
-            "every microbatch steps": ("ACC-6", ["6 updates / 30"]),
+            "every microbatch steps": ("ACC-6", ["6 updates / 30: AdamW stepped again", "no backward in between"]),
         },
     ),
     "refusing": Case(
