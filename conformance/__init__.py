@@ -12,7 +12,7 @@ from conformance.errors import ConformanceError, NotApplicable
 from conformance.recipe import OptimizerChoice, Recipe
 from conformance.recording import record
 from conformance.recording.trace import Checkpoint, TensorInfo, Trace
-from conformance.subject import Constant, Normal, Policy, Subject, Uniform
+from conformance.subject import Constant, Normal, Policy, Subject, TruncatedNormal, Uniform
 
 __all__ = [
     "Checkpoint",
@@ -26,6 +26,7 @@ __all__ = [
     "Subject",
     "TensorInfo",
     "Trace",
+    "TruncatedNormal",
     "Uniform",
     "everything_but",
     "record",

@@ -102,3 +102,33 @@ def predicts_next(logits: Sequence[Tensor], rows: Sequence[Tensor], losses: Sequ
             f"losses that are the cross entropy of the next token, up to one factor (within {SHIFT_BOUND:g})",
             f"that of {fitting[0]}" if fitting else f"the factor varies by {spreads['the next token']:.1e}",
         )
+
+
+def targets_are_next(targets: Sequence[Tensor], rows: Sequence[Tensor]) -> None:
+    """Check that the targets of cross entropies are each token's next one.
+
+    Args:
+        targets: of each microbatch, flattened, as the cross entropy got them.
+        rows: their tokens, (B, T + 1).
+
+    Raises:
+        Violation: saying which token is the target instead, if one is.
+    """
+    found = {}
+    for shift, name in enumerate(("the token itself", "the next token", "the token after the next")):
+        wanted = [tokens[:, shift:] for tokens in rows]
+        found[name] = all(fits(seen, tokens) for seen, tokens in zip(targets, wanted, strict=True))
+    if not found["the next token"]:
+        instead = [name for name, fitting in found.items() if fitting]
+        raise Violation(
+            "the target of each position is the next token", f"it is {instead[0]}" if instead else "it is another"
+        )
+
+
+def fits(targets: Tensor, tokens: Tensor) -> bool:
+    """Return True if targets, flattened, are these tokens (B, N) as far as both go, and those beyond are ignored."""
+    if len(targets) % len(tokens):
+        return False
+    rows = targets.view(len(tokens), -1)
+    length = min(rows.shape[1], tokens.shape[1])
+    return bool((rows[:, :length] == tokens[:, :length]).all() and (rows[:, length:] == IGNORED).all())

@@ -50,11 +50,21 @@ def owned_as_declared(steps: Sequence[Step], owners: Mapping[str, str | None]) -
         f"{name} by {step.optimizer[0].rpartition('.')[2]}"
         for step in steps
         for name in step.tensors
-        if (owner := owners.get(name)) is not None and owner not in step.optimizer
+        if (owner := owners.get(name)) is not None and not any(is_class(owner, path) for path in step.optimizer)
     ]
     if wrong:
         wanted = sorted({owner.rpartition(".")[2] for owner in owners.values() if owner is not None})
         raise Violation(f"each tensor stepped by the optimizer declared for it ({', '.join(wanted)})", quoted(wrong))
+
+
+def is_class(declared: str, path: str) -> bool:
+    """Return True if a class path names a class, as it is defined or as a package above gives it out.
+
+    >>> is_class("torch.optim.AdamW", "torch.optim.adamw.AdamW")
+    True
+    """
+    (package, _, name), (module, _, found) = declared.rpartition("."), path.rpartition(".")
+    return name == found and (module == package or module.startswith(f"{package}."))
 
 
 def only_these(groups: Sequence[Collection[str]], trainable: Collection[str]) -> None:

@@ -46,6 +46,7 @@ class Call:
 
     module: nn.Module
     update: int
+    evaluation: int
     before: dict[str, Tensor] | None
     """Parameters and buffers before the call, by full name; None if the root is known already."""
     frame: FrameType | None = None
@@ -88,26 +89,26 @@ class Calls:
         found = [candidate.module for candidate in self.candidates if not isinstance(candidate.module, nn.Embedding)]
         return named_tensors(max(found, key=lambda module: len(list(module.parameters())))) if found else {}
 
-    def begins(self, module: nn.Module, update: int) -> None:
-        """Note that a module is called."""
+    def begins(self, module: nn.Module, update: int, evaluation: int = 0) -> None:
+        """Note that a module is called, in this evaluation of a closure."""
         if not self.running:
             direct = direct_forward(module)
             if direct is None:
-                self.start(module, update)
+                self.start(module, update, evaluation)
             elif self.call is None or self.call.frame is not direct[1]:
                 owner, frame = direct
                 seen = when_returned(frame, partial(self.returned, owner, dict(frame.f_locals)))
-                self.start(owner if seen else module, update, frame if seen else None)
+                self.start(owner if seen else module, update, evaluation, frame if seen else None)
         self.running.append(module)
         self.see_autocast(module)
 
-    def start(self, module: nn.Module, update: int, frame: FrameType | None = None) -> None:
+    def start(self, module: nn.Module, update: int, evaluation: int, frame: FrameType | None = None) -> None:
         """Begin an outermost call. A copy of all tensors is taken now: a lookup with max_norm changes the table."""
         before = None
         if self.root is None and any(True for _ in module.parameters()) and not on_meta(module):
             tensors = dict(module.named_parameters(remove_duplicate=False))
             before = copied({**tensors, **dict(module.named_buffers(remove_duplicate=False))})
-        self.call = Call(module, update, before, frame)
+        self.call = Call(module, update, evaluation, before, frame)
 
     def see_autocast(self, module: nn.Module) -> None:
         """Note the dtype of autocast."""
@@ -171,6 +172,7 @@ class Calls:
         other = [clean_name(name, wrappers) for part, name in names.items() if part.training != model.training and name]
         forward = Forward(
             update=call.update,
+            evaluation=call.evaluation,
             ids=copy_of(ids),
             logits=None if logits is None else copy_of(logits),
             training=model.training,

@@ -4,12 +4,14 @@
     cross entropy   a TorchFunctionMode, which sees torch.nn.functional.cross_entropy
     backward        torch.autograd.backward, which Tensor.backward calls, and torch.autograd.grad
     step            torch.optim.optimizer.register_optimizer_step_pre_hook / post_hook (of all optimizers)
+    optimizers      torch.optim.Optimizer.__init__
     scaler          torch.amp.GradScaler.step, which may leave a step out
 
 No line of the stack is changed, and everything is put back when a recording ends.
 """
 
 import contextlib
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -43,6 +45,9 @@ class Watcher(Protocol):
     def backward_ends(self) -> None:
         """The outermost backward has ended."""
 
+    def optimizer_made(self) -> None:
+        """An optimizer of torch's family is made."""
+
     def step_begins(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """An optimizer steps; other arguments may be given to it instead."""
 
@@ -65,6 +70,7 @@ def watched(watcher: Watcher) -> Iterator[None]:
         ):
             stack.callback(forget, handle)
         stack.enter_context(backward_watched(watcher))
+        stack.enter_context(making_watched(watcher))
         stack.enter_context(scaler_watched(watcher))
         stack.enter_context(EntropyGate(watcher))
         yield
@@ -128,6 +134,23 @@ def backward_watched(watcher: Watcher) -> Iterator[None]:
         yield
     finally:
         torch.autograd.backward, torch.autograd.grad = originals
+
+
+@contextlib.contextmanager
+def making_watched(watcher: Watcher) -> Iterator[None]:
+    """Tell of every optimizer that is made."""
+    original = Optimizer.__init__
+
+    @functools.wraps(original)
+    def init(self: Optimizer, *args: Any, **kwargs: Any) -> None:
+        watcher.optimizer_made()
+        original(self, *args, **kwargs)
+
+    Optimizer.__init__ = init  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Optimizer.__init__ = original  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ forwards), and uninitialised memory is filled with NaN, so that a skipped initia
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,7 @@ class Recorder:
         self.begun: tuple[Step, dict[str, Tensor]] | None = None  # the step that is running, and the tensors by name
         self.shadow: Shadow | None = None  # of the model after a backward, until a step was seen
         self.step_seen = False
+        self.made = self.looked = False  # an optimizer of torch's; and for others, before the first step
         self.undo: list[Callable[[], None]] = []
         self.foreign: dict[int, tuple[str, Tensor]] = {}  # kept alive, or another tensor might get the same id
 
@@ -115,7 +116,7 @@ class Recorder:
         if not self.in_backward:
             if self.shadow is not None and not self.calls.running:
                 self.look_for_unseen_steps()  # now, before a lookup with max_norm changes the table
-            self.calls.begins(module, self.done)
+            self.calls.begins(module, self.done, self.evaluations if self.stepping else 0)
 
     def forward_ends(self, module: nn.Module, args: Any, kwargs: Any = None, output: Any = None) -> None:
         # NOTE a footgun: after an exception PyTorch calls this as (module, args, None), without the keywords. An output
@@ -154,12 +155,29 @@ class Recorder:
 
     def backward_ends(self) -> None:
         self.in_backward = False
-        if self.nan_gradient == self.done:
-            gradient = next((p.grad for p in self.calls.tensors().values() if p.grad is not None), None)
-            if gradient is not None:
-                gradient[(0,) * gradient.ndim] = torch.nan
+        self.spoil(self.calls.tensors().values())
         if not self.step_seen and not self.stepping:
+            self.watch_unseen()
             self.shadow = Shadow(self.calls.tensors())
+
+    def spoil(self, tensors: Iterable[Tensor]) -> None:
+        """Put a NaN into the first gradient of these tensors, if it is for this update and no optimizer has stepped."""
+        if self.nan_gradient != self.done or (self.open is not None and self.open.steps):
+            return
+        gradient = next((t.grad for t in tensors if t.grad is not None), None)
+        if gradient is not None:
+            gradient[(0,) * gradient.ndim] = torch.nan
+
+    def optimizer_made(self) -> None:
+        self.made = True
+
+    def watch_unseen(self) -> None:
+        """Look for optimizers of another family before they first step, if none of torch's was made. (It is slow.)"""
+        if self.made or self.looked:
+            return
+        self.looked = True
+        undone = [watch_step(it, self.step_begins, self.step_ends) for it in find_unseen(self.calls.tensors().values())]
+        self.undo += filter(None, undone)
 
     def look_for_unseen_steps(self) -> None:
         """Notice that the parameters have changed since the last backward although no step was seen."""
@@ -196,6 +214,8 @@ class Recorder:
         self.stepping.append(optimizer)
         if len(self.stepping) > 1:
             return None  # what ZeroRedundancyOptimizer, say, wraps: its step is part of one that is noted already
+        if self.in_backward:  # which has not ended, but the gradients of this optimizer are there
+            self.spoil(tensor for group in optimizer.param_groups for tensor in group["params"])
         self.files.credit(self.trace, self.done)
         self.again = self.open is not None and any(optimizer is other for other in self.open.optimizers)
         if self.again:

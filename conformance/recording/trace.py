@@ -76,6 +76,8 @@ class Forward:
     grad_enabled: bool
     autocast: "torch.dtype | None"
     """The dtype of autocast inside the module; None where it was off."""
+    evaluation: int = 0
+    """How often the closure of the step that is running had ended before: LBFGS evaluates its closure several times."""
     inside: bool = False
     """The outermost module gave a loss, and the logits stayed inside."""
     other_mode: tuple[str, ...] = ()
@@ -112,6 +114,16 @@ class CrossEntropy:
     def counted(self) -> int:
         """Number of targets that are not ignored."""
         return int((self.targets != self.ignore_index).sum())
+
+    @property
+    def labels(self) -> "Tensor":
+        """The targets, with -100 where nothing is to be predicted."""
+        return self.targets.masked_fill(self.targets == self.ignore_index, -100)
+
+    @property
+    def total(self) -> float:
+        """Sum over the targets that are not ignored."""
+        return self.value.double().sum().item() * (self.counted if self.reduction == "mean" else 1)
 
 
 @dataclass(frozen=True)
@@ -262,7 +274,14 @@ class Trace:
         return [name for name, info in self.tensors.items() if info.trainable]
 
     def training_forwards(self, update: int | None = None) -> list[Forward]:
-        """Return the forwards in training mode and with gradients: those that led to ``update``, or to any."""
+        """Return the forwards in training mode and with gradients: those that led to ``update``, or to any.
+
+        Of a closure that its optimizer evaluates several times in one step, those of the first evaluation.
+        """
+        return [f for f in self.all_training_forwards(update) if f.evaluation == 0]
+
+    def all_training_forwards(self, update: int | None = None) -> list[Forward]:
+        """Return the same, with those of later evaluations of a closure."""
         return [f for f in self.forwards if f.training and f.grad_enabled and update in (None, f.update)]
 
     def update(self, index: int) -> Update:

@@ -1,8 +1,9 @@
 """Optimizers that PyTorch's hooks do not see, because they do not derive from ``torch.optim.Optimizer``.
 
-Such a step shows by its effect: after a backward the parameters change, and no hook was called. Then the object that
-did it is looked for, among all objects that have ``param_groups`` with the model's parameters, and ``step``; from then
-on its ``step`` is watched. The update that gave it away is known by its effect alone.
+Where none of torch's optimizers was made by the end of the first backward, they are looked for among all objects that
+have ``step``, and ``param_groups`` with the model's parameters; from then on their ``step`` is watched. One that is
+made later, or beside an optimizer of torch's, shows by its effect: after a backward the parameters change, and no hook
+was called. Then it is looked for too; the update that gave it away is known by its effect alone.
 """
 
 import functools
@@ -38,19 +39,29 @@ class Shadow:
 def find_unseen(tensors: Iterable[Tensor]) -> list[Any]:
     """Return the objects that hold these tensors in ``param_groups`` and can ``step``, torch's optimizers excepted."""
     wanted = {id(tensor) for tensor in tensors}
-    found = []
-    for thing in gc.get_objects():
-        try:
-            groups = vars(thing).get("param_groups") if hasattr(thing, "__dict__") else None
-            if not isinstance(groups, list) or isinstance(thing, Optimizer | type):
-                continue
-            held = {id(tensor) for group in groups for tensor in group["params"]}
-            if held & wanted and callable(getattr(thing, "step", None)):
+    found, held = [], set[int]()
+    for generation in range(3):  # young objects first: there are few of them, and a run's optimizer is often among them
+        for thing in gc.get_objects(generation):
+            owned = held_by(thing) & wanted
+            # A wrapper, as Fabric's and Accelerate's, hands its step on to a torch.optim.Optimizer, which is seen.
+            if owned and not any(isinstance(part, Optimizer) for part in vars(thing).values()):
                 found.append(thing)
-        except Exception:  # an object of somebody else's, whose attributes may raise anything
-            continue
-    # A wrapper, as Fabric's and Accelerate's, hands its step on to a torch.optim.Optimizer, which is seen.
-    return [thing for thing in found if not any(isinstance(part, Optimizer) for part in vars(thing).values())]
+                held |= owned
+        if held == wanted:
+            break
+    return found
+
+
+def held_by(thing: object) -> set[int]:
+    """Return the ids of the tensors in an object's ``param_groups``, if it can ``step`` and is not torch's."""
+    try:
+        if not hasattr(type(thing), "step") or isinstance(thing, Optimizer):
+            return set()
+        # Not vars(thing), which runs the code of proxies: torch.distributed.reduce_op warns.
+        groups = object.__getattribute__(thing, "__dict__").get("param_groups")
+        return {id(tensor) for group in groups or () for tensor in group["params"]}
+    except Exception:  # an object of somebody else's, whose groups may be anything
+        return set()
 
 
 def watch_step(optimizer: Any, begins: Callable[..., Any], ends: Callable[..., Any]) -> Callable[[], None] | None:

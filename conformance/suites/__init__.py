@@ -10,7 +10,7 @@ from torch import Tensor
 
 from conformance.errors import NotApplicable, Violation
 from conformance.recipe import OptimizerChoice, Recipe
-from conformance.recording.trace import Checkpoint, Trace, Update
+from conformance.recording.trace import Checkpoint, CrossEntropy, Forward, Trace, Update
 from conformance.runs import Runs
 
 ADAMW, SGD, RMSPROP = "torch.optim.AdamW", "torch.optim.SGD", "torch.optim.RMSprop"
@@ -109,6 +109,16 @@ def cross_entropies(runs: Runs, recipe: Recipe, run: Trace) -> list[Tensor]:
     if runs.policy.auxiliary_loss(recipe):
         return [entropy.value for entropy in run.entropies if entropy.grad_enabled]
     return [loss.value for loss in run.losses]
+
+
+def stays_inside(forwards: Sequence[Forward], entropies: Sequence[CrossEntropy]) -> bool:
+    """Return True if no logits leave the model, but each of its calls computed one cross entropy, seen by its gate."""
+    return bool(forwards) and all(f.logits is None for f in forwards) and len(forwards) == len(entropies)
+
+
+def mean_of(entropies: Sequence[CrossEntropy]) -> float:
+    """Return the mean over all targets of several cross entropies."""
+    return sum(found.total for found in entropies) / sum(found.counted for found in entropies)
 
 
 def saved(run: Trace, update: int) -> Checkpoint:

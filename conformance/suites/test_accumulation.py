@@ -7,13 +7,13 @@ from torch import Tensor
 
 from conformance.checks.accumulation import gradient_is_of, gradients_agree
 from conformance.checks.comparison import tensors_equal
-from conformance.checks.data import mean_entropy, next_tokens, sample_numbers
+from conformance.checks.data import mean_entropy, next_tokens, sample_numbers, targets_are_next
 from conformance.clause import clause
 from conformance.errors import NotApplicable, Violation
 from conformance.recipe import OptimizerChoice, Recipe
 from conformance.recording.trace import Named, Trace
 from conformance.runs import Runs
-from conformance.suites import SGD, dropping, everyday, on_two_ranks, paired
+from conformance.suites import ADAMW, SGD, dropping, everyday, mean_of, on_two_ranks, paired, stays_inside
 
 
 def in_one_batch(recipe: Recipe) -> Recipe:
@@ -108,16 +108,16 @@ def test_ragged_ranks(runs: Runs) -> None:
 
 @clause(
     "ACC-5",
-    needs=("any-optimizer",),
     since="0.1",
     why="A gradient that is off by a factor acts as another learning rate and another clipping limit.",
-    mend="Divide by the number of predicted tokens: leave out those that are ignored and those with no next token.",
+    mend="Divide by the number of predicted tokens: leave out those that are ignored and those with no next token. "
+    "Clear the gradients of all tensors after every update.",
     source="huggingface/transformers#46204 (GPT-2 still: one token too many), Lightning-AI/litgpt#751",
-    bound="5e-3 of the fall of the loss over a small step (healthy: 1.4e-4; 17 tokens counted in place of 16: 5.9e-2)",
+    bound="5e-3 of the fall of the loss over a small step (healthy: 2e-4; 17 tokens counted in place of 16: 5.9e-2)",
 )
 def test_gradient_of_the_mean(runs: Runs) -> None:
     """The gradient is that of the mean cross entropy over exactly the target tokens."""
-    step = OptimizerChoice.of(SGD, lr=1e-3)
+    step = OptimizerChoice.of(SGD, lr=1e-3) if runs.has("any-optimizer") else OptimizerChoice.of(ADAMW, lr=3e-5)
     plain = Recipe(optimizer=step, same_batches=True)
     recipes = [plain, replace(plain, ignored_targets=True)] if runs.has("ignored-targets") else [plain]
     if runs.policy.auxiliary_loss(plain):
@@ -141,6 +141,10 @@ def loss_of(recipe: Recipe, run: Trace, update: int) -> float:
     found = run.training_forwards(update)
     if len(found) != 1 or sample_numbers(found[0].ids, torch.cat(recipe.batches())) != list(range(len(rows))):
         raise NotApplicable("the forward of an update is not the one asked for: see ACC-6")
+    entropies = [entropy for entropy in run.entropies if entropy.grad_enabled and entropy.update == update]
+    if stays_inside(found, entropies):
+        targets_are_next([entropies[0].labels], [rows])
+        return mean_of(entropies)
     return mean_entropy(*next_tokens(found[0].scores, rows))
 
 
@@ -159,10 +163,13 @@ def test_sequences_of_an_update(runs: Runs) -> None:
     recipe = everyday(runs)
     run, samples, size = runs.trace(recipe), torch.cat(recipe.batches()), recipe.update_size
     if len(run.updates) != recipe.updates:
-        raise Violation(f"{recipe.updates} updates", f"{len(run.updates)}")
+        raise Violation(f"{recipe.updates} updates", ": ".join([f"{len(run.updates)}", *run.notes[:1]]))
     for update in range(recipe.updates):
-        seen = [number for forward in run.training_forwards(update) for number in sample_numbers(forward.ids, samples)]
-        if seen != list(range(update * size, (update + 1) * size)):
+        found = run.all_training_forwards(update)
+        for evaluation in {f.evaluation for f in found} or {0}:  # of a closure: each on all of them
+            seen = [n for f in found if f.evaluation == evaluation for n in sample_numbers(f.ids, samples)]
+            if seen == list(range(update * size, (update + 1) * size)):
+                continue
             raise Violation(
                 f"update {update + 1} trains on its {size} sequences, {update * size} to {(update + 1) * size - 1}",
                 f"on {', '.join('an unknown one' if n is None else str(n) for n in seen)}"

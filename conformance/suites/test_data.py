@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import torch
 
-from conformance.checks.data import once_each, predicts_next, sample_numbers
+from conformance.checks.data import once_each, predicts_next, sample_numbers, targets_are_next
 from conformance.clause import clause
 from conformance.errors import NotApplicable, Violation
 from conformance.recipe import Recipe
 from conformance.recording.trace import Trace
 from conformance.runs import Runs
-from conformance.suites import cross_entropies, everyday, shapes, shuffled, shuffled_on_two_ranks
+from conformance.suites import cross_entropies, everyday, shapes, shuffled, shuffled_on_two_ranks, stays_inside
 
 EPOCHS = 2  # of shuffled()
 
@@ -147,4 +147,8 @@ def test_targets_are_the_next_tokens(runs: Runs) -> None:
         if not forwards or len(forwards) != len(losses) or any(None in found for found in numbers):
             raise NotApplicable("losses and sequences cannot be paired: see ACC-6")
         tokens = [torch.stack([rows[number] for number in found if number is not None]) for found in numbers]
+        entropies = [entropy for entropy in run.entropies if entropy.grad_enabled]
+        if stays_inside(forwards, entropies):
+            targets_are_next([entropy.labels for entropy in entropies], tokens)
+            continue
         predicts_next([f.scores for f in forwards], tokens, [loss.item() for loss in losses])

@@ -6,14 +6,14 @@ from statistics import fmean
 import torch
 
 from conformance.checks.comparison import same, tensors_equal
-from conformance.checks.data import sample_numbers, sequence_entropies
+from conformance.checks.data import sample_numbers, sequence_entropies, targets_are_next
 from conformance.checks.evaluation import reported_losses, reports
 from conformance.clause import clause
 from conformance.errors import NotApplicable, Violation
 from conformance.recipe import Recipe
 from conformance.recording.trace import Forward, Trace
 from conformance.runs import Runs
-from conformance.suites import STILL, dropping, everyday, on_two_ranks, paired
+from conformance.suites import STILL, dropping, everyday, mean_of, on_two_ranks, paired, stays_inside
 
 
 def validation(recipe: Recipe) -> torch.Tensor:
@@ -34,6 +34,13 @@ def last_loss(recipe: Recipe, traces: list[Trace]) -> float:
     """Return the mean cross entropy of the next tokens over all logits of the last evaluation."""
     rows = validation(recipe)
     last = [forward for run in traces for forward in evaluations(recipe, run) if forward.update == recipe.updates]
+    entropies = [e for run in traces for e in run.entropies if not e.grad_enabled and e.update == recipe.updates]
+    if stays_inside(last, entropies):
+        numbers = [sample_numbers(forward.ids, rows) for forward in last]
+        targets_are_next(
+            [e.labels for e in entropies], [rows[[n for n in found if n is not None]] for found in numbers]
+        )
+        return mean_of(entropies)
     found = [loss for forward in last for loss in sequence_entropies(forward.scores, forward.ids, rows)]
     known = [loss for loss in found if loss is not None]
     if not known:

@@ -8,10 +8,10 @@ from conformance.checks import initialization
 from conformance.checks.comparison import tensors_equal
 from conformance.checks.data import mean_entropy, next_tokens, sample_numbers
 from conformance.clause import clause
-from conformance.errors import NotApplicable, Violation
+from conformance.errors import AdapterFailed, NotApplicable, Violation
 from conformance.recipe import Recipe
 from conformance.runs import Runs
-from conformance.suites import everyday, on_two_ranks, saved, shapes
+from conformance.suites import everyday, mean_of, on_two_ranks, saved, shapes, stays_inside
 
 
 @clause(
@@ -99,7 +99,12 @@ def test_first_loss(runs: Runs) -> None:
     for recipe in shapes(runs):
         rows = torch.cat(recipe.batches())
         # Of the logits: the loss on which backward is called may be a sum, divided later. Its scale is ACC-5's matter.
-        first = next(iter(runs.trace(recipe).training_forwards()), None)
+        run = runs.trace(recipe)
+        entropies = [entropy for entropy in run.entropies if entropy.grad_enabled]
+        if stays_inside(run.training_forwards(), entropies):
+            initialization.starts_ignorant(mean_of(entropies[:1]), recipe.vocab_size)
+            continue
+        first = next(iter(run.training_forwards()), None)
         numbers = [] if first is None else [n for n in sample_numbers(first.ids, rows) if n is not None]
         if first is None or len(numbers) != len(first.ids):
             raise NotApplicable("the first forward is not on the sequences given: see ACC-6")
@@ -134,7 +139,12 @@ def test_resume_restores(runs: Runs) -> None:
 def test_missing_checkpoint(runs: Runs) -> None:
     """Resuming from a checkpoint that does not exist is an error."""
     runs.trace(Recipe())  # a stack that always raises would raise here too
-    tried = runs.attempt(Recipe(resume=Recipe().missing_checkpoint()))
+    try:
+        tried = runs.attempt(Recipe(resume=Recipe().missing_checkpoint()))
+    except AdapterFailed as error:
+        if isinstance(error.__cause__, FileNotFoundError):  # it copies the file to where its stack looks for it, say
+            raise NotApplicable("the adapter itself reads the checkpoint, so the stack is never asked for it") from None
+        raise
     if tried.error is None:
         raise Violation("an error", f"the run trained {len(tried.trace.updates)} updates from fresh weights")
 

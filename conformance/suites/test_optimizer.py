@@ -21,9 +21,14 @@ def starts(runs: Runs, class_path: str, **arguments: object) -> Trace:
     usual = runs.attempt(Recipe())
     if usual.error is not None and class_path != ADAMW:  # then it is not this optimizer that keeps it from training
         raise RunFailed(f"the plain recipe does not train either: {describe_error(usual.error)}") from usual.error
+    name = class_path.rpartition(".")[2]
+    fixed = {
+        kind.rpartition(".")[2] for update in usual.trace.updates for step in update.steps for kind in step.optimizer
+    }
+    if not runs.has("any-optimizer") and name not in fixed:
+        raise NotApplicable(f"lacks any-optimizer, and its own is not {name}: {runs.lacks['any-optimizer']}")
     choice = OptimizerChoice.of(class_path, **{"lr": 1e-3, **arguments})
     tried = runs.attempt(Recipe(optimizer=choice))
-    name = class_path.rpartition(".")[2]
     if tried.error is not None:
         raise Violation(f"{name} trains", describe_error(tried.error))
     kinds = [

@@ -13,7 +13,7 @@ from conformance.errors import NotApplicable
 from conformance.recipe import Recipe
 from conformance.recording.trace import Trace
 from conformance.runs import Runs
-from conformance.suites import STILL, clipped, everyday
+from conformance.suites import STILL, clipped, everyday, mean_of, stays_inside
 
 
 def update_losses(recipe: Recipe, run: Trace) -> list[float]:
@@ -23,6 +23,10 @@ def update_losses(recipe: Recipe, run: Trace) -> list[float]:
         NotApplicable: if an update trained on other sequences than those of the recipe, or on none.
     """
     rows = torch.cat(recipe.batches())
+    entropies = [entropy for entropy in run.entropies if entropy.grad_enabled]
+    if stays_inside(run.training_forwards(), entropies):
+        updates = [[entropy for entropy in entropies if entropy.update == n] for n in range(len(run.updates))]
+        return [mean_of(found) for found in updates if found]
     losses: list[list[float]] = [[] for _ in run.updates]
     for forward in run.training_forwards():
         if forward.update < len(losses):

@@ -1,5 +1,6 @@
 """conformance.checks as a library: each rule passes what is right (its doctest) and names what is wrong."""
 
+import contextlib
 import doctest
 import importlib
 import pkgutil
@@ -13,11 +14,11 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from conformance import Constant, Normal, Uniform, checks
-from conformance.checks import clipping, data, evaluation, initialization, precision, reports, schedule
+from conformance.checks import clipping, data, decay, evaluation, initialization, precision, reports, schedule
 from conformance.checks.accumulation import gradient_is_of
 from conformance.checks.optimizer import keywords_arrive
 from conformance.clause import Violation
-from conformance.recording.trace import Group
+from conformance.recording.trace import Group, Step
 from reference.config import GPTConfig
 from reference.model.gpt import GPT
 
@@ -233,6 +234,26 @@ def test_targets_at_another_distance_are_named(shift: int, name: str) -> None:
     data.predicts_next(logits, rows, losses(1))
     with pytest.raises(Violation, match=f"that of {name}"):
         data.predicts_next(logits, rows, losses(shift))
+
+
+@pytest.mark.parametrize(("shift", "name"), [(0, "the token itself"), (2, "the token after the next"), (3, "another")])
+def test_targets_of_a_cross_entropy_at_another_distance_are_named(shift: int, name: str) -> None:
+    rows = list(torch.arange(36).view(2, 2, 9))
+    data.targets_are_next([tokens[:, 1:].flatten() for tokens in rows], rows)
+    shifted_inside = [F.pad(tokens[:, 1:], (0, 1), value=-100) for tokens in rows]
+    data.targets_are_next([targets.flatten() for targets in shifted_inside], rows)
+    with pytest.raises(Violation, match=f"it is {name}"):
+        data.targets_are_next([tokens[:, shift:].flatten() for tokens in rows], rows)
+
+
+@pytest.mark.parametrize(
+    ("declared", "fits"),
+    [("torch.optim.AdamW", True), ("torch.optim.adamw.AdamW", True), ("torch.optim.Adam", False), ("tor.AdamW", False)],
+)
+def test_the_owner_of_a_tensor_is_named_as_its_users_import_it(declared: str, fits: bool) -> None:
+    step = Step(("torch.optim.adamw.AdamW",), (Group(("w",), {}),), autocast=False)
+    with contextlib.nullcontext() if fits else pytest.raises(Violation, match="w by AdamW"):
+        decay.owned_as_declared([step], {"w": declared})
 
 
 SAID = [

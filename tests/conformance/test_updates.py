@@ -101,6 +101,19 @@ def test_an_optimizer_in_backward() -> None:
             assert torch.equal(update.after[name], update.before[name].add(gradient, alpha=-0.1))
 
 
+def test_a_nan_reaches_an_optimizer_in_backward_in_its_own_update_only() -> None:
+    model = Tiny()
+    optimizers = {tensor: SGD([tensor], lr=0.1) for tensor in model.parameters()}
+    for tensor, optimizer in optimizers.items():
+        tensor.register_post_accumulate_grad_hook(lambda _, optimizer=optimizer: optimizer.step())  # type: ignore[misc]
+    with record(nan_gradient=1) as trace:
+        for _ in range(2):
+            loss_of(model).backward()
+            model.zero_grad()
+    spoilt = [sum(bool(tensor.isnan().any()) for tensor in update.after.values()) for update in trace.updates]
+    assert spoilt == [0, 1]
+
+
 def test_a_closure_that_is_called_several_times_is_one_update() -> None:
     model = Tiny()
     optimizer = LBFGS(model.parameters(), max_iter=3)
@@ -118,6 +131,8 @@ def test_a_closure_that_is_called_several_times_is_one_update() -> None:
     evaluations = [update.steps[0].evaluations for update in trace.updates]
     assert all(count > 1 for count in evaluations)
     assert [sum(f.update == u for f in trace.forwards) for u in (0, 1)] == evaluations
+    assert [f.evaluation for f in trace.all_training_forwards(1)] == list(range(evaluations[1]))
+    assert [len(trace.training_forwards(u)) for u in (0, 1)] == [1, 1], "the later ones are on other weights"
     assert not any(update.unfounded for update in trace.updates)
 
 
@@ -182,6 +197,25 @@ def test_an_optimizer_of_another_family_is_found_by_its_effect() -> None:
             torch.testing.assert_close(update.after[name], update.before[name].add(gradient, alpha=-0.1))
     assert trace.notes == []
     assert "step" not in vars(optimizer), "put back"
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_what_an_optimizer_of_another_family_starts_from(other: bool) -> None:
+    model = Tiny()
+    with record() as trace:
+        if other:  # so that the first step is seen by its effect only
+            SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+        optimizer = Plain(model.parameters(), lr=0.1)
+        for number in range(3):
+            optimizer.param_groups[0]["lr"] = 0.1 * (number + 1)
+            loss_of(model).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+            optimizer.step()
+            model.zero_grad()
+    rates = [update.groups[0].settings["lr"] for update in trace.updates]
+    assert rates[other:] == pytest.approx([0.1, 0.2, 0.3][other:])
+    for update in trace.updates[other:]:
+        assert sum(g.square().sum() for g in update.gradients.values() if g is not None) <= 1.001e-6, "clipped"
 
 
 def test_an_optimizer_that_cannot_be_found_is_told() -> None:
