@@ -78,7 +78,7 @@ MUTANTS = [
         "-",
         (
             "reference.training.setup:wants_stable_embedding",
-            "if config.stable_embedding and not is_bitsandbytes(optimizer_class):",
+            "if config.stable_embedding and not useful:",
             "if False:",
         ),
     ),
