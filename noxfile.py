@@ -113,7 +113,7 @@ def conformance(session: nox.Session) -> None:
 @nox.session(venv_backend="none", requires=["environment"], default=False)
 def tests(session: nox.Session) -> None:
     """Run this project's own tests on all cores; `-- tests/conformance/test_trace.py -k hooks` selects."""
-    cores = [] if any(argument.startswith("-n") for argument in session.posargs) else ["-n", "auto"]
+    cores = [] if any(word.startswith("-n") for word in session.posargs) else ["-n", "auto", "--dist", "loadfile"]
     run(session, "-m", "pytest", *cores, *session.posargs, **NO_GPU)
 
 

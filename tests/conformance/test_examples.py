@@ -68,6 +68,7 @@ def test_the_plain_loop_is_judged() -> None:
     assert failures(load_subject("examples.plain_loop_adapter:PlainLoop")) == {"OPT-11": "fail", "CLIP-3": "fail"}
 
 
+@pytest.mark.slow  # ten seconds
 def test_x_transformers_is_judged() -> None:
     # PREC-7 may say that it sees no table: x-transformers computes positions anew in each forward.
     assert failures(x_transformers(), frozenset({"PREC-7"})) == {}

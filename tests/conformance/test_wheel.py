@@ -136,6 +136,7 @@ def requirements(lines: list[str]) -> set[str]:
     return {r.name for r in parsed if r.marker is None or r.marker.evaluate({"extra": ""})}
 
 
+@pytest.mark.slow  # ten seconds
 def test_the_base_alone_judges_a_plain_loop(wheel: Path, tmp_path: Path) -> None:
     site = base_only(wheel, tmp_path)
     assert not {"lightning", "bitsandbytes", "grokadamw", "safetensors", "jsonargparse"} & set(os.listdir(site))
