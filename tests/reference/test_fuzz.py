@@ -10,9 +10,9 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.fabric  # noqa: F401 # now: its import would count as time of the first case
 import pytest
@@ -82,10 +82,10 @@ OPTIONS += ["microbatch_size", "format", "overwrite", "validation_share", "help"
 options = st.one_of(st.sampled_from(OPTIONS), texts)
 
 
-def fuzzed(*strategies: st.SearchStrategy[Any]) -> Any:
+def fuzzed(*strategies: st.SearchStrategy[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Run a test on so many cases, a function of the seed alone, in the default and in the slow tier."""
 
-    def decorate(test: Any) -> Any:
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
         @pytest.mark.parametrize(
             "cases", [pytest.param(CASES, id="some"), pytest.param(MORE, id="many", marks=pytest.mark.slow)]
         )
@@ -97,7 +97,7 @@ def fuzzed(*strategies: st.SearchStrategy[Any]) -> Any:
             bounded(given(st.tuples(*strategies))(lambda drawn: test(world, *drawn)))()
 
         run.__name__, run.__doc__ = test.__name__, test.__doc__
-        return run
+        return cast("Callable[..., None]", run)
 
     return decorate
 
