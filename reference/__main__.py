@@ -1,13 +1,11 @@
 """The command line: ``python -m reference train|prepare|generate|evaluate|export|import``."""
 
 import contextlib
+import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
 
-from reference.cli.commands import evaluate_command, export_command, generate_command, import_command, prepare_command
-from reference.cli.options import hint
-from reference.cli.train import train_command
 from reference.errors import ConfigurationError, ExplainedError
 
 OVERVIEW = """\
@@ -27,13 +25,27 @@ examples:
 python -m reference COMMAND --help shows the options of a command, and more examples.
 """
 LONGEST = 380  # characters of a message
+
+
+def command(name: str, module: str = "reference.cli.commands") -> Callable[[Sequence[str]], int]:
+    """Return a command, imported when it is called: Ctrl-C is heard by then."""
+
+    def call(words: Sequence[str]) -> int:
+        return int(getattr(importlib.import_module(module), f"{name}_command")(words))
+
+    return call
+
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
-    "prepare": (prepare_command, "turn text files into token files"),
-    "train": (train_command, "train a GPT: presets, configuration files, any setting by name"),
-    "generate": (generate_command, "continue a text with a trained model"),
-    "evaluate": (evaluate_command, "loss, perplexity and bits per byte of a checkpoint"),
-    "export": (export_command, "write a checkpoint for Hugging Face transformers"),
-    "import": (import_command, "make a checkpoint from a model of transformers"),
+    "prepare": (command("prepare"), "turn text files into token files"),
+    "train": (
+        command("train", "reference.cli.train"),
+        "train a GPT: presets, configuration files, any setting by name",
+    ),
+    "generate": (command("generate"), "continue a text with a trained model"),
+    "evaluate": (command("evaluate"), "loss, perplexity and bits per byte of a checkpoint"),
+    "export": (command("export"), "write a checkpoint for Hugging Face transformers"),
+    "import": (command("import"), "make a checkpoint from a model of transformers"),
 }
 
 
@@ -73,6 +85,8 @@ def run(words: list[str]) -> int:
         print(OVERVIEW.format(commands="\n".join(f"  {name:10}{about}" for name, (_, about) in COMMANDS.items())))
         return 0 if words else 2
     if words[0] not in COMMANDS:
+        from reference.cli.options import hint
+
         raise ConfigurationError(f"there is no command {words[0]!r}, {hint(words[0], list(COMMANDS))}")
     return COMMANDS[words[0]][0](words[1:])
 

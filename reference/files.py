@@ -17,11 +17,14 @@ import os
 import secrets
 import shutil
 import stat
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from reference.errors import CheckpointError
 
 SUMS = "SHA256SUMS"
 ABANDONED = 86400  # seconds without a write after which a partial file belongs to a process that was killed
@@ -204,3 +207,79 @@ def put_back(previous: Path, folder: Path) -> None:
     if previous.is_dir() and not folder.exists():
         with contextlib.suppress(OSError):  # another rank was quicker, or the folder is only to be read
             previous.rename(folder)
+
+
+def recover(directory: Path, pattern: str) -> None:
+    """Put back folders that a process set aside, and was killed before it had put the new one in their place.
+
+    Not while another process holds the directory's lock: it may have set one aside for a moment.
+    """
+    with lock(directory) as alone:
+        if alone:
+            put_back_all(directory, pattern)
+
+
+def put_back_all(directory: Path, pattern: str) -> None:
+    """See :func:`recover`; for who holds the lock."""
+    for previous in directory.glob(f".{pattern}.previous"):
+        put_back(previous, directory / previous.stem.removeprefix("."))
+
+
+def tidy(directory: Path, pattern: str) -> None:
+    """Put back, then remove what killed processes left half written or half removed. Only for who writes there next."""
+    put_back_all(directory, pattern)
+    for purpose in ("partial", "previous", "removed"):
+        for left in directory.glob(f".{pattern}.{purpose}"):
+            if purpose != "previous" or (directory / left.stem.removeprefix(".")).exists():
+                shutil.rmtree(left, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def lock(directory: Path) -> Iterator[bool]:
+    """Hold the lock of a directory in the block, and yield whether this could be had: false if another run holds it.
+
+    It is the system's own, on the directory itself, so it leaves no file and ends with the process, however that ends.
+    Where there is no such lock (no directory, Windows, some network disks), it yields true.
+    """
+    try:
+        import fcntl
+
+        descriptor = os.open(directory, os.O_RDONLY)
+    except (ImportError, OSError):
+        yield True
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = True
+        except OSError as error:
+            free = error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+        yield free
+    finally:
+        os.close(descriptor)
+
+
+def require_alone(directory: Path, held: contextlib.ExitStack) -> None:
+    """Take the lock of a directory until ``held`` ends, or raise CheckpointError if another run has it."""
+    if not held.enter_context(lock(directory)):
+        raise CheckpointError(
+            f"another run is writing to {directory}: wait until it has ended, or choose another directory."
+        )
+
+
+def require_writable(directory: Path) -> None:
+    """Raise CheckpointError if nothing can be written there. For the start of a run, before hours are spent."""
+    try:
+        str(directory).encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointError(
+            f"the name of the directory {str(directory)!a} is not UTF-8, and torch reads no files there: "
+            "choose another."
+        ) from error
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoints cannot be written to {directory}: {error.strerror}. Choose a directory that can be written."
+        ) from error

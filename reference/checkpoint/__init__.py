@@ -15,7 +15,8 @@ from reference.checkpoint.folder import load_state as load_state
 from reference.checkpoint.folder import load_weights as load_weights
 from reference.checkpoint.folder import number as number
 from reference.checkpoint.folder import prune as prune
-from reference.checkpoint.folder import require_writable as require_writable
 from reference.checkpoint.folder import save as save
 from reference.checkpoint.folder import step_folder as step_folder
 from reference.errors import CheckpointError as CheckpointError
+from reference.files import require_alone as require_alone
+from reference.files import require_writable as require_writable

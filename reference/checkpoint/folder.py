@@ -9,14 +9,13 @@ A checkpoint is a folder ``step-00000100`` with
     SHA256SUMS          checksums of them all, checked on load
 
 It appears complete or not at all (reference.files), so a run that is killed while saving leaves the previous
-checkpoint as the newest. Only one run at a time may write into a directory; any number may read.
+checkpoint as the newest. Only one run at a time may write into a directory, which holds a lock; any number may read.
 """
 
 import json
 import logging
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -30,13 +29,14 @@ from torch import Tensor, nn
 from reference.checkpoint.weights import misfit, read_weights, write_weights
 from reference.config import GPTConfig, check_saved
 from reference.errors import CheckpointError, ConfigurationError, cause_of, first_line
-from reference.files import SUMS, digest, hidden, is_intact, new_folder, put_back, read_json, read_sums
+from reference.files import SUMS, digest, hidden, is_intact, new_folder, read_json, read_sums, recover, tidy
 from reference.model.embedding import restore_embeddings, swap_embeddings
 from reference.model.gpt import GPT
 from reference.optimizers.state import misformed
 
 logger = logging.getLogger("reference")
 
+STEPS = "step-*"
 STEP = re.compile(r"step-(\d{8,})")
 WEIGHTS, PROGRESS, CONFIG = FILES = ("model.safetensors", "state.pt", "config.json")
 FORMAT = 1  # in config.json since there are checksums: a checkpoint that has it must have SHA256SUMS
@@ -51,24 +51,6 @@ def number(folder: Path) -> int:
     """Return the updates done at a checkpoint, from its name; 0 if it has another kind of name."""
     found = STEP.fullmatch(folder.name)
     return int(found[1]) if found else 0
-
-
-def require_writable(directory: Path) -> None:
-    """Raise CheckpointError if nothing can be written there. For the start of a run, before hours are spent."""
-    try:
-        str(directory).encode()
-    except UnicodeEncodeError as error:
-        raise CheckpointError(
-            f"the name of the directory {str(directory)!a} is not UTF-8, and torch reads no files there: "
-            "choose another."
-        ) from error
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=directory).close()
-    except OSError as error:
-        raise CheckpointError(
-            f"checkpoints cannot be written to {directory}: {error.strerror}. Choose a directory that can be written."
-        ) from error
 
 
 def save(
@@ -98,7 +80,7 @@ def save(
     content = {**files, CONFIG: (json.dumps(plain, indent=2, default=str) + "\n").encode()}
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        tidy(folder.parent)
+        tidy(folder.parent, STEPS)
         with new_folder(folder) as add:
             add(WEIGHTS, partial(write_weights, state_dict))
             add(PROGRESS, partial(write_state, state))
@@ -158,21 +140,6 @@ def prune(directory: Path, keep_last: int | None, newest: Path | None = None) ->
     return removed
 
 
-def recover(directory: Path) -> None:
-    """Put back checkpoints that a run set aside, and was killed before it had put the new one in their place."""
-    for previous in directory.glob(".step-*.previous"):
-        put_back(previous, directory / previous.stem.removeprefix("."))
-
-
-def tidy(directory: Path) -> None:
-    """Recover, then remove what killed runs left half written or half removed. Only for who writes there next."""
-    recover(directory)
-    for purpose in ("partial", "previous", "removed"):
-        for left in directory.glob(f".step-*.{purpose}"):
-            if purpose != "previous" or (directory / left.stem.removeprefix(".")).exists():
-                shutil.rmtree(left, ignore_errors=True)
-
-
 def lacking(folder: Path) -> list[str]:
     """Return the files of a checkpoint that are not there."""
     return [name for name in dict.fromkeys((*FILES, *(read_sums(folder) or {}))) if not (folder / name).is_file()]
@@ -204,7 +171,7 @@ def find(resume: bool | Literal["auto"] | str | Path, directory: Path) -> Path |
     if resume is False:
         return None
     if resume is True or resume == "auto":
-        recover(directory)
+        recover(directory, STEPS)
         found = checkpoints(directory)
         for folder in directory.glob("step-*"):
             if STEP.fullmatch(folder.name) and folder not in found:
@@ -218,7 +185,7 @@ def find(resume: bool | Literal["auto"] | str | Path, directory: Path) -> Path |
         raise CheckpointError(f"resume is {resume!r}: give False, True, 'auto' or the folder of a checkpoint.")
     folder = Path(resume)
     if lacking(folder):
-        recover(folder.parent)
+        recover(folder.parent, STEPS)
     if not is_complete(folder):
         raise CheckpointError(
             f"{folder} is not a checkpoint of this trainer (missing: {', '.join(lacking(folder))}): give a folder like "

@@ -6,12 +6,13 @@ Both go on where a resumed run goes on: rows of updates that are done again are 
 import contextlib
 import csv
 import importlib
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reference.errors import ConfigurationError, TrainingError
+from reference.errors import ConfigurationError, first_line
 
 if TYPE_CHECKING:
     from reference.training.trainer import Record
@@ -25,8 +26,7 @@ def metrics_file(directory: Path) -> Path:
 def csv_metrics(directory: Path) -> Callable[["Record"], None]:
     """Return a callback that writes a row per update, on rank 0.
 
-    A run that begins at update 1 begins a new file. One that was resumed keeps the rows before it. The callback raises
-    TrainingError if the file cannot be written.
+    A run that begins at update 1 begins a new file. One that was resumed keeps the rows before it.
     """
     from lightning.fabric.loggers.csv_logs import CSVLogger
     from lightning.fabric.utilities import rank_zero_only
@@ -38,21 +38,34 @@ def csv_metrics(directory: Path) -> Callable[["Record"], None]:
 
     def write(record: "Record") -> None:
         nonlocal started
-        try:
-            if not started:
-                earlier = read_rows(file, before=record.update)
-                file.unlink(missing_ok=True)  # the logger would remove it too, but with a warning
-                for row in earlier:
-                    logger.log_metrics(row, int(row.pop("step")))
-                started = True
-            logger.log_metrics(metrics(record), record.update)
-        except OSError as error:
-            raise TrainingError(
-                f"the metrics of update {record.update} cannot be written to {file} ({error.strerror}): make room, and "
-                "resume from the newest checkpoint."
-            ) from error
+        if not started:
+            earlier = read_rows(file, before=record.update)
+            file.unlink(missing_ok=True)  # the logger would remove it too, but with a warning
+            for row in earlier:
+                logger.log_metrics(row, int(row.pop("step")))
+            started = True
+        logger.log_metrics(metrics(record), record.update)
 
-    return rank_zero_only(write)
+    return rank_zero_only(tolerant(write, str(file)))
+
+
+def tolerant(write: Callable[["Record"], None], what: str) -> Callable[["Record"], None]:
+    """Return a callback that warns, once, where ``write`` cannot write: no file beside them is worth checkpoints."""
+    warned = False
+
+    def attempt(record: "Record") -> None:
+        nonlocal warned
+        try:
+            write(record)
+        except (OSError, ValueError) as error:  # the second: a file there that is not one of ours
+            if not warned:
+                logging.getLogger("reference").warning(
+                    "%s cannot be written after update %d (%s): the run goes on without",
+                    *(what, record.update, getattr(error, "strerror", None) or first_line(error)),
+                )
+            warned = True
+
+    return attempt
 
 
 def read_rows(file: Path, before: int) -> list[dict[str, Any]]:
@@ -94,7 +107,7 @@ def tensorboard(directory: Path) -> Iterator[Callable[["Record"], None]]:
         logger.log_metrics(present, record.update)
 
     try:
-        yield rank_zero_only(write)
+        yield rank_zero_only(tolerant(write, str(directory / "tensorboard")))
     finally:
         if logger is not None:
             logger.finalize("finished")

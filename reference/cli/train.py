@@ -56,7 +56,7 @@ def train(settings: Settings) -> int:
     from rich.console import Console
 
     from reference.cli.boundary import explain
-    from reference.cli.loggers import csv_metrics, tensorboard
+    from reference.cli.loggers import csv_metrics, tensorboard, tolerant
     from reference.cli.progress import live_line, logging_to
     from reference.training.trainer import Trainer
 
@@ -73,7 +73,8 @@ def train(settings: Settings) -> int:
             require_directory(directory)
         run = settings.train
         shown = stack.enter_context(live_line(run.updates, console))
-        callbacks = [shown, rank_zero_only(settings_writer(settings)), csv_metrics(directory)]
+        writes = tolerant(settings_writer(settings), str(directory / "config.yaml"))
+        callbacks = [shown, rank_zero_only(writes), csv_metrics(directory)]
         if settings.tensorboard:
             callbacks.append(stack.enter_context(tensorboard(directory)))
         trainer = Trainer(settings.model, run, directory, callbacks)

@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from reference.config import check_types
 from reference.errors import ConfigurationError, DataError
-from reference.files import SUMS, flush, format_sums, partial_file, read_file, read_json, read_sums, write_file
+from reference.files import SUMS, flush, format_sums, partial_file, read_file, read_json, read_sums
 
 FORMAT = "reference tokens 2"
 FIRST_FORMAT = "reference tokens 1"  # of 0.1.0: BLAKE2b of 128 bits for SHA-256, no SHA256SUMS
@@ -229,7 +229,7 @@ def publish(writers: Sequence[TokenWriter]) -> None:
     """Publish several splits of one folder together: none opens before all are there, and never an old beside a new.
 
     Raises:
-        DataError: if a split is empty, or the disk does not take it.
+        DataError: if a split is empty, or the disk does not take it; a full one has changed nothing then.
     """
     folder = writers[0].folder
     described = {writer.split: writer.finish() for writer in writers}
@@ -237,7 +237,8 @@ def publish(writers: Sequence[TokenWriter]) -> None:
     sums = {f"{split}.bin": sidecar.checksum for split, sidecar in described.items()}
     sums |= {name: hash_of([content], FORMAT) for name, content in contents.items()}
     sums |= {s.tokenizer: s.tokenizer_checksum for s in described.values() if s.tokenizer_checksum is not None}
-    with writers[0].told():
+    small = {SUMS: format_sums((read_sums(folder) or {}) | sums)} | contents
+    with writers[0].told(), staged(folder, small) as partials:  # first what takes room: what follows takes none
         for name, content in contents.items():
             with contextlib.suppress(FileNotFoundError):
                 if (folder / name).read_bytes() != content:
@@ -247,10 +248,24 @@ def publish(writers: Sequence[TokenWriter]) -> None:
             writer.file.close()
             writer.partial.replace(folder / f"{writer.split}.bin")
             writer.partial = None
-        write_file(folder / SUMS, format_sums((read_sums(folder) or {}) | sums))
-        for name, content in contents.items():
-            write_file(folder / name, content)
+        for name, partial in partials.items():
+            partial.replace(folder / name)
         flush(folder)
+
+
+@contextlib.contextmanager
+def staged(folder: Path, contents: Mapping[str, bytes]) -> Iterator[dict[str, Path]]:
+    """Yield files with these contents under hidden names, on the disk; those that are not renamed are removed."""
+    partials: dict[str, Path] = {}
+    try:
+        for name, content in contents.items():
+            partials[name] = partial_file(folder / name)
+            partials[name].write_bytes(content)
+            flush(partials[name])
+        yield partials
+    finally:
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
 
 
 def open_sidecar(folder: Path, split: str) -> Sidecar:

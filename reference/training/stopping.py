@@ -6,8 +6,11 @@ While a run waits for other nodes there is nothing to save, and both end it.
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
+
+TOGETHER = 1.0  # seconds
 
 
 class Stop:
@@ -23,7 +26,7 @@ def stop_on_signals() -> Iterator[Stop]:
     """Note SIGINT and SIGTERM instead of acting on them; afterwards they act as before.
 
     With the first signal the previous handlers are back: a second Ctrl-C raises KeyboardInterrupt, a second SIGTERM
-    ends the process.
+    ends the process. The other signal, if it comes within a second, belongs to the first: some launchers send both.
     """
     stop = Stop()
 
@@ -62,6 +65,14 @@ def handled_by(handler: Callable[[int, FrameType | None], None] | signal.Handler
         put_back()
         assert callable(handler)
         handler(number, frame)
+        other, began = next(n for n in before if n != number), time.monotonic()
+
+        def act(number: int, frame: FrameType | None) -> None:
+            if time.monotonic() - began > TOGETHER:
+                put_back()
+                signal.raise_signal(number)
+
+        signal.signal(other, act)
 
     for number in before:
         signal.signal(number, handler if isinstance(handler, signal.Handlers) else once)

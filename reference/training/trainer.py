@@ -5,6 +5,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -115,7 +116,7 @@ class Trainer:
         """
         config = self.config
         folder = checkpoint.find(resume, self.directory)
-        with stop_on_signals() as stop:
+        with stop_on_signals() as stop, ExitStack() as held:
             run = self.setup(stop)
             require_vocabulary(run.module, train, validation)
             if folder is not None:
@@ -128,6 +129,7 @@ class Trainer:
                 )
             if config.save_every is not None:  # now, rather than after hours of training
                 on_rank_zero(run, lambda: checkpoint.require_writable(self.directory))
+            on_rank_zero(run, lambda: checkpoint.require_alone(self.directory, held))
             if validation is not None and config.evaluate_every is None:
                 logger.info("validation: batches were given, but evaluate_every is None: they are not evaluated")
             result = FitResult(run.module, run.bare)

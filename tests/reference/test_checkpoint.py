@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -13,15 +14,16 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_model
-from torch import nn
+from torch import Tensor, nn
 
 from reference import checkpoint
-from reference.checkpoint.folder import FILES
+from reference.checkpoint.folder import FILES, number
 from reference.checkpoint.weights import first_names
-from reference.config import TrainConfig, as_plain
+from reference.config import GPTConfig, TrainConfig, as_plain
 from reference.errors import CheckpointError
-from reference.files import hidden
-from tests.reference.checkpoints import STATE, gpt, load, saved
+from reference.files import hidden, lock
+from reference.training.trainer import FitResult, Record, Trainer
+from tests.reference.checkpoints import STATE, TINY, gpt, load, saved
 from tests.sentences import sentence_of
 
 WHOLE = sorted([*FILES, "SHA256SUMS"])
@@ -285,3 +287,47 @@ def test_what_killed_runs_left_goes_when_the_next_one_writes(tmp_path: Path) -> 
     expected = [".git", ".step-mine", ".steps.partial", "step-00000001", "step-00000002", "step-00000009"]
     assert sorted(os.listdir(tmp_path)) == expected
     load(aside)
+
+
+# two runs in one directory
+
+
+def test_a_second_run_in_one_directory_is_refused_and_neither_is_damaged(
+    tmp_path: Path, batches: list[Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    def second(record: Record) -> None:
+        if record.update in (1, 3):  # before and after the first checkpoint
+            for save_every in (None, 1):
+                message = sentence_of(CheckpointError, lambda s=save_every: run(s, "auto"))  # type: ignore[misc]
+                assert message.startswith(f"another run is writing to {tmp_path}: wait until it has ended, or")
+            seen.append(record.update)
+
+    def run(save_every: int | None, resume: Any, *callbacks: Any, updates: int = 4) -> FitResult:
+        config = TrainConfig(updates=updates, accelerator="cpu", save_every=save_every)
+        return Trainer(GPTConfig.gpt2(**TINY), config, tmp_path, callbacks).fit(batches, resume=resume)
+
+    seen: list[int] = []
+    first = run(2, False, second)
+    assert seen == [1, 3]
+    assert [number(folder) for folder in checkpoint.checkpoints(tmp_path)] == [2, 4]
+    assert len(first.records) == 4
+    assert len(run(2, "auto", updates=5).records) == 1  # the lock ended with the run
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-0000000{n}" for n in (2, 4, 5)]
+
+
+def test_who_only_looks_puts_nothing_back_under_a_run(tmp_path: Path) -> None:
+    folder = saved(tmp_path, 1)
+    folder.rename(hidden(folder, "previous"))  # as a run does for a moment when it replaces a checkpoint
+    with lock(tmp_path) as alone:
+        assert alone
+        assert checkpoint.find("auto", tmp_path) is None
+    assert checkpoint.find("auto", tmp_path) == folder
+
+
+def test_where_there_is_no_lock_there_is_no_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with lock(tmp_path / "absent") as alone:
+        assert alone
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
+    with lock(tmp_path) as first, lock(tmp_path) as second:
+        assert first
+        assert second

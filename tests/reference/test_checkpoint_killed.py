@@ -183,7 +183,7 @@ def removes_first(folder: Path, value: int) -> None:
 def without_tidying(folder: Path, value: int) -> None:
     """A fault: what a killed run left stays."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint_folder, "tidy", checkpoint_folder.recover)
+        patch.setattr(checkpoint_folder, "tidy", files.put_back_all)
         shutil.rmtree(files.hidden(folder, "partial"), ignore_errors=True)
         save(folder, value)
 

@@ -1,10 +1,12 @@
 """python -m reference: every command, what it says, and how it ends."""
 
 import csv
+import importlib
 import json
 import math
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -316,6 +318,38 @@ def test_exit_codes(
     monkeypatch.setitem(COMMANDS, "train", (fail, ""))
     assert main(["train"]) == code
     assert capsys.readouterr().err == ("Stopped at once.\n" if code == 130 else "error: no\n")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_ctrl_c_while_a_command_is_imported(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Most of the first tenth of a second; before it, the interpreter itself is being started."""
+
+    def interrupted(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib, "import_module", interrupted)
+    assert main([command]) == 130
+    assert capsys.readouterr().err == "Stopped at once.\n"
+
+
+def test_nothing_that_takes_time_is_imported_before_ctrl_c_is_heard() -> None:
+    code = "import sys, reference.__main__; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert not {"jsonargparse", "yaml", "torch", "numpy", "rich"}.intersection(done.stdout.split())
+
+
+def test_files_beside_the_checkpoints_that_cannot_be_written_cost_none(
+    data: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("out/tiny/config.yaml").mkdir(parents=True)
+    Path("out/tiny/metrics/metrics.csv").mkdir(parents=True)
+    assert train(data) == 0
+    told = capsys.readouterr().err
+    assert "warning: out/tiny/config.yaml cannot be written after update 1 (" in told
+    assert "warning: out/tiny/metrics/metrics.csv cannot be written after update 1 (" in told
+    assert Path("out/tiny/step-00000004").is_dir()
 
 
 @pytest.mark.parametrize("error", [ValueError("a fault of the program"), RuntimeError("another")])

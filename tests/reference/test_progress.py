@@ -16,7 +16,7 @@ from rich.console import Console
 from reference.cli.loggers import csv_metrics, metrics_file, read_rows, tensorboard
 from reference.cli.progress import live_line, logging_to
 from reference.config import GPTConfig, TrainConfig
-from reference.errors import ConfigurationError, TrainingError
+from reference.errors import ConfigurationError
 from reference.model.gpt import GPT
 from reference.training.run import Run
 from reference.training.throughput import flops_per_token
@@ -146,13 +146,32 @@ def test_csv_of_a_fresh_run_starts_anew(tmp_path: Path) -> None:
     assert steps(tmp_path) == [("1", "5.0")]
 
 
-def test_metrics_that_cannot_be_written_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_that_cannot_be_written_are_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lightning.fabric.loggers.csv_logs.CSVLogger.log_metrics", full)
-    with pytest.raises(TrainingError, match=r"the metrics of update 3 cannot be written to .*metrics.csv \(No space"):
-        csv_metrics(tmp_path)(record(3))
+    write = csv_metrics(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning.fabric.loggers.csv_logs.CSVLogger.log_metrics", full)
+        write(record(3))
+        write(record(4))
+    (told,) = caplog.messages
+    assert told.startswith(f"{metrics_file(tmp_path)} cannot be written after update 3 (No space left on device): the")
+    write(record(5))  # there is room again
+    assert [row["step"] for row in read_rows(metrics_file(tmp_path), 9)] == ["5"]
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"a,b\n1\n", b"\0", None])
+def test_a_foreign_file_in_the_place_of_the_metrics_is_no_end(tmp_path: Path, content: bytes | None) -> None:
+    file = metrics_file(tmp_path)
+    file.parent.mkdir()
+    if content is None:
+        file.mkdir()
+    else:
+        file.write_bytes(content)
+    csv_metrics(tmp_path)(record(3))
 
 
 def test_a_row_that_was_cut_off_is_left_out(tmp_path: Path) -> None:

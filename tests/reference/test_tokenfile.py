@@ -1,5 +1,6 @@
 """Token files: what is written, and that no damage goes unseen."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -294,3 +295,32 @@ def test_a_flipped_bit_that_opening_does_not_see_is_one_sentence(tmp_path: Path,
     told = f"{path} is damaged: it holds the token id {content[place]}, but the vocabulary that train.json states has"
     assert sentence_of(DataError, lambda: taken(data, data.sequences // 64 + 1)).startswith(told)
     assert sentence_of(DataError, lambda: list(data.once())).startswith(told)
+
+
+@pytest.mark.parametrize("name", ["train.json", "validation.json", "SHA256SUMS"])
+def test_a_disk_that_is_full_at_the_last_moment_has_changed_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def writers(ids: list[int]) -> None:
+        with contextlib.ExitStack() as stack:
+            made = []
+            for split in ("validation", "train"):
+                about: dict[str, Any] = {"vocab_size": 1000, "tokenizer": "bytes", "end_of_document": END}
+                writer = stack.enter_context(TokenWriter(tmp_path, split, **about))
+                writer.write(ids)
+                writer.end_document()
+                made.append(writer)
+            publish(made)
+
+    def full(path: Path, content: bytes) -> int:
+        if name in path.name:
+            raise OSError(28, "No space left on device")
+        return write_bytes(path, content)
+
+    writers([1, 2, 3])
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    write_bytes = Path.write_bytes
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        assert "(No space left on device): make room" in sentence_of(DataError, lambda: writers([4, 5, 6]))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
