@@ -203,7 +203,7 @@ STACKS = {
     ),
 }
 SLOW = {"Lightning", "TRL"}
-JUDGED_FIRST = {"two optimizers", "in backward", "loss only", "refusing"}  # seconds each: the others are in the slow tier
+JUDGED_FIRST = {"two optimizers", "in backward", "loss only", "refusing"}  # the others: -m slow
 FAULTS = [(name, fault) for name, case in STACKS.items() for fault in case.faults]
 
 
