@@ -3,6 +3,7 @@
 from tests.mutants.planting import mutant
 
 PLACES, BATCHES = "reference.data.tokens:TokenData.places", "reference.data.tokens:TokenData.microbatches"
+AS_TENSOR = "reference.data.tokens:TokenData.within_vocabulary"
 ORDER = "shuffled(positions[here], self.sequences, self.seed, epoch)"
 PLAIN = "return batch[:, :-1], batch[:, 1:]"
 
@@ -52,7 +53,7 @@ MUTANTS = [
         "uint16-wrap",
         "DATA-5",
         "datatrove#118, nanoGPT",
-        (BATCHES, ".astype(np.int64)", ".astype(np.uint16).astype(np.int64)"),
+        (AS_TENSOR, ".astype(np.int64)", ".astype(np.uint16).astype(np.int64)"),
     ),
     mutant(
         "labels-unshifted",
