@@ -95,7 +95,7 @@ def run_command(options: argparse.Namespace) -> int:
                 sitting.judge(clause)
         except KeyboardInterrupt:
             sitting.finish(console, options.verbose, options.format)
-            errors.print("Interrupted: the clauses judged until then are above.")
+            errors.print("Interrupted: the results above are those of the clauses judged so far.")
             return INTERRUPTED
         return sitting.finish(console, options.verbose, options.format)
 
@@ -134,7 +134,7 @@ def explain_command(options: argparse.Namespace) -> int:
             console.print(Text(f"{title}: ", style="dim").append(str(known[key]), style="default not dim"))
         needs = ", ".join((*clause.needs, *clause.packages)) or "nothing"
         console.print(Text("Needs: ", style="dim").append(needs, style="default not dim"))
-        console.print(Text("Mutants that it kills:", style="dim"))
+        console.print(Text("Planted faults (mutants) that must break it:", style="dim"))
         for mutant in known["mutants"]:
             console.print(Text(f"  {mutant['mutant']}  ").append(mutant["published"], style="dim"))
             for line in mutant["diff"]:

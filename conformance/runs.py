@@ -110,8 +110,8 @@ class Runs:
         steps = [step.optimizer for update in trace.updates for step in update.steps]
         if self.has("any-optimizer") and all(steps) and not any(asked in names(step) for step in steps):
             raise NotApplicable(
-                f"the run stepped {names(steps[0])[0]}, although the recipe asked for {asked}: if the stack fixes its "
-                "optimizer, name any-optimizer in lacks"
+                f"the run used {names(steps[0])[0]}, although the recipe asked for {asked}: if the stack fixes its "
+                "optimizer, the adapter must name any-optimizer in lacks"
             )
 
     def require_seen(self, trace: Trace) -> None:
@@ -119,7 +119,7 @@ class Runs:
         if not trace.updates or not trace.tensors:
             seen = f"{len(trace.forwards)} calls of a model with token ids and {len(trace.updates)} updates"
             why = " ".join(["it must run the stack.", *trace.notes])
-            raise AdapterFailed(f"{type(self.subject).__name__}.train() ended, but {seen} were seen: {why}")
+            raise AdapterFailed(f"{type(self.subject).__name__}.train() ended, but the suite saw {seen}: {why}")
 
     def start(self, recipe: Recipe) -> Trace:
         """Return the trace of a run that must get as far as its first forward; what happens later does not matter.

@@ -50,7 +50,7 @@ def gradients_agree(
         ratio = total_norm(second) / length
         raise Violation(
             f"{what}: the same vector, within {bound:g} of its length",
-            f"off by {error:.2g} of it, {ratio:.4g} times as long; most in {quoted(worst, limit=3)}",
+            f"off by {error:.2g} of its length, and {ratio:.4g} times as long; most of it in {quoted(worst, limit=3)}",
         )
 
 
@@ -90,7 +90,7 @@ def gradient_is_of(
     factor = predicted / (losses[1] - losses[0])
     if not abs(factor - 1) <= SCALE_BOUND:
         raise Violation(
-            "the gradient of the mean cross entropy over the target tokens: a step along it lowers that loss by its "
-            f"square, within {SCALE_BOUND:g}",
-            f"{what} is {factor:.4g} times as large",
+            "the gradient of the mean cross entropy over the target tokens: over a small step, the loss falls as much "
+            f"as the gradient predicts, within {SCALE_BOUND:g}",
+            f"{what} predicts {factor:.4g} times the fall that was measured",
         )

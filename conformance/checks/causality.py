@@ -56,6 +56,6 @@ def earlier_unchanged(before: Tensor, after: Tensor, until: int, bound: float = 
     if wrong.any():
         places = wrong.any(dim=-1).any(dim=0).nonzero().flatten().tolist()
         raise Violation(
-            f"{where}logits before token {until} as they were, when it and later ones are others",
-            f"those at {quoted(places)} differ, by up to {largest_difference(before[:, :until], after[:, :until])}",
+            f"{where}logits before token {until} stay the same if that token and later ones change",
+            f"they change at {quoted(places)}, by up to {largest_difference(before[:, :until], after[:, :until])}",
         )

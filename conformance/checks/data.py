@@ -38,7 +38,7 @@ def once_each(seen: Sequence[int | None], samples: int, what: str) -> None:
         raise Violation(
             f"{what}: each of {samples} samples once",
             f"not seen: {quoted(lost) or 'none'}; more than once: {quoted(repeated) or 'none'}; "
-            f"sequences that are no sample: {count[None]}",
+            f"sequences that are not a sample: {count[None]}",
         )
 
 
@@ -100,7 +100,7 @@ def predicts_next(logits: Sequence[Tensor], rows: Sequence[Tensor], losses: Sequ
         fitting = [name for name, spread in spreads.items() if spread <= SHIFT_BOUND]
         raise Violation(
             f"losses that are the cross entropy of the next token, up to one factor (within {SHIFT_BOUND:g})",
-            f"that of {fitting[0]}" if fitting else f"the factor varies by {spreads['the next token']:.1e}",
+            f"they are that of {fitting[0]}" if fitting else f"the factor varies by {spreads['the next token']:.1e}",
         )
 
 
@@ -121,7 +121,8 @@ def targets_are_next(targets: Sequence[Tensor], rows: Sequence[Tensor]) -> None:
     if not found["the next token"]:
         instead = [name for name, fitting in found.items() if fitting]
         raise Violation(
-            "the target of each position is the next token", f"it is {instead[0]}" if instead else "it is another"
+            "the target of each position is the next token",
+            f"it is {instead[0]}" if instead else "it is some other token",
         )
 
 

@@ -97,7 +97,7 @@ def decay_acts(before: Mapping[str, Tensor], after: Mapping[str, Tensor], factor
         raise Violation(
             "a step without gradients multiplies decayed tensors by 1 - lr * weight_decay and leaves the others as "
             "they are",
-            f"{len(wrong)} of {len(factors)} tensors: {quoted(wrong)}",
+            f"it multiplies {len(wrong)} of {len(factors)} tensors by something else: {quoted(wrong)}",
         )
 
 

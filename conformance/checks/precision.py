@@ -36,7 +36,7 @@ def loss_in_float32(logits: Tensor, targets: Tensor, loss: Tensor) -> None:
     if not abs(loss.item() - expected) <= LOSS_BOUND * abs(expected):
         raise Violation(
             f"the loss {expected:.6f}, the float32 cross entropy of the logits (relative bound {LOSS_BOUND:g})",
-            f"{loss.item():.6f}, off by {abs(loss.item() - expected) / abs(expected):.1e} of it",
+            f"{loss.item():.6f}, a relative error of {abs(loss.item() - expected) / abs(expected):.1e}",
         )
 
 
@@ -60,9 +60,11 @@ def content_is(logits: Sequence[Tensor], rounded: bool) -> None:
     """
     coarse = all(torch.equal(t.float(), t.bfloat16().float()) for t in logits)
     if coarse and not rounded:
-        raise Violation("logits with the content of float32", "every value is a bfloat16 number: computed in bfloat16")
+        raise Violation(
+            "logits computed in float32", "every value is a bfloat16 number, so they were computed in bfloat16"
+        )
     if rounded and not coarse:
-        raise Violation("logits computed in bfloat16", "values that no bfloat16 number has: computed in float32")
+        raise Violation("logits computed in bfloat16", "some values are not bfloat16 numbers")
 
 
 def dtypes_are(dtypes: Mapping[str, torch.dtype], expected: torch.dtype, what: str) -> None:

@@ -168,7 +168,7 @@ def test_gradients_that_differ_are_named() -> None:
     bias = other.bias.grad
     assert bias is not None
     bias *= 2
-    with pytest.raises(Violation, match=r"off by 0.58 of it, 1.414 times as long; most in bias"):
+    with pytest.raises(Violation, match=r"off by 0.58 of its length, and 1.414 times as long; most of it in bias"):
         checks.gradients_agree(model, other)
     other.bias.grad = None
     with pytest.raises(Violation, match="only one of them has bias"):
@@ -184,7 +184,7 @@ def test_the_scale_of_a_gradient_shows_in_the_fall_of_the_loss(factor: float) ->
     if factor == 1.0:
         gradient_is_of(losses, {"w": end - start}, gradients)
     else:
-        with pytest.raises(Violation, match=r"0.9412 times as large"):
+        with pytest.raises(Violation, match=r"predicts 0.9412 times the fall"):
             gradient_is_of(losses, {"w": end - start}, gradients)
 
 
@@ -202,7 +202,7 @@ def test_the_update_with_another_rate_is_named() -> None:
         return [{"w": rate} for rate in rates]
 
     schedule.rates_are(updates, declared(0.5, 1.0, 0.8))
-    with pytest.raises(Violation, match=r"0.5, 1, 0.7 for w\nseen: 0.5, 1, 0.8: another from update 3 on"):
+    with pytest.raises(Violation, match=r"0.5, 1, 0.7 for w\nseen: 0.5, 1, 0.8, which differ from update 3 on"):
         schedule.rates_are(updates, declared(0.5, 1.0, 0.7))
     with pytest.raises(Violation, match="seen: 3"):
         schedule.rates_are(updates, declared(0.5, 1.0))

@@ -96,7 +96,7 @@ STACKS = {
         InBackward,
         true=USUAL,
         faults={
-            "one optimizer is scheduled": ("LR-1", ["another from update 1 on"]),
+            "one optimizer is scheduled": ("LR-1", ["differ from update 1 on"]),
             "everything decays": ("DECAY-4", ["blocks.0.norm1.weight"]),
         },
     ),
@@ -120,7 +120,7 @@ STACKS = {
         GroupRates,
         true=USUAL,
         faults={
-            "the schedule has one rate for all": ("LR-1", ["for tokens.weight", "another from update 1 on"]),
+            "the schedule has one rate for all": ("LR-1", ["for tokens.weight", "differ from update 1 on"]),
             "each group is clipped by itself": ("CLIP-1", ["scaled to a global norm of"]),
         },
     ),
@@ -189,7 +189,7 @@ STACKS = {
             "RESUME-1": "Lightning keeps no random state, so dropout goes on with other masks",
         },
         faults={
-            "the schedule goes by epochs": ("LR-1", ["another from update 2 on"]),
+            "the schedule goes by epochs": ("LR-1", ["differ from update 2 on"]),
             "values are clipped": ("CLIP-1", ["scaled to a global norm of"]),
         },
     ),
