@@ -275,7 +275,7 @@ def check_types(config: Any) -> None:
         if isinstance(value, int) and abs(value) > LARGEST and entry.name != "seed":
             raise ConfigurationError(f"{entry.name} is {shown(value)}, but must lie between -2**40 and 2**40.")
         if isinstance(value, str | Path | list) and "\0" in str(value).replace("\\x00", "\0"):
-            raise ConfigurationError(f"{entry.name} is {shown(value)}: a NUL character has no place in it.")
+            raise ConfigurationError(f"{entry.name} is {shown(value)}, but must not hold a NUL character.")
         if isinstance(value, Mapping) and not all(isinstance(key, str) for key in value):
             key = next(key for key in value if not isinstance(key, str))
             raise ConfigurationError(f"{entry.name} has the key {shown(key)}, but its keys are names, such as lr.")

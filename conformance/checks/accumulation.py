@@ -74,7 +74,8 @@ def gradient_is_of(
     """Check that a gradient is that of the loss itself, neither a multiple of it nor a part.
 
     The loss before and after a step differs by the step times the mean of the gradients before and after, up to the
-    third order of the step.
+    third order of the step. Where a stack fixes its own step and it is large, that order counts: it grows with the
+    square of the gradient's change (Lion at 1e-3: changed by 0.33, off by 0.041), and the bound with it.
 
     Args:
         losses: before and after a small step, on the same batch, in float64 or as exact as can be.
@@ -86,11 +87,13 @@ def gradient_is_of(
         Violation: with the factor.
     """
     first, second = named_gradients(gradients[0]), named_gradients(gradients[1])
-    predicted = sum(torch.sum(moved[name].double() * (first[name] + second[name]) / 2).item() for name in first)
+    before, after = (sum(torch.sum(moved[name].double() * g[name]).item() for name in first) for g in (first, second))
+    predicted = (before + after) / 2
     factor = predicted / (losses[1] - losses[0])
-    if not abs(factor - 1) <= SCALE_BOUND:
+    bound = max(SCALE_BOUND, ((after - before) / predicted) ** 2 / 2)
+    if not abs(factor - 1) <= bound:
         raise Violation(
             "the gradient of the mean cross entropy over the target tokens: over a small step, the loss falls as much "
-            f"as the gradient predicts, within {SCALE_BOUND:g}",
+            f"as the gradient predicts, within {bound:.2g}",
             f"{what} predicts {factor:.4g} times the fall that was measured",
         )

@@ -40,3 +40,25 @@ def all_finite(tensors: Mapping[str, Tensor], when: str) -> None:
             "an error, or an update that is left out: the parameters stay finite",
             f"{when} {len(bad)} of {len(tensors)} tensors hold NaN or infinity: {quoted(bad)}",
         )
+
+
+def states_are_numbers(states: Mapping[str, Mapping[str, object]], when: str) -> None:
+    """Check that no optimizer state of a tensor, given by its name, holds a NaN.
+
+    An optimizer that steps by the sign of its momentum (Lion) leaves the weights finite: sign(NaN) is 0. Infinities may
+    be where a state begins, as a maximum does.
+
+    Raises:
+        Violation: naming the states.
+    """
+    bad = [
+        f"{key} of {name}"
+        for name, state in states.items()
+        for key, value in state.items()
+        if isinstance(value, Tensor) and value.is_floating_point() and value.isnan().any()
+    ]
+    if bad:
+        raise Violation(
+            "an error, or an update that is left out: the optimizer's state stays free of NaN",
+            f"{when} the optimizer's state holds NaN in {len(bad)} places: {quoted(bad)}",
+        )

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from conformance.checks.accumulation import gradients_agree, total_norm
-from conformance.checks.clipping import all_finite, clipped_as_one
+from conformance.checks.clipping import all_finite, clipped_as_one, states_are_numbers
 from conformance.checks.comparison import tensors_equal
 from conformance.clause import clause
 from conformance.recipe import Recipe
@@ -59,12 +59,14 @@ def test_unclipped_below_the_limit(runs: Runs) -> None:
     bound="no NaN",
 )
 def test_not_finite(runs: Runs) -> None:
-    """A gradient with a NaN or an infinity never reaches the weights."""
+    """A gradient with a NaN or an infinity never reaches the weights or the state of the optimizer."""
     recipe = Recipe(updates=3, clip=1.0 if runs.has("clip") else None)
     runs.trace(recipe)  # a stack that always raises would raise here too
     tried = runs.attempt(replace(recipe, nan_gradient=1))
     for number, update in enumerate(tried.trace.updates, start=1):
-        all_finite(update.after, f"after update {number}, with one NaN in the gradient of update 2,")
+        when = f"after update {number}, with one NaN in the gradient of update 2,"
+        all_finite(update.after, when)
+        states_are_numbers(update.state_after, when)
 
 
 @clause(

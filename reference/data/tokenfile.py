@@ -303,7 +303,7 @@ def open_sidecar(folder: Path, split: str) -> Sidecar:
         raise DataError(f"{path} was changed since it was written, or is damaged: {again}.")
     sidecar = Sidecar(**plain)
     if not is_possible(sidecar):
-        raise DataError(f"{path} describes no token file that can be ({SIDECAR_RULE}): {again}.")
+        raise DataError(f"{path} describes a token file that cannot exist ({SIDECAR_RULE}): {again}.")
     try:
         size = tokens.stat().st_size
         if size != sidecar.size:

@@ -236,7 +236,9 @@ def test_targets_at_another_distance_are_named(shift: int, name: str) -> None:
         data.predicts_next(logits, rows, losses(shift))
 
 
-@pytest.mark.parametrize(("shift", "name"), [(0, "the token itself"), (2, "the token after the next"), (3, "another")])
+@pytest.mark.parametrize(
+    ("shift", "name"), [(0, "the token itself"), (2, "the token after the next"), (3, "some other token")]
+)
 def test_targets_of_a_cross_entropy_at_another_distance_are_named(shift: int, name: str) -> None:
     rows = list(torch.arange(36).view(2, 2, 9))
     data.targets_are_next([tokens[:, 1:].flatten() for tokens in rows], rows)

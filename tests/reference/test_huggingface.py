@@ -15,7 +15,7 @@ from reference import checkpoint
 from reference.checkpoint import load_for_inference
 from reference.config import GPTConfig
 from reference.data.tokenizer import load_tokenizer
-from reference.errors import CheckpointError
+from reference.errors import CheckpointError, ConfigurationError
 from reference.interchange.huggingface import export_huggingface, import_huggingface
 from tests.reference.exports import (
     GROUPED,
@@ -253,3 +253,22 @@ def test_an_index_without_a_map(exported: Path, tmp_path: Path) -> None:
     (exported / "model.safetensors.index.json").write_text('{"weight_map": []}', encoding="utf-8")
     message = sentence_of(CheckpointError, lambda: import_huggingface(exported, tmp_path / "run"))
     assert "does not map tensors" in message
+
+
+def test_the_end_of_a_document_has_the_name_that_the_config_gives_it(tmp_path: Path) -> None:
+    """A tokenizer whose end is called <eos>, as Gemma's is, and config.json says which id that is."""
+    import tokenizers
+    from tokenizers import models
+
+    built = tokenizers.Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[]))
+    built.add_special_tokens(["<bos>", "<eos>"])
+    exported = export_huggingface(saved(tmp_path / "run", GROUPED), tmp_path / "exported")
+    built.save(str(exported / "tokenizer.json"))
+    with pytest.raises(ConfigurationError, match="has no token for the end of a document"):
+        import_huggingface(exported, tmp_path / "none")
+    for number, said in enumerate((3, [3, 2])):
+        edit(exported, eos_token_id=said)
+        folder = import_huggingface(exported, tmp_path / str(number))
+        assert load_tokenizer(folder).end_of_document == 3
+        back = export_huggingface(folder, tmp_path / f"again-{number}")
+        assert json.loads((back / "config.json").read_text())["eos_token_id"] == 3

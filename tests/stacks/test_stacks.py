@@ -21,6 +21,7 @@ from tests.stacks.one_file import OneFile
 from tests.stacks.refusing import Refusing
 from tests.stacks.schedule_free import ScheduleFree
 from tests.stacks.script import Script
+from tests.stacks.sign_momentum import SignMomentum
 from tests.stacks.sliding_window import SlidingWindow
 from tests.stacks.truncated import TruncatedInit
 from tests.stacks.two_optimizers import TwoOptimizers
@@ -191,6 +192,13 @@ STACKS = {
         faults={
             "the schedule goes by epochs": ("LR-1", ["differ from update 2 on"]),
             "values are clipped": ("CLIP-1", ["scaled to a global norm of"]),
+        },
+    ),
+    "sign of momentum": Case(
+        SignMomentum,
+        faults={
+            "the guard is lost": ("CLIP-3", ["momentum of", "holds NaN"]),
+            "gradients add up": ("ACC-5", ["gradient"]),
         },
     ),
     "TRL": Case(
