@@ -105,7 +105,7 @@ class Runs:
         return attempt.trace
 
     def require_optimizer(self, recipe: Recipe, trace: Trace) -> None:
-        """Raise NotApplicable if another optimizer stepped than the one asked for: a rule would judge the wrong one."""
+        """Raise NotApplicable if an optimizer other than the one asked for stepped: a rule would judge the wrong one."""
         asked = recipe.optimizer.class_path.rpartition(".")[2]
         steps = [step.optimizer for update in trace.updates for step in update.steps]
         if self.has("any-optimizer") and all(steps) and not any(asked in names(step) for step in steps):
@@ -115,7 +115,7 @@ class Runs:
             )
 
     def require_seen(self, trace: Trace) -> None:
-        """Raise AdapterFailed if a run has ended in which no training was seen."""
+        """Raise AdapterFailed if a run has ended without any training."""
         if not trace.updates or not trace.tensors:
             seen = f"{len(trace.forwards)} calls of a model with token ids and {len(trace.updates)} updates"
             why = " ".join(["it must run the stack.", *trace.notes])
@@ -193,7 +193,7 @@ def names(class_paths: tuple[str, ...]) -> list[str]:
 
 
 class Declared:
-    """What a subject declares, checked: a policy that raises, or answers nonsense, is the adapter's fault."""
+    """What a subject declares, checked: if a policy raises, or returns nonsense, that is the adapter's fault."""
 
     def __init__(self, subject: Subject) -> None:
         self.policy = subject.policy

@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
-    parser.add_argument("--quick", action="store_true", help="few rounds, few rows")
+    parser.add_argument("--quick", action="store_true", help="measure few rows, in few rounds")
     only = "measure rows with this text in 'group / size / name'; repeatable"
     parser.add_argument("--only", action="append", default=[], metavar="TEXT", help=only)
     limit = "for everything: end at the first row that would take longer; nothing is compiled ahead"
@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help=out)
     earlier = "an earlier summary.json, or two of them"
     parser.add_argument("--compare", nargs="+", default=[], type=Path, metavar="FILE", help=earlier)
-    parser.add_argument("--across", action="store_true", help="compare although card or versions differ")
+    parser.add_argument("--across", action="store_true", help="compare even if the card or the versions differ")
     return parser
 
 

@@ -55,13 +55,13 @@ def gradients_agree(
 
 
 def named_gradients(source: nn.Module | Gradients) -> dict[str, Tensor]:
-    """Return gradients in float64, by name, of those tensors that have one."""
+    """Return the gradients in float64, by name, of all tensors that have one."""
     gradients = {n: p.grad for n, p in source.named_parameters()} if isinstance(source, nn.Module) else source
     return {name: gradient.double() for name, gradient in gradients.items() if gradient is not None}
 
 
 def total_norm(gradients: Mapping[str, Tensor | None]) -> float:
-    """Return the length of the vector that all gradients are together."""
+    """Return the length of the vector that all gradients form together."""
     return float(sum(g.double().square().sum().item() for g in gradients.values() if g is not None)) ** 0.5
 
 

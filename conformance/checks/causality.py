@@ -39,7 +39,7 @@ def looks_back_only(model: Callable[[Tensor], Any], ids: Tensor, bound: float = 
 
 
 def earlier_unchanged(before: Tensor, after: Tensor, until: int, bound: float = 0.0, where: str = "") -> None:
-    """Logits before a place are what they were when only the tokens from there on differed.
+    """Check that the logits before a place stay the same if only the tokens from there on change.
 
     Args:
         before: (B, T, V).

@@ -45,7 +45,7 @@ def same_options(before: Mapping[str, object], after: Mapping[str, object], name
 
 
 def swapped(embeddings: Iterable[EmbeddingInfo]) -> list[str]:
-    """Return names of the StableEmbeddings."""
+    """Return the names of the StableEmbeddings."""
     return [info.name for info in embeddings if info.kind.endswith(f".{STABLE}")]
 
 

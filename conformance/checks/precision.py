@@ -41,7 +41,7 @@ def loss_in_float32(logits: Tensor, targets: Tensor, loss: Tensor) -> None:
 
 
 def shared_factor(pairs: Sequence[tuple[Tensor, Tensor, Tensor]]) -> float:
-    """Return the factor that all losses share beside the cross entropies of their logits; 1 if it is as good as 1.
+    """Return the factor between the losses and the cross entropies of their logits; 1 if it is close to 1.
 
     Args:
         pairs: logits (B, T, V), targets (B, T) and loss, at least two of each.
@@ -53,7 +53,7 @@ def shared_factor(pairs: Sequence[tuple[Tensor, Tensor, Tensor]]) -> float:
 
 
 def content_is(logits: Sequence[Tensor], rounded: bool) -> None:
-    """Check that logits carry the content of float32, not that of bfloat16 in a float32 coat.
+    """Check that logits were computed in float32, and not in bfloat16 and then converted.
 
     Raises:
         Violation: if every value of every tensor is a bfloat16 number (or, with ``rounded``, if any is not).
@@ -94,5 +94,5 @@ def tables_close(exact: Mapping[str, Tensor], seen: Mapping[str, Tensor]) -> Non
 
 
 def movement(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float:
-    """Return sum over all elements of how far they moved."""
+    """Return how far all elements moved, added up."""
     return float(sum((after[name].double() - before[name].double()).abs().sum().item() for name in before))

@@ -51,7 +51,7 @@ class Settings:
     directory: str
     """the folder to write checkpoints, metrics and config.yaml to"""
     resume: bool | str = False
-    """true: go on from the newest checkpoint in the directory; auto: only if there is one; a path: from that checkpoint"""
+    """true: go on from the newest checkpoint in the directory; auto: only if there is one; a path: from that one"""
     tensorboard: bool = dataclasses.field(default=False, metadata={"flag": True})
     """also write TensorBoard's event files"""
 
