@@ -105,7 +105,7 @@ class Runs:
         return attempt.trace
 
     def require_optimizer(self, recipe: Recipe, trace: Trace) -> None:
-        """Raise NotApplicable if an optimizer other than the one asked for stepped: a rule would judge the wrong one."""
+        """Raise NotApplicable if an optimizer other than the one asked for has stepped: it must not be judged."""
         asked = recipe.optimizer.class_path.rpartition(".")[2]
         steps = [step.optimizer for update in trace.updates for step in update.steps]
         if self.has("any-optimizer") and all(steps) and not any(asked in names(step) for step in steps):

@@ -66,7 +66,8 @@ def precompile(cases: Sequence[Case], say: Callable[[str], None]) -> bool:
 
     if inductor.force_disable_caches or not inductor.fx_graph_cache:
         say(
-            "PyTorch's caches of compiled code are off, so each row compiles its own code, which takes some minutes more."
+            "PyTorch's caches of compiled code are off, so each row compiles its own code, which takes "
+            "some minutes more."
         )
         return False
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

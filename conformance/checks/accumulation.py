@@ -95,5 +95,5 @@ def gradient_is_of(
         raise Violation(
             "the gradient of the mean cross entropy over the target tokens: over a small step, the loss falls as much "
             f"as the gradient predicts, within {bound:.2g}",
-            f"{what} predicts {factor:.4g} times the fall that was measured",
+            f"{what} is {factor:.4g} times as large as that",
         )

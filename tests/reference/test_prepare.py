@@ -372,7 +372,7 @@ def test_the_end_of_a_document_may_be_named(tmp_path: Path, capsys: pytest.Captu
     assert load_tokenizer(tmp_path / "out").end_of_document == 2  # found again without being named
     assert opened(tmp_path / "out", "train").end_of_document == 2
     assert main([*command[:4], "bytes", *command[5:], "--end-of-document", "<eos>", "--overwrite"]) == 2
-    assert "bytes has an end of its own: leave it out." in capsys.readouterr().err
+    assert "bytes has its own end of a document: leave it out." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("special", [False, True])

@@ -129,16 +129,19 @@ STACKS = {
         SlidingWindow,
         true=USUAL,
         faults={
-            "the window does not reach the attention": ("CAUSAL-3", ["do not see the first token", "9, 10, 11"]),
-            "one token too short": ("CAUSAL-3", ["that see the first token", "the same at 2 positions: 7, 8"]),
+            "the window does not reach the attention": (
+                "CAUSAL-3",
+                ["the policy says that it is not seen", "9, 10, 11"],
+            ),
+            "one token too short": ("CAUSAL-3", ["at all positions that see it", "the same at 2 positions: 7, 8"]),
         },
     ),
     "documents": Case(
         partial(Documents, end=0),
         true=USUAL,
         faults={
-            "documents see each other": ("CAUSAL-3", ["do not see the first token"]),
-            "an end opens the next document": ("CAUSAL-3", ["that see the first token"]),
+            "documents see each other": ("CAUSAL-3", ["the policy says that it is not seen"]),
+            "an end opens the next document": ("CAUSAL-3", ["at all positions that see it"]),
         },
     ),
     "documents, another end": Case(partial(Documents, end=15), true=USUAL),
@@ -162,8 +165,11 @@ STACKS = {
         Script,
         true=UNGUARDED,
         faults={
-            "the head is not tied": ("TIE-1", ["34176 tied, 34176 untied"]),
-            "every microbatch steps": ("ACC-6", ["6 updates / 30: AdamW stepped again", "no backward in between"]),
+            "the head is not tied": ("TIE-1", ["34176 elements tied, 34176 untied"]),
+            "every microbatch steps": (
+                "ACC-6",
+                ["6 updates / 30 updates: AdamW stepped again", "no backward in between"],
+            ),
         },
     ),
     "refusing": Case(
