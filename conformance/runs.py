@@ -118,7 +118,7 @@ class Runs:
         """Raise AdapterFailed if a run has ended without any training."""
         if not trace.updates or not trace.tensors:
             seen = f"{len(trace.forwards)} calls of a model with token ids and {len(trace.updates)} updates"
-            why = " ".join(["it must run the stack.", *trace.notes])
+            why = " ".join(["it must run your stack's own entry point.", *trace.notes])
             raise AdapterFailed(f"{type(self.subject).__name__}.train() ended, but the suite saw {seen}: {why}")
 
     def start(self, recipe: Recipe) -> Trace:

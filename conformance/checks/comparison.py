@@ -46,7 +46,7 @@ def states_equal(
     lost = [name for name in expected if name not in seen]
     if lost:
         raise Violation(
-            f"{what}: state of all {len(expected)} tensors", f"{len(lost)} tensors have none: {quoted(lost)}"
+            f"{what}: entries for all {len(expected)} tensors", f"{len(lost)} tensors have none: {quoted(lost)}"
         )
     different = [
         f"{name}[{key!r}]"

@@ -123,4 +123,7 @@ def starts_ignorant(loss: float, vocabulary: int) -> None:
     """
     expected = math.log(vocabulary)
     if not abs(loss - expected) <= LOSS_MARGIN:
-        raise Violation(f"a first loss of ln {vocabulary} = {expected:.3f}, within {LOSS_MARGIN} nats", f"{loss:.3f}")
+        raise Violation(
+            f"a first loss of ln {vocabulary} = {expected:.3f}, within {LOSS_MARGIN} nats",
+            f"a first loss of {loss:.3f}",
+        )

@@ -65,7 +65,7 @@ def test_ragged_microbatches(runs: Runs) -> None:
     gradients_agree(
         whole.update(0).gradients,
         runs.trace(split).update(0).gradients,
-        f"{split.microbatches} ragged microbatches against one batch",
+        f"{split.microbatches} microbatches with different numbers of targets against one batch",
     )
 
 
@@ -84,7 +84,7 @@ def test_split_over_ranks(runs: Runs) -> None:
     """
     split = everyday(runs)
     one, (first, second) = runs.trace(split), runs.ranks(on_two_ranks(split))
-    for _, update, other in paired(first.updates, second.updates, "rank 1 as rank 0"):
+    for _, update, other in paired(first.updates, second.updates, "rank 1 makes as many updates as rank 0"):
         tensors_equal(dense(update.gradients), dense(other.gradients), "gradients of rank 0 against rank 1")
         tensors_equal(update.after, other.after, "parameters of rank 0 against rank 1")
     gradients_agree(one.update(0).gradients, first.update(0).gradients, "two ranks against one process")
@@ -103,7 +103,11 @@ def test_ragged_ranks(runs: Runs) -> None:
     """Two ranks with different numbers of target tokens give the same gradient as one process."""
     split = replace(everyday(runs), ignored_targets=True)
     first, _ = runs.ranks(on_two_ranks(split))
-    gradients_agree(runs.trace(split).update(0).gradients, first.update(0).gradients, "two ragged ranks against one")
+    gradients_agree(
+        runs.trace(split).update(0).gradients,
+        first.update(0).gradients,
+        "two ranks with different numbers of targets against one process",
+    )
 
 
 @clause(

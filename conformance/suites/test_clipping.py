@@ -45,8 +45,12 @@ def test_unclipped_below_the_limit(runs: Runs) -> None:
     recipe = everyday(runs)
     free = runs.trace(recipe)
     long = runs.trace(clipped(recipe, total_norm(free.update(0).gradients), 1000.0))
-    for number, update, other in paired(free.updates, long.updates, "with a limit as without one"):
-        tensors_equal(update.after, other.after, f"parameters after update {number}, limit a thousand times the norm")
+    for number, update, other in paired(free.updates, long.updates, "as many updates with a limit as without one"):
+        tensors_equal(
+            update.after,
+            other.after,
+            f"parameters after update {number}, with a limit a thousand times the norm, against no limit",
+        )
 
 
 @clause(
@@ -84,4 +88,8 @@ def test_clipped_on_two_ranks(runs: Runs) -> None:
     short = clipped(recipe, total_norm(runs.trace(recipe).update(0).gradients), 0.1)
     first, second = runs.ranks(on_two_ranks(short))
     tensors_equal(first.update(-1).after, second.update(-1).after, "parameters of rank 0 against rank 1")
-    gradients_agree(runs.trace(short).update(0).gradients, first.update(0).gradients, "clipped on two ranks")
+    gradients_agree(
+        runs.trace(short).update(0).gradients,
+        first.update(0).gradients,
+        "the gradient clipped on two ranks against one process",
+    )

@@ -129,8 +129,8 @@ def test_changes_nothing(runs: Runs) -> None:
 def without_changes(runs: Runs, recipe: Recipe) -> None:
     """Check that a run with evaluations and one without have the same parameters."""
     run, other = runs.trace(recipe), runs.trace(replace(recipe, evaluate_every=None))
-    for number, update, plain in paired(run.updates, other.updates, "without evaluation as with it"):
-        tensors_equal(plain.after, update.after, f"parameters after update {number}, without evaluation and with")
+    for number, update, plain in paired(run.updates, other.updates, "as many updates without evaluation as with it"):
+        tensors_equal(plain.after, update.after, f"parameters after update {number}, without evaluation and with it")
 
 
 @clause(

@@ -70,7 +70,7 @@ def test_same_seed_same_start(runs: Runs) -> None:
     """Two runs with the same seed start from the same weights, bit for bit."""
     for recipe in shapes(runs):
         first, second = runs.start(recipe), runs.start(replace(recipe, repeat=1))
-        tensors_equal(first.initial, second.initial, "the same seed twice")
+        tensors_equal(first.initial, second.initial, "parameters of two runs with the same seed")
 
 
 @clause(
@@ -136,6 +136,7 @@ def test_resume_restores(runs: Runs) -> None:
     why="The run silently starts over from random weights, and looks like a resumed one.",
     mend="Raise an error if the checkpoint that the user named does not exist.",
     source="pytorch/torchtitan#1311",
+    bound="an error",
 )
 def test_missing_checkpoint(runs: Runs) -> None:
     """Resuming from a checkpoint that does not exist is an error."""
@@ -162,7 +163,7 @@ def test_buffers_after_meta(runs: Runs) -> None:
     """A model built on the meta device has the same buffers as one built eagerly."""
     for recipe in shapes(runs):
         eager, meta = runs.start(recipe), runs.start(replace(recipe, initialization="meta"))
-        tensors_equal(eager.buffers, meta.buffers, "buffers, eager against meta")
+        tensors_equal(eager.buffers, meta.buffers, "buffers built eagerly against buffers built on the meta device")
 
 
 @clause(
@@ -183,7 +184,9 @@ def test_parameters_after_meta(runs: Runs) -> None:
         variants += shapes(runs, Recipe(tied=True))
     for recipe in variants:
         eager, meta = runs.start(recipe), runs.start(replace(recipe, initialization="meta"))
-        tensors_equal(eager.initial, meta.initial, "parameters, eager against meta")
+        tensors_equal(
+            eager.initial, meta.initial, "parameters built eagerly against parameters built on the meta device"
+        )
 
 
 @clause(

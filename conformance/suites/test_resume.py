@@ -58,7 +58,9 @@ def test_goes_on_as_if_never_interrupted(runs: Runs) -> None:
     later = resumed(runs, recipe, whole, 2).updates
     if len(later) != recipe.updates - 2:
         raise Violation(f"{recipe.updates - 2} more updates, to {recipe.updates} in all", f"{len(later)} updates")
-    for number, update, other in paired(whole.updates[2:], later, "resumed as never interrupted"):
+    for number, update, other in paired(
+        whole.updates[2:], later, "the resumed run against the run that was never interrupted"
+    ):
         tensors_equal(update.after, other.after, f"parameters after update {number + 2} of the resumed run")
 
 
@@ -141,7 +143,7 @@ def test_taken_up_without_wrappers(runs: Runs) -> None:
         raise NotApplicable("lacks both compile and two-ranks")
     for what, run in wrapped.items():
         later = resumed(runs, replace(plain, updates=len(run.updates) + 2), run, len(run.updates))
-        tensors_equal(run.update(-1).after, later.initial, f"parameters that a plain run takes up from {what}")
+        tensors_equal(run.update(-1).after, later.initial, f"parameters of a plain run that resumes from {what}")
 
 
 @clause(

@@ -81,7 +81,7 @@ STACKS = {
         true=USUAL,
         faults={
             "only the blocks are trained": ("DECAY-1", ["missing: tokens.weight, positions.weight"]),
-            "every microbatch has its own mean": ("ACC-2", ["ragged microbatches"]),
+            "every microbatch has its own mean": ("ACC-2", ["microbatches with different numbers of targets"]),
         },
     ),
     "loss only": Case(
