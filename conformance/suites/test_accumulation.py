@@ -185,7 +185,7 @@ def test_sequences_of_an_update(runs: Runs) -> None:
         counts = {sum(len(f.ids) for f in tried.trace.training_forwards(update)) for update in range(2)}
         if tried.error is None and counts != {10}:
             raise Violation(
-                "10 sequences per update, as the recipe asks, from microbatches of 4; or an error",
+                "10 sequences per update, as the recipe asks, in microbatches of 4; or an error",
                 f"{' and '.join(map(str, sorted(counts)))} sequences per update, and no error",
             )
 

@@ -180,6 +180,6 @@ def checked(content: Any, source: str) -> dict[str, Any]:
         for name in [str(key), *(f"{key}.{inner}" for inner in value)] if key in GROUPS else [str(key)]:
             if name not in names:
                 raise ConfigurationError(
-                    f"{source} has {shown(name)}, {hint(name, names, 'python -m reference train')}"
+                    f"{source} has the unknown name {shown(name)}: {hint(name, names, 'python -m reference train')}"
                 )
     return content
