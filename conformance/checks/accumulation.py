@@ -89,6 +89,8 @@ def gradient_is_of(
     first, second = named_gradients(gradients[0]), named_gradients(gradients[1])
     before, after = (sum(torch.sum(moved[name].double() * g[name]).item() for name in first) for g in (first, second))
     predicted = (before + after) / 2
+    if not predicted or losses[0] == losses[1]:
+        raise Violation("a step along the gradient lowers the loss", f"{what} and the step have nothing in common")
     factor = predicted / (losses[1] - losses[0])
     bound = max(SCALE_BOUND, ((after - before) / predicted) ** 2 / 2)
     if not abs(factor - 1) <= bound:

@@ -50,7 +50,7 @@ def torch_modes() -> Callable[[], None]:
     fill, precision = deterministic.fill_uninitialized_memory, torch.get_float32_matmul_precision()
     kinds = [kind for kind in ("cpu", "cuda") if kind == "cpu" or torch.cuda.is_available()]
     autocast = {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds}
-    cached, inference = torch.is_autocast_cache_enabled(), torch.is_inference_mode_enabled()
+    cached, inference, depth = torch.is_autocast_cache_enabled(), torch.is_inference_mode_enabled(), autocast_depth()
 
     def undo() -> None:
         if torch.is_inference_mode_enabled() != inference:
@@ -64,14 +64,25 @@ def torch_modes() -> Callable[[], None]:
         torch.set_anomaly_enabled(anomaly)
         torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
         deterministic.fill_uninitialized_memory = fill
-        torch.set_float32_matmul_precision(precision)
+        if torch.get_float32_matmul_precision() != precision:  # the setter changes what each backend says, too
+            torch.set_float32_matmul_precision(precision)
         for kind, (enabled, kept) in autocast.items():
             torch.set_autocast_enabled(kind, enabled)
             torch.set_autocast_dtype(kind, kept)
         torch.set_autocast_cache_enabled(cached)
+        # Leaving the outermost autocast clears the cache of cast weights. If one is never left, no other is outermost,
+        # and later runs compute with weights cast before the update.
+        while autocast_depth() > depth:
+            torch.autocast_decrement_nesting()
         torch.clear_autocast_cache()
 
     return undo
+
+
+def autocast_depth() -> int:
+    """Return how many autocast contexts are open."""
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
 
 
 def random_states() -> Callable[[], None]:

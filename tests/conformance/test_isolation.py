@@ -18,6 +18,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from conformance.recipe import Recipe
+from conformance.recording.isolation import autocast_depth
 from conformance.runs import Runs
 from tests.conformance.test_session import Fake
 
@@ -49,6 +50,7 @@ HOSTILE: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
     "no gradients": (lambda: torch.set_grad_enabled(False), torch.is_grad_enabled),
     "inference mode": (lambda: enter(torch.inference_mode()), torch.is_inference_mode_enabled),
     "autocast": (lambda: enter(torch.autocast("cpu", torch.bfloat16)), lambda: torch.is_autocast_enabled("cpu")),
+    "depth of autocast": (lambda: enter(torch.autocast("cpu", torch.bfloat16)), autocast_depth),
     "threads": (lambda: torch.set_num_threads(2), torch.get_num_threads),
     "determinism": (
         lambda: torch.use_deterministic_algorithms(True),
