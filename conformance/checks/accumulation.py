@@ -90,7 +90,9 @@ def gradient_is_of(
     before, after = (sum(torch.sum(moved[name].double() * g[name]).item() for name in first) for g in (first, second))
     predicted = (before + after) / 2
     if not predicted or losses[0] == losses[1]:
-        raise Violation("a step along the gradient lowers the loss", f"{what} and the step have nothing in common")
+        raise Violation(
+            "a step along the gradient lowers the loss", f"{what} predicts no change, or the loss does not change"
+        )
     factor = predicted / (losses[1] - losses[0])
     bound = max(SCALE_BOUND, ((after - before) / predicted) ** 2 / 2)
     if not abs(factor - 1) <= bound:
