@@ -81,7 +81,7 @@ def test_sequences_apart(runs: Runs) -> None:
     mend="Check the attention mask: for SDPA, True marks what takes part; elsewhere it may mark what does not. Also "
     "look for a window of zero, or one shorter than the sequence.",
     source="unslothai/unsloth#8253 (a window of zero sees nothing)",
-    bound="other bits at every position (healthy: all of them)",
+    bound="different bits at every position that sees the first token (healthy: all of them)",
 )
 def test_whole_context(runs: Runs) -> None:
     """Every logit depends on the first token, unless the stack declares that it does not see that token."""

@@ -144,7 +144,7 @@ def test_fused_where_possible(runs: Runs) -> None:
     why="The run trains with settings other than those in its configuration.",
     mend="Follow the keyword named here from the configuration to the constructor.",
     source="EleutherAI/gpt-neox#228 (betas), NVIDIA-NeMo/Speech#775 (eps), pykale/pykale#587",
-    bound="equality of floats; lr as the stack's own schedule has it",
+    bound="equality of floats; for lr, equality with the rate of the stack's own schedule",
 )
 def test_keywords_arrive(runs: Runs) -> None:
     """The optimizer receives lr, betas, eps and weight_decay exactly as the user gave them."""

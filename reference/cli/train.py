@@ -167,7 +167,7 @@ def open_data(settings: Settings) -> "tuple[Settings, TokenData, TokenData | Non
         if data is not None:
             logger.info("data: %s", data.describe())
     if settings.preset == "tiny" and model.vocab_size == PRESETS["tiny"].model.vocab_size != training.vocab_size:
-        logger.info("model: the vocabulary of the data, %d, instead of %d", training.vocab_size, model.vocab_size)
+        logger.info("model: vocab_size is %d, as in the data, instead of %d", training.vocab_size, model.vocab_size)
         settings = dataclasses.replace(settings, model=dataclasses.replace(model, vocab_size=training.vocab_size))
     return settings, training, validation
 
