@@ -229,7 +229,7 @@ class Declared:
         return self.word("owner", None, str, recipe, tensor)
 
     def auxiliary_loss(self, recipe: Recipe) -> bool:
-        """Return True if the loss has terms beside the cross entropy."""
+        """Return True if the loss has terms besides the cross entropy."""
         return bool(self.word("auxiliary_loss", False, bool, recipe))
 
     def context(self, recipe: Recipe) -> int | None:

@@ -75,7 +75,7 @@ class DetailedPolicy(Policy, Protocol):
         """Return the class path of the optimizer that owns a tensor; without this method, or if None, any may."""
 
     def auxiliary_loss(self, recipe: "Recipe") -> bool:
-        """Return True if the loss has terms beside the cross entropy, such as a z-loss; without this method, False."""
+        """Return True if the loss has terms besides the cross entropy, such as a z-loss; without this method, False."""
 
     def context(self, recipe: "Recipe") -> int | None:
         """Return how many tokens a logit sees through all layers, its own included; without this method, all."""

@@ -125,7 +125,7 @@ def test_gradient_of_the_mean(runs: Runs) -> None:
     plain = Recipe(optimizer=step, same_batches=True)
     recipes = [plain, replace(plain, ignored_targets=True)] if runs.has("ignored-targets") else [plain]
     if runs.policy.auxiliary_loss(plain):
-        raise NotApplicable("the policy declares that the loss has terms beside the cross entropy")
+        raise NotApplicable("the policy declares that the loss has terms besides the cross entropy")
     for recipe in recipes:
         run = runs.trace(recipe)
         losses = [loss_of(recipe, run, update) for update in (0, 1)]

@@ -142,7 +142,7 @@ def checkpoint_folder(path: Path) -> Path:
 def open_data(settings: Settings) -> "tuple[Settings, TokenData, TokenData | None]":
     """Return settings with a vocabulary that fits the data, the training split and the validation split.
 
-    The default data is prepared if it is not there yet. The preset tiny takes the vocabulary of the data unless the
+    The default data is prepared if it does not exist yet. The preset tiny takes the vocabulary of the data unless the
     settings have another than the preset's; for the others the Trainer checks that the data fits.
 
     Raises:

@@ -473,7 +473,7 @@ def test_the_standard_library_is_text_on_every_machine(
     assert prepare_default(tmp_path / "out") is None  # it is there
     assert (tmp_path / "out" / "train.bin").stat().st_mtime_ns == before
     (tmp_path / "out" / "train.bin").write_bytes(b"x")
-    assert "truncated or foreign" in sentence_of(DataError, lambda: prepare_default(tmp_path / "out"))
+    assert "truncated or from elsewhere" in sentence_of(DataError, lambda: prepare_default(tmp_path / "out"))
 
 
 def test_a_python_without_sources_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
