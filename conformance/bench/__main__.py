@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
         "the time for the whole bench: it ends before the first row that would exceed it, and compiles nothing ahead"
     )
     parser.add_argument("--limit", type=float, metavar="SECONDS", help=limit)
-    out = "the folder to write to (default: reports/bench/CARD; reports/latest if the run is quick, partial or on the CPU)"
+    out = "the folder to write to (default: reports/bench/CARD; reports/latest for quick, partial and CPU runs)"
     parser.add_argument("--out", type=Path, metavar="FOLDER", help=out)
     earlier = "one earlier summary.json to compare with this run, or two to compare with each other"
     parser.add_argument("--compare", nargs="+", default=[], type=Path, metavar="FILE", help=earlier)
