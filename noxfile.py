@@ -1,4 +1,4 @@
-"""The manual: ``nox -l`` lists what can be done, ``nox -s NAME`` does it.
+"""The sessions of this project: ``nox -l`` lists them, ``nox -s NAME`` runs one.
 
 Most sessions share one environment, made by the session ``environment`` on first use, so torch is installed once.
 With ``--no-venv`` they use the Python that runs nox, and install nothing.
@@ -112,7 +112,7 @@ def conformance(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["environment"], default=False)
 def tests(session: nox.Session) -> None:
-    """Run this project's own tests on all cores; `-- tests/conformance/test_trace.py -k hooks` selects."""
+    """Run this project's own tests on all cores; `-- tests/conformance/test_trace.py -k hooks` runs a selection."""
     cores = [] if any(word.startswith("-n") for word in session.posargs) else ["-n", "auto", "--dist", "loadfile"]
     run(session, "-m", "pytest", *cores, *session.posargs, **NO_GPU)
 
@@ -130,13 +130,13 @@ def bench(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["environment"], default=False)
 def docs(session: nox.Session) -> None:
-    """Check that the generated parts of README and docs are those of the code and the reports; `-- --write` mends."""
+    """Check that the generated parts of the docs match the code and the reports; `-- --write` updates them."""
     run_to_its_result(session, "docs/generate.py", *session.posargs)
 
 
 @nox.session(venv_backend="none", requires=["environment"], default=False)
 def mutants(session: nox.Session) -> None:
-    """Print the kill matrix: every planted fault against every clause (some ten minutes)."""
+    """Print the kill matrix, every planted fault against every clause; this takes some ten minutes."""
     run(session, "-m", "tests.mutants.kill_matrix", *session.posargs, **NO_GPU)
 
 
@@ -171,7 +171,7 @@ def peers(session: nox.Session, peer: str) -> None:
 @nox.session(default=False, python=PYTHONS)
 @nox.parametrize("torch", TORCHES)
 def versions(session: nox.Session, torch: str) -> None:
-    """Judge the reference under each supported Python (where it is there) and each supported PyTorch."""
+    """Judge the reference under each supported Python that is installed, and each supported PyTorch."""
     session.log(f"Installing PyTorch {torch} for Python {session.python}: this may take minutes and gigabytes.")
     session.install("--quiet", f"torch=={torch}", PACKAGE.format("").replace(",]", "]"))
     session.run("python", "-m", "conformance", "run", *session.posargs, env=VARIABLES)

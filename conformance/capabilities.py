@@ -28,16 +28,16 @@ CAPABILITIES = {
     "batch-total": Capability(
         "is told how many sequences an update has, and finds the number of microbatches by itself", extension=True
     ),
-    "ignored-targets": Capability("takes targets of -100, which are not to be predicted"),
+    "ignored-targets": Capability("accepts targets of -100, which it leaves out of the loss"),
     "clip": Capability("clips the global norm of the gradients"),
-    "schedule": Capability("warms the learning rate up and takes it down by a cosine"),
+    "schedule": Capability("warms the learning rate up and lowers it along a cosine"),
     "dropout": Capability("has a model with dropout"),
     "sampler": Capability("shuffles a data set by itself, and sees each sample once in every epoch"),
     "fused": Capability("asks for the optimizer's fused kernel on the device of the run", extension=True),
-    "ndim-policy": Capability("can be told to decay tensors of two and more dimensions only", extension=True),
+    "ndim-policy": Capability("can be told to decay only tensors of two or more dimensions", extension=True),
     "resume": Capability("goes on from a checkpoint that it wrote"),
     "evaluate": Capability("evaluates on validation data after the last update"),
-    "evaluate-every": Capability("evaluates during training too, every so many updates"),
+    "evaluate-every": Capability("also evaluates during training, after every given number of updates"),
     "load": Capability("has load(checkpoint), which returns a plain eager module"),
     "bf16-mixed": Capability("computes in bfloat16 with float32 weights"),
     "bf16-true": Capability("keeps weights in bfloat16"),
@@ -48,7 +48,7 @@ CAPABILITIES = {
         "can build the model on the meta device and materialise it afterwards, on one device", extension=True
     ),
     "activation-checkpointing": Capability(
-        "can compute activations again in the backward instead of keeping them", extension=True
+        "can recompute activations in the backward instead of keeping them", extension=True
     ),
     "compile": Capability("has torch.compile as an option", extension=True),
     "two-ranks": Capability("trains on two CPU processes with gloo"),

@@ -53,7 +53,7 @@ class Clause:
     source: str
     """Published fault, paper or documentation that the rule comes from."""
     bound: str
-    """The tolerance, with the noise of healthy runs and the weakest mutant beside it."""
+    """The tolerance, with the noise of healthy runs and what the weakest mutant shows."""
     level: Literal["must", "should"]
     since: str
     """The version of the suite that has the clause first."""

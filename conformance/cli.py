@@ -1,4 +1,4 @@
-"""The command line: ``python -m conformance run|list|explain|report``."""
+"""Judge GPT training stacks by the clauses, and show the clauses and the results."""
 
 import argparse
 import os
@@ -19,17 +19,17 @@ examples:
   python -m conformance run --subject litgpt                 judge LitGPT (pip install 'gpt-conformance[litgpt]')
   python -m conformance run --subject my_adapter:Mine        judge your own stack
   python -m conformance run --clause DECAY --clause OPT-7    judge a chapter and a clause
-  python -m conformance run --format github                  annotations in GitHub Actions
-  python -m conformance list                                 all clauses
-  python -m conformance explain DECAY-4                      one clause: why, source, mutants, bound
-  python -m conformance report reports/conformance/*.json    result files -> pages
+  python -m conformance run --format github                  print annotations for GitHub Actions
+  python -m conformance list                                 list all clauses
+  python -m conformance explain DECAY-4                      explain one clause: why, source, mutants, bound
+  python -m conformance report reports/conformance/*.json    turn result files into pages
 
 exit code: 0 no clause failed, 1 some did, 2 the command line was wrong, 130 interrupted by Ctrl-C
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code. A mistake of the user's is one sentence on stderr and 2."""
+    """Run the command line and return the exit code; for a mistake of the user's, print one sentence and return 2."""
     options = build_parser().parse_args(arguments)
     try:
         code: int = options.command(options)
@@ -59,23 +59,27 @@ def build_parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="judge a training stack", epilog=EXAMPLES, formatter_class=plain)
     for flag, settings in OPTIONS.items():
         run.add_argument(flag, **settings)
-    run.add_argument("--format", choices=FORMATS, default="text", help="what to print")
-    run.add_argument("--verbose", "-v", action="store_true", help="with tracebacks")
+    run.add_argument("--format", choices=FORMATS, default="text", help="what to print (default: text)")
+    run.add_argument("--verbose", "-v", action="store_true", help="also print tracebacks")
     run.set_defaults(command=run_command)
 
-    listing = commands.add_parser("list", help="all clauses, with requirement and source")
+    listing = commands.add_parser("list", help="list all clauses, with requirement and source")
     listing.add_argument("--format", choices=("text", "json"), default="text", help="what to print")
     listing.set_defaults(command=list_command)
 
-    explain = commands.add_parser("explain", help="clauses: requirement, why, source, mutants, bound")
-    explain.add_argument("clause", metavar="CLAUSE", help="an id such as DECAY-4, or a chapter")
+    explain = commands.add_parser("explain", help="explain a clause: requirement, why, source, mutants, bound")
+    explain.add_argument("clause", metavar="CLAUSE", help="an id such as DECAY-4, or a chapter such as DECAY")
     explain.add_argument("--format", choices=("text", "json"), default="text", help="what to print")
     explain.set_defaults(command=explain_command)
 
     report = commands.add_parser("report", help="turn result files into pages, a Markdown table and badges")
-    report.add_argument("results", nargs="+", type=Path, metavar="FILE", help="JSON written by --report")
-    report.add_argument("--kill-matrix", type=Path, metavar="FILE", help="JSON written by nox -s mutants -- --write")
-    report.add_argument("--out", type=Path, default=Path("report"), metavar="FOLDER", help="default: report")
+    report.add_argument("results", nargs="+", type=Path, metavar="FILE", help="a JSON file that run --report wrote")
+    report.add_argument(
+        "--kill-matrix", type=Path, metavar="FILE", help="also show this JSON file of nox -s mutants -- --write FILE"
+    )
+    report.add_argument(
+        "--out", type=Path, default=Path("report"), metavar="FOLDER", help="the folder to write to (default: report)"
+    )
     report.set_defaults(command=report_command)
     return parser
 
@@ -95,7 +99,7 @@ def run_command(options: argparse.Namespace) -> int:
                 sitting.judge(clause)
         except KeyboardInterrupt:
             sitting.finish(console, options.verbose, options.format)
-            errors.print("Interrupted: the clauses judged until then are above.")
+            errors.print("Interrupted: the results above are those of the clauses judged so far.")
             return INTERRUPTED
         return sitting.finish(console, options.verbose, options.format)
 
@@ -134,7 +138,7 @@ def explain_command(options: argparse.Namespace) -> int:
             console.print(Text(f"{title}: ", style="dim").append(str(known[key]), style="default not dim"))
         needs = ", ".join((*clause.needs, *clause.packages)) or "nothing"
         console.print(Text("Needs: ", style="dim").append(needs, style="default not dim"))
-        console.print(Text("Mutants that it kills:", style="dim"))
+        console.print(Text("Planted faults (mutants) that must break it:", style="dim"))
         for mutant in known["mutants"]:
             console.print(Text(f"  {mutant['mutant']}  ").append(mutant["published"], style="dim"))
             for line in mutant["diff"]:

@@ -25,9 +25,7 @@ def load_deviations(path: Path, known: Iterable[str]) -> dict[str, str]:
     except ValueError as error:  # not TOML, not UTF-8, or NUL in the path
         raise UsageError(f"the deviations file {path} is not TOML: {error}.") from error
     except RecursionError as error:
-        raise UsageError(
-            f"the deviations file {path} is not TOML that can be read: it is nested too deeply."
-        ) from error
+        raise UsageError(f"the deviations file {path} cannot be read: it is nested too deeply.") from error
     known = set(known)
     deviations = {}
     for identity, entry in entries.items():
@@ -39,7 +37,7 @@ def load_deviations(path: Path, known: Iterable[str]) -> dict[str, str]:
         unknown = set(entry) - {"reason", "link"}
         if unknown:
             raise UsageError(
-                f"the deviations file {path} has {', '.join(sorted(unknown))} for {identity}: use reason and link."
+                f"the deviations file {path} has {', '.join(sorted(unknown))} for {identity}: use only reason and link."
             )
         deviations[identity] = f"{reason} ({entry['link']})" if "link" in entry else reason
     return deviations

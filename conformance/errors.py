@@ -16,7 +16,7 @@ class UnknownCapability(ConformanceError, ValueError):
 
 
 class Violation(ConformanceError, AssertionError):
-    """A stack breaks a rule. An AssertionError too, so that rules can be called in anybody's own tests.
+    """A stack breaks a rule. It is also an AssertionError, so that you can call rules in your own tests.
 
     Args:
         expected: what a healthy stack shows.

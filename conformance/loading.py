@@ -45,7 +45,9 @@ def load_subject(spec: str) -> Subject:
         raise UsageError(f"importing the subject {spec!r} raised {describe_error(error)}.") from error
     found = getattr(module, attribute, None)
     if found is None:
-        raise UsageError(f"the module {module_name} has no attribute {attribute!r} to be the subject.")
+        raise UsageError(
+            f"the module {module_name} has no attribute {attribute!r}: give the name of your adapter there."
+        )
     try:
         subject = found() if isinstance(found, type) else found
     except (Exception, SystemExit) as error:
@@ -75,7 +77,7 @@ def check_subject(subject: object, spec: str) -> None:
         if capability not in CAPABILITIES:
             raise UsageError(f"{spec!r} lacks the unknown capability {capability!r}: {choices()}")
         if not isinstance(reason, str) or not reason.strip():
-            raise UsageError(f"{spec!r} lacks {capability!r} without a reason: give one that can be checked.")
+            raise UsageError(f"{spec!r} lacks {capability!r} without a reason: write a reason that a reader can check.")
     if not callable(getattr(subject, "load", None)) and "load" not in lacks:
         raise UsageError(f"{spec!r} has no method load(): add it, or name 'load' in lacks, with a reason.")
     as_of = getattr(subject, "as_of", None)

@@ -25,13 +25,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "--deviations": {
         "metavar": "FILE",
-        "help": "TOML file of the clauses that the stack breaks knowingly, with reasons",
+        "help": "a TOML file of the clauses that the stack is known to break, with reasons",
     },
-    "--report": {"metavar": "FILE", "help": "write the results as JSON, and keep the file up to date meanwhile"},
+    "--report": {"metavar": "FILE", "help": "write the results as JSON, and update the file after every clause"},
     "--timeout": {
         "metavar": "SECONDS",
         "default": "120",
-        "help": "end a run that takes longer, and call it an error (default: 120)",
+        "help": "stop a training run that takes longer, and report an error (default: 120)",
     },
 }
 """Options of both doors, as argparse and pytest take them."""

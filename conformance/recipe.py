@@ -80,12 +80,12 @@ def collect_reports() -> Iterator[list[tuple[dict[str, float], int | None]]]:
 class Recipe:
     """One tiny training run.
 
-    An adapter maps every field onto its stack's own settings. What the stack has no setting for belongs into the
-    subject's ``lacks``; the suite then never asks for it.
+    An adapter maps every field onto its stack's own settings. If the stack has no setting for a field, the adapter must
+    name the field's capability in ``lacks``; the suite then never asks for it.
     """
 
     shape: Shape = "gpt"
-    """gpt: LayerNorm, GELU, biases. llama: RMSNorm, SwiGLU, no biases. Positions as the stack does them."""
+    """gpt: LayerNorm, GELU, biases. llama: RMSNorm, SwiGLU, no biases. The stack chooses how it encodes positions."""
     module: str | None = None
     """``package.module:function`` that builds the module to train instead of the stack's own model
     (capability foreign-module). It maps token ids (B, T) to logits (B, T, V)."""
@@ -95,7 +95,7 @@ class Recipe:
     vocab_size: int = 128
     """128 x 32 are 4096 elements: the smallest table for which bitsandbytes keeps 8-bit state."""
     block_size: int = 16
-    """Tokens per sequence; a batch has one more."""
+    """Tokens per sequence; each row of a batch has one more, the last target."""
     tied: bool = False
     """The head shares the weight of the embedding."""
     dropout: float = 0.0
@@ -110,11 +110,11 @@ class Recipe:
     microbatches: int = 1
     """Microbatches per update and rank (more than one: capability microbatches)."""
     batch_total: int | None = None
-    """Sequences per update, where the stack is told that and finds ``microbatches`` by itself (capability
-    batch-total). Only set where microbatches of this size do not add up to it."""
+    """Sequences per update, for a stack that is told this number and finds ``microbatches`` by itself (capability
+    batch-total). Only set if it is not a multiple of ``microbatch_size``."""
     samples: int | None = None
-    """The stack draws its microbatches itself, shuffled, from the data set of this many samples that document() and
-    dataset() give (capability sampler). None: it takes batches() in order."""
+    """The stack itself draws shuffled microbatches from a data set of this many samples, which document() and dataset()
+    give (capability sampler). None: it takes batches() in order."""
     ignored_targets: bool = False
     """Many targets are -100, in some microbatches more than in others: see labels() (capability ignored-targets)."""
     updates: int = 2
@@ -124,13 +124,13 @@ class Recipe:
     minimum_lr: float | None = None
     """Learning rate that a cosine reaches at the end (capability schedule). None: constant after the warm-up."""
     clip: float | None = None
-    """Largest global gradient norm (capability clip). None: as good as unlimited."""
+    """Largest global gradient norm (capability clip). None: do not clip, or set a limit that is never reached."""
     decay: Literal["declared", "ndim"] = "declared"
     """declared: the stack's own policy. ndim: tensors of two and more dimensions decay (capability ndim-policy)."""
     evaluate: bool = False
     """Evaluate on validation_batches() after the last update (capability evaluate)."""
     evaluate_every: int | None = None
-    """Updates between evaluations, one after the last update included (capability evaluate-every)."""
+    """Updates between evaluations; the stack also evaluates after the last update (capability evaluate-every)."""
     save_every: int | None = None
     """Updates between checkpoints. None: whatever the stack does by itself."""
     resume: "Checkpoint | None" = None
@@ -142,7 +142,7 @@ class Recipe:
     initialization: Literal["eager", "meta"] = "eager"
     """meta: build on the meta device and materialise afterwards, as FSDP does (capability meta-init)."""
     activation_checkpointing: bool = False
-    """Compute activations again in the backward instead of keeping them (capability activation-checkpointing)."""
+    """Recompute activations in the backward instead of keeping them (capability activation-checkpointing)."""
     compile: bool = False
     """Train through torch.compile; the recorder keeps it eager (capability compile)."""
     world_size: int = 1
@@ -154,8 +154,8 @@ class Recipe:
     same_batches: bool = False
     """Not for the adapter: every update trains on the sequences of the first."""
     altered: Alteration | None = None
-    """Not for the adapter: which of the tokens in batches() are others. Later: those of the second half of a sequence;
-    other sequences: every second one."""
+    """Not for the adapter: which of the tokens in batches() are changed. "later tokens": the second half of each
+    sequence; "first token": the first of each; "other sequences": every second sequence."""
     repeat: int = 0
     """Not for the adapter: another number makes an equal recipe run again."""
     directory: Path = field(default=Path(), compare=False)
@@ -177,7 +177,7 @@ class Recipe:
     def labels(self, rank: int = 0) -> "list[torch.Tensor]":
         """Return the targets: batches(), with -100 for each token to ignore under ``ignored_targets``.
 
-        The first token of a sequence is never one, so a stack that shifts gives it no thought.
+        The first token of a sequence is never a target, so a stack that shifts the targets can ignore it.
         """
         import torch
 
@@ -197,8 +197,8 @@ class Recipe:
     def document(self) -> "torch.Tensor":
         """Return training data as one document: ``samples * block_size`` token ids below ``vocab_size - 1``, int64.
 
-        With the id ``vocab_size - 1`` behind it as its end, it holds ``samples`` sequences of ``block_size`` tokens and
-        the next one: those of dataset().
+        If a stack appends the id ``vocab_size - 1`` as the end of the document, it can cut it into the samples of
+        dataset(): ``samples`` sequences of ``block_size`` tokens, each with the next token.
         """
         import torch
 
@@ -214,7 +214,7 @@ class Recipe:
         return torch.cat((self.document(), end)).unfold(0, self.block_size + 1, self.block_size)
 
     def _sequences(self) -> "torch.Tensor":
-        """Return of all updates (or of the first, if all have the same), microbatches and ranks, in this order."""
+        """Return the tokens of all updates (or of the first, if all have the same), microbatches and ranks."""
         tokens = self._tokens((1 if self.same_batches else self.updates) * self.update_size, stream=1)
         if self.altered is not None:
             half = self.block_size // 2
@@ -223,22 +223,22 @@ class Recipe:
         return tokens
 
     def _repeated(self, tokens: "torch.Tensor") -> "torch.Tensor":
-        """Return for all updates."""
+        """Return the tokens for all updates."""
         return tokens.repeat(self.updates, 1) if self.same_batches else tokens
 
     def _split(self, tokens: "torch.Tensor", rank: int) -> "list[torch.Tensor]":
-        """Return into microbatches, those of one rank."""
+        """Return the microbatches of one rank."""
         return list(tokens.split(self.microbatch_size))[rank :: self.world_size]
 
     def _tokens(self, count: int, stream: int) -> "torch.Tensor":
-        """Return sequences at random, (count, block_size + 1)."""
+        """Return random sequences, (count, block_size + 1)."""
         import torch
 
         generator = torch.Generator().manual_seed(DATA_SEED + stream)
         return torch.randint(0, self.vocab_size, (count, self.block_size + 1), generator=generator)
 
     def report(self, metrics: "Mapping[str, float]", step: int | None = None) -> None:
-        """Hand over what the stack's logger got, where it neither prints it nor writes CSV or TensorBoard files.
+        """Pass on what the stack's logger got, if the stack neither prints it nor writes CSV or TensorBoard files.
 
         Args:
             metrics: by name, such as ``{"train_loss": 2.1, "lr": 1e-3}``.
@@ -249,7 +249,7 @@ class Recipe:
             reported.append((dict(metrics), step))
 
     def missing_checkpoint(self) -> "Checkpoint":
-        """Return a checkpoint that is not there, for asking what a stack does about it."""
+        """Return a checkpoint that does not exist, to see what a stack does about it."""
         from conformance.recording.trace import Checkpoint
 
         return Checkpoint(update=1, files=(), folder=Path(tempfile.gettempdir()) / "no-such-checkpoint")

@@ -105,21 +105,21 @@ class Runs:
         return attempt.trace
 
     def require_optimizer(self, recipe: Recipe, trace: Trace) -> None:
-        """Raise NotApplicable if another optimizer stepped than the one asked for: a rule would judge the wrong one."""
+        """Raise NotApplicable if an optimizer other than the one asked for has stepped: it must not be judged."""
         asked = recipe.optimizer.class_path.rpartition(".")[2]
         steps = [step.optimizer for update in trace.updates for step in update.steps]
         if self.has("any-optimizer") and all(steps) and not any(asked in names(step) for step in steps):
             raise NotApplicable(
-                f"the run stepped {names(steps[0])[0]}, although the recipe asked for {asked}: if the stack fixes its "
-                "optimizer, name any-optimizer in lacks"
+                f"the run used {names(steps[0])[0]}, although the recipe asked for {asked}: if the stack fixes its "
+                "optimizer, the adapter must name any-optimizer in lacks"
             )
 
     def require_seen(self, trace: Trace) -> None:
-        """Raise AdapterFailed if a run has ended in which no training was seen."""
+        """Raise AdapterFailed if a run has ended without any training."""
         if not trace.updates or not trace.tensors:
             seen = f"{len(trace.forwards)} calls of a model with token ids and {len(trace.updates)} updates"
-            why = " ".join(["it must run the stack.", *trace.notes])
-            raise AdapterFailed(f"{type(self.subject).__name__}.train() ended, but {seen} were seen: {why}")
+            why = " ".join(["it must run your stack's own entry point.", *trace.notes])
+            raise AdapterFailed(f"{type(self.subject).__name__}.train() ended, but the suite saw {seen}: {why}")
 
     def start(self, recipe: Recipe) -> Trace:
         """Return the trace of a run that must get as far as its first forward; what happens later does not matter.
@@ -193,7 +193,7 @@ def names(class_paths: tuple[str, ...]) -> list[str]:
 
 
 class Declared:
-    """What a subject declares, checked: a policy that raises, or answers nonsense, is the adapter's fault."""
+    """What a subject declares, checked: if a policy raises, or returns nonsense, that is the adapter's fault."""
 
     def __init__(self, subject: Subject) -> None:
         self.policy = subject.policy
@@ -229,7 +229,7 @@ class Declared:
         return self.word("owner", None, str, recipe, tensor)
 
     def auxiliary_loss(self, recipe: Recipe) -> bool:
-        """Return True if the loss has terms beside the cross entropy."""
+        """Return True if the loss has terms besides the cross entropy."""
         return bool(self.word("auxiliary_loss", False, bool, recipe))
 
     def context(self, recipe: Recipe) -> int | None:

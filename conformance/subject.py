@@ -66,29 +66,29 @@ class Policy(Protocol):
 
 
 class DetailedPolicy(Policy, Protocol):
-    """Further words of a policy. Each is optional, and without it the suite assumes what most stacks do."""
+    """Further methods of a policy. Each is optional; without it the suite assumes what most stacks do."""
 
     def rate(self, recipe: "Recipe", update: int, tensor: "TensorInfo") -> float:
-        """Return the learning rate of one tensor; without this word, all tensors have that of ``learning_rate``."""
+        """Return the learning rate of one tensor; without this method, all tensors have that of ``learning_rate``."""
 
     def owner(self, recipe: "Recipe", tensor: "TensorInfo") -> str | None:
-        """Return the class path of the optimizer that owns a tensor; without this word, or None, any may."""
+        """Return the class path of the optimizer that owns a tensor; without this method, or if None, any may."""
 
     def auxiliary_loss(self, recipe: "Recipe") -> bool:
-        """Return True if the loss has terms beside the cross entropy, as a z-loss; without this word, it has none."""
+        """Return True if the loss has terms besides the cross entropy, such as a z-loss; without this method, False."""
 
     def context(self, recipe: "Recipe") -> int | None:
-        """Return how many tokens a logit sees through all layers, its own included; without this word, all."""
+        """Return how many tokens a logit sees through all layers, its own included; without this method, all."""
 
     def document_end(self, recipe: "Recipe") -> int | None:
-        """Return the id that ends a document, if tokens do not see earlier documents; without this word, they do."""
+        """Return the id that ends a document, if tokens do not see earlier documents; without this method, they do."""
 
 
 class Subject(Protocol):
     """The adapter. ``load(checkpoint)`` may be added (see :class:`Loads`); without it ``lacks`` must name ``load``.
 
     An adapter may also have ``as_of``, the version of the suite that it was written for, such as ``"0.1"``: clauses
-    and capabilities that are newer are then not applicable, so that an upgrade turns no green run red.
+    and capabilities that are newer then do not apply, so that an upgrade does not turn a green run red.
     """
 
     @property

@@ -74,8 +74,8 @@ def results_page() -> str:
     lines = [f"{NOTE}# What real stacks make of the clauses\n"]
     lines.append(
         "Each column is one stack, judged through its own entry point. Every failure was reproduced by a script "
-        "without the suite: see [the findings](../reports/findings/README.md). What a failure does and does not say: "
-        "[verdicts](verdicts.md).\n"
+        "without the suite: see [the findings](../reports/findings/README.md). [Verdicts](verdicts.md) says "
+        "what a failure means. A legend stands below each table.\n"
     )
     for title, reports in (("On a CPU", on_cpu), ("On a GPU", on_gpu)):
         machines = dict.fromkeys(machine(report) for report in reports)

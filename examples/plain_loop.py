@@ -1,4 +1,4 @@
-"""A small GPT and the loop that trains it, as many a tutorial has them. Run it: python examples/plain_loop.py"""
+"""A small GPT and the loop that trains it, as in many tutorials. Run it: python examples/plain_loop.py"""
 
 import sysconfig
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The adapter of plain_loop.py: pytest --pyargs conformance.suites --subject examples.plain_loop_adapter:PlainLoop"""
+"""The adapter of plain_loop.py: python -m conformance run --subject examples.plain_loop_adapter:PlainLoop"""
 
 import pydoc
 

@@ -1,4 +1,4 @@
-"""Ten lines train somebody else's module: a decoder of x-transformers, with its ScaleNorm and memory tokens.
+"""Ten lines train a module from another library: a decoder of x-transformers, with its ScaleNorm and memory tokens.
 
 Norm gains and memory tokens get no weight decay, the module stays as its library built it, and a checkpoint resumes.
 """

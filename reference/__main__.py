@@ -87,7 +87,7 @@ def run(words: list[str]) -> int:
     if words[0] not in COMMANDS:
         from reference.cli.options import hint
 
-        raise ConfigurationError(f"there is no command {words[0]!r}, {hint(words[0], list(COMMANDS))}")
+        raise ConfigurationError(f"there is no command {words[0]!r}: {hint(words[0], list(COMMANDS))}")
     return COMMANDS[words[0]][0](words[1:])
 
 

@@ -146,7 +146,7 @@ class GPTConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How to train. Every field is used, and every decision taken for the user is logged in one line.
+    """How to train. Every field is used. If the trainer decides something for you, it logs one line.
 
     Raises:
         ConfigurationError: if the settings do not fit each other.
@@ -161,7 +161,7 @@ class TrainConfig:
     optimizer_args: Mapping[str, Any] = field(default_factory=dict)
     """Its keyword arguments (lr, betas, weight_decay, ...), handed over exactly. A misspelt one is an error."""
     decay: Literal["role", "ndim", "all"] = "role"
-    """Which tensors decay. role: matrices that multiply activations, so no norms, biases, embeddings or memory
+    """Which tensors decay. role: only matrices that multiply activations, not norms, biases, embeddings or memory
     tokens; ndim: tensors of two or more dimensions, as in nanoGPT; all: everything."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """After the warm-up: a cosine down to min_lr; the peak and then a cooldown (warmup-stable-decay); or the peak
@@ -176,7 +176,7 @@ class TrainConfig:
     """Largest global gradient norm. None: not clipped."""
     precision: Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed"] = "32-true"
     """Fabric's precision: ``-mixed`` keeps float32 weights and computes in 16 bits, ``bf16-true`` keeps 16 bits.
-    Float16 weights (Fabric's 16-true) are not offered: AdamW's eps of 1e-8 is zero in float16, and 0 / 0 follows."""
+    Float16 weights (Fabric's 16-true) are not offered: AdamW's eps of 1e-8 is zero in float16, which gives 0 / 0."""
     logits: Literal["float32", "compute"] = "float32"
     """Dtype in which the model's logits come out: float32, or the dtype they were computed in. The loss is computed
     in float32 either way, so this is for those who use the logits; inside a compiled graph it makes no difference."""
@@ -184,7 +184,8 @@ class TrainConfig:
     """Train with bitsandbytes' StableEmbedding instead of nn.Embedding, if the optimizer is from bitsandbytes.
     Adds a LayerNorm behind the lookup, so it is for runs that start fresh. Exported models have plain embeddings."""
     initialization: Literal["auto", "eager", "meta"] = "auto"
-    """auto: on the meta device under FSDP, eager elsewhere. meta: built without memory, materialised afterwards."""
+    """How to build the model. eager: with its weights at once. meta: without memory, and materialised afterwards. auto:
+    meta under FSDP, eager otherwise."""
     compile: bool = False
     """Compile the model and its loss, as one graph, with torch.compile."""
     activation_checkpointing: bool = False
@@ -201,17 +202,17 @@ class TrainConfig:
     strategy: str = "auto"
     """Fabric's strategy: auto, ddp, fsdp, ..."""
     evaluate_every: int | None = None
-    """Updates between evaluations, and one after the last update. None: never."""
+    """Updates between evaluations; there is also one after the last update. None: never."""
     evaluate_batches: int | None = None
-    """Validation batches per evaluation and rank: always the first ones, so that evaluations compare. None: all."""
+    """Validation batches per evaluation and rank: always the first ones, to make evaluations comparable. None: all."""
     save_every: int | None = None
-    """Updates between checkpoints, and one after the last update. None: never."""
+    """Updates between checkpoints; there is also one after the last update. None: never."""
     keep_last: int | None = None
     """Checkpoints to keep; older ones of this directory are removed once a newer one is complete. None: all."""
     log_every: int = 10
     """Updates between log lines (the first and the last are always logged)."""
     capture_step: InitVar[bool] = False
-    """Removed since 0.1.0. Files of that release say ``false``, and are still read."""
+    """Removed after 0.1.0. Files of that release say ``false``, and can still be read."""
 
     def __post_init__(self, capture_step: bool) -> None:
         check_types(self)
@@ -275,7 +276,7 @@ def check_types(config: Any) -> None:
         if isinstance(value, int) and abs(value) > LARGEST and entry.name != "seed":
             raise ConfigurationError(f"{entry.name} is {shown(value)}, but must lie between -2**40 and 2**40.")
         if isinstance(value, str | Path | list) and "\0" in str(value).replace("\\x00", "\0"):
-            raise ConfigurationError(f"{entry.name} is {shown(value)}: a NUL character has no place in it.")
+            raise ConfigurationError(f"{entry.name} is {shown(value)}, but must not hold a NUL character.")
         if isinstance(value, Mapping) and not all(isinstance(key, str) for key in value):
             key = next(key for key in value if not isinstance(key, str))
             raise ConfigurationError(f"{entry.name} has the key {shown(key)}, but its keys are names, such as lr.")

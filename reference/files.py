@@ -62,7 +62,7 @@ def read_file(path: Path, most: int = 1 << 28) -> bytes:
         code = errno.EISDIR if stat.S_ISDIR(found.st_mode) else errno.EINVAL
         raise OSError(code, "it is a folder, not a file" if code == errno.EISDIR else "it is not a file", str(path))
     if found.st_size > most:
-        raise OSError(errno.EFBIG, f"it has {found.st_size:,} bytes, and {most:,} are the most", str(path))
+        raise OSError(errno.EFBIG, f"it has {found.st_size:,} bytes, but at most {most:,} are allowed", str(path))
     return path.read_bytes()
 
 
@@ -273,7 +273,7 @@ def require_writable(directory: Path) -> None:
         str(directory).encode()
     except UnicodeEncodeError as error:
         raise CheckpointError(
-            f"the name of the directory {str(directory)!a} is not UTF-8, and torch reads no files there: "
+            f"the name of the directory {str(directory)!a} is not UTF-8, and torch cannot read files there: "
             "choose another."
         ) from error
     try:

@@ -48,21 +48,23 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m conformance.bench",
         description="Measure what optimizers, precision and StableEmbedding cost on this GPU, and how close each comes "
-        "to what the card can do at most.",
+        "to the most that the card can do.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
-    parser.add_argument("--quick", action="store_true", help="few rounds, few rows")
-    only = "measure rows with this text in 'group / size / name'; repeatable"
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="what to measure on (default: cuda)")
+    parser.add_argument("--quick", action="store_true", help="measure few rows, in few rounds")
+    only = "measure only rows with this text in 'group / size / name'; may be repeated"
     parser.add_argument("--only", action="append", default=[], metavar="TEXT", help=only)
-    limit = "for everything: end at the first row that would take longer; nothing is compiled ahead"
+    limit = (
+        "the time for the whole bench: it ends before the first row that would exceed it, and compiles nothing ahead"
+    )
     parser.add_argument("--limit", type=float, metavar="SECONDS", help=limit)
-    out = "default: reports/bench/CARD; for a part of the rows in reports/latest"
+    out = "the folder to write to (default: reports/bench/CARD; reports/latest for quick, partial and CPU runs)"
     parser.add_argument("--out", type=Path, metavar="FOLDER", help=out)
-    earlier = "an earlier summary.json, or two of them"
+    earlier = "one earlier summary.json to compare with this run, or two to compare with each other"
     parser.add_argument("--compare", nargs="+", default=[], type=Path, metavar="FILE", help=earlier)
-    parser.add_argument("--across", action="store_true", help="compare although card or versions differ")
+    parser.add_argument("--across", action="store_true", help="compare even if the card or the versions differ")
     return parser
 
 

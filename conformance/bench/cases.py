@@ -23,7 +23,7 @@ def check_names(cases: Sequence[Case]) -> None:
         if keys.count(case.key) > 1:
             raise ValueError(f"two rows are named {case.key}.")
         if case.beside is not None and (case.group, case.size, case.beside) not in keys:
-            raise ValueError(f"{case.key} is to be interleaved with {case.beside!r}, but there is no such row.")
+            raise ValueError(f"{case.key} must be interleaved with {case.beside!r}, but there is no such row.")
 
 
 def choose(cases: Sequence[Case], only: Sequence[str]) -> list[Case]:

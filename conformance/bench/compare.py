@@ -44,8 +44,8 @@ def check_comparable(old: Summary, environment: Mapping[str, str], small: bool) 
             found.append(f"{name} {before} and {after}")
     if found:
         raise UsageError(
-            f"the two runs differ in more than what is measured ({'; '.join(found)}): repeat the older one here, or "
-            "add --across to compare them all the same."
+            f"the two runs differ in more than what is measured ({'; '.join(found)}): run the older one "
+            "again here, or add --across to compare them anyway."
         )
 
 

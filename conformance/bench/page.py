@@ -36,8 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "python -m conformance.bench.page", description="Write one page about runs of the bench."
     )
-    parser.add_argument("summaries", nargs="+", type=Path, metavar="FILE", help="summary.json, or the folder of a run")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="index.html is written into it")
+    parser.add_argument(
+        "summaries", nargs="+", type=Path, metavar="FILE", help="a summary.json, or the folder of a run"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the folder to write index.html to")
     options = parser.parse_args(arguments)
     try:
         print(f"Written: {os.path.relpath(bench_page(options.summaries, options.out))}")

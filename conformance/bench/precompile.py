@@ -65,7 +65,10 @@ def precompile(cases: Sequence[Case], say: Callable[[str], None]) -> bool:
     import torch._inductor.config as inductor
 
     if inductor.force_disable_caches or not inductor.fx_graph_cache:
-        say("PyTorch's caches of compiled code are off, so each row compiles its own: some minutes more.")
+        say(
+            "PyTorch's caches of compiled code are off, so each row compiles its own code, which takes "
+            "some minutes more."
+        )
         return False
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # Threads of Triton's compiler in each process; PyTorch would take all cores for each.

@@ -77,8 +77,8 @@ def run_bench(options: argparse.Namespace) -> int:
     started = time.perf_counter()
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UsageError(
-            "there is no CUDA device: run the bench on a machine with a GPU, or add `--device cpu` for a small version "
-            "that exercises the same code and says nothing about a GPU."
+            "there is no CUDA device: run the bench on a machine with a GPU, or add `--device cpu` for a small "
+            "version of the same code, whose figures say nothing about a GPU."
         )
     if options.limit is not None and not options.limit > 0:
         raise UsageError(f"--limit is {options.limit:g}, but must be a number of seconds above 0.")
@@ -130,7 +130,7 @@ def measure_all(
     if not setting.small and options.limit is None:
         cases = compile_ahead(cases, lambda line: progress.print(line, markup=False, highlight=False, soft_wrap=True))
     clock = Clock(Device() if setting.small else CudaDevice(setting.device))
-    progress.print("Measuring what the card can do at most ...")
+    progress.print("Measuring the most that the card can do ...")
     begun = time.perf_counter()
     card, load = measure_card(clock, setting.device)
     environment |= load
@@ -219,6 +219,6 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"the folder {folder} cannot be made: {error.strerror}.") from error
+        raise UsageError(f"the folder {folder} cannot be created: {error.strerror}.") from error
     if not os.access(folder, os.W_OK):
         raise UsageError(f"the results cannot be written into {folder}: permission denied.")

@@ -194,5 +194,5 @@ def read_summary(path: Path) -> Summary:
         return from_plain(Summary, found, "summary")
     except ValueError as error:
         raise UsageError(
-            f"the summary {path} is damaged: {error}. Give it as the bench wrote it, or run the bench again."
+            f"the summary {path} is damaged: {error}. Give the file that the bench wrote, or run the bench again."
         ) from error

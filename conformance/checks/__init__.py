@@ -1,7 +1,7 @@
 """The rules: plain functions on tensors, modules and optimizers, one file per chapter, without pytest.
 
 Each raises :class:`conformance.errors.Violation`, an AssertionError that says what was expected and what was seen,
-so they can be called in anybody's own tests.
+so you can call them in your own tests.
 """
 
 from conformance.checks.accumulation import gradients_agree

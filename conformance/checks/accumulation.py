@@ -50,18 +50,18 @@ def gradients_agree(
         ratio = total_norm(second) / length
         raise Violation(
             f"{what}: the same vector, within {bound:g} of its length",
-            f"off by {error:.2g} of it, {ratio:.4g} times as long; most in {quoted(worst, limit=3)}",
+            f"off by {error:.2g} of its length, and {ratio:.4g} times as long; most of it in {quoted(worst, limit=3)}",
         )
 
 
 def named_gradients(source: nn.Module | Gradients) -> dict[str, Tensor]:
-    """Return gradients in float64, by name, of those tensors that have one."""
+    """Return the gradients in float64, by name, of all tensors that have one."""
     gradients = {n: p.grad for n, p in source.named_parameters()} if isinstance(source, nn.Module) else source
     return {name: gradient.double() for name, gradient in gradients.items() if gradient is not None}
 
 
 def total_norm(gradients: Mapping[str, Tensor | None]) -> float:
-    """Return the length of the vector that all gradients are together."""
+    """Return the length of the vector that all gradients form together."""
     return float(sum(g.double().square().sum().item() for g in gradients.values() if g is not None)) ** 0.5
 
 
@@ -90,12 +90,14 @@ def gradient_is_of(
     before, after = (sum(torch.sum(moved[name].double() * g[name]).item() for name in first) for g in (first, second))
     predicted = (before + after) / 2
     if not predicted or losses[0] == losses[1]:
-        raise Violation("a step along the gradient lowers the loss", f"{what} and the step have nothing in common")
+        raise Violation(
+            "a step along the gradient lowers the loss", f"{what} predicts no change, or the loss does not change"
+        )
     factor = predicted / (losses[1] - losses[0])
     bound = max(SCALE_BOUND, ((after - before) / predicted) ** 2 / 2)
     if not abs(factor - 1) <= bound:
         raise Violation(
-            "the gradient of the mean cross entropy over the target tokens: a step along it lowers that loss by its "
-            f"square, within {bound:.2g}",
-            f"{what} is {factor:.4g} times as large",
+            "the gradient of the mean cross entropy over the target tokens: over a small step, the loss falls as much "
+            f"as the gradient predicts, within {bound:.2g}",
+            f"{what} is {factor:.4g} times as large as that",
         )

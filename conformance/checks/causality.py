@@ -39,7 +39,7 @@ def looks_back_only(model: Callable[[Tensor], Any], ids: Tensor, bound: float = 
 
 
 def earlier_unchanged(before: Tensor, after: Tensor, until: int, bound: float = 0.0, where: str = "") -> None:
-    """Logits before a place are what they were when only the tokens from there on differed.
+    """Check that the logits before a place stay the same if only the tokens from there on change.
 
     Args:
         before: (B, T, V).
@@ -56,6 +56,6 @@ def earlier_unchanged(before: Tensor, after: Tensor, until: int, bound: float = 
     if wrong.any():
         places = wrong.any(dim=-1).any(dim=0).nonzero().flatten().tolist()
         raise Violation(
-            f"{where}logits before token {until} as they were, when it and later ones are others",
-            f"those at {quoted(places)} differ, by up to {largest_difference(before[:, :until], after[:, :until])}",
+            f"{where}logits before token {until} stay the same if that token and later ones change",
+            f"they change at {quoted(places)}, by up to {largest_difference(before[:, :until], after[:, :until])}",
         )

@@ -37,7 +37,7 @@ def all_finite(tensors: Mapping[str, Tensor], when: str) -> None:
     bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if bad:
         raise Violation(
-            "an error, or an update that is left out: the parameters stay finite",
+            "an error, or a skipped update: the parameters stay finite",
             f"{when} {len(bad)} of {len(tensors)} tensors hold NaN or infinity: {quoted(bad)}",
         )
 

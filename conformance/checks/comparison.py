@@ -45,7 +45,9 @@ def states_equal(
     """Raise Violation unless two optimizer states, by tensor and entry, are equal bit for bit."""
     lost = [name for name in expected if name not in seen]
     if lost:
-        raise Violation(f"{what}: state of all {len(expected)} tensors", f"none for {len(lost)}: {quoted(lost)}")
+        raise Violation(
+            f"{what}: entries for all {len(expected)} tensors", f"{len(lost)} tensors have none: {quoted(lost)}"
+        )
     different = [
         f"{name}[{key!r}]"
         for name, entries in expected.items()

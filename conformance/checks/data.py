@@ -12,7 +12,7 @@ IGNORED = -100  # a target that is not to be predicted
 
 
 def sample_numbers(ids: Tensor, samples: Tensor) -> list[int | None]:
-    """Return which sample each sequence is, None for one that is none of them.
+    """Return the number of the sample that each sequence is; None for a sequence that is not a sample.
 
     Args:
         ids: (B, T) or, of stacks that shift inside the model, (B, T + 1).
@@ -38,12 +38,12 @@ def once_each(seen: Sequence[int | None], samples: int, what: str) -> None:
         raise Violation(
             f"{what}: each of {samples} samples once",
             f"not seen: {quoted(lost) or 'none'}; more than once: {quoted(repeated) or 'none'}; "
-            f"sequences that are no sample: {count[None]}",
+            f"sequences that are not a sample: {count[None]}",
         )
 
 
 def next_tokens(logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the logits that have a target, and the target.
+    """Return the logits that have a target, and their targets.
 
     Args:
         logits: (B, T, V) or (B, T + 1, V).
@@ -56,12 +56,12 @@ def next_tokens(logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mean_entropy(logits: Tensor, targets: Tensor) -> float:
-    """Return mean cross entropy over the targets that are not ignored, computed in float64."""
+    """Return the mean cross entropy over the targets that are not ignored, computed in float64."""
     return F.cross_entropy(logits.double().flatten(0, 1), targets.flatten(), ignore_index=IGNORED).item()
 
 
 def sequence_entropies(logits: Tensor, ids: Tensor, rows: Tensor) -> list[float | None]:
-    """Return mean cross entropy of the next tokens of each sequence; None for one that is none of the rows.
+    """Return the mean cross entropy of each sequence's next tokens; None for a sequence that is not a row.
 
     Args:
         logits: of the sequences, (B, T, V) or (B, T + 1, V).
@@ -100,7 +100,7 @@ def predicts_next(logits: Sequence[Tensor], rows: Sequence[Tensor], losses: Sequ
         fitting = [name for name, spread in spreads.items() if spread <= SHIFT_BOUND]
         raise Violation(
             f"losses that are the cross entropy of the next token, up to one factor (within {SHIFT_BOUND:g})",
-            f"that of {fitting[0]}" if fitting else f"the factor varies by {spreads['the next token']:.1e}",
+            f"they are that of {fitting[0]}" if fitting else f"the factor varies by {spreads['the next token']:.1e}",
         )
 
 
@@ -121,7 +121,8 @@ def targets_are_next(targets: Sequence[Tensor], rows: Sequence[Tensor]) -> None:
     if not found["the next token"]:
         instead = [name for name, fitting in found.items() if fitting]
         raise Violation(
-            "the target of each position is the next token", f"it is {instead[0]}" if instead else "it is another"
+            "the target of each position is the next token",
+            f"it is {instead[0]}" if instead else "it is some other token",
         )
 
 

@@ -58,7 +58,7 @@ def owned_as_declared(steps: Sequence[Step], owners: Mapping[str, str | None]) -
 
 
 def is_class(declared: str, path: str) -> bool:
-    """Return True if a class path names a class, as it is defined or as a package above gives it out.
+    """Return True if a class path names a class, where it is defined or where a parent package exports it.
 
     >>> is_class("torch.optim.AdamW", "torch.optim.adamw.AdamW")
     True
@@ -97,7 +97,7 @@ def decay_acts(before: Mapping[str, Tensor], after: Mapping[str, Tensor], factor
         raise Violation(
             "a step without gradients multiplies decayed tensors by 1 - lr * weight_decay and leaves the others as "
             "they are",
-            f"{len(wrong)} of {len(factors)} tensors: {quoted(wrong)}",
+            f"it multiplies {len(wrong)} of {len(factors)} tensors by something else: {quoted(wrong)}",
         )
 
 

@@ -25,10 +25,10 @@ def embedding_swap_lossless(before: nn.Embedding, after: nn.Embedding) -> None:
     if before.weight.dtype != after.weight.dtype or before.weight.device != after.weight.device:
         raise Violation(
             f"a weight in {before.weight.dtype} on {before.weight.device}",
-            f"in {after.weight.dtype} on {after.weight.device}",
+            f"it is in {after.weight.dtype} on {after.weight.device}",
         )
     if before.weight.shape != after.weight.shape or not torch.equal(before.weight, after.weight):
-        raise Violation("the same weight, bit for bit", "another")
+        raise Violation("the same weight, bit for bit", "the weight has changed")
     same_options({o: getattr(before, o) for o in OPTIONS}, {o: getattr(after, o) for o in OPTIONS}, "the embedding")
 
 
@@ -45,7 +45,7 @@ def same_options(before: Mapping[str, object], after: Mapping[str, object], name
 
 
 def swapped(embeddings: Iterable[EmbeddingInfo]) -> list[str]:
-    """Return names of the StableEmbeddings."""
+    """Return the names of the StableEmbeddings."""
     return [info.name for info in embeddings if info.kind.endswith(f".{STABLE}")]
 
 

@@ -15,7 +15,7 @@ REPORTED = re.compile(
 
 
 def reported_losses(messages: Iterable[str]) -> list[str]:
-    """Return the validation losses in what a run said, as they stand there."""
+    """Return the validation losses in a run's messages, as they were written."""
     return [number for line in messages for number in REPORTED.findall(line)]
 
 

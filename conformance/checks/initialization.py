@@ -41,7 +41,7 @@ def initialised(tensors: nn.Module | Mapping[str, Tensor], buffers: Mapping[str,
 
 @dataclass(frozen=True)
 class Moments:
-    """What is to be expected of a tensor that is drawn from a distribution."""
+    """The statistics to expect of a tensor that is drawn from a distribution."""
 
     mean: float
     std: float
@@ -52,7 +52,7 @@ class Moments:
 
 
 def moments(declared: Normal | TruncatedNormal | Uniform) -> Moments:
-    """Return what is to be expected of a tensor drawn from ``declared``."""
+    """Return the statistics to expect of a tensor drawn from ``declared``."""
     if isinstance(declared, Uniform):
         low, high = declared.low, declared.high
         return Moments((low + high) / 2, (high - low) / math.sqrt(12), 1.8, low, high)
@@ -101,7 +101,7 @@ def deviation(tensor: Tensor, declared: Distribution) -> str:
 
 
 def starts_differ(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:
-    """Check that under another seed every tensor that is drawn at random is another.
+    """Check that every tensor that is drawn at random differs under another seed.
 
     Raises:
         Violation: naming random tensors that are equal.
@@ -123,4 +123,7 @@ def starts_ignorant(loss: float, vocabulary: int) -> None:
     """
     expected = math.log(vocabulary)
     if not abs(loss - expected) <= LOSS_MARGIN:
-        raise Violation(f"a first loss of ln {vocabulary} = {expected:.3f}, within {LOSS_MARGIN} nats", f"{loss:.3f}")
+        raise Violation(
+            f"a first loss of ln {vocabulary} = {expected:.3f}, within {LOSS_MARGIN} nats",
+            f"a first loss of {loss:.3f}",
+        )

@@ -36,12 +36,12 @@ def loss_in_float32(logits: Tensor, targets: Tensor, loss: Tensor) -> None:
     if not abs(loss.item() - expected) <= LOSS_BOUND * abs(expected):
         raise Violation(
             f"the loss {expected:.6f}, the float32 cross entropy of the logits (relative bound {LOSS_BOUND:g})",
-            f"{loss.item():.6f}, off by {abs(loss.item() - expected) / abs(expected):.1e} of it",
+            f"{loss.item():.6f}, a relative error of {abs(loss.item() - expected) / abs(expected):.1e}",
         )
 
 
 def shared_factor(pairs: Sequence[tuple[Tensor, Tensor, Tensor]]) -> float:
-    """Return the factor that all losses share beside the cross entropies of their logits; 1 if it is as good as 1.
+    """Return the factor between the losses and the cross entropies of their logits; 1 if it is close to 1.
 
     Args:
         pairs: logits (B, T, V), targets (B, T) and loss, at least two of each.
@@ -53,16 +53,18 @@ def shared_factor(pairs: Sequence[tuple[Tensor, Tensor, Tensor]]) -> float:
 
 
 def content_is(logits: Sequence[Tensor], rounded: bool) -> None:
-    """Check that logits carry the content of float32, not that of bfloat16 in a float32 coat.
+    """Check that logits were computed in float32, and not in bfloat16 and then converted.
 
     Raises:
         Violation: if every value of every tensor is a bfloat16 number (or, with ``rounded``, if any is not).
     """
     coarse = all(torch.equal(t.float(), t.bfloat16().float()) for t in logits)
     if coarse and not rounded:
-        raise Violation("logits with the content of float32", "every value is a bfloat16 number: computed in bfloat16")
+        raise Violation(
+            "logits computed in float32", "every value is a bfloat16 number, so they were computed in bfloat16"
+        )
     if rounded and not coarse:
-        raise Violation("logits computed in bfloat16", "values that no bfloat16 number has: computed in float32")
+        raise Violation("logits computed in bfloat16", "some values are not bfloat16 numbers")
 
 
 def dtypes_are(dtypes: Mapping[str, torch.dtype], expected: torch.dtype, what: str) -> None:
@@ -92,5 +94,5 @@ def tables_close(exact: Mapping[str, Tensor], seen: Mapping[str, Tensor]) -> Non
 
 
 def movement(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float:
-    """Return sum over all elements of how far they moved."""
+    """Return how far all elements moved, added up."""
     return float(sum((after[name].double() - before[name].double()).abs().sum().item() for name in before))

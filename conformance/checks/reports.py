@@ -17,7 +17,7 @@ OTHERS = {"val", "valid", "validation", "eval", "evaluation", "test", "dev", "au
 
 
 def training_losses(messages: Iterable[str]) -> list[str]:
-    """Return the losses in what a run said, as they stand there, without those of validation."""
+    """Return the training losses in a run's messages, as they were written."""
     found = [match for line in messages for match in LOSS.findall(line)]
     return [number for before, after, number in found if not {before.lower(), after.lower()} & OTHERS]
 

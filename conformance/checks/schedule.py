@@ -29,7 +29,7 @@ def rates_are(
                 seen = [f"{rates_of(other).get(name, float('nan')):.6g}" for other in updates]
                 raise Violation(
                     f"{what} {', '.join(f'{other[name]:.6g}' for other in declared)} for {name}",
-                    f"{', '.join(seen)}: another from update {number} on",
+                    f"{', '.join(seen)}, which differ from update {number} on",
                 )
 
 

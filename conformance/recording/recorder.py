@@ -201,8 +201,8 @@ class Recorder:
                 self.step_seen = undo is not None
         if not found:
             self.trace.notes.append(
-                "The parameters changed although no step of an optimizer was seen: the optimizer must derive from "
-                "torch.optim.Optimizer, or have param_groups and step."
+                "The parameters changed, but the suite saw no optimizer step: the optimizer must derive from "
+                "torch.optim.Optimizer, or have param_groups and step()."
             )
         self.backwards = 0
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # so that whoever only reads a trace need not import PyTorch
 
 
 class Named(dict[str, T]):
-    """Values by the name of a tensor. One that is asked for and not there is a Violation, not an error of the suite."""
+    """Values by the name of a tensor. Asking for a tensor that is not there raises Violation."""
 
     def __missing__(self, name: str) -> T:
         raise Violation(f"the tensor {name}, as the model has it elsewhere in the run", "it is not there")
@@ -117,7 +117,7 @@ class CrossEntropy:
 
     @property
     def labels(self) -> "Tensor":
-        """The targets, with -100 where nothing is to be predicted."""
+        """The targets, with -100 where the model need not predict anything."""
         return self.targets.masked_fill(self.targets == self.ignore_index, -100)
 
     @property
@@ -154,7 +154,7 @@ class Step:
 
     @property
     def tensors(self) -> list[str]:
-        """Names of the tensors in its groups, as often as they stand there."""
+        """Names of the tensors in its groups; a tensor that is listed twice is here twice."""
         return [name for group in self.groups for name in group.tensors]
 
 
@@ -186,7 +186,7 @@ class Update:
 
     @property
     def skipped(self) -> bool:
-        """Whether a gradient scaler left out every step."""
+        """Whether a gradient scaler skipped every step."""
         return all(step.skipped for step in self.steps)
 
     @property

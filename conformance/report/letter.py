@@ -59,7 +59,7 @@ def print_letter(console: Console, report: Report, clauses: Mapping[str, Clause]
     console.print(total.append(f", {seconds:.1f} s", style="not bold"))
     if report.partial:
         console.print(
-            Text("Partial: not all clauses were judged, so this says nothing about the stack as a whole.", "yellow")
+            Text("Partial: not all clauses were judged, so this is not a result for the stack as a whole.", "yellow")
         )
 
 

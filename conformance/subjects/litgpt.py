@@ -43,15 +43,15 @@ class LitGPT:
     lacks = {
         "foreign-module": "pretrain.setup builds litgpt.GPT from a Config",
         "ignored-targets": "pretrain.fit takes ids and targets from the same tokens",
-        "dropout": "litgpt.Config has none",
+        "dropout": "litgpt.Config has no dropout",
         "sampler": "pretrain.fit takes batches as the DataModule's loader gives them",
         "fused": "pretrain.main asks for fused on CUDA only",
         "ndim-policy": "pretrain.main passes model.parameters(), without groups",
         "16-mixed": "pretrain.setup offers bf16-true, bf16-mixed and 32-true",
         "logits-opt-out": "pretrain.setup has no setting for Fabric's conversion of outputs",
-        "stable-embedding": "pretrain has none; litgpt.finetune swaps only with quantisation, Fabric's on CUDA",
+        "stable-embedding": "pretrain has no option for it; litgpt.finetune swaps only if it quantises, on CUDA",
         "meta-init": "on one device pretrain.main initialises at once; the meta device is used by FSDP only",
-        "activation-checkpointing": "pretrain.setup has none; litgpt.finetune's FSDPStrategy has",
+        "activation-checkpointing": "pretrain.setup has no option for it; only litgpt.finetune's FSDPStrategy has",
         "compile": "pretrain.main always compiles",
         "two-ranks": "several devices mean FSDP, which Fabric offers on GPUs only",
     }

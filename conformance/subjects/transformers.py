@@ -43,7 +43,7 @@ class Transformers:
         "batch-total": "gradient_accumulation_steps counts the microbatches",
         "fused": "create_optimizer adds nothing to a class; only the name adamw_torch_fused asks for it",
         "ndim-policy": "get_decay_parameter_names goes by names and nn.LayerNorm",
-        "16-mixed": "on the CPU accelerate leaves fp16 off, without a word",
+        "16-mixed": "on the CPU accelerate leaves fp16 off, and does not say so",
         "logits-opt-out": "accelerate's prepare_model always converts what leaves autocast to float32",
         "stable-embedding": "create_optimizer gives nn.Embedding 32-bit state, and swaps nothing",
         "meta-init": "Trainer moves the model with .to(device), which raises for one on the meta device",

@@ -84,7 +84,7 @@ def shuffled_on_two_ranks() -> Recipe:
 def paired(first: Sequence[Update], second: Sequence[Update], what: str) -> Iterator[tuple[int, Update, Update]]:
     """Yield updates of two runs, numbered from 1. Raises Violation if one run made more than the other."""
     if len(first) != len(second):
-        raise Violation(f"{what}: {len(first)} updates", f"{len(second)}")
+        raise Violation(f"{what}: {len(first)} updates", f"{len(second)} updates")
     yield from ((number, one, other) for number, (one, other) in enumerate(zip(first, second, strict=True), start=1))
 
 

@@ -65,7 +65,7 @@ def test_ragged_microbatches(runs: Runs) -> None:
     gradients_agree(
         whole.update(0).gradients,
         runs.trace(split).update(0).gradients,
-        f"{split.microbatches} ragged microbatches against one batch",
+        f"{split.microbatches} microbatches with different numbers of targets against one batch",
     )
 
 
@@ -74,7 +74,7 @@ def test_ragged_microbatches(runs: Runs) -> None:
     since="0.1",
     needs=("two-ranks",),
     why="Ranks that do not exchange their gradients train different models, on half of the data each.",
-    mend="Call the wrapped module, and give both forward and backward of the last microbatch outside no_sync().",
+    mend="Call the wrapped module, and run both forward and backward of the last microbatch outside no_sync().",
     source="karpathy/build-nanogpt#30, jingyaogong/minimind#853, moojink/openvla-oft#160",
     bound="as ACC-1 (healthy: 5e-8; not exchanged: 0.7); bit equality between the ranks",
 )
@@ -84,7 +84,7 @@ def test_split_over_ranks(runs: Runs) -> None:
     """
     split = everyday(runs)
     one, (first, second) = runs.trace(split), runs.ranks(on_two_ranks(split))
-    for _, update, other in paired(first.updates, second.updates, "rank 1 as rank 0"):
+    for _, update, other in paired(first.updates, second.updates, "rank 1 makes as many updates as rank 0"):
         tensors_equal(dense(update.gradients), dense(other.gradients), "gradients of rank 0 against rank 1")
         tensors_equal(update.after, other.after, "parameters of rank 0 against rank 1")
     gradients_agree(one.update(0).gradients, first.update(0).gradients, "two ranks against one process")
@@ -103,7 +103,11 @@ def test_ragged_ranks(runs: Runs) -> None:
     """Two ranks with different numbers of target tokens give the same gradient as one process."""
     split = replace(everyday(runs), ignored_targets=True)
     first, _ = runs.ranks(on_two_ranks(split))
-    gradients_agree(runs.trace(split).update(0).gradients, first.update(0).gradients, "two ragged ranks against one")
+    gradients_agree(
+        runs.trace(split).update(0).gradients,
+        first.update(0).gradients,
+        "two ranks with different numbers of targets against one process",
+    )
 
 
 @clause(
@@ -121,7 +125,7 @@ def test_gradient_of_the_mean(runs: Runs) -> None:
     plain = Recipe(optimizer=step, same_batches=True)
     recipes = [plain, replace(plain, ignored_targets=True)] if runs.has("ignored-targets") else [plain]
     if runs.policy.auxiliary_loss(plain):
-        raise NotApplicable("the loss has terms beside the cross entropy, as declared")
+        raise NotApplicable("the policy declares that the loss has terms besides the cross entropy")
     for recipe in recipes:
         run = runs.trace(recipe)
         losses = [loss_of(recipe, run, update) for update in (0, 1)]
@@ -163,7 +167,7 @@ def test_sequences_of_an_update(runs: Runs) -> None:
     recipe = everyday(runs)
     run, samples, size = runs.trace(recipe), torch.cat(recipe.batches()), recipe.update_size
     if len(run.updates) != recipe.updates:
-        raise Violation(f"{recipe.updates} updates", ": ".join([f"{len(run.updates)}", *run.notes[:1]]))
+        raise Violation(f"{recipe.updates} updates", ": ".join([f"{len(run.updates)} updates", *run.notes[:1]]))
     for update in range(recipe.updates):
         found = run.all_training_forwards(update)
         for evaluation in {f.evaluation for f in found} or {0}:  # of a closure: each on all of them
@@ -172,17 +176,17 @@ def test_sequences_of_an_update(runs: Runs) -> None:
                 continue
             raise Violation(
                 f"update {update + 1} trains on its {size} sequences, {update * size} to {(update + 1) * size - 1}",
-                f"on {', '.join('an unknown one' if n is None else str(n) for n in seen)}"
+                f"it trains on {', '.join('an unknown one' if n is None else str(n) for n in seen)}"
                 if seen
-                else "no forward in training mode and with gradients leads to it",
+                else "no forward in training mode and with gradients comes before it",
             )
     if runs.has("batch-total"):
         tried = runs.attempt(Recipe(microbatch_size=4, batch_total=10))
         counts = {sum(len(f.ids) for f in tried.trace.training_forwards(update)) for update in range(2)}
         if tried.error is None and counts != {10}:
             raise Violation(
-                "10 sequences per update as asked for, or an error, with microbatches of 4",
-                f"{' and '.join(map(str, sorted(counts)))} sequences, without a word",
+                "10 sequences per update, as the recipe asks, in microbatches of 4; or an error",
+                f"{' and '.join(map(str, sorted(counts)))} sequences per update, and no error",
             )
 
 
@@ -190,7 +194,7 @@ def test_sequences_of_an_update(runs: Runs) -> None:
     "ACC-7",
     since="0.1",
     needs=("activation-checkpointing",),
-    why="The gradients belong to other activations than those of the loss, while the loss looks as always.",
+    why="The gradients are computed from activations other than those of the loss, and the loss does not show it.",
     mend="Leave preserve_rng_state on, and make sure nothing else changes between the two forwards.",
     source="allenai/OLMo-core#828 (loss 2.50 in place of 2.20), openai/guided-diffusion#167, pytorch#7617",
     bound="as ACC-1 (healthy: 0; dropout drawn anew: 0.48)",

@@ -16,7 +16,9 @@ from conformance.suites import shapes
 Pair = tuple[Tensor, Tensor, Tensor, Tensor]
 """Token ids (B, T) and logits (B, T, V) of a forward, and those of the same forward of the altered run."""
 
-NOT_AS_GIVEN = "the stack does not take the tokens as they are given, so two runs cannot be compared (see ACC-6)"
+NOT_AS_GIVEN = (
+    "the stack does not train on the tokens as the recipe gives them, so two runs cannot be compared: see ACC-6"
+)
 
 
 def pairs(runs: Runs, recipe: Recipe, altered: Alteration) -> list[Pair]:
@@ -67,8 +69,8 @@ def test_sequences_apart(runs: Runs) -> None:
                 raise NotApplicable(NOT_AS_GIVEN)
             if not same(logits[kept], changed[kept]):
                 raise Violation(
-                    f"{recipe.shape}: logits of a sequence as they were, when another one of its batch is",
-                    f"they differ by up to {largest_difference(logits[kept], changed[kept])}",
+                    f"{recipe.shape}: logits of a sequence stay the same if another sequence of the batch changes",
+                    f"they change by up to {largest_difference(logits[kept], changed[kept])}",
                 )
 
 
@@ -76,13 +78,13 @@ def test_sequences_apart(runs: Runs) -> None:
     "CAUSAL-3",
     since="0.1",
     why="A model that sees only part of its context still learns, but no more than that part tells it.",
-    mend="Check which entries of the attention mask are True: for SDPA those that take part, elsewhere those that "
-    "do not. Check for a window of zero, or one shorter than the sequence.",
+    mend="Check the attention mask: for SDPA, True marks what takes part; elsewhere it may mark what does not. Also "
+    "look for a window of zero, or one shorter than the sequence.",
     source="unslothai/unsloth#8253 (a window of zero sees nothing)",
-    bound="other bits at every position (healthy: all of them)",
+    bound="different bits at every position that sees the first token (healthy: all of them)",
 )
 def test_whole_context(runs: Runs) -> None:
-    """Every logit depends on the first token."""
+    """Every logit depends on the first token, unless the stack declares that it does not see that token."""
     for recipe in shapes(runs):
         for ids, logits, others, changed in pairs(runs, recipe, "first token"):
             if torch.equal(ids, others):
@@ -95,13 +97,14 @@ def test_whole_context(runs: Runs) -> None:
             )
             if blind:
                 raise Violation(
-                    f"{recipe.shape}: other logits at all positions that see the first token, when it is another",
-                    f"the same at {len(blind)} positions: {quoted(blind)}",
+                    f"{recipe.shape}: if the first token changes, so do the logits at all positions that see it",
+                    f"they stay the same at {len(blind)} positions: {quoted(blind)}",
                 )
             if leaking:
                 raise Violation(
-                    f"{recipe.shape}: the same logits at all positions that, as declared, do not see the first token",
-                    f"others at {len(leaking)} positions: {quoted(leaking)}",
+                    f"{recipe.shape}: if the first token changes, logits stay the same where the policy says that it "
+                    "is not seen",
+                    f"they change at {len(leaking)} positions: {quoted(leaking)}",
                 )
 
 

@@ -15,14 +15,15 @@ from conformance.suites import clipped, everyday, on_two_ranks, paired
     "CLIP-1",
     since="0.1",
     needs=("clip",),
-    why="Clipped by tensor or by microbatch, an update has the right length and the wrong direction.",
+    why="If a stack clips each tensor or each microbatch alone, the update has the right length and the wrong "
+    "direction.",
     mend="Clip once per update, after the last microbatch, over all parameters together.",
     source="huggingface/accelerate#641; torch.nn.utils.clip_grad_norm_ over each tensor",
     bound="1e-4 of the gradient vector (healthy: 1e-6; weakest mutant, per microbatch: 0.88)",
 )
 def test_clipped_as_one(runs: Runs) -> None:
-    """The stack scales a gradient that is longer than the limit to the limit as a whole, over all tensors and
-    microbatches.
+    """If the gradient's norm over all tensors and microbatches exceeds the limit, the stack scales the whole gradient
+    to it.
     """
     recipe = everyday(runs)
     free = runs.trace(recipe).update(0).gradients
@@ -35,7 +36,7 @@ def test_clipped_as_one(runs: Runs) -> None:
     "CLIP-2",
     since="0.1",
     needs=("clip",),
-    why="If every gradient is scaled to the limit, every step is as long as the largest.",
+    why="A stack that scales every gradient to the limit makes every step as long as the largest.",
     mend="Scale by min(1, limit / norm).",
     source="torch.nn.utils.clip_grad_norm_, which clamps the factor at 1",
 )
@@ -44,8 +45,12 @@ def test_unclipped_below_the_limit(runs: Runs) -> None:
     recipe = everyday(runs)
     free = runs.trace(recipe)
     long = runs.trace(clipped(recipe, total_norm(free.update(0).gradients), 1000.0))
-    for number, update, other in paired(free.updates, long.updates, "with a limit as without one"):
-        tensors_equal(update.after, other.after, f"parameters after update {number}, limit a thousand times the norm")
+    for number, update, other in paired(free.updates, long.updates, "as many updates with a limit as without one"):
+        tensors_equal(
+            update.after,
+            other.after,
+            f"parameters after update {number}, with a limit a thousand times the norm, against no limit",
+        )
 
 
 @clause(
@@ -83,4 +88,8 @@ def test_clipped_on_two_ranks(runs: Runs) -> None:
     short = clipped(recipe, total_norm(runs.trace(recipe).update(0).gradients), 0.1)
     first, second = runs.ranks(on_two_ranks(short))
     tensors_equal(first.update(-1).after, second.update(-1).after, "parameters of rank 0 against rank 1")
-    gradients_agree(runs.trace(short).update(0).gradients, first.update(0).gradients, "clipped on two ranks")
+    gradients_agree(
+        runs.trace(short).update(0).gradients,
+        first.update(0).gradients,
+        "the gradient clipped on two ranks against one process",
+    )

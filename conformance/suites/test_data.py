@@ -46,7 +46,7 @@ def test_each_sample_once(runs: Runs) -> None:
     why="If epochs repeat their order, the gradients of one epoch repeat those of the last.",
     mend="Tell the sampler the epoch (DistributedSampler.set_epoch), and let it shuffle by epoch.",
     source="pytorch#31771, #11324, lucidrains/DALLE-pytorch#230",
-    bound="another order: by chance the same in one of 40320",
+    bound="another order (in a healthy run it is the same by chance once in 40320)",
 )
 def test_epochs_differ(runs: Runs) -> None:
     """Every epoch is shuffled, and no two epochs have the same order."""
@@ -55,7 +55,7 @@ def test_epochs_differ(runs: Runs) -> None:
     seen = order(runs.trace(recipe), recipe.dataset())
     first, second = seen[: recipe.samples], seen[recipe.samples :]
     if first == second or first == sorted(first, key=str):
-        raise Violation("two epochs in two orders at random", f"{first}, then {second}")
+        raise Violation("two epochs in two different random orders", f"{first}, then {second}")
 
 
 @clause(
@@ -75,9 +75,9 @@ def test_seed_decides_the_order(runs: Runs) -> None:
         order(runs.trace(changed), samples) for changed in (recipe, replace(quiet, repeat=1), replace(quiet, seed=2))
     )
     if first != again:
-        raise Violation("one order under one seed", f"{first}, then {again}")
+        raise Violation("the same order in two runs with the same seed", f"{first}, then {again}")
     if first == other:
-        raise Violation("another order under another seed", f"under both: {first}")
+        raise Violation("another order under another seed", f"the same order under both: {first}")
 
 
 @clause(
@@ -120,8 +120,8 @@ def test_large_ids_arrive(runs: Runs) -> None:
     if None in order(run, samples):
         found = max(int(forward.ids.max()) for forward in run.training_forwards())
         raise Violation(
-            f"the sequences that were given, with ids up to {int(samples.max())}",
-            f"others, with ids up to {found}",
+            f"the sequences of the recipe, with ids up to {int(samples.max())}",
+            f"other sequences, with ids up to {found}",
         )
 
 

@@ -115,7 +115,9 @@ def check_factors(runs: Runs, recipe: Recipe, run: Trace) -> None:
     acting = {name: group.settings.get("weight_decay", 0.0) != 0 for group in update.groups for name in group.tensors}
     wrong = [n for n in factors if not update.before[n].any() and acting.get(n, False) != (factors[n] != 1.0)]
     if wrong:
-        raise Violation("tensors of zeros in groups that decay as declared", f"otherwise: {quoted(wrong)}")
+        raise Violation(
+            "tensors of zeros are in groups that decay as the policy declares", f"these are not: {quoted(wrong)}"
+        )
 
 
 @clause(
@@ -137,13 +139,13 @@ def test_every_tensor_moves(runs: Runs) -> None:
     "DECAY-6",
     since="0.1",
     needs=("keywords", "foreign-module"),
-    why="A rule that goes by ndim takes norm gains called g, memory tokens and memory keys/values for matrices.",
+    why="A rule by ndim mistakes memory tokens, memory keys and values, and norm gains called g for matrices.",
     mend="Recognise norms by the type of the module that owns the tensor, and memory tensors by name.",
     source="lucidrains/x-transformers#230, deepspeedai/DeepSpeedExamples#755",
     bound="as DECAY-4",
 )
 def test_foreign_module_decays_as_declared(runs: Runs) -> None:
-    """In a module of somebody else's, norm gains, biases, embeddings, memory tokens and mem_k/mem_v decay as
+    """In a module from another library, norm gains, biases, embeddings, memory tokens and mem_k/mem_v decay as
     declared.
     """
     recipe = Recipe(module=MEMORY, optimizer=STRONG, zero_gradients=True)
@@ -155,8 +157,8 @@ def test_foreign_module_decays_as_declared(runs: Runs) -> None:
     since="0.1",
     needs=("keywords", "ndim-policy"),
     level="should",
-    why="Comparing with nanoGPT requires its decay rule.",
-    mend="Offer a rule by ndim beside the one by role.",
+    why="A comparison with nanoGPT needs its decay rule.",
+    mend="Offer a rule by the number of dimensions (ndim) in addition to the one by role.",
     source="karpathy/nanoGPT configure_optimizers",
     bound="as DECAY-4",
 )
@@ -174,7 +176,7 @@ def test_ndim_policy(runs: Runs) -> None:
     since="0.1",
     needs=("compile",),
     why="Rules by name break when compile or a wrapper puts a prefix before every name.",
-    mend="Build the groups from the bare module, or strip _orig_mod. and module. from names.",
+    mend="Build the groups from the bare module, or strip the prefixes `_orig_mod.` and `module.` from names.",
     source="pytorch#101107, rasbt/LLMs-from-scratch#580",
     bound="the same tensors in the same groups",
 )

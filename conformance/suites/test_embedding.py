@@ -73,7 +73,7 @@ def test_options_survive_swap(runs: Runs) -> None:
     plain, stable = runs.trace(replace(recipe, stable_embedding=False)), runs.trace(recipe)
     require_swap(stable)
     if len(plain.embeddings) != len(stable.embeddings):
-        raise Violation(f"{len(plain.embeddings)} embeddings after the swap", f"{len(stable.embeddings)}")
+        raise Violation(f"{len(plain.embeddings)} embeddings after the swap", f"{len(stable.embeddings)} embeddings")
     for before, after in zip(plain.embeddings, stable.embeddings, strict=True):
         found = dict(after.options) | {"device": after.device, "dtype": after.dtype, "shape": after.shape}
         wanted = dict(before.options) | {"device": before.device, "dtype": before.dtype, "shape": before.shape}
@@ -83,7 +83,7 @@ def test_options_survive_swap(runs: Runs) -> None:
     # No bitsandbytes optimizer takes sparse gradients, so an error about the option is right too.
     if not (kept and all(kept)) and not (sparse.error is not None and "sparse" in str(sparse.error)):
         seen = describe_error(sparse.error) if sparse.error else f"sparse is {kept}"
-        raise Violation("sparse=True is kept, or refused by name", seen)
+        raise Violation("sparse=True is kept, or an error that names it", seen)
 
 
 @clause(
@@ -218,4 +218,4 @@ def test_export_is_plain_and_equal(runs: Runs) -> None:
             outputs = {f"batch {i}": find_logits(module(f.ids.long())) for i, f in enumerate(evaluated)}
         found = {name: logits.float() for name, logits in outputs.items() if logits is not None}
         expected = {f"batch {i}": f.scores.float() for i, f in enumerate(evaluated)}
-        tensors_equal(expected, found, "logits of the loaded model against the trained one")
+        tensors_equal(expected, found, "logits of the loaded model against those of the trained one")

@@ -26,7 +26,10 @@ def evaluations(recipe: Recipe, run: Trace) -> list[Forward]:
     rows = validation(recipe)
     found = [forward for forward in run.forwards if any(n is not None for n in sample_numbers(forward.ids, rows))]
     if not any(forward.update == recipe.updates for forward in found):
-        raise Violation("an evaluation on the validation data after the last update", f"{len(found)} before it")
+        raise Violation(
+            "an evaluation on the validation data after the last update",
+            f"no forward on validation data after it, and {len(found)} before it",
+        )
     return found
 
 
@@ -44,7 +47,9 @@ def last_loss(recipe: Recipe, traces: list[Trace]) -> float:
     found = [loss for forward in last for loss in sequence_entropies(forward.scores, forward.ids, rows)]
     known = [loss for loss in found if loss is not None]
     if not known:
-        raise Violation("an evaluation on the validation data after the last update", "none that is known")
+        raise Violation(
+            "an evaluation on the validation data after the last update", "no sequence of it is in the validation data"
+        )
     return fmean(known)
 
 
@@ -73,7 +78,8 @@ def test_modes(runs: Runs) -> None:
             what, state = ("training", "on") if training else ("evaluation", "off")
             raise Violation(
                 f"{what} with training mode and gradients {state}",
-                f"after update {forward.update} training mode is {forward.training}, gradients {forward.grad_enabled}",
+                f"after update {forward.update} training mode is {'on' if forward.training else 'off'}, and gradients "
+                f"are {'on' if forward.grad_enabled else 'off'}",
             )
 
 
@@ -101,7 +107,7 @@ def test_evaluations_repeat(runs: Runs) -> None:
         for update in (1, 2)
     ]
     if seen[0].keys() != seen[1].keys():
-        raise Violation("the same sequences in each evaluation", f"{sorted(map(str, seen[0]))}, then others")
+        raise Violation("the same sequences in each evaluation", f"first {sorted(map(str, seen[0]))}, then others")
     different = [number for number in seen[0] if not same(seen[0][number], seen[1][number])]
     if different:
         raise Violation("the same logits, bit for bit", f"{len(different)} of {len(seen[0])} sequences differ")
@@ -111,7 +117,7 @@ def test_evaluations_repeat(runs: Runs) -> None:
     "EVAL-3",
     since="0.1",
     needs=("evaluate-every",),
-    why="The result depends on how often one looks, so runs with different intervals cannot be compared.",
+    why="The result depends on how often the run evaluates, so runs with different intervals cannot be compared.",
     mend="Evaluate a copy, or put back everything that evaluation changes: dtype, mode, gradients, caches.",
     source="huggingface/transformers bf16_full_eval (casts the model in place); pytorch#112583",
 )
@@ -123,8 +129,8 @@ def test_changes_nothing(runs: Runs) -> None:
 def without_changes(runs: Runs, recipe: Recipe) -> None:
     """Check that a run with evaluations and one without have the same parameters."""
     run, other = runs.trace(recipe), runs.trace(replace(recipe, evaluate_every=None))
-    for number, update, plain in paired(run.updates, other.updates, "without evaluation as with it"):
-        tensors_equal(plain.after, update.after, f"parameters after update {number}, without evaluation and with")
+    for number, update, plain in paired(run.updates, other.updates, "as many updates without evaluation as with it"):
+        tensors_equal(plain.after, update.after, f"parameters after update {number}, without evaluation and with it")
 
 
 @clause(
@@ -214,7 +220,7 @@ def test_reported_loss_on_two_ranks(runs: Runs) -> None:
     source="facebookresearch/fairseq2#1038 (random state); torch.utils.data.DataLoader (base seed of its workers)",
 )
 def test_random_state_is_kept(runs: Runs) -> None:
-    """With dropout on, evaluating during training does not change the trained parameters: evaluation uses up no random
-    number of training.
+    """With dropout on, evaluating during training does not change the trained parameters: evaluation does not use up
+    random numbers that training would draw.
     """
     without_changes(runs, dropping(runs, everyday(runs)))

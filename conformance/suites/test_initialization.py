@@ -17,8 +17,8 @@ from conformance.suites import everyday, mean_of, on_two_ranks, saved, shapes, s
 @clause(
     "INIT-1",
     since="0.1",
-    why="The run starts from whatever was in memory. It may still learn, but slower, and differently each time.",
-    mend="Call the initialisation on every path that starts fresh, after building with empty weights.",
+    why="The run starts from whatever was in memory. It may still learn, but more slowly, and differently each time.",
+    mend="Initialise the weights on every path that starts fresh, after the model was built with empty weights.",
     source="Lightning-AI/litgpt#1150, litgpt#689",
     bound="no NaN: uninitialised memory is filled with NaN while the run is recorded",
 )
@@ -32,7 +32,8 @@ def test_nothing_is_uninitialised(runs: Runs) -> None:
 @clause(
     "INIT-2",
     since="0.1",
-    why="Weights that start too large or too small, or a residual stream that grows with depth, train worse for weeks.",
+    why="If weights start too large or too small, or the residual stream grows with depth, the run trains worse for "
+    "weeks.",
     mend="Compare the declared distributions with what the code applies to the tensors named here.",
     source="huggingface/transformers#47458, stanford-crfm/mistral#30; litgpt initialize_weights (GptNeoxMLP)",
     bound="3 standard errors; a tensor beyond them is pooled with the draws of three more seeds and must be within "
@@ -69,14 +70,14 @@ def test_same_seed_same_start(runs: Runs) -> None:
     """Two runs with the same seed start from the same weights, bit for bit."""
     for recipe in shapes(runs):
         first, second = runs.start(recipe), runs.start(replace(recipe, repeat=1))
-        tensors_equal(first.initial, second.initial, "the same seed twice")
+        tensors_equal(first.initial, second.initial, "parameters of two runs with the same seed")
 
 
 @clause(
     "INIT-4",
     needs=("seed",),
     since="0.1",
-    why="Several runs under several seeds are the same run, and their spread says nothing.",
+    why="Runs with different seeds are then the same run, and the spread of their results says nothing.",
     mend="Pass the configured seed to the generator that draws the weights.",
     source="Lightning-AI/litgpt#1425 (a seed that was not passed on)",
 )
@@ -95,7 +96,7 @@ def test_other_seed_other_start(runs: Runs) -> None:
     bound="0.5 nats; healthy: 0.02 (reference) to 0.31 (LitGPT by design, logits of variance 0.4); weakest mutant: 8.8",
 )
 def test_first_loss(runs: Runs) -> None:
-    """The first loss is that of a uniform guess over V tokens, ln V."""
+    """The first loss is close to ln V, the loss of a uniform guess over V tokens."""
     for recipe in shapes(runs):
         rows = torch.cat(recipe.batches())
         # Of the logits: the loss on which backward is called may be a sum, divided later. Its scale is ACC-5's matter.
@@ -107,7 +108,7 @@ def test_first_loss(runs: Runs) -> None:
         first = next(iter(run.training_forwards()), None)
         numbers = [] if first is None else [n for n in sample_numbers(first.ids, rows) if n is not None]
         if first is None or len(numbers) != len(first.ids):
-            raise NotApplicable("the first forward is not on the sequences given: see ACC-6")
+            raise NotApplicable("the first forward is not on the sequences that the recipe gives: see ACC-6")
         initialization.starts_ignorant(mean_entropy(*next_tokens(first.scores, rows[numbers])), recipe.vocab_size)
 
 
@@ -133,8 +134,9 @@ def test_resume_restores(runs: Runs) -> None:
     since="0.1",
     needs=("resume",),
     why="The run silently starts over from random weights, and looks like a resumed one.",
-    mend="Raise if the checkpoint that the user named is not there.",
+    mend="Raise an error if the checkpoint that the user named does not exist.",
     source="pytorch/torchtitan#1311",
+    bound="an error",
 )
 def test_missing_checkpoint(runs: Runs) -> None:
     """Resuming from a checkpoint that does not exist is an error."""
@@ -153,22 +155,22 @@ def test_missing_checkpoint(runs: Runs) -> None:
     "INIT-8",
     since="0.1",
     needs=("meta-init",),
-    why="Rotary tables and masks built on the meta device come back as garbage, and attention is noise.",
-    mend="Recompute buffers when the model is materialised; to_empty() does not.",
+    why="Rotary tables and masks built on the meta device hold garbage, and attention computes noise.",
+    mend="Recompute the buffers when the model is materialised; to_empty() does not do this.",
     source="pytorch/torchtitan freqs_cis handling; transformers#25681",
 )
 def test_buffers_after_meta(runs: Runs) -> None:
     """A model built on the meta device has the same buffers as one built eagerly."""
     for recipe in shapes(runs):
         eager, meta = runs.start(recipe), runs.start(replace(recipe, initialization="meta"))
-        tensors_equal(eager.buffers, meta.buffers, "buffers, eager against meta")
+        tensors_equal(eager.buffers, meta.buffers, "buffers built eagerly against buffers built on the meta device")
 
 
 @clause(
     "INIT-9",
     since="0.1",
     needs=("meta-init",),
-    why="A sharded model starts from other weights, or untied ones, than the same model on one device.",
+    why="A sharded model starts from weights other than those of the same model on one device, or with its tie broken.",
     mend="Draw each tensor from the seed and its name, tie again after to_empty(), and initialise what to_empty() "
     "left empty.",
     source="litgpt#1150, facebookresearch/lingua#75, verl#7834",
@@ -182,7 +184,9 @@ def test_parameters_after_meta(runs: Runs) -> None:
         variants += shapes(runs, Recipe(tied=True))
     for recipe in variants:
         eager, meta = runs.start(recipe), runs.start(replace(recipe, initialization="meta"))
-        tensors_equal(eager.initial, meta.initial, "parameters, eager against meta")
+        tensors_equal(
+            eager.initial, meta.initial, "parameters built eagerly against parameters built on the meta device"
+        )
 
 
 @clause(
@@ -195,12 +199,12 @@ def test_parameters_after_meta(runs: Runs) -> None:
     bound="an error that contains the name",
 )
 def test_lost_on_meta(runs: Runs) -> None:
-    """If a module has parameters and no way to initialise them after a meta build, the stack raises an error that
-    names the module.
+    """If a module has parameters and no way to initialise them after it was built on the meta device, the stack raises
+    an error that names the module.
     """
     tried = runs.attempt(Recipe(module="conformance.probes:LostOnMeta", initialization="meta"))
     if tried.error is None:
-        raise Violation("an error that names LostOnMeta", "the run trained")
+        raise Violation("an error that names LostOnMeta, a module with no way to initialise it", "the run trained")
     if "LostOnMeta" not in str(tried.error):
         raise Violation("an error that names LostOnMeta", f"{type(tried.error).__name__}: {tried.error}")
 

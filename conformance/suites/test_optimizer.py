@@ -26,7 +26,7 @@ def starts(runs: Runs, class_path: str, **arguments: object) -> Trace:
         kind.rpartition(".")[2] for update in usual.trace.updates for step in update.steps for kind in step.optimizer
     }
     if not runs.has("any-optimizer") and name not in fixed:
-        raise NotApplicable(f"lacks any-optimizer, and its own is not {name}: {runs.lacks['any-optimizer']}")
+        raise NotApplicable(f"lacks any-optimizer, and its own optimizer is not {name}: {runs.lacks['any-optimizer']}")
     choice = OptimizerChoice.of(class_path, **{"lr": 1e-3, **arguments})
     tried = runs.attempt(Recipe(optimizer=choice))
     if tried.error is not None:
@@ -37,7 +37,7 @@ def starts(runs: Runs, class_path: str, **arguments: object) -> Trace:
     ]
     if not kinds or any(name not in kind for kind in kinds):  # a stack may derive a class of its own
         found = {step.optimizer[0].rpartition(".")[2] for update in tried.trace.updates for step in update.steps}
-        raise Violation(f"the steps are those of {name}", f"those of {', '.join(sorted(found)) or 'nobody'}")
+        raise Violation(f"the steps are those of {name}", f"those of {', '.join(sorted(found)) or 'no optimizer'}")
     return tried.trace
 
 
@@ -144,7 +144,7 @@ def test_fused_where_possible(runs: Runs) -> None:
     why="The run trains with settings other than those in its configuration.",
     mend="Follow the keyword named here from the configuration to the constructor.",
     source="EleutherAI/gpt-neox#228 (betas), NVIDIA-NeMo/Speech#775 (eps), pykale/pykale#587",
-    bound="equality of floats; lr as the stack's own schedule has it",
+    bound="equality of floats; for lr, equality with the rate of the stack's own schedule",
 )
 def test_keywords_arrive(runs: Runs) -> None:
     """The optimizer receives lr, betas, eps and weight_decay exactly as the user gave them."""
@@ -208,7 +208,8 @@ def test_misspelt_keyword(runs: Runs) -> None:
         groups = tried.trace.update(0).groups
         found = {group.settings.get("weight_decay") for group in groups}
         raise Violation(
-            "an error about wieght_decay=0.5", f"the run trained with weight_decay {sorted(map(str, found))}"
+            "an error about the misspelt keyword wieght_decay=0.5",
+            f"the run trained with weight_decay {sorted(map(str, found))}",
         )
 
 
@@ -226,7 +227,7 @@ def test_misspelt_keyword_hint(runs: Runs) -> None:
     """The error about a misspelt keyword suggests the nearest keyword that the class accepts."""
     tried = misspelt(runs)
     if tried.error is None:
-        raise NotApplicable("the misspelt keyword is no error at all: see OPT-10")
+        raise NotApplicable("the misspelt keyword does not raise an error: see OPT-10")
     accepted = ("lr", "betas", "eps", "weight_decay", "amsgrad", "foreach", "fused")
     optimizer.names_nearest(str(tried.error), "weight_decay", accepted)
 
@@ -245,7 +246,7 @@ def survives(runs: Runs, choice: OptimizerChoice) -> None:
     packages=("bitsandbytes",),
     since="0.1",
     needs=("any-optimizer", "resume"),
-    why="The moments start again at zero: the loss goes on smoothly, the weights do not.",
+    why="The moments start again at zero: the loss goes on smoothly, but the weights do not.",
     mend="Save optimizer.state_dict(), and load it after the optimizer is built over the same groups.",
     source="EvolvingLMMs-Lab/OneVision-Encoder#65, DeepSpeed#7786; the first loss after a resume shows nothing",
 )
@@ -264,14 +265,14 @@ def test_state_survives(runs: Runs) -> None:
     packages=("grokadamw",),
     since="0.1",
     needs=("any-optimizer", "resume"),
-    why="grokadamw 0.1.2 keeps its moments in param_groups by tensor; after a load they silently start at zero.",
+    why="grokadamw 0.1.2 keeps its moments in param_groups, keyed by tensor; after a load they silently start at zero.",
     mend="Save such state by position and put it back, or refuse to resume with this optimizer.",
     source="grokadamw 0.1.2: state_dict()['state'] is empty",
     bound="bit equality; or an error, or a message about the lost state",
 )
 def test_misplaced_state_survives(runs: Runs) -> None:
-    """The state of GrokAdamW, which its package keeps in the wrong place, survives a resume, or the stack says that it
-    cannot.
+    """The state of GrokAdamW survives a resume, although its package keeps it in the wrong place, or the stack says
+    that it is lost.
     """
     choice = OptimizerChoice.of(GROK, lr=1e-3)
     recipe = Recipe(updates=4, save_every=2, optimizer=choice)

@@ -77,13 +77,13 @@ def test_logits_opt_out(runs: Runs) -> None:
     "PREC-3",
     since="0.1",
     why="A loss in bfloat16 moves in steps of 0.06 around 11, and so do its gradients.",
-    mend="logits.float() before cross_entropy.",
+    mend="Call logits.float() before cross_entropy.",
     source="Modalities/modalities#464, marin-community/marin#8217",
     bound="1e-5 relative against the cross entropy in float64 of the logits seen (healthy: 1e-7; "
     "in bfloat16: 5e-5 to 1e-2)",
 )
 def test_loss_float32(runs: Runs) -> None:
-    """The stack computes the loss in float32, so that its value is exact and not only its dtype."""
+    """The stack computes the loss in float32: its value, and not only its dtype, is that of float32."""
     plain = Recipe(updates=4)
     variants = [plain, replace(plain, logits="compute")] if runs.has("logits-opt-out") else [plain]
     for name in runs.precisions():
@@ -116,7 +116,7 @@ def with_targets(recipe: Recipe, forward: Forward) -> tuple[torch.Tensor, torch.
             return forward.scores, batch[:, 1:]
         if torch.equal(forward.ids.long(), batch):  # stacks that shift inside the model see all tokens
             return forward.scores[:, :-1], batch[:, 1:]
-    raise Violation("the model is fed the training data in order", "token ids that are in no batch of the recipe")
+    raise Violation("the model gets the training data in order", "token ids that are in no batch of the recipe")
 
 
 @clause(
@@ -138,7 +138,12 @@ def test_precision_asked_for(runs: Runs) -> None:
         autocast = COMPUTE[name] if name.endswith("-mixed") else None
         found = {f.autocast for f in run.training_forwards()}
         if found != {autocast}:
-            raise Violation(f"autocast inside the forward under {name}: {autocast}", f"{sorted(map(str, found))}")
+            raise Violation(
+                f"autocast to {autocast} inside the forward under {name}"
+                if autocast
+                else f"no autocast inside the forward under {name}",
+                f"autocast is {', '.join(sorted('off' if kind is None else f'to {kind}' for kind in found))}",
+            )
         precision.content_is([f.scores for f in run.training_forwards()], rounded=name.startswith("bf16"))
 
 
@@ -175,7 +180,7 @@ def test_small_updates(runs: Runs) -> None:
     recipe = Recipe(precision="bf16-true", optimizer=choice, updates=4)
     coarse, exact = runs.trace(recipe), runs.trace(replace(recipe, precision="32-true"))
     if not precision.movement(exact.initial, exact.update(-1).after):
-        raise Violation("weights that move in float32", "none does")
+        raise Violation("weights that move in float32", "no weight moves")
     ratio = precision.movement(coarse.initial, coarse.update(-1).after) / precision.movement(
         exact.initial, exact.update(-1).after
     )

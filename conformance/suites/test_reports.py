@@ -32,7 +32,7 @@ def update_losses(recipe: Recipe, run: Trace) -> list[float]:
         if forward.update < len(losses):
             for loss in sequence_entropies(forward.scores, forward.ids, rows):
                 if loss is None:
-                    raise NotApplicable("an update trained on other sequences than those asked for: see ACC-6")
+                    raise NotApplicable("an update trained on sequences other than those asked for: see ACC-6")
                 losses[forward.update].append(loss)
     if not all(losses):
         raise NotApplicable("no forward on the sequences asked for led to an update: see ACC-6")

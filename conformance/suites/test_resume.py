@@ -57,8 +57,10 @@ def test_goes_on_as_if_never_interrupted(runs: Runs) -> None:
     whole = runs.trace(recipe)
     later = resumed(runs, recipe, whole, 2).updates
     if len(later) != recipe.updates - 2:
-        raise Violation(f"{recipe.updates - 2} updates more, to {recipe.updates} in all", f"{len(later)}")
-    for number, update, other in paired(whole.updates[2:], later, "resumed as never interrupted"):
+        raise Violation(f"{recipe.updates - 2} more updates, to {recipe.updates} in all", f"{len(later)} updates")
+    for number, update, other in paired(
+        whole.updates[2:], later, "the resumed run against the run that was never interrupted"
+    ):
         tensors_equal(update.after, other.after, f"parameters after update {number + 2} of the resumed run")
 
 
@@ -72,7 +74,9 @@ def test_goes_on_as_if_never_interrupted(runs: Runs) -> None:
     bound="the sequences themselves, in order",
 )
 def test_data_goes_on(runs: Runs) -> None:
-    """A resumed run goes on with the sequences that come next, also across and exactly at the end of an epoch."""
+    """A resumed run goes on with the sequences that come next, even if it crosses the end of an epoch or starts exactly
+    there.
+    """
     recipe = replace(interrupted(runs), dropout=0.0) if not runs.has("sampler") else shuffled()
     samples = torch.cat(recipe.batches()) if recipe.samples is None else recipe.dataset()
     whole = runs.trace(recipe)
@@ -125,7 +129,9 @@ def test_last_update_is_saved(runs: Runs) -> None:
     source="pytorch#101107, rasbt/LLMs-from-scratch#580, nanoGPT ec9b1f81",
 )
 def test_taken_up_without_wrappers(runs: Runs) -> None:
-    """A plain run takes up what a compiled run or a run on two ranks saved, bit for bit."""
+    """A plain run resumes from the checkpoint of a compiled run, or of a run on two ranks, with the same weights, bit
+    for bit.
+    """
     plain = Recipe(save_every=2, updates=2)
     wrapped: dict[str, Trace] = {}
     if runs.has("compile"):
@@ -137,7 +143,7 @@ def test_taken_up_without_wrappers(runs: Runs) -> None:
         raise NotApplicable("lacks both compile and two-ranks")
     for what, run in wrapped.items():
         later = resumed(runs, replace(plain, updates=len(run.updates) + 2), run, len(run.updates))
-        tensors_equal(run.update(-1).after, later.initial, f"parameters that a plain run takes up from {what}")
+        tensors_equal(run.update(-1).after, later.initial, f"parameters of a plain run that resumes from {what}")
 
 
 @clause(

@@ -34,7 +34,7 @@ def test_rates_as_declared(runs: Runs) -> None:
     "LR-2",
     since="0.1",
     needs=("schedule", "two-ranks"),
-    why="A schedule that advances with every rank ends before the training does.",
+    why="A schedule that advances once for each rank ends before the training does.",
     mend="Step the scheduler once per update, and do not divide its length by the number of ranks.",
     source="axolotl#1566, burn#5695, huggingface/diffusers#2632",
     bound="as LR-1",

@@ -22,14 +22,15 @@ def size(tensors: Mapping[str, Tensor]) -> int:
     "TIE-1",
     since="0.1",
     needs=("tied",),
-    why="Untied, the model has more parameters and other gradients; tied by memory only, each update is applied twice.",
-    mend="Assign the Parameter itself once the model is where it is trained: to_empty, assign=True and wrappers "
-    "give each name a tensor of its own.",
+    why="An untied model has more parameters and other gradients; if two tensors only share memory, it is updated "
+    "twice.",
+    mend="Assign one Parameter to both names, and do so last: to_empty(), assign=True and wrappers give each name a "
+    "tensor of its own.",
     source="facebookresearch/lingua#75, verl#7834, NVIDIA-NeMo/Automodel#2213, torchtune#616",
     bound="number of elements",
 )
 def test_one_tensor(runs: Runs) -> None:
-    """If they are tied, embedding and head are one tensor, from the start and after every update."""
+    """If embedding and head are tied, they are one tensor, from the start and after every update."""
     for recipe in shapes(runs, Recipe(tied=True)):
         tied, untied = runs.trace(recipe), runs.trace(replace(recipe, tied=False))
         table = recipe.vocab_size * recipe.n_embd
@@ -37,8 +38,8 @@ def test_one_tensor(runs: Runs) -> None:
         always = saved == 0 and any(len(info.names) > 1 for info in tied.tensors.values())  # whatever was asked for
         if not always and not table <= saved <= table + recipe.vocab_size:  # a head of its own may have a bias
             raise Violation(
-                f"{recipe.shape}: {table} elements less than untied, a table of {recipe.vocab_size} x {recipe.n_embd}",
-                f"{size(tied.initial)} tied, {size(untied.initial)} untied",
+                f"{recipe.shape}: {table} elements fewer than untied, a table of {recipe.vocab_size} x {recipe.n_embd}",
+                f"{size(tied.initial)} elements tied, {size(untied.initial)} untied",
             )
         for number, update in enumerate(tied.updates, start=1):
             if size(update.after) != size(tied.initial):

@@ -58,7 +58,7 @@ def misfit(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
     """Return how saved tensors differ from a model's own in names, ties and shapes; empty if they fit."""
     lacks, more = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
     if lacks or more:
-        return f"another model: it lacks {shorten(lacks)} and has {shorten(more)} that this one does not"
+        return f"another model: it lacks {shorten(lacks)}, and has {shorten(more)}, which this one does not have"
     there, here = first_names(saved), first_names(own)
     for name in own:
         if there[name] != name and here[name] == name:

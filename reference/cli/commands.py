@@ -23,19 +23,19 @@ class PrepareOptions:
     """Turn text files into the token files that training reads."""
 
     text: list[str] = field(default_factory=list)
-    """files, folders or patterns; none given: the sources of Python's standard library"""
+    """files, folders or patterns to read; if none is given, the sources of Python's standard library"""
     tokenizer: str = "bytes"
-    """bytes, bpe:SIZE, or a tokenizer.json"""
+    """how to make tokens: bytes, bpe:SIZE (trained on the text), or the path of a tokenizer.json"""
     end_of_document: str | None = None
-    """the token of a tokenizer.json that ends a document, such as <eos>; null: one of the usual names"""
+    """the token of a tokenizer.json that ends a document, such as <eos>; null: the first usual name that it has"""
     out: Path | None = None
-    """data folder; with --text it must be given, without it is data/standard-library"""
+    """the folder to write to; required with --text, otherwise data/standard-library"""
     validation_share: float = 0.05
-    """part of the text that is kept for validation"""
+    """the share of the text that is kept for validation"""
     seed: int = 1337
-    """chooses what is for validation"""
+    """the seed that chooses which text is kept for validation"""
     overwrite: bool = field(default=False, metadata={"flag": True})
-    """also replace data of another tokenizer"""
+    """replace the data in the folder even if another tokenizer wrote it"""
 
 
 def prepare_command(words: Sequence[str]) -> int:
@@ -71,19 +71,19 @@ class GenerateOptions:
     """Continue a text with a trained model."""
 
     checkpoint: Path
-    """a checkpoint; or a run's directory: its newest"""
+    """the folder of a checkpoint, or of a run, whose newest checkpoint is then used"""
     prompt: str = ""
-    """text to continue; none given: the beginning of a document"""
+    """the text to continue; if it is empty, the model begins a new document"""
     tokens: int = 200
-    """at most so many"""
+    """the largest number of tokens to generate"""
     temperature: float = 1.0
-    """0: always the most probable token"""
+    """how random the choice of tokens is; 0 always takes the most probable token"""
     top_k: int | None = None
-    """draw from so many of the most probable tokens only"""
+    """draw only from this many of the most probable tokens; null: from all"""
     top_p: float | None = None
-    """draw from the most probable tokens that sum to this probability only"""
+    """draw only from the most probable tokens whose probabilities add up to this; null: from all"""
     seed: int | None = None
-    """null: another text each time"""
+    """the seed of the choice; null: another text each time"""
 
 
 def generate_command(words: Sequence[str]) -> int:
@@ -127,15 +127,15 @@ class EvaluateOptions:
     """Measure the loss of a checkpoint over all of a split."""
 
     checkpoint: Path
-    """a checkpoint; or a run's directory: its newest"""
+    """the folder of a checkpoint, or of a run, whose newest checkpoint is then used"""
     data: Path
-    """folder that prepare wrote"""
+    """the folder that prepare wrote"""
     split: Literal["train", "validation"] = "validation"
-    """which part of the data"""
+    """the part of the data to measure"""
     microbatch_size: int = 8
-    """sequences at a time"""
+    """the number of sequences to compute at a time"""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    """of the computation"""
+    """the precision to compute in"""
 
 
 def evaluate_command(words: Sequence[str]) -> int:
@@ -159,11 +159,11 @@ class ExportOptions:
     """Write a checkpoint as a folder that from_pretrained of transformers reads."""
 
     checkpoint: Path
-    """a checkpoint; or a run's directory: its newest"""
+    """the folder of a checkpoint, or of a run, whose newest checkpoint is then used"""
     out: Path
-    """a folder that is empty or does not exist"""
+    """the folder to write to; it must be empty or not exist"""
     format: Literal["huggingface"] = "huggingface"
-    """of the folder"""
+    """the kind of folder to write"""
 
 
 def export_command(words: Sequence[str]) -> int:
@@ -182,11 +182,11 @@ class ImportOptions:
     """Make a checkpoint from a folder that save_pretrained of transformers wrote (GPT-2 or Llama)."""
 
     source: Path = field(metadata={"option": "from"})
-    """folder with config.json"""
+    """the folder of the model, with its config.json"""
     out: Path
-    """gets step-00000000, and config.yaml to fine-tune it with"""
+    """the folder to write to: the checkpoint step-00000000, and a config.yaml to fine-tune it with"""
     format: Literal["huggingface"] = "huggingface"
-    """of the folder"""
+    """the kind of folder to read"""
 
 
 def import_command(words: Sequence[str]) -> int:
@@ -212,7 +212,7 @@ def write_settings(folder: Path) -> None:
 
     path, saved = folder.parent / "config.yaml", load_config(folder)
     if path.exists():
-        logger.warning("import: %s is there already and stays as it is; it may describe another model", path)
+        logger.warning("import: %s is there already and stays as it is, but it may describe another model", path)
         return
     data = f"data/{folder.parent.resolve().name}"
     run = fine_tuning(GPTConfig(**saved["model"]), data)

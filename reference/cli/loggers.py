@@ -60,7 +60,7 @@ def tolerant(write: Callable[["Record"], None], what: str) -> Callable[["Record"
         except (OSError, ValueError) as error:  # the second: a file there that is not one of ours
             if not warned:
                 logging.getLogger("reference").warning(
-                    "%s cannot be written after update %d (%s): the run goes on without",
+                    "%s cannot be written after update %d (%s): the run goes on without it",
                     *(what, record.update, getattr(error, "strerror", None) or first_line(error)),
                 )
             warned = True

@@ -134,7 +134,7 @@ def parse(parser: ArgumentParser, words: Sequence[str], known: Sequence[str]) ->
     words = [with_underscores(word) for word in words]
     for name in [word.partition("=")[0] for word in words if word.startswith("--")]:
         if name not in ("--help", *known) and name.rpartition(".")[0] not in known:
-            raise ConfigurationError(f"there is no option {shown(name)}, {hint(name, known, parser.prog)}")
+            raise ConfigurationError(f"there is no option {shown(name)}: {hint(name, known, parser.prog)}")
     for option, value in zip(["", *words], words):
         with contextlib.suppress(yaml.YAMLError):  # text, which needs no quotes
             require_bounded(value.partition("=")[2] if value.startswith("--") else value, option or value[:50])

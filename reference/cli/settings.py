@@ -33,7 +33,7 @@ examples:
   python -m reference train --config out/run/config.yaml --resume auto
 
 The command line wins over files, a later file over an earlier one, and files over the preset. A mapping
-(optimizer_args) in a file replaces the preset's as a whole. Numbers may be written as 3e-4, nothing as null.
+(optimizer_args) in a file replaces the preset's as a whole. Write numbers as 0.0003 or 3e-4, and None as null.
 
 exit code: 0 done, 1 failed, 2 the settings were wrong, 130 or 143 stopped by Ctrl-C or SIGTERM, with a checkpoint
 """
@@ -44,16 +44,16 @@ class Settings:
     """All that a run depends on, as it is written to ``config.yaml`` in its directory."""
 
     preset: str
-    """where all settings start from"""
+    """the preset that gives every setting its first value"""
     model: GPTConfig
     train: TrainConfig
     data: DataConfig
     directory: str
-    """for checkpoints, metrics and config.yaml"""
+    """the folder to write checkpoints, metrics and config.yaml to"""
     resume: bool | str = False
-    """go on from the newest checkpoint in the directory (true; auto: if there is one), or from the one at a path"""
+    """true: go on from the newest checkpoint in the directory; auto: only if there is one; a path: from that one"""
     tensorboard: bool = dataclasses.field(default=False, metadata={"flag": True})
-    """write TensorBoard's event files too"""
+    """also write TensorBoard's event files"""
 
     def plain(self) -> dict[str, Any]:
         """Return the settings as a mapping of plain values."""
@@ -180,6 +180,6 @@ def checked(content: Any, source: str) -> dict[str, Any]:
         for name in [str(key), *(f"{key}.{inner}" for inner in value)] if key in GROUPS else [str(key)]:
             if name not in names:
                 raise ConfigurationError(
-                    f"{source} has {shown(name)}, {hint(name, names, 'python -m reference train')}"
+                    f"{source} has the unknown name {shown(name)}: {hint(name, names, 'python -m reference train')}"
                 )
     return content

@@ -142,7 +142,7 @@ def checkpoint_folder(path: Path) -> Path:
 def open_data(settings: Settings) -> "tuple[Settings, TokenData, TokenData | None]":
     """Return settings with a vocabulary that fits the data, the training split and the validation split.
 
-    The default data is prepared if it is not there yet. The preset tiny takes the vocabulary of the data unless the
+    The default data is prepared if it does not exist yet. The preset tiny takes the vocabulary of the data unless the
     settings have another than the preset's; for the others the Trainer checks that the data fits.
 
     Raises:
@@ -167,7 +167,7 @@ def open_data(settings: Settings) -> "tuple[Settings, TokenData, TokenData | Non
         if data is not None:
             logger.info("data: %s", data.describe())
     if settings.preset == "tiny" and model.vocab_size == PRESETS["tiny"].model.vocab_size != training.vocab_size:
-        logger.info("model: the vocabulary of the data, %d, instead of %d", training.vocab_size, model.vocab_size)
+        logger.info("model: vocab_size is %d, as in the data, instead of %d", training.vocab_size, model.vocab_size)
         settings = dataclasses.replace(settings, model=dataclasses.replace(model, vocab_size=training.vocab_size))
     return settings, training, validation
 

@@ -48,7 +48,9 @@ def require_bounded(text: str, source: str) -> None:
     for event in yaml.parse(text, Loader=yaml.SafeLoader):  # one by one: what is too deep is not read to its end
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in sizes:
-                raise ConfigurationError(f"{source} refers to *{event.anchor} where it is not complete: write it out.")
+                raise ConfigurationError(
+                    f"{source} refers to *{event.anchor} before its definition ends: write the values out."
+                )
             nodes += sizes[event.anchor]
         elif isinstance(event, yaml.CollectionStartEvent):
             begun.append((event.anchor, nodes))

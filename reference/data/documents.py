@@ -183,7 +183,7 @@ def place_to_cut(document: Document, wanted: int) -> int:
             file.seek(start)
             before = file.read(wanted - start + 1)
     except OSError as error:
-        raise DataError(f"{document.path} cannot be read any more ({error.strerror}): run again.") from error
+        raise DataError(f"{document.path} can no longer be read ({error.strerror}): run again.") from error
     line = before.rfind(b"\n", 0, len(before) - 1) + 1
     if line:
         return start + line

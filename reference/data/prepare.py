@@ -128,7 +128,7 @@ def prepare(
         train, validation, divided = divide(documents, validation_share)
         chosen = given if given is not None else train_tokenizer(read_all(train, shown), size)
         if chosen.vocab_size < size:
-            logger.info("tokenizer: the text has pairs for %d ids only, not for %d", chosen.vocab_size, size)
+            logger.info("tokenizer: the text has enough pairs for %d ids only, not for %d", chosen.vocab_size, size)
         check_folder(out, chosen, overwrite)
         with contextlib.ExitStack() as stack:
             writers, read_back = [], {}
@@ -168,8 +168,8 @@ def warn_of_records(documents: Sequence[Document]) -> None:
     found = [document.path for document in documents if document.path.suffix.lower() in RECORDS]
     if found:
         logger.warning(
-            "%d of %d files hold records rather than text (%s): each is one document, with its keys and quotes. "
-            "If its records are to be documents, write the text of each into a file of its own.",
+            "%d of %d files hold records rather than text (%s): each file becomes one document, with its keys and "
+            "quotes. If each record should be a document, write its text into a file of its own.",
             *(len(found), len(documents), found[0]),
         )
 

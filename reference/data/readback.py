@@ -55,7 +55,7 @@ class Readback:
     def describe(self) -> str:
         """Return what was lost, as a part of a line of text."""
         share = self.lost / max(1, self.characters)
-        return f"{share:.2%} of {self.characters:,} characters lost, {self.unknown:,} unknown tokens"
+        return f"{share:.2%} of {self.characters:,} characters lost, {self.unknown:,} tokens unknown"
 
     def warn(self, split: str) -> None:
         """Log a warning if anything was lost."""

@@ -279,7 +279,7 @@ def open_sidecar(folder: Path, split: str) -> Sidecar:
     if not path.is_file():
         if tokens.is_file():
             raise DataError(
-                f"{tokens} has no {path.name} beside it (an interrupted writing, or a foreign file): {again}."
+                f"{tokens} has no {path.name} beside it (writing was interrupted, or it is from elsewhere): {again}."
             )
         there = ", ".join(sorted(found.stem for found in folder.glob("*.bin"))) or "no token file"
         raise DataError(
@@ -303,13 +303,13 @@ def open_sidecar(folder: Path, split: str) -> Sidecar:
         raise DataError(f"{path} was changed since it was written, or is damaged: {again}.")
     sidecar = Sidecar(**plain)
     if not is_possible(sidecar):
-        raise DataError(f"{path} describes no token file that can be ({SIDECAR_RULE}): {again}.")
+        raise DataError(f"{path} describes a token file that cannot exist ({SIDECAR_RULE}): {again}.")
     try:
         size = tokens.stat().st_size
         if size != sidecar.size:
             raise DataError(
                 f"{tokens} has {size:,} bytes, but {path.name} says {sidecar.size:,} ({sidecar.tokens:,} tokens, "
-                f"{sidecar.dtype}): it is truncated or foreign; copy it again, or {again}."
+                f"{sidecar.dtype}): it is truncated or from elsewhere; copy it again, or {again}."
             )
         if sampled_checksum(tokens, sidecar.format) != sidecar.sampled_checksum:
             raise DataError(f"{tokens} is not the file that {path.name} describes (its content differs): {again}.")

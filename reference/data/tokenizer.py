@@ -241,7 +241,7 @@ def load_tokenizer(source: str | Path, end: str | None = None) -> Tokenizer:
     """
     if end is not None and (str(source) == ByteTokenizer.name or str(source).startswith("bpe:")):
         raise ConfigurationError(
-            f"--end-of-document names a token of a tokenizer.json, but {source} has an end of its own: leave it out."
+            f"--end-of-document is for a tokenizer.json only, and {source} has its own end of a document: leave it out."
         )
     if str(source) == ByteTokenizer.name:
         return ByteTokenizer()

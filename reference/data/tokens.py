@@ -89,7 +89,7 @@ class TokenData:
         return (
             f"{self.split}: {self.tokens:,} tokens of {self.documents:,} documents in {self.folder} "
             f"({sidecar.tokenizer}, vocabulary {self.vocab_size:,}, {sidecar.dtype}); {self.sequences:,} sequences "
-            f"of {self.block_size} per epoch, {self.unused:,} tokens at the end fill none and are not trained on"
+            f"of {self.block_size} per epoch; the last {self.unused:,} tokens do not fill one and are left out"
         )
 
     def batches_from(self, start: int, rank: int = 0, world_size: int = 1) -> Iterator[Tensor]:

@@ -254,7 +254,7 @@ def our_config(path: Path) -> tuple[Layout, GPTConfig]:
         require(path, "mlp_bias", given.get("mlp_bias", False), (config.bias,))
         require(path, "head_dim", given.get("head_dim"), (None, config.head_size))
     elif any(given.get(name, 0.1) != config.dropout for name in ("embd_pdrop", "attn_pdrop")):
-        logger.info("import: embd_pdrop and attn_pdrop become %s, as resid_pdrop: dropout is one here", config.dropout)
+        logger.info("import: embd_pdrop and attn_pdrop become %s, as resid_pdrop: there is one dropout", config.dropout)
     return layout, config
 
 

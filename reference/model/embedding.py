@@ -45,7 +45,10 @@ def swap_embeddings(model: nn.Module) -> list[str]:
     stable = {id(module): stable_embedding(module) for module in plain.values()}
     for name, module in plain.items():
         model.set_submodule(name, stable[id(module)])
-    logger.info("embedding: %s trained as StableEmbedding", ", ".join(plain) or "none found, nothing")
+    if plain:
+        logger.info("embedding: %s trained as StableEmbedding", ", ".join(plain))
+    else:
+        logger.info("embedding: the model has no nn.Embedding, so none becomes a StableEmbedding")
     return list(plain)
 
 

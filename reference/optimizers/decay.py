@@ -38,7 +38,7 @@ def decay_groups(
         {"params": [tensor for key, tensor in tensors.items() if not decayed[key]], "weight_decay": 0.0},
     ]
     logger.info(
-        "weight decay (%s): on %d tensors, not on %d", decay, len(groups[0]["params"]), len(groups[1]["params"])
+        "weight decay (%s): %d tensors decay, %d do not", decay, len(groups[0]["params"]), len(groups[1]["params"])
     )
     return [group for group in groups if group["params"]]
 

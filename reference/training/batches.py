@@ -132,6 +132,6 @@ def require_tokenizer(folder: Path, source: Any) -> None:
         return
     if trained != given or (file is not None and file.read_bytes() != (folder / trained).read_bytes()):
         raise ConfigurationError(
-            f"{folder} was trained on ids of another tokenizer than that of {source.folder}: the loss would mean "
+            f"{folder} was trained with a tokenizer other than that of {source.folder}: the loss would mean "
             "nothing. Prepare the text with the tokenizer of the checkpoint."
         )

@@ -78,7 +78,7 @@ def set_up(model: ModelSource, config: TrainConfig, directory: Path, stop: Stop)
 def build_module(model: ModelSource, config: TrainConfig, fabric: "Fabric") -> nn.Module:
     """Return the module, built and initialised as environment and configuration want it."""
     if isinstance(model, nn.Module):
-        logger.info("initialization: the module came initialised and is taken as it is")
+        logger.info("initialization: the module that was given keeps its weights; nothing is initialised")
         return model
     sharded = is_sharded(fabric)
     strategy = choose_strategy(config.initialization, sharded)
@@ -98,7 +98,7 @@ def wants_stable_embedding(config: TrainConfig, optimizer_class: type[Optimizer]
     """Return whether to swap embeddings: only if asked for, and only where an 8-bit optimizer makes use of it."""
     useful = is_bitsandbytes(optimizer_class) or accepts(optimizer_class, "keep_32bit")
     if config.stable_embedding and not useful:
-        logger.info("embedding: stays nn.Embedding, because %s is not from bitsandbytes", optimizer_class.__name__)
+        logger.info("embedding: it stays nn.Embedding, because %s is not from bitsandbytes", optimizer_class.__name__)
         return False
     return config.stable_embedding
 

@@ -231,7 +231,7 @@ def test_a_damaged_summary_is_told(
     assert main(["--compare", old, new]) == 2
     [sentence] = capsys.readouterr().err.splitlines()
     assert "new.json is damaged: summary" in sentence
-    assert sentence.endswith(". Give it as the bench wrote it, or run the bench again.")
+    assert sentence.endswith(". Give the file that the bench wrote, or run the bench again.")
 
 
 def test_rows_of_one_run_only_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -85,7 +85,9 @@ def test_without_caches_nothing_is_compiled_ahead(processes: list[subprocess.Pop
     with torch._inductor.config.patch(force_disable_caches=True):
         assert not precompile.precompile([case("pass"), case("1")], lines.append)
     assert processes == []
-    assert lines == ["PyTorch's caches of compiled code are off, so each row compiles its own: some minutes more."]
+    assert lines == [
+        "PyTorch's caches of compiled code are off, so each row compiles its own code, which takes some minutes more."
+    ]
 
 
 def test_ctrl_c_leaves_no_process(processes: list[subprocess.Popen[bytes]]) -> None:

@@ -203,7 +203,7 @@ def test_the_user_can_stop_a_run() -> None:
 def test_a_subject_that_trains_nothing_is_an_error() -> None:
     with Session(Idle()) as session:
         with pytest.raises(
-            AdapterFailed, match=r"Idle.train\(\) ended, but 0 calls of a model .* and 0 updates were seen"
+            AdapterFailed, match=r"Idle.train\(\) ended, but the suite saw 0 calls of a model .* and 0 updates"
         ):
             session.runs.trace(Recipe())
         assert session.judge(rule(traces)).outcome == "error"

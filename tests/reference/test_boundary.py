@@ -209,7 +209,7 @@ def test_what_is_not_a_file_of_settings(data: str, capsys: pytest.CaptureFixture
     for option in ("--config", "--train", "--model"):
         for name, sentence in {
             "latin.yaml": "is not UTF-8 text.",
-            "long.yaml": "it has 131,072 bytes, and 65,536 are the most",
+            "long.yaml": "it has 131,072 bytes, but at most 65,536 are allowed",
             "fifo": "it is not a file",
             "/dev/zero": "it is not a file",
             ".": "it is a folder, not a file",
@@ -283,7 +283,7 @@ def test_links_and_pipes_among_the_text(data: str, capsys: pytest.CaptureFixture
         ("[" * 5000 + "]" * 5000, "is nested deeper than 32 levels"),
         ("{a: " * 5000, "is nested deeper than 32 levels"),
         ("- " * 5000, "is nested deeper than 32 levels"),
-        ("&a [*a]", "refers to *a where it is not complete"),
+        ("&a [*a]", "refers to *a before its definition ends"),
         ("[" + "x, " * 40_000 + "]", "characters, but settings have at most 65,536."),
         ("[" + "x, " * NODES + "]", "has more than 10,000 values"),
     ],
@@ -415,7 +415,7 @@ def test_a_message_is_one_short_line_that_does_nothing_to_a_terminal() -> None:
 def test_read_file_says_what_it_does_not_read(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"12345")
     assert read_file(tmp_path / "a", 5) == b"12345"
-    with pytest.raises(OSError, match="it has 5 bytes, and 4 are the most"):
+    with pytest.raises(OSError, match="it has 5 bytes, but at most 4 are allowed"):
         read_file(tmp_path / "a", 4)
 
 

@@ -160,7 +160,10 @@ def test_every_mapping_of_arguments_can_be_written() -> None:
             "there and (8, 16) here, blocks.0.norm_attention.weight is (8,) there and (16,) here and 13 more.",
         ),
         ({"n_layer": 2}, "another model: it lacks blocks.1.attention.proj.bias, blocks.1.attention.proj.weight, block"),
-        ({"bias": False}, "another model: it lacks nothing and has blocks.0.attention.proj.bias, blocks.0.attention.q"),
+        (
+            {"bias": False},
+            "another model: it lacks nothing, and has blocks.0.attention.proj.bias, blocks.0.attention.q",
+        ),
         ({"tie_embeddings": False}, "another model: head.weight is tied to embedding.weight there, and a tensor of i"),
     ],
 )

@@ -238,7 +238,7 @@ def test_evaluate_refuses_data_of_another_tokenizer(data: str, capsys: pytest.Ca
     assert main(["prepare", "--text", "text.txt", "--tokenizer", "bpe:257", "--out", "data/bpe"]) == 0
     capsys.readouterr()
     assert main(["evaluate", "--checkpoint", "out/tiny", "--data", "data/bpe"]) == 2
-    assert "was trained on ids of another tokenizer than that of data/bpe" in capsys.readouterr().err
+    assert "was trained with a tokenizer other than that of data/bpe" in capsys.readouterr().err
 
 
 def test_bits_per_byte_by_hand() -> None:

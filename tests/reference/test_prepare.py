@@ -372,7 +372,7 @@ def test_the_end_of_a_document_may_be_named(tmp_path: Path, capsys: pytest.Captu
     assert load_tokenizer(tmp_path / "out").end_of_document == 2  # found again without being named
     assert opened(tmp_path / "out", "train").end_of_document == 2
     assert main([*command[:4], "bytes", *command[5:], "--end-of-document", "<eos>", "--overwrite"]) == 2
-    assert "bytes has an end of its own: leave it out." in capsys.readouterr().err
+    assert "bytes has its own end of a document: leave it out." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("special", [False, True])
@@ -473,7 +473,7 @@ def test_the_standard_library_is_text_on_every_machine(
     assert prepare_default(tmp_path / "out") is None  # it is there
     assert (tmp_path / "out" / "train.bin").stat().st_mtime_ns == before
     (tmp_path / "out" / "train.bin").write_bytes(b"x")
-    assert "truncated or foreign" in sentence_of(DataError, lambda: prepare_default(tmp_path / "out"))
+    assert "truncated or from elsewhere" in sentence_of(DataError, lambda: prepare_default(tmp_path / "out"))
 
 
 def test_a_python_without_sources_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

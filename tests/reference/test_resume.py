@@ -212,7 +212,7 @@ def test_data_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
         write_tokens(folder, "train", [list(range(200))], **about)  # type: ignore[arg-type] # of several types
         sources[name] = TokenData(folder, "train", block_size=TIME, microbatch_size=ROWS, seed=5)
     fit(tmp_path / "out", (sources["first"], None), updates=2, save_every=2)
-    with pytest.raises(ConfigurationError, match=r"was trained on ids of another tokenizer than that of .*second"):
+    with pytest.raises(ConfigurationError, match=r"was trained with a tokenizer other than that of .*second"):
         fit(tmp_path / "out", (sources["second"], None), resume=True)
     assert len(fit(tmp_path / "out", (sources["first"], None), resume=True).records) == UPDATES - 2
 

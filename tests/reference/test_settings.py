@@ -69,13 +69,13 @@ def test_print_config_of_settings_that_cannot_work_is_an_error(capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("trian", "there is no command 'trian', did you mean train?"),
-        ("train --lr 3", "there is no option '--lr', did you mean --train.optimizer_args.lr?"),
-        ("train --updates 3", "there is no option '--updates', did you mean --train.updates?"),
-        ("train --train.updats=3", "there is no option '--train.updats', did you mean --train.updates?"),
-        ("train --model.n_layr 3", "there is no option '--model.n_layr', did you mean --model.n_layer?"),
-        ("train --train.upd 3", "there is no option '--train.upd', did you mean --train.updates?"),  # no abbreviations
-        ("train --frobnicate", "there is no option '--frobnicate', see python -m reference train --help."),
+        ("trian", "there is no command 'trian': did you mean train?"),
+        ("train --lr 3", "there is no option '--lr': did you mean --train.optimizer_args.lr?"),
+        ("train --updates 3", "there is no option '--updates': did you mean --train.updates?"),
+        ("train --train.updats=3", "there is no option '--train.updats': did you mean --train.updates?"),
+        ("train --model.n_layr 3", "there is no option '--model.n_layr': did you mean --model.n_layer?"),
+        ("train --train.upd 3", "there is no option '--train.upd': did you mean --train.updates?"),  # no abbreviations
+        ("train --frobnicate", "there is no option '--frobnicate': see python -m reference train --help."),
         ("train --preset gpt2-124", "there is no preset 'gpt2-124': did you mean gpt2-124m"),
         ("train --preset", "argument --preset: expected one argument."),
         ("train --model.n_layer 3.5", "n_layer is 3.5, but must be a whole number."),
@@ -97,7 +97,7 @@ def test_print_config_of_settings_that_cannot_work_is_an_error(capsys: pytest.Ca
             "the configuration file missing.yaml cannot be read: No such file or directory.",
         ),
         ("generate", "--checkpoint must be given: see --help."),
-        ("generate --chekpoint x", "there is no option '--chekpoint', did you mean --checkpoint?"),
+        ("generate --chekpoint x", "there is no option '--chekpoint': did you mean --checkpoint?"),
         ("generate --checkpoint x --top_k two", "top_k is 'two', but must be a whole number or null (None)."),
         ("export --format onnx --checkpoint x --out y", "format is 'onnx', but must be one of 'huggingface'."),
         ("prepare --text x", "--text needs --out, the folder to write to, for example --out data/mine."),
@@ -141,8 +141,8 @@ def test_settings_of_the_first_release_load(tmp_path: Path, capsys: pytest.Captu
     ("content", "message"),
     [
         ("model: {n_layer: 2\n", "is not valid YAML at line 2, column 1: "),
-        ("model:\n  n_layr: 2\n", "has 'model.n_layr', did you mean model.n_layer?"),
-        ("modle:\n  n_layer: 2\n", "has 'modle', did you mean model?"),
+        ("model:\n  n_layr: 2\n", "has the unknown name 'model.n_layr': did you mean model.n_layer?"),
+        ("modle:\n  n_layer: 2\n", "has the unknown name 'modle': did you mean model?"),
         ("- 1\n", "holds no settings: write lines like 'preset: tiny'."),
         ("", "holds no settings: write lines like 'preset: tiny'."),
     ],

@@ -168,9 +168,9 @@ def edit(folder: Path, **changes: Any) -> None:
 
 HARM: dict[str, tuple[Callable[[Path], Any], str]] = {
     "shortened": (lambda folder: truncate(folder / "train.bin", 100), "has 100 bytes, but train.json says 222"),
-    "shortened by half a token": (lambda folder: truncate(folder / "train.bin", 221), "truncated or foreign"),
-    "lengthened": (lambda folder: truncate(folder / "train.bin", 224), "truncated or foreign"),
-    "emptied": (lambda folder: truncate(folder / "train.bin", 0), "truncated or foreign"),
+    "shortened by half a token": (lambda folder: truncate(folder / "train.bin", 221), "truncated or from elsewhere"),
+    "lengthened": (lambda folder: truncate(folder / "train.bin", 224), "truncated or from elsewhere"),
+    "emptied": (lambda folder: truncate(folder / "train.bin", 0), "truncated or from elsewhere"),
     "a flipped bit": (lambda folder: flip(folder / "train.bin", 100), "its content differs"),
     "no token file": (lambda folder: (folder / "train.bin").unlink(), "No such file"),
     "no sidecar": (lambda folder: (folder / "train.json").unlink(), "no train.json beside it"),

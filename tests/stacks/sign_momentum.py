@@ -18,7 +18,7 @@ class Lion(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "beta": beta, "average": average})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override] # it takes no closure
         for group in self.param_groups:
             for parameter in group["params"]:
                 momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))

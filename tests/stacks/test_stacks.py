@@ -81,7 +81,7 @@ STACKS = {
         true=USUAL,
         faults={
             "only the blocks are trained": ("DECAY-1", ["missing: tokens.weight, positions.weight"]),
-            "every microbatch has its own mean": ("ACC-2", ["ragged microbatches"]),
+            "every microbatch has its own mean": ("ACC-2", ["microbatches with different numbers of targets"]),
         },
     ),
     "loss only": Case(
@@ -97,7 +97,7 @@ STACKS = {
         InBackward,
         true=USUAL,
         faults={
-            "one optimizer is scheduled": ("LR-1", ["another from update 1 on"]),
+            "one optimizer is scheduled": ("LR-1", ["differ from update 1 on"]),
             "everything decays": ("DECAY-4", ["blocks.0.norm1.weight"]),
         },
     ),
@@ -121,7 +121,7 @@ STACKS = {
         GroupRates,
         true=USUAL,
         faults={
-            "the schedule has one rate for all": ("LR-1", ["for tokens.weight", "another from update 1 on"]),
+            "the schedule has one rate for all": ("LR-1", ["for tokens.weight", "differ from update 1 on"]),
             "each group is clipped by itself": ("CLIP-1", ["scaled to a global norm of"]),
         },
     ),
@@ -129,16 +129,19 @@ STACKS = {
         SlidingWindow,
         true=USUAL,
         faults={
-            "the window does not reach the attention": ("CAUSAL-3", ["do not see the first token", "9, 10, 11"]),
-            "one token too short": ("CAUSAL-3", ["that see the first token", "the same at 2 positions: 7, 8"]),
+            "the window does not reach the attention": (
+                "CAUSAL-3",
+                ["the policy says that it is not seen", "9, 10, 11"],
+            ),
+            "one token too short": ("CAUSAL-3", ["at all positions that see it", "the same at 2 positions: 7, 8"]),
         },
     ),
     "documents": Case(
         partial(Documents, end=0),
         true=USUAL,
         faults={
-            "documents see each other": ("CAUSAL-3", ["do not see the first token"]),
-            "an end opens the next document": ("CAUSAL-3", ["that see the first token"]),
+            "documents see each other": ("CAUSAL-3", ["the policy says that it is not seen"]),
+            "an end opens the next document": ("CAUSAL-3", ["at all positions that see it"]),
         },
     ),
     "documents, another end": Case(partial(Documents, end=15), true=USUAL),
@@ -162,8 +165,11 @@ STACKS = {
         Script,
         true=UNGUARDED,
         faults={
-            "the head is not tied": ("TIE-1", ["34176 tied, 34176 untied"]),
-            "every microbatch steps": ("ACC-6", ["6 updates / 30: AdamW stepped again", "no backward in between"]),
+            "the head is not tied": ("TIE-1", ["34176 elements tied, 34176 untied"]),
+            "every microbatch steps": (
+                "ACC-6",
+                ["6 updates / 30 updates: AdamW stepped again", "no backward in between"],
+            ),
         },
     ),
     "refusing": Case(
@@ -190,7 +196,7 @@ STACKS = {
             "RESUME-1": "Lightning keeps no random state, so dropout goes on with other masks",
         },
         faults={
-            "the schedule goes by epochs": ("LR-1", ["another from update 2 on"]),
+            "the schedule goes by epochs": ("LR-1", ["differ from update 2 on"]),
             "values are clipped": ("CLIP-1", ["scaled to a global norm of"]),
         },
     ),
