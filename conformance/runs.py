@@ -75,6 +75,13 @@ class Runs:
         """Remove what the runs wrote."""
         shutil.rmtree(self.directory, ignore_errors=True)
 
+    def asks(self, since: str) -> bool:
+        """Return whether a part that was added to a clause in version ``since`` ("0.2") is asked of this subject.
+
+        An adapter that declares an older ``as_of`` is judged as that version judged it.
+        """
+        return not is_newer(since, self.as_of)
+
     def has(self, capability: str) -> bool:
         """Return True if the subject claims a capability."""
         assert capability in CAPABILITIES, capability

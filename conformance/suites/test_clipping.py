@@ -70,7 +70,8 @@ def test_not_finite(runs: Runs) -> None:
     for number, update in enumerate(tried.trace.updates, start=1):
         when = f"after update {number}, with one NaN in the gradient of update 2,"
         all_finite(update.after, when)
-        states_are_numbers(update.state_after, when)
+        if runs.asks("0.2"):
+            states_are_numbers(update.state_after, when)
 
 
 @clause(

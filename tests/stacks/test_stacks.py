@@ -248,3 +248,10 @@ def test_faulty(name: str, fault: str) -> None:
         result = session.judge(catalogue()[killer])
     assert result.outcome == "fail", said(result)
     assert not [word for word in words if word not in f"{result.expected} / {result.seen}"], said(result)
+
+
+def test_an_adapter_of_an_older_version_is_judged_as_then() -> None:
+    subject = SignMomentum(fault="the guard is lost")
+    subject.as_of = "0.1"  # type: ignore[attr-defined] # optional
+    with Session(subject) as session:
+        assert session.judge(catalogue()["CLIP-3"]).outcome == "pass"
