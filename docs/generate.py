@@ -120,7 +120,8 @@ def chapter_table() -> str:
 def command_table() -> str:
     """Return how long the commands take on a CPU."""
     found = json.loads((REPORTS / "commands-cpu.json").read_text(encoding="utf-8"))
-    rows = ["| command | wall time |", "|---|--:|"]
+    facts = found["environment"]
+    rows = [f"Version {facts['gpt-conformance']}, torch {facts['torch']}:", "", "| command | wall time |", "|---|--:|"]
     rows += [f"| `{name}` | {taken:,.0f} s |" for name, taken in found["seconds"].items()]
     return "\n".join(rows) + "\n"
 
