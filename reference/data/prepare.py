@@ -63,8 +63,8 @@ class Prepared:
     def describe(self) -> str:
         """Return some lines: what was written, and what was left out."""
         lines = [
-            f"{self.folder}: {self.files:,} text files, {self.size:,} bytes, split {self.divided}; "
-            f"{self.tokenizer}, vocabulary {self.vocab_size:,}"
+            f"{self.folder}: {self.files:,} text file{'s' * (self.files != 1)}, {self.size:,} bytes, "
+            f"split {self.divided}; {self.tokenizer}, vocabulary {self.vocab_size:,}"
         ]
         lines += [
             f"{split}: {self.tokens[split]:,} tokens, {self.documents[split]:,} ends of documents; "

@@ -87,8 +87,8 @@ class TokenData:
         """Return one line: what is used, and what is not."""
         sidecar = self.sidecar
         return (
-            f"{self.split}: {self.tokens:,} tokens of {self.documents:,} documents in {self.folder} "
-            f"({sidecar.tokenizer}, vocabulary {self.vocab_size:,}, {sidecar.dtype}); {self.sequences:,} sequences "
+            f"{self.split}: {self.tokens:,} tokens of {self.documents:,} document{'s' * (self.documents != 1)} in "
+            f"{self.folder} ({sidecar.tokenizer}, vocabulary {self.vocab_size:,}, {sidecar.dtype}); {self.sequences:,} sequences "
             f"of {self.block_size} per epoch; the last {self.unused:,} tokens do not fill one and are left out"
         )
 

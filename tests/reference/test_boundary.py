@@ -267,7 +267,7 @@ def test_links_and_pipes_among_the_text(data: str, capsys: pytest.CaptureFixture
     Path("text/loop").symlink_to("loop")
     os.mkfifo("text/fifo")
     assert main(["prepare", "--text", "text", "--out", "out"]) == 0
-    assert "1 text files" in capsys.readouterr().out
+    assert "1 text file," in capsys.readouterr().out
     assert main(["prepare", "--text", "text/a.txt", "text/fifo", "/dev/zero", "--out", "out"]) == 0
     assert "left out: 2 files (not a file)" in capsys.readouterr().out
     assert main(["prepare", "--text", "text/**/**/**/*.txt", "--out", "out"]) == 0

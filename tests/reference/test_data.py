@@ -142,7 +142,7 @@ def test_too_little_text_for_one_sequence_is_told_at_once(tmp_path: Path) -> Non
 
 def test_what_is_not_trained_on_is_said(tmp_path: Path) -> None:
     said = opened(counting(tmp_path, 52)).describe()
-    assert said.startswith("train: 52 tokens of 1 documents")
+    assert said.startswith("train: 52 tokens of 1 document in")
     assert "12 sequences of 4 per epoch; the last 3 tokens do not fill one" in said
     assert "\n" not in said
 
