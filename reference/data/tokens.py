@@ -88,8 +88,9 @@ class TokenData:
         sidecar = self.sidecar
         return (
             f"{self.split}: {self.tokens:,} tokens of {self.documents:,} document{'s' * (self.documents != 1)} in "
-            f"{self.folder} ({sidecar.tokenizer}, vocabulary {self.vocab_size:,}, {sidecar.dtype}); {self.sequences:,} sequences "
-            f"of {self.block_size} per epoch; the last {self.unused:,} tokens do not fill one and are left out"
+            f"{self.folder} ({sidecar.tokenizer}, vocabulary {self.vocab_size:,}, {sidecar.dtype}); "
+            f"{self.sequences:,} sequences of {self.block_size} per epoch; "
+            f"the last {self.unused:,} tokens do not fill one and are left out"
         )
 
     def batches_from(self, start: int, rank: int = 0, world_size: int = 1) -> Iterator[Tensor]:
