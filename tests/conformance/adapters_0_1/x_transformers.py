@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from reference.embedding import restore_embeddings, swap_embeddings
 from torch import nn
 from x_transformers import Decoder, TransformerWrapper
 
@@ -19,6 +18,7 @@ from conformance import Checkpoint, Constant, Normal, Recipe, TensorInfo, Unifor
 from conformance.subject import Distribution
 from conformance.subjects.reference import Reference, ReferencePolicy
 from reference.checkpoint import load_model, load_state
+from reference.embedding import restore_embeddings, swap_embeddings
 
 # The matrices that multiply activations. ff.0.0 is the first one of a GELU MLP, ff.0.proj of a SwiGLU MLP.
 MATRICES = ("to_q", "to_k", "to_v", "to_out", "ff.0.0", "ff.0.proj", "ff.2", "to_logits")
