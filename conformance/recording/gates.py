@@ -146,11 +146,11 @@ def making_watched(watcher: Watcher) -> Iterator[None]:
         watcher.optimizer_made()
         original(self, *args, **kwargs)
 
-    Optimizer.__init__ = init  # type: ignore[method-assign]
+    Optimizer.__init__ = init  # type: ignore[method-assign]  # a gate, and put back
     try:
         yield
     finally:
-        Optimizer.__init__ = original  # type: ignore[method-assign]
+        Optimizer.__init__ = original  # type: ignore[method-assign]  # a gate, and put back
 
 
 @contextlib.contextmanager

@@ -119,6 +119,7 @@ class AdamW8bit(Optimizer):
         super().load_state_dict({**state_dict, "state": {}})
         self.state.update(state)
 
+    # torch declares overloads, which say nothing more about a call.
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update all parameters that have a gradient; return what ``closure`` returns."""

@@ -39,6 +39,7 @@ class GrokAdamW(Optimizer):
             raise ValueError(f"GrokAdamW needs numbers of at least 0, betas < 1 and alpha_init <= 1, not {defaults}.")
         super().__init__(params, defaults)
 
+    # torch declares overloads, which say nothing more about a call.
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update all parameters that have a gradient; return what ``closure`` returns."""
