@@ -13,7 +13,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from conformance import Checkpoint, Constant, Normal, Recipe, TensorInfo
 
 
-# mypy: list and Dataset declare __getitem__ differently; Stream has the list's.
+# list and Dataset declare __getitem__ differently, and the list's is used.
 class Stream(list[dict[str, Tensor]], torch.utils.data.IterableDataset[dict[str, Tensor]]):  # type: ignore[misc]
     """Samples in order: a stream is the only kind of dataset that no release of transformers 5 shuffles."""
 
