@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from reference.optimizers.adamw8bit import AdamW8bit
@@ -57,7 +58,7 @@ def test_two_ranks_take_the_steps_of_one(way: str, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(run_rank, (way, port, str(tmp_path)), nprocs=2)
+    spawn(run_rank, (way, port, str(tmp_path)), nprocs=2)
     alone, start = train(model(), slice(None)), dict(model().named_parameters())
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     for name, expected in alone.items():
