@@ -63,15 +63,15 @@ def waiting_for_nodes(config: TrainConfig) -> Iterator[None]:
     if config.num_nodes == 1:
         yield
         return
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "chosen freely")
-        node = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))
-        logger.warning(
-            "waiting for %d nodes of %d process(es) each at %s, port %s; this is node %s "
-            "(set MASTER_ADDR, MASTER_PORT and NODE_RANK on each)",
-            *(config.num_nodes, config.devices, address, port, node),
-        )
-    with ended_by_signals():
+    with ended_by_signals():  # first, so that a Ctrl-C which answers the line below is heard
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "chosen freely")
+            node = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))
+            logger.warning(
+                "waiting for %d nodes of %d process(es) each at %s, port %s; this is node %s "
+                "(set MASTER_ADDR, MASTER_PORT and NODE_RANK on each)",
+                *(config.num_nodes, config.devices, address, port, node),
+            )
         yield
 
 
