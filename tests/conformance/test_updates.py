@@ -87,6 +87,7 @@ def test_an_optimizer_in_backward() -> None:
         optimizers[tensor].zero_grad()  # type: ignore[index] # a parameter
 
     for tensor in model.parameters():
+        # Types of a lambda with a default are not inferred.
         tensor.register_post_accumulate_grad_hook(step)
     with record() as trace:
         for _ in range(4):
