@@ -80,8 +80,12 @@ def tally(title: str, verdicts: list[Verdict]) -> Table:
 
 def print_finding(console: Console, spec: str, verdict: Verdict, clause: Clause | None, verbose: bool) -> None:
     """Print one clause that did not pass."""
-    head = Text(f"\n{verdict.outcome.upper()} {verdict.id}", style=STYLES[verdict.outcome])
-    console.print(head.append("  ").append(verdict.requirement, style="bold not dim"))
+    head = Text(f"{verdict.outcome.upper()} {verdict.id}", style=STYLES[verdict.outcome])
+    console.print()
+    # The first line hangs out by two columns: what a narrow terminal wraps stands under the lines below.
+    wrapped = head.append("  ").append(verdict.requirement, style="bold not dim").wrap(console, console.width - 2)
+    for number, line in enumerate(wrapped):
+        console.print(line if number == 0 else Text("  ").append(line))
     failed, erred = verdict.outcome == "fail", verdict.outcome == "error"
     lines = [
         ("Expected", verdict.expected),
