@@ -81,6 +81,7 @@ class Calls:
         self.running: list[nn.Module] = []
         self.call: Call | None = None  # the outermost call that is running
         self.candidates: list[Candidate] = []  # until the root is known
+        self.last: tuple[nn.Module, Any, Any] | None = None  # the last training call: module, args, keywords
         self.by_parts = False  # no call of the root is seen, only those of its parts
 
     def tensors(self) -> dict[str, Tensor]:
@@ -184,6 +185,8 @@ class Calls:
             other_mode=tuple(other),
             linears={clean_name(names[part], wrappers): kind for part, kind in call.linears.items() if part in names},
         )
+        if forward.training and forward.grad_enabled:
+            self.last = module, args, kwargs
         if self.root is not None:
             self.trace.forwards.append(forward)
         else:
