@@ -19,6 +19,7 @@ GROK = "grokadamw.GrokAdamW"
 DESCENT = OptimizerChoice.of(SGD, lr=0.1)
 """Plain gradient descent: AdamW hides the scale of gradients."""
 EIGHT_BIT = OptimizerChoice.of(ADAMW_8BIT, lr=1e-2)
+DECAYING = OptimizerChoice.of(ADAMW, lr=1e-2, weight_decay=0.1)
 STILL = 1e-30
 """A learning rate that moves no weight by one bit. Not zero: a schedule may divide by it."""
 
@@ -57,6 +58,11 @@ def everyday(runs: Runs, optimizer: OptimizerChoice | None = None) -> Recipe:
 def dropping(runs: Runs, recipe: Recipe, probability: float = 0.1) -> Recipe:
     """Return the same run with dropout, if the subject has some."""
     return replace(recipe, dropout=probability) if runs.has("dropout") else recipe
+
+
+def interrupted(runs: Runs) -> Recipe:
+    """Return a run with all that a checkpoint must hold: moments, a schedule, dropout where there is any."""
+    return dropping(runs, replace(everyday(runs, DECAYING), save_every=2))
 
 
 def clipped(recipe: Recipe, norm: float, factor: float) -> Recipe:

@@ -12,18 +12,11 @@ from conformance.checks.comparison import tensors_equal
 from conformance.checks.data import sample_numbers
 from conformance.clause import clause
 from conformance.errors import NotApplicable, NotWritten, RunFailed, Violation, describe_error
-from conformance.recipe import OptimizerChoice, Recipe
+from conformance.recipe import Recipe
 from conformance.recording.snapshot import equal_values
 from conformance.recording.trace import Checkpoint, Trace
 from conformance.runs import Runs
-from conformance.suites import ADAMW, dropping, everyday, on_two_ranks, paired, saved, shuffled, shuffled_on_two_ranks
-
-DECAYING = OptimizerChoice.of(ADAMW, lr=1e-2, weight_decay=0.1)
-
-
-def interrupted(runs: Runs) -> Recipe:
-    """Return a run with all that a checkpoint must hold: moments, a schedule, dropout where there is any."""
-    return dropping(runs, replace(everyday(runs, DECAYING), save_every=2))
+from conformance.suites import interrupted, on_two_ranks, paired, saved, shuffled, shuffled_on_two_ranks
 
 
 def resumed(runs: Runs, recipe: Recipe, whole: Trace, update: int) -> Trace:
