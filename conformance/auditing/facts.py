@@ -120,12 +120,15 @@ class Facts:
     wrappers: tuple[str, ...] = ()
     """Class names of what wraps the model: DistributedDataParallel, FSDP, ..."""
     compiled: bool = False
-    masks_seen: bool = False
     seconds: list[float] = field(default_factory=list)
     """Wall time of each update, by the host's clock, from one end of step to the next."""
     idle: tuple[int, int] = (0, 0)
     """How often the GPU had nothing left to do when the host came to a gate, and how often that was asked."""
     device: str = "cpu"
+    seed: int | None = None
+    """Of PyTorch's generator, at the first backward."""
+    made_with: tuple[float, ...] = ()
+    """Learning rates that the optimizers were made with."""
     gone_on: str = ""
     """Why the run could not be stopped."""
     probed: Probed = field(default_factory=lambda: Probed(unseen="the run ended before the audit could run the model"))

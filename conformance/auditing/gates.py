@@ -82,8 +82,11 @@ class Gates:
     def suspended(self) -> Iterator[None]:
         """Leave compiled code alone: no hook of a module and no mode of functions inside the block."""
         self.inside = True
-        places = [hooks._global_forward_pre_hooks, hooks._global_forward_hooks]
-        extra = [hooks._global_forward_hooks_with_kwargs, hooks._global_forward_hooks_always_called]
+        places: list[dict[int, Any]] = [hooks._global_forward_pre_hooks, hooks._global_forward_hooks]
+        extra: list[dict[int, Any]] = [
+            hooks._global_forward_hooks_with_kwargs,
+            hooks._global_forward_hooks_always_called,
+        ]
         taken = [
             [(place, handle.id, place.pop(handle.id)) for place in (own, *extra) if handle.id in place]
             for own, handle in zip(places, self.handles, strict=True)
@@ -201,7 +204,7 @@ def compiling_watched(gates: Gates) -> Iterator[None]:
     undo: list[Callable[[], None]] = []
 
     @functools.wraps(original)
-    def compile(model: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def watched_compile(model: Any = None, *args: Any, **kwargs: Any) -> Any:
         made = original(model, *args, **kwargs)
         if model is None:
             return made  # a decorator, which calls torch.compile again
@@ -211,7 +214,7 @@ def compiling_watched(gates: Gates) -> Iterator[None]:
             return made
         return quiet(made, model, gates)
 
-    torch.compile = compile  # type: ignore[assignment] # of the same signature
+    torch.compile = watched_compile  # type: ignore[assignment] # of the same signature
     try:
         yield
     finally:

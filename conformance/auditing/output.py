@@ -69,7 +69,11 @@ def teed(name: str, hear: Hear) -> Iterator[None]:
             if getattr(sys, name) is tee:
                 setattr(sys, name, original)
             # The stream below stays open: a logger may hold the Tee, and write to it when the run has ended.
-            tee.hear = lambda text: None
+            tee.hear = deaf
+
+
+def deaf(text: str) -> None:
+    """Hear nothing more."""
 
 
 @contextlib.contextmanager

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from conformance.auditing.dropout import dropout_off
 from conformance.auditing.facts import Call, Facts, Probed
 from conformance.auditing.gates import FunctionGate
-from conformance.auditing.dropout import dropout_off
 from conformance.recording.snapshot import find_ids, find_logits
 
 ROWS = 2
@@ -110,7 +110,7 @@ def moves(before: Tensor, after: Tensor, scale: Tensor) -> Tensor:
 
 
 def run(module: Callable[..., Any], args: Any, kwargs: Any) -> Tensor | None:
-    """Return the logits of a call, in float32; of a model that gives its loss only, what its cross entropy was given."""
+    """Return the logits of a call, in float32; of a model that gives only its loss, what cross entropy was given."""
     seen: list[Tensor] = []
 
     class Inputs:

@@ -63,7 +63,9 @@ def rule(
 
     def add(check: Callable[[Seen], None]) -> Callable[[Seen], None]:
         requirement = (inspect.getdoc(check) or "").partition("\n\n")[0].replace("\n", " ")
-        RULES[name] = Rule(name, topic, "advice" if advice else "fault", requirement, why, mend, source, check, together)
+        RULES[name] = Rule(
+            name, topic, "advice" if advice else "fault", requirement, why, mend, source, check, together
+        )
         return check
 
     return add

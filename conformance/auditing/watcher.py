@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from conformance.auditing.dropout import chances_of
 from conformance.auditing.facts import Backward, Call, Clip, Facts, Given, fetch
 from conformance.auditing.gates import Gates
+from conformance.auditing.output import Loggers
 from conformance.auditing.probe import probe
 from conformance.recording.files import Files
 from conformance.recording.recorder import Recorder
@@ -59,7 +60,9 @@ class Auditor:
         self.sketch = Sketch()
         self.recorder = Recorder(self.facts.trace, Files(None, None), self.sketch)
         self.gates = Gates(self)
-        self.stops, self.finished = stops, finished
+        self.stops = stops
+        self.finished: Callable[[Facts], None] | None = finished
+        self.loggers: Loggers | None = None
         self.over = False
         self.broken = ""
         self.stopping = 0
@@ -77,9 +80,9 @@ class Auditor:
 
     def finish(self, ran: bool = True) -> None:
         """Complete the facts and hand them over, once; where it can be done, run the model for what it depends on."""
-        if self.facts is None or self.finished is None:
+        finished, self.finished = self.finished, None
+        if finished is None:
             return
-        finished, self.finished = self.finished, None  # type: ignore[assignment] # it is called once
         recorder, facts = self.recorder, self.facts
         try:
             if not self.broken:
@@ -194,8 +197,12 @@ class Auditor:
         self.look_at_device(None)
         if fresh and self.done > 0:
             owned = {id(t) for update in self.last_owned() for t in update}
-            left = {n: t.grad for n, t in self.recorder.calls.tensors().items() if t.grad is not None and id(t) in owned}
+            left = {
+                n: t.grad for n, t in self.recorder.calls.tensors().items() if t.grad is not None and id(t) in owned
+            }
             facts.leftovers[self.done] = dict(norms(plain(left)))
+        if self.loggers is not None:
+            self.loggers.look()
         if not facts.backwards:
             self.look_at_model(given)
         losses = [self.sketch.keep_small(t) for t in given if isinstance(t, Tensor) and t.numel() == 1]
@@ -228,6 +235,7 @@ class Auditor:
         kinds = {base.__name__ for part in module.modules() for base in type(part).__mro__}
         known = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel", "DeepSpeedEngine")
         facts.wrappers = tuple(name for name in known if name in kinds)
+        facts.seed = torch.initial_seed()
         facts.generators["cpu"] = digest(torch.get_rng_state())
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             facts.generators["cuda"] = digest(torch.cuda.get_rng_state())
@@ -269,6 +277,9 @@ class Auditor:
         done = self.done
         self.recorder.step_ends(optimizer, args, kwargs)
         self.stepped = tuple(self.optimizers)
+        rate = getattr(optimizer, "defaults", {}).get("lr")
+        if isinstance(rate, float) and rate not in self.facts.made_with:
+            self.facts.made_with += (rate,)
         if self.done > done:
             now = time.perf_counter()
             if self.ended_step is not None:
