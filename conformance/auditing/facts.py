@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conformance.recording.trace import Named, Trace, Update
+from conformance.recording.trace import CrossEntropy, Named, Trace, Update
 from conformance.recording.weights import fetched
 
 
@@ -76,6 +76,10 @@ class Call:
 @dataclass(frozen=True)
 class Probed:
     """What the audit's own forwards showed. None: not tried, for the reason in ``unseen``."""
+
+    entropies: tuple[tuple[CrossEntropy, "Given | None", Tensor], ...] = ()
+    """Cross entropies of one forward, run as it was written, with what they were given and the token ids: of a compiled
+    run, inside which nothing is seen."""
 
     looks_ahead: int | None = None
     """The first position whose logits changed although only later tokens had; -1 if there is none."""

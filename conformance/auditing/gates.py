@@ -38,6 +38,9 @@ class AuditWatcher(Watcher, Protocol):
     def compiled_call(self) -> None:
         """Compiled code is called."""
 
+    def compiled_function(self, original: Callable[..., Any]) -> None:
+        """The forward that has ended was a call of this function, compiled."""
+
 
 class Gates:
     """Open while a run is recorded."""
@@ -103,8 +106,23 @@ class Gates:
                 if lifted:
                     torch._C._push_on_torch_function_stack(self.mode)
 
-    def call_compiled(self, owner: object, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Call compiled code, and tell of the call as if its owner had been called."""
+    def call_compiled(
+        self,
+        owner: object,
+        call: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        original: Callable[..., Any] | None = None,
+    ) -> Any:
+        """Call compiled code, and tell of the call as if its owner had been called.
+
+        Args:
+            owner: module or optimizer whose method was compiled.
+            call: what was compiled.
+            args: to give to it.
+            kwargs: to give to it.
+            original: the function that was compiled, where it is no method of the owner.
+        """
         if not self.open or self.inside or self.eager:
             return call(*args, **kwargs)
         self.watcher.compiled_call()
@@ -118,6 +136,8 @@ class Gates:
             self.watcher.step_ends(owner, (owner, *args), kwargs)
         elif isinstance(owner, nn.Module):
             self.watcher.forward_ends(owner, args, kwargs, result)
+            if original is not None:
+                self.watcher.compiled_function(original)
         return result
 
 
@@ -225,15 +245,33 @@ def compiling_watched(gates: Gates) -> Iterator[None]:
 
 def quiet(made: Callable[..., Any], model: Any, gates: Gates) -> Callable[..., Any]:
     """Return a compiled function that tells of its calls."""
-    owner = getattr(model, "__self__", None)
+    method_of = getattr(model, "__self__", None)
 
     @functools.wraps(made)
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # inside other compiled code: no trace of us, and no guard
             return model(*args, **kwargs)
-        return gates.call_compiled(owner, made, args, kwargs)
+        owner = method_of or model_in(model, args, kwargs)
+        return gates.call_compiled(owner, made, args, kwargs, None if method_of else model)
 
     return call
+
+
+def model_in(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> nn.Module | None:
+    """Return the largest module that a compiled function is given, or that it refers to."""
+    inside = [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if holds_something(cell)]
+    names = getattr(getattr(function, "__code__", None), "co_names", ())
+    inside += [function.__globals__[name] for name in names if name in getattr(function, "__globals__", {})]
+    found = [value for value in (*args, *kwargs.values(), *inside) if isinstance(value, nn.Module)]
+    return max(found, key=lambda module: sum(1 for _ in module.parameters()), default=None)
+
+
+def holds_something(cell: Any) -> bool:
+    """Return True if a cell of a closure has a content yet."""
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
 
 
 def watch_calls(kind: type[nn.Module], gates: Gates) -> Callable[[], None]:

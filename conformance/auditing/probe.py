@@ -7,15 +7,20 @@ they are not run: a process that calls a collective alone waits for ever.
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from conformance.auditing.dropout import dropout_off
-from conformance.auditing.facts import Call, Facts, Probed
+from conformance.auditing.entropies import describe_input
+from conformance.auditing.facts import Call, Facts, Given, Probed
 from conformance.auditing.gates import FunctionGate
+from conformance.recording.recorder import describe_entropy
 from conformance.recording.snapshot import find_ids, find_logits
+from conformance.recording.trace import CrossEntropy
+from conformance.recording.weights import Whole
 
 ROWS = 2
 # Relative to the largest logit. The same call twice shows 0 on the CPU and in eager mode on GPUs; a fused kernel in 16
@@ -36,11 +41,9 @@ def probe(root: nn.Module, call: Call, facts: Facts) -> Probed:
     kind = last[-1].autocast if last else None
     try:
         with surroundings(root, ids.device.type, kind):
-            return altered_runs(root, call, ids)
+            return altered_runs(call, ids)
     except torch.OutOfMemoryError:
         return Probed(unseen="there was no memory left for another forward")
-    except Unseen as reason:
-        return Probed(unseen=str(reason))
     except Exception as error:
         return Probed(unseen=f"the model raised {type(error).__name__} when the audit called it with two sequences")
 
@@ -68,20 +71,31 @@ def surroundings(root: nn.Module, device: str, autocast: torch.dtype | None) -> 
                 buffer.copy_(content)
 
 
-def altered_runs(root: nn.Module, call: Call, ids: Tensor) -> Probed:
+def altered_runs(call: Call, ids: Tensor) -> Probed:
     """Compare the logits of a batch with those of altered ones."""
     rows = min(ROWS, ids.size(0))
     module = bare(call.module)
+    inputs = Inputs()
 
-    def logits(altered: Tensor) -> Tensor:
+    def logits(altered: Tensor) -> Tensor | None:
         args, kwargs = replaced(call.args, ids, altered, rows), replaced(call.kwargs, ids, altered, rows)
-        found = run(module, args, kwargs)
-        if found is None or found.size(0) != rows:
-            raise Unseen("no logits leave the model, and no cross entropy was computed inside it")
-        return found
+        return run(module, args, kwargs, inputs)
 
     batch = ids[:rows].clone()
-    before = logits(batch)
+    first = logits(batch)
+    entropies = tuple((entropy, given, batch) for entropy, given in inputs.found)
+    if first is None or first.size(0) != rows:
+        unseen = "no logits leave the model, and no cross entropy was computed inside it"
+        return Probed(entropies=entropies, unseen=unseen)
+    try:
+        return replace(compared(logits, batch, first), entropies=entropies)
+    except Unseen as reason:
+        return Probed(entropies=entropies, unseen=str(reason))
+
+
+def compared(logits: Callable[[Tensor], Any], batch: Tensor, before: Tensor) -> Probed:
+    """Compare the logits of a batch, which are given, with those of altered ones."""
+    rows = len(batch)
     scale = before.abs().max().clamp_min(1e-12)
     if not bool(((logits(batch) - before).abs() <= BOUND / 10 * scale).all()):
         raise Unseen("two equal calls of the model gave different logits")
@@ -101,7 +115,8 @@ def altered_runs(root: nn.Module, call: Call, ids: Tensor) -> Probed:
     earlier[:, :half] = other[:, :half]
     # From half on: where the loss is computed inside, the last position may have no target, and no logit is seen.
     uses = bool(moves(before, logits(earlier), scale * 1e-3)[:, half:].any())
-    return Probed(int(moved[0]) if len(moved) else -1, mixes, uses)
+    place = int(moved[0]) if len(moved) else -1
+    return Probed(looks_ahead=place, rows_mix=mixes, uses_context=uses)
 
 
 def moves(before: Tensor, after: Tensor, scale: Tensor) -> Tensor:
@@ -109,21 +124,29 @@ def moves(before: Tensor, after: Tensor, scale: Tensor) -> Tensor:
     return ((after - before).abs() > BOUND * scale).any(-1)
 
 
-def run(module: Callable[..., Any], args: Any, kwargs: Any) -> Tensor | None:
+class Inputs:
+    """Hears of the cross entropies of a forward."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+        self.found: list[tuple[CrossEntropy, Given | None]] = []
+
+    def entropy_computed(self, name: str, arguments: dict[str, Any], value: Tensor) -> None:
+        entropy = describe_entropy(arguments, value, 0, Whole())
+        if entropy is not None and isinstance(arguments["input"], Tensor):
+            self.seen.append(arguments["input"])
+            self.found.append((entropy, describe_input(name, arguments["input"], 0)))
+
+
+def run(module: Callable[..., Any], args: Any, kwargs: Any, inputs: Inputs) -> Tensor | None:
     """Return the logits of a call, in float32; of a model that gives only its loss, what cross entropy was given."""
-    seen: list[Tensor] = []
-
-    class Inputs:
-        def entropy_computed(self, name: str, arguments: dict[str, Any], value: Tensor) -> None:
-            if name == "cross_entropy" and isinstance(arguments["input"], Tensor):
-                seen.append(arguments["input"])
-
-    with FunctionGate(Inputs()):  # type: ignore[arg-type] # it asks for entropies only
+    inputs.seen.clear()
+    with FunctionGate(inputs):  # type: ignore[arg-type] # it asks for entropies only
         output = module(*args, **kwargs)
     found = find_logits(output)
     if found is not None:
         return found.float()
-    rows = find_ids(args, kwargs)
+    rows, seen = find_ids(args, kwargs), inputs.seen
     if len(seen) == 1 and rows is not None and seen[0].ndim == 2 and len(seen[0]) % len(rows) == 0:
         return seen[0].float().reshape(len(rows), -1, seen[0].size(-1))
     return None

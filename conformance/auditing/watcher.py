@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from conformance.auditing.dropout import chances_of
-from conformance.auditing.facts import Backward, Call, Clip, Facts, Given, fetch
+from conformance.auditing.entropies import describe_input
+from conformance.auditing.facts import Backward, Call, Clip, Facts, fetch
 from conformance.auditing.gates import Gates
 from conformance.auditing.output import Loggers
 from conformance.auditing.probe import probe
@@ -22,7 +23,6 @@ from conformance.recording.snapshot import describe_tensors, named_tensors
 from conformance.recording.weights import Sketch, local, norms
 
 MANY_NODES = 500_000
-ROWS = 8
 
 
 class Stopped(BaseException):
@@ -34,7 +34,7 @@ def careful(gate: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(gate)
     def guarded(self: "Auditor", *args: Any, **kwargs: Any) -> Any:
-        if self.over:
+        if self.over or self.gates.inside:  # torch.compile itself calls autograd, on tensors without content
             return None
         try:
             return gate(self, *args, **kwargs)
@@ -169,19 +169,16 @@ class Auditor:
         before = len(self.recorder.trace.entropies)
         self.recorder.entropy_computed(name, arguments, value)
         if len(self.recorder.trace.entropies) > before:
-            self.facts.given.append(self.describe_input(name, arguments["input"]))
-
-    def describe_input(self, name: str, given: Any) -> Given | None:
-        """Return figures of what a cross entropy was given."""
-        if not isinstance(given, Tensor) or given.ndim != 2 or hasattr(given, "placements"):
-            return None
-        with torch.no_grad(), torch._C.DisableTorchFunction():
-            rows = given.detach()[:ROWS].float()
-            sums, exponential_sums = rows.sum(-1), rows.logsumexp(-1)
-            return Given(len(self.facts.backwards), name, given.dtype, rows.min(), sums, exponential_sums)
+            self.facts.given.append(describe_input(name, arguments["input"], len(self.facts.backwards)))
 
     def compiled_call(self) -> None:
         self.facts.compiled = True
+
+    @careful
+    def compiled_function(self, original: Callable[..., Any]) -> None:
+        if self.recorder.calls.last is not None:
+            _, args, kwargs = self.recorder.calls.last
+            self.recorder.calls.last = original, args, kwargs  # type: ignore[assignment] # called like a module
 
     # backward --------------------------------------------------------------------------------------------------
 

@@ -133,21 +133,8 @@ class Recorder:
             self.calls.ends(module, args, kwargs, output)
 
     def entropy_computed(self, name: str, arguments: dict[str, Any], value: Tensor) -> None:
-        targets = arguments["target"]
-        if self.in_backward or not isinstance(targets, Tensor) or targets.is_floating_point() or value.is_meta:
-            return
-        self.trace.entropies.append(
-            CrossEntropy(
-                update=self.done,
-                targets=self.weights.keep_small(targets).flatten(),
-                ignore_index=arguments["ignore_index"],
-                reduction=arguments["reduction"],
-                label_smoothing=arguments.get("label_smoothing", 0.0),
-                dtype=value.dtype,
-                value=self.weights.keep_small(value),
-                grad_enabled=torch.is_grad_enabled(),
-            )
-        )
+        if not self.in_backward and (found := describe_entropy(arguments, value, self.done, self.weights)) is not None:
+            self.trace.entropies.append(found)
 
     # backward --------------------------------------------------------------------------------------------------
 
@@ -333,6 +320,23 @@ class Recorder:
                     tensors[name] = tensor
                     known.add(id(tensor))
         return tensors
+
+
+def describe_entropy(arguments: dict[str, Any], value: Tensor, update: int, weights: Weights) -> CrossEntropy | None:
+    """Return what is kept of a cross entropy; None if its targets are no token ids."""
+    targets = arguments["target"]
+    if not isinstance(targets, Tensor) or targets.is_floating_point() or value.is_meta:
+        return None
+    return CrossEntropy(
+        update=update,
+        targets=weights.keep_small(targets).flatten(),
+        ignore_index=arguments["ignore_index"],
+        reduction=arguments["reduction"],
+        label_smoothing=arguments.get("label_smoothing", 0.0),
+        dtype=value.dtype,
+        value=weights.keep_small(value),
+        grad_enabled=torch.is_grad_enabled(),
+    )
 
 
 def joined(first: Measures | None, second: Measures | None) -> Measures | None:

@@ -5,6 +5,7 @@ from collections import Counter
 import torch
 from torch import Tensor
 
+from conformance.auditing.entropies import of_training
 from conformance.auditing.facts import Facts
 from conformance.auditing.rule import Doubt, Seen, rule
 from conformance.errors import NotApplicable, Violation
@@ -57,20 +58,17 @@ def shifted_once(seen: Seen) -> None:
 
 def paired(facts: Facts) -> list[tuple[Tensor, Tensor]]:
     """Return ids (B, T) and targets (B, T or T - 1) that belong together, of training."""
-    entropies = [entropy for entropy in facts.trace.entropies if entropy.grad_enabled]
-    if not entropies:
-        raise NotApplicable("no cross entropy was seen: it is computed in compiled code, or by another function")
-    forwards = training(facts)
-    if len(entropies) < len(forwards):
+    entropies, forwards = of_training(facts), training(facts)
+    own = [ids for _, _, ids in entropies if ids is not None] or [forward.ids for forward in forwards]
+    if len(entropies) < len(own):
         raise NotApplicable("there are fewer cross entropies than forwards")
     pairs = []
-    for forward, entropy in zip(forwards, entropies, strict=False):
-        rows = len(forward.ids)
-        if entropy.targets.numel() % rows or entropy.targets.is_floating_point():
+    for ids, (entropy, _, _) in zip(own, entropies, strict=False):
+        if entropy.targets.numel() % len(ids):
             continue
-        targets = entropy.labels.reshape(rows, -1)
-        if targets.size(1) in (forward.ids.size(1), forward.ids.size(1) - 1):
-            pairs.append((forward.ids, targets))
+        targets = entropy.labels.reshape(len(ids), -1)
+        if targets.size(1) in (ids.size(1), ids.size(1) - 1):
+            pairs.append((ids, targets))
     return pairs
 
 

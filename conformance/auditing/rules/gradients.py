@@ -4,6 +4,7 @@ import math
 
 from torch import Tensor
 
+from conformance.auditing.entropies import UNSEEN
 from conformance.auditing.facts import Clip, Facts
 from conformance.auditing.rule import Doubt, Seen, rule
 from conformance.auditing.rules.groups import groups_of, steps
@@ -106,7 +107,7 @@ def entropies_by_backward(facts: Facts) -> list[list[CrossEntropy]]:
     """Return the cross entropies that each backward pass was given, in order. Raises NotApplicable if unclear."""
     found: list[list[CrossEntropy]] = [[] for _ in facts.backwards]
     if not facts.trace.entropies:
-        raise NotApplicable("no cross entropy was seen: it is computed in compiled code, or by another function")
+        raise NotApplicable(UNSEEN)
     for entropy, given in zip(facts.trace.entropies, facts.given, strict=True):
         if given is None:
             raise NotApplicable("a cross entropy was computed from something else than a matrix of logits")

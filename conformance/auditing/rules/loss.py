@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 import torch
 
+from conformance.auditing.entropies import of_training
 from conformance.auditing.facts import Facts, Given
 from conformance.auditing.rule import Doubt, Seen, rule
 from conformance.checks.reports import is_rounded, training_losses
@@ -15,10 +16,9 @@ COARSE = (torch.bfloat16, torch.float16)
 
 def inputs(facts: Facts) -> list[Given]:
     """Return what the cross entropies of training were given."""
-    entropies = zip(facts.trace.entropies, facts.given, strict=True)
-    found = [given for entropy, given in entropies if given is not None and entropy.grad_enabled]
+    found = [given for _, given, _ in of_training(facts) if given is not None]
     if not found:
-        raise NotApplicable("no cross entropy was seen: it is computed in compiled code, or by another function")
+        raise NotApplicable("every cross entropy was computed from something else than a matrix")
     return found
 
 
@@ -55,9 +55,7 @@ def given_logits(seen: Seen) -> None:
 )
 def float32_loss(seen: Seen) -> None:
     """The loss of training is computed in float32."""
-    entropies = [entropy for entropy in seen.facts.trace.entropies if entropy.grad_enabled]
-    if not entropies:
-        raise NotApplicable("no cross entropy was seen: it is computed in compiled code, or by another function")
+    entropies = [entropy for entropy, _, _ in of_training(seen.facts)]
     bad = [entropy for entropy in entropies if entropy.dtype in COARSE]
     if bad:
         raise Violation("a cross entropy in float32", f"{len(bad)} of {len(entropies)} are computed in {bad[0].dtype}")

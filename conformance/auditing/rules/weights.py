@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from conformance.auditing.entropies import UNSEEN
 from conformance.auditing.facts import Facts
 from conformance.auditing.rule import Doubt, Seen, rule
 from conformance.checks.initialization import LOSS_MARGIN
@@ -84,7 +85,7 @@ def first_loss(facts: Facts) -> float:
     for entropy in facts.trace.entropies:
         if entropy.grad_enabled and entropy.counted:
             return entropy.total / entropy.counted
-    raise NotApplicable("no cross entropy was seen: it is computed in compiled code, or by another function")
+    raise NotApplicable(UNSEEN)
 
 
 def vocabulary(facts: Facts) -> int:
