@@ -16,6 +16,19 @@ from conformance.recording.metrics import line
 Hear = Callable[[str], None]
 
 
+class Lent:
+    """The bytes below a stream, which a Tee must not close when it is thrown away."""
+
+    def __init__(self, buffer: Any) -> None:
+        self.buffer = buffer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.buffer, name)
+
+    def close(self) -> None:
+        """Keep it open: it is not ours."""
+
+
 class Tee(io.TextIOWrapper):
     """A text stream that also tells what is written to it, line by line."""
 
@@ -53,7 +66,7 @@ def teed(name: str, hear: Hear) -> Iterator[None]:
         return
     original.flush()
     tee = Tee(
-        original.buffer,
+        Lent(original.buffer),  # type: ignore[type-var] # it hands on what is asked of it
         encoding=original.encoding,
         errors=original.errors,
         line_buffering=original.line_buffering,
