@@ -166,6 +166,8 @@ class FunctionGate(EntropyGate):
     FRESH = (torch.empty, torch.empty_like, torch.Tensor.new_empty)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.compiler.is_compiling():  # code that was compiled before the audit began is traced with its modes
+            return func(*args, **(kwargs or {}))
         if func in self.FRESH:
             fresh = func(*args, **(kwargs or {}))
             if isinstance(fresh, Tensor) and fresh.is_floating_point() and not fresh.is_meta and for_a_module():
@@ -222,6 +224,9 @@ def compiling_watched(gates: Gates) -> Iterator[None]:
     """Tell of each call of compiled code, and keep the gates out of it."""
     original = torch.compile
     undo: list[Callable[[], None]] = []
+    frames = sys.modules.get("torch._dynamo.eval_frame")
+    if frames is not None:  # a module may be compiled already
+        undo.append(watch_calls(frames.OptimizedModule, gates))
 
     @functools.wraps(original)
     def watched_compile(model: Any = None, *args: Any, **kwargs: Any) -> Any:

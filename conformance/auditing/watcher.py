@@ -22,6 +22,7 @@ from conformance.recording.recorder import Recorder
 from conformance.recording.snapshot import describe_tensors, named_tensors
 from conformance.recording.weights import Sketch, local, norms
 
+WITHOUT_CONTENT = ("FakeTensor", "FunctionalTensor")
 MANY_NODES = 500_000
 
 
@@ -122,6 +123,8 @@ class Auditor:
     # forward ---------------------------------------------------------------------------------------------------
 
     def forward_begins(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():  # code that was compiled before the audit began is traced with its hooks
+            return
         if self.enough(module):
             self.finish()
             if self.stops:
@@ -160,8 +163,12 @@ class Auditor:
                     break
         self.recorder.forward_begins(module, args)
 
-    @careful
     def forward_ends(self, module: nn.Module, args: Any, kwargs: Any = None, output: Any = None) -> None:
+        if not torch.compiler.is_compiling():
+            self.see_output(module, args, kwargs, output)
+
+    @careful
+    def see_output(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self.recorder.forward_ends(module, args, kwargs, output)
 
     @careful
@@ -185,6 +192,8 @@ class Auditor:
     @careful
     def backward_begins(self, tensors: Any) -> None:
         given = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+        if any(type(tensor).__name__ in WITHOUT_CONTENT for tensor in given):
+            return  # torch.compile traces a backward
         if not any(isinstance(tensor, Tensor) and tensor.numel() == 1 for tensor in given):
             self.recorder.in_backward = True
             return

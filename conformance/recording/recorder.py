@@ -267,8 +267,9 @@ class Recorder:
         found = {name: t.grad for name, t in tensors.items() if t.grad is not None}
         self.open.before = Named({**self.weights.keep(tensors), **self.open.before})
         self.open.gradients.update({**dict.fromkeys(tensors), **self.weights.keep(found)})
-        self.open.measured_before = joined(self.weights.measure(tensors), self.open.measured_before)
-        self.open.measured_gradients = joined(self.open.measured_gradients, self.weights.measure(found))
+        if not self.trace.updates:  # later, it is what the update before left
+            self.open.measured_before = joined(self.weights.measure(tensors), self.open.measured_before)
+        self.open.measured_gradients = joined(self.open.measured_gradients, self.weights.measure(found, bits=False))
         self.open.state_before |= self.weights.keep_state(optimizer, names)
         device = next((t.device.type for t in tensors.values()), "cpu")
         step = Step(

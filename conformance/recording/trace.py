@@ -165,7 +165,7 @@ class Measures:
     norms: "Named[Tensor]"
     """The 2-norm of each floating-point tensor: scalars, NaN or infinite where an element is."""
     bits: "Named[Tensor]"
-    """The sum of each tensor's bits, read as integers: another sum means another content."""
+    """A digest of each tensor's bits (torch.hash_tensor): another digest means another content. May be left out."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 The suite's models are tiny, and their tensors are copied whole. A run that the audit watches may have billions of
 weights: of each tensor a sketch keeps 64 elements at places drawn from its size (a name changes with what wraps the
-model), its norm and a sum of its bits. A sketch stays on the device until the recording ends, so that the host never
+model), its norm and a digest of its bits. A sketch stays on the device until the recording ends, so that the host never
 waits for the device. On a sharded tensor it sees the part of its own rank.
 """
 
@@ -19,7 +19,6 @@ from conformance.recording.trace import Measures, Named
 
 SAMPLES = 64
 """Elements of each tensor that a sketch keeps."""
-BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Weights(Protocol):
@@ -28,8 +27,8 @@ class Weights(Protocol):
     def keep(self, tensors: Mapping[str, Tensor]) -> Named[Tensor]:
         """Return what is kept of the content of named parameters, gradients or buffers."""
 
-    def measure(self, tensors: Mapping[str, Tensor]) -> Measures | None:
-        """Return figures of whole tensors, where their content is not kept whole."""
+    def measure(self, tensors: Mapping[str, Tensor], bits: bool = True) -> Measures | None:
+        """Return figures of whole tensors, where their content is not kept whole; with digests if ``bits``."""
 
     def keep_small(self, tensor: Tensor) -> Tensor:
         """Return a copy of token ids, or of a loss."""
@@ -47,7 +46,7 @@ class Whole:
     def keep(self, tensors: Mapping[str, Tensor]) -> Named[Tensor]:
         return copied(dict(tensors))
 
-    def measure(self, tensors: Mapping[str, Tensor]) -> Measures | None:
+    def measure(self, tensors: Mapping[str, Tensor], bits: bool = True) -> Measures | None:
         return None
 
     def keep_small(self, tensor: Tensor) -> Tensor:
@@ -69,16 +68,30 @@ class Sketch:
 
     @torch.no_grad()
     def keep(self, tensors: Mapping[str, Tensor]) -> Named[Tensor]:
-        with torch._C.DisableTorchFunction():
-            return Named({name: self.sample(tensor) for name, tensor in tensors.items() if not tensor.is_meta})
+        """Return elements of each tensor, in float32 (float64 where the tensor has it), as (n,) with n of 64 at most.
 
-    def sample(self, tensor: Tensor) -> Tensor:
-        """Return elements of a tensor, in float32 (float64 where the tensor has it), as (n,) with n of at most 64."""
-        here = local(tensor)
-        if here.numel() > SAMPLES:
-            here = torch.take(here, self.places_in(here.numel(), here.device))
-        wide = torch.float64 if here.dtype in (torch.float64, torch.int64) else torch.float32
-        return here.reshape(-1).to(wide, copy=True)
+        One launch for each tensor, and one more for all: the samples of a device and dtype are views of one tensor.
+        """
+        families: dict[tuple[torch.device, torch.dtype], tuple[list[str], list[Tensor]]] = {}
+        with torch._C.DisableTorchFunction():
+            for name, tensor in tensors.items():
+                if not tensor.is_meta:
+                    here = local(tensor)
+                    names, samples = families.setdefault((here.device, here.dtype), ([], []))
+                    names.append(name)
+                    samples.append(self.sample(here))
+            found = dict[str, Tensor]()
+            for (_, dtype), (names, samples) in families.items():
+                wide = torch.float64 if dtype in (torch.float64, torch.int64) else torch.float32
+                parts = torch.cat(samples).to(wide).split([len(part) for part in samples])
+                found.update(zip(names, parts, strict=True))
+        return Named({name: found[name] for name in tensors if name in found})
+
+    def sample(self, here: Tensor) -> Tensor:
+        """Return elements of a tensor, as (n,): of a small one all."""
+        if here.numel() <= SAMPLES:
+            return here.reshape(-1)
+        return torch.take(here, self.places_in(here.numel(), here.device))
 
     def places_in(self, size: int, device: torch.device) -> Tensor:
         """Return the places of the samples in a tensor of so many elements."""
@@ -87,10 +100,11 @@ class Sketch:
         return self.places[size, device]
 
     @torch.no_grad()
-    def measure(self, tensors: Mapping[str, Tensor]) -> Measures | None:
+    def measure(self, tensors: Mapping[str, Tensor], bits: bool = True) -> Measures | None:
         with torch._C.DisableTorchFunction():
             kept = {name: local(tensor) for name, tensor in tensors.items() if not tensor.is_meta}
-            return Measures(norms(kept), Named({name: bits(tensor) for name, tensor in kept.items()}))
+            digests = {name: torch.hash_tensor(tensor) for name, tensor in kept.items()} if bits else {}
+            return Measures(norms(kept), Named(digests))
 
     def keep_small(self, tensor: Tensor) -> Tensor:
         with torch._C.DisableTorchFunction():
@@ -118,7 +132,7 @@ class Sketch:
         if not isinstance(value, Tensor):
             return plain_value(value) if not keyed_by_tensor(value) else "a table by tensor"
         if value.shape == tensor.shape and value.is_floating_point():
-            return self.sample(value)
+            return self.sample(local(value)).clone()
         return local(value).clone() if value.numel() <= SAMPLES else f"{value.dtype} of shape {tuple(value.shape)}"
 
 
@@ -150,11 +164,6 @@ def norms(tensors: Mapping[str, Tensor]) -> Named[Tensor]:
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         found.update(zip(members, torch._foreach_norm([tensors[name] for name in members], 2, wide), strict=True))
     return found
-
-
-def bits(tensor: Tensor) -> Tensor:
-    """Return the sum of a tensor's bits, read as integers: equal tensors have equal sums, whatever the machine."""
-    return tensor.view(BITS[tensor.element_size()]).sum(dtype=torch.int64)
 
 
 def fetched(named: Mapping[str, Tensor]) -> Named[Tensor]:

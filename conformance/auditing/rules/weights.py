@@ -123,14 +123,13 @@ def starts_ignorant(seen: Seen) -> None:
 )
 def finite(seen: Seen) -> None:
     """All weights stay finite."""
+    initial = seen.facts.trace.measured_initial
     for number, update in enumerate(updates(seen.facts), start=1):
-        before, after = update.measured_before, update.measured_after
-        assert before is not None
-        assert after is not None
+        assert update.measured_after is not None
         bad = [
             name
-            for name, norm in after.norms.items()
-            if not norm.isfinite() and (name not in before.norms or before.norms[name].isfinite())
+            for name, norm in update.measured_after.norms.items()
+            if not norm.isfinite() and (initial is None or name not in initial.norms or initial.norms[name].isfinite())
         ]
         if bad:
             raise Violation(f"finite weights after update {number}", f"NaN or infinity in {quoted(bad)}")
