@@ -21,7 +21,7 @@ from reference.errors import CheckpointError, ConfigurationError, first_line
 from reference.model.gpt import Block
 from reference.model.initialization import materialize
 from reference.model.loss import TokenLoss
-from reference.optimizers.state import all_parameters, load_optimizer_state, optimizer_state
+from reference.optimizers.state import all_parameters, load_optimizer_state, optimizer_state, tensors_of
 
 ROWS, COLUMNS = 32, 256  # per rank, of the matrix on which an optimizer is tried: enough for 8-bit state
 
@@ -76,8 +76,7 @@ def require_per_element(optimizer_class: type[Optimizer], arguments: Mapping[str
     try:
         expected, _ = stepped(optimizer_class, arguments, values)
         seen, state = stepped(optimizer_class, arguments, split)
-        entries = state["state"].get(0, {}).values()
-        tensors = [value for value in entries if isinstance(value, Tensor) and value.ndim]
+        tensors = [value for _, value in tensors_of(state["state"].get(0, {})) if value.ndim]
         if "state_in_groups" in state or not all(isinstance(t, DTensor) and t.shape == shape for t in tensors):
             problem = "its state is not split like the parameter"
         elif not torch.allclose(expected, seen.full_tensor()):  # type: ignore[operator] # a DTensor
