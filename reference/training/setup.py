@@ -20,6 +20,7 @@ from reference.model.loss import TokenLoss, token_loss
 from reference.optimizers import create_optimizer, find_class
 from reference.optimizers.build import accepts
 from reference.optimizers.override import is_bitsandbytes
+from reference.training.float8 import use_float8
 from reference.training.launch import is_sharded, launch
 from reference.training.run import Run
 from reference.training.stopping import Stop
@@ -56,6 +57,8 @@ def set_up(model: ModelSource, config: TrainConfig, directory: Path, stop: Stop)
         swap_embeddings(module)  # before the optimizer, which must own the tensors that are trained
     if config.activation_checkpointing:
         checkpoint_activations(module)
+    if config.float8 != "none":
+        use_float8(module, config.float8, fabric.device, config.seed)
     ties = {other: first for first, others in tied_names(module).items() for other in others}
     wrapped = fabric.setup_module(compiled(module, is_sharded(fabric)) if config.compile else module)
     bare = create_optimizer(config, module, fabric.device)

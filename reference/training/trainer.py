@@ -18,6 +18,7 @@ from reference.config import GPTConfig, TrainConfig
 from reference.model.embedding import restore_embeddings
 from reference.training.batches import Batch, TokenSource, require_tokenizer, require_vocabulary
 from reference.training.evaluation import validate
+from reference.training.float8 import plain_linears, require_tokens
 from reference.training.run import Run
 from reference.training.saving import on_rank_zero, restore, save, warn_about_order
 from reference.training.setup import ModelSource, set_up
@@ -64,7 +65,7 @@ class FitResult:
 
     def for_inference(self) -> nn.Module:
         """Return a copy in eval mode with plain embeddings."""
-        return restore_embeddings(self.model)
+        return plain_linears(restore_embeddings(self.model))
 
 
 class Trainer:
@@ -135,6 +136,8 @@ class Trainer:
             result = FitResult(run.module, run.bare)
             batches, device = run.batches(train, done), run.fabric.device
             upcoming = run.fetch(batches) if done < config.updates else []
+            if config.float8 != "none":
+                require_tokens(upcoming)
             if folder is not None and upcoming:
                 warn_about_order(run, folder, upcoming)
             began = started = time.perf_counter()
