@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from reference.config import GPTConfig, TrainConfig
 from reference.errors import ConfigurationError
 from reference.model.embedding import swap_embeddings
-from reference.model.gpt import GPT, Block
+from reference.model.gpt import GPT
 from reference.model.initialization import build, choose_strategy, tied_names
 from reference.model.loss import TokenLoss, token_loss
 from reference.optimizers import create_optimizer, find_class
@@ -97,13 +97,12 @@ def compiled(module: nn.Module, sharded: bool) -> Any:
     """Return a module and its loss, compiled: as one graph, or under FSDP block by block.
 
     FSDP gathers and frees the weights of a block around its forward, which no graph can hold. So each block is a graph,
-    and the loss. They share their code: only the first is compiled.
+    and the last norm, and the loss. Blocks share their code: only the first is compiled.
     """
-    blocks = [part for part in module.modules() if isinstance(part, Block)] if sharded else []
-    if not blocks:
+    if not sharded or not isinstance(module, GPT):
         return torch.compile(TokenLoss(module))
-    for block in blocks:
-        block.forward = torch.compile(block.forward)  # type: ignore[method-assign] # inside the hooks of FSDP
+    for part in (*module.blocks, module.norm):
+        part.forward = torch.compile(part.forward)  # inside the hooks of FSDP
     return TokenLoss(module, torch.compile(token_loss))
 
 
