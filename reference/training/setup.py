@@ -71,7 +71,9 @@ def set_up(model: ModelSource, config: TrainConfig, directory: Path, stop: Stop)
     optimizer: Any = fabric.setup_optimizers(bare)
     warn_about_rounding(config)
     wrapped.train()
-    return Run(config, fabric, module, wrapped, bare, optimizer, peaks, directory, stop, ties)
+    called = wrapped._forward_module
+    launches_early = getattr(called, "_orig_mod", called) is wrapped.module and not is_sharded(fabric)  # not DDP's
+    return Run(config, fabric, module, wrapped, bare, optimizer, peaks, directory, stop, ties, launches_early)
 
 
 def build_module(model: ModelSource, config: TrainConfig, fabric: "Fabric") -> nn.Module:

@@ -143,11 +143,13 @@ class Trainer:
             began = started = time.perf_counter()
             for update in range(done, config.updates):
                 last = update + 1 == config.updates
-                did = run.update_once(update, upcoming, None if last else batches)
+                validates = validation is not None and is_due(update, config.evaluate_every, last)
+                saves = is_due(update, config.save_every, last)
+                did = run.update_once(update, upcoming, None if last else batches, not (validates or saves))
                 upcoming = did.following
                 now = time.perf_counter()
                 validation_loss = None
-                if validation is not None and is_due(update, config.evaluate_every, last):
+                if validates and validation is not None:
                     validation_loss = validate(run, validation)
                 record = Record(
                     update=update + 1,
@@ -167,7 +169,7 @@ class Trainer:
                     log(record, run, passed / (update + 1 - done) * (config.updates - update - 1))
                 alone = run.fabric.world_size == 1  # other ranks know of a signal when the next update has begun
                 stopped = (run.stopping or (alone and stop.signal is not None)) and not last
-                saves = stopped or is_due(update, config.save_every, last)
+                saves = saves or stopped
                 if saves:
                     save(run, update + 1, train)
                 if stopped:
