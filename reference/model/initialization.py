@@ -120,12 +120,12 @@ def draw(module: nn.Linear | nn.Embedding, name: str, std: float, seed: int) -> 
 
 def fill(weight: Tensor, values: Tensor) -> None:
     """Copy values into a tensor: of one that is split over ranks (FSDP), into the part that is here."""
-    if hasattr(weight, "device_mesh"):  # a DTensor, whose module takes its time to import
-        from torch.distributed.tensor import distribute_tensor
+    if type(weight.data) is not Tensor:  # torch.distributed.tensor takes its time to import
+        from torch.distributed.tensor import DTensor, distribute_tensor
 
-        values = distribute_tensor(
-            values.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None  # type: ignore[attr-defined]
-        )
+        if isinstance(weight, DTensor):
+            here = values.to(weight.device)
+            values = distribute_tensor(here, weight.device_mesh, weight.placements, src_data_rank=None)
     weight.copy_(values)
 
 

@@ -10,6 +10,7 @@ own recipes leave it out too.
 import logging
 from dataclasses import replace
 from functools import partial
+from typing import TypeGuard
 
 import torch
 from torch import nn
@@ -60,7 +61,7 @@ def use_float8(module: nn.Module, recipe: str, device: torch.device, seed: int, 
             f"{odd[0].in_features} x {odd[0].out_features}: choose other widths, or leave float8 out."
         )
     config = replace(Float8LinearConfig.from_recipe_name(recipe), emulate=emulated)
-    convert_to_float8_training(module, config=config, module_filter_fn=lambda part, name: id(part) in wanted)
+    convert_to_float8_training(module, config=config, module_filter_fn=lambda part, _: id(part) in wanted)
     for name, part in module.named_modules():
         if is_float8(part):  # built anew, so with the initialization of nn.Linear
             std = declared_std(name, module.config)
@@ -95,7 +96,7 @@ def require_tokens(pairs: Pairs) -> None:
         )
 
 
-def is_float8(module: nn.Module) -> bool:
+def is_float8(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Return whether this is torchao's layer, told without importing its package."""
     return type(module).__name__ == "Float8Linear"
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 from lightning.fabric.strategies.ddp import DDPStrategy
 from lightning.fabric.strategies.strategy import _BackwardSyncControl
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 
 from reference.errors import ConfigurationError
 

@@ -69,7 +69,7 @@ class Run:
     ties: dict[str, str]
     """For each further name of a tied tensor, the first."""
     launches_early: bool = False
-    """Whether a forward needs nothing of the strategy around it (DDP and FSDP set there what backward will exchange)."""
+    """Whether a forward does not involve the strategy. Under DDP and FSDP it decides what backward will exchange."""
     stopping: bool = False
     """Whether a signal asked any rank to stop, as all ranks saw it when the last update began."""
     sequences: int = 0

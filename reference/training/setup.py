@@ -51,7 +51,7 @@ def set_up(model: ModelSource, config: TrainConfig, directory: Path, stop: Stop)
     if is_sharded(fabric):
         from reference.training.sharding import require_per_element
 
-        require_per_element(optimizer_class, config.optimizer_args, fabric.strategy.device_mesh["data_parallel"])
+        require_per_element(optimizer_class, config.optimizer_args, fabric.strategy.device_mesh["data_parallel"])  # type: ignore[attr-defined] # ShardedStrategy has it
     module = build_module(model, config, fabric)
     if wants_stable_embedding(config, optimizer_class):
         swap_embeddings(module)  # before the optimizer, which must own the tensors that are trained

@@ -5,7 +5,7 @@ their names and shapes, as DTensors. Checkpoints hold whole tensors, as a run on
 can be read on another number of ranks and under another strategy.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -79,7 +79,7 @@ def require_per_element(optimizer_class: type[Optimizer], arguments: Mapping[str
         tensors = [value for _, value in tensors_of(state["state"].get(0, {})) if value.ndim]
         if "state_in_groups" in state or not all(isinstance(t, DTensor) and t.shape == shape for t in tensors):
             problem = "its state is not split like the parameter"
-        elif not torch.allclose(expected, seen.full_tensor()):  # type: ignore[operator] # a DTensor
+        elif not (isinstance(seen, DTensor) and torch.allclose(expected, seen.full_tensor())):
             problem = "it takes other steps than on whole tensors"
         else:
             return
@@ -92,7 +92,7 @@ def require_per_element(optimizer_class: type[Optimizer], arguments: Mapping[str
 
 
 def stepped(
-    optimizer_class: type[Optimizer], arguments: Mapping[str, Any], values: list[Tensor]
+    optimizer_class: type[Optimizer], arguments: Mapping[str, Any], values: Sequence[Tensor]
 ) -> tuple[Tensor, dict[str, Any]]:
     """Return a parameter after a step with each gradient, and the optimizer's state."""
     start, *gradients = values
@@ -112,9 +112,7 @@ def gathered(root: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], 
     saved = get_model_state_dict(root, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     weights: dict[str, Any] = {name.removeprefix(prefix(root)): tensor for name, tensor in saved.items()}
     state = optimizer_state(optimizer)
-    entries = {
-        index: {key: whole(value) for key, value in entry.items()} for index, entry in state["state"].items()
-    }
+    entries = {index: {key: whole(value) for key, value in entry.items()} for index, entry in state["state"].items()}
     return weights, {**state, "state": entries}
 
 

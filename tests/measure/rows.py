@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -110,7 +111,8 @@ def run(row: Row, data: Path) -> dict[str, Any]:
 
     warmup, more = min(row.train.warmup, last), 1 if on_gpu else 0
     train = replace(row.train, updates=last + more, warmup=warmup, evaluate_every=None, save_every=None, log_every=1000)
-    with tempfile.TemporaryDirectory() as folder, as_row(row):
+    with tempfile.TemporaryDirectory() as folder, as_row(row), warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("default")
         tokens = TokenData(data, "train", block_size=row.model.block_size, microbatch_size=row.microbatch, seed=1)
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
@@ -128,13 +130,16 @@ def run(row: Row, data: Path) -> dict[str, Any]:
     found: dict[str, Any] = {
         "tokens_per_second": round(rate),
         "tokens_per_second_and_gpu": round(rate / ranks),
-        "mfu": None if peak is None else round(rate * flops_per_token(row.model, row.model.block_size) / peak / ranks, 4),
+        "mfu": None
+        if peak is None
+        else round(rate * flops_per_token(row.model, row.model.block_size) / peak / ranks, 4),
         "first_update_s": round(result.records[0].seconds, 1),
         "whole_row_s": round(whole, 1),
         "seconds_per_update": [round(value, 5) for value in seconds[-MEASURED:]],
         "tokens_per_update": result.records[0].tokens,
         "peak_gigabytes": round(torch.cuda.max_memory_allocated() / 1e9, 1) if on_gpu else None,
         "parameters": sum(parameter.numel() for parameter in result.model.parameters()),
+        "warnings": sorted({str(warning.message).splitlines()[0][:200] for warning in heard}),
         "loss": [round(record.loss, 5) for record in result.records[: last if row.losses else WARMUP]],
     }
     if profiler is not None:
@@ -247,8 +252,8 @@ def serve(rank: int, ranks: int, port: int, data: Path, pipe: Connection) -> Non
             answer = run(row, data)
         except BaseException as error:
             said = str(error).strip().splitlines() or [""]
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            answer = {"skipped": f"{type(error).__name__}: {said[0][:300]} ({Path(place.filename).name}:{place.lineno})"}
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            answer = {"skipped": f"{type(error).__name__}: {said[0][:300]} ({Path(last.filename).name}:{last.lineno})"}
             del error
         if torch.cuda.is_available():
             import gc
@@ -328,10 +333,10 @@ def precompile(rows: list[Row], data: Path, small: bool, processes: int, seconds
             ready = multiprocessing.connection.wait(list(running), max(0.0, until - time.monotonic()))
             if not ready:
                 break
-            for pipe in ready:
-                row, began, workers = running.pop(pipe)
+            for answered in ready:
+                row, began, workers = running.pop(answered)
                 try:
-                    answer = pipe.recv()  # type: ignore[union-attr] # a Connection
+                    answer = workers.processes[0][1].recv()
                 except (EOFError, OSError):
                     workers.stop()
                     answer = {"skipped": "the process died"}

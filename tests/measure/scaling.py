@@ -1,8 +1,8 @@
 """What a second GPU gives: rows of ``Trainer.fit`` on one and on two GPUs of a machine, with as much work for each.
 
 ``python -m tests.measure.scaling --write FILE`` on a machine with two GPUs; some six minutes. The file is written anew
-after each row, and ends with each row's share of what one GPU does. Without a GPU a small version runs on two processes,
-whose figures mean nothing.
+after each row, and ends with each row's share of what one GPU does. Without a GPU a small version runs on two
+processes, whose figures mean nothing.
 """
 
 import argparse

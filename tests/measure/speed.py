@@ -1,7 +1,8 @@
 """What each way to train faster gives on one GPU: rows of ``Trainer.fit`` that differ in one thing.
 
-``python -m tests.measure.speed --write FILE`` on a GPU; some nine minutes. ``--only TEXT`` takes rows with this in their
-name. The file is written anew after each row. Without a GPU a small version of all rows runs, whose figures mean nothing.
+``python -m tests.measure.speed --write FILE`` on a GPU; some nine minutes. ``--only TEXT`` takes rows with this in
+their name. The file is written anew after each row. Without a GPU a small version of all rows runs, whose figures mean
+nothing.
 """
 
 import argparse
@@ -77,7 +78,9 @@ def rows() -> tuple[list[Row], list[Row]]:
     ]
     tuned = [
         replace(base, name="124M, tuned", inductor=TUNED, limit=240),
-        replace(base, name="124M, tuned, cuDNN attention, loss in 4 pieces", inductor=TUNED, attention="cudnn", chunks=4),
+        replace(
+            base, name="124M, tuned, cuDNN attention, loss in 4 pieces", inductor=TUNED, attention="cudnn", chunks=4
+        ),
         Row("124M without biases, tuned, cuDNN attention, loss in 4 pieces", BARE, MIXED, 64, "cudnn", 4, TUNED),
         Row("124M without biases, bf16-true, the same", BARE, TRUE, 64, "cudnn", 4, TUNED),
         Row("1.3B Llama, bf16-true, tuned, cuDNN attention, loss in 4 pieces", LLAMA, LARGE, 16, "cudnn", 4, TUNED),

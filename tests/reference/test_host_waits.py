@@ -14,6 +14,7 @@ from torch import Tensor
 
 from conformance.bench.models import Updates, draw, random_batches
 from reference.config import GPTConfig, TrainConfig
+from reference.model.loss import batch_loss
 from reference.training import run
 from reference.training.run import Run, seed_dropout
 from reference.training.trainer import Trainer
@@ -63,7 +64,7 @@ def test_dropout_on_a_gpu_is_seeded_as_by_manual_seed() -> None:
 def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What happens on a CPU that pretends to guard the step as a GPU does, in order."""
     seen: list[str] = []
-    loss, finite = run.batch_loss, Run.require_finite
+    loss, finite = batch_loss, Run.require_finite
 
     def noted_loss(*arguments: Any) -> Tensor:
         seen.append("forward")
@@ -73,7 +74,7 @@ def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append("wait")
         finite(self, *arguments)
 
-    monkeypatch.setattr(run, "guard", lambda optimizer, finite: True)
+    monkeypatch.setattr(run, "guard", lambda *_: True)
     monkeypatch.setattr(run, "batch_loss", noted_loss)
     monkeypatch.setattr(Run, "require_finite", noted_finite)
     return seen
@@ -98,7 +99,7 @@ def test_a_forward_launched_early_changes_nothing(
     model: Any, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = fit(model, batches, updates=6, optimizer_args={"lr": 1e-2})
-    monkeypatch.setattr(run, "guard", lambda optimizer, finite: True)
-    early = fit(model, batches, updates=6, optimizer_args={"lr": 1e-2}, callbacks=[lambda record: torch.rand(3)])
+    monkeypatch.setattr(run, "guard", lambda *_: True)
+    early = fit(model, batches, updates=6, optimizer_args={"lr": 1e-2}, callbacks=[lambda _: torch.rand(3)])
     assert early.records == plain.records
     assert torch.equal(flat(early.model), flat(plain.model))

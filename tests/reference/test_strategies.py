@@ -144,6 +144,7 @@ def test_a_sharded_start_is_bit_equal(
 
 def shards() -> dict[str, tuple[int, ...]]:
     run = Trainer(MODELS["gpt2-tied"], FSDP, "unused").setup()
+    assert isinstance(run.module, GPT)
     assert run.module.head.weight is run.module.embedding.weight
     return {name: tuple(tensor.to_local().shape) for name, tensor in run.module.named_parameters()}  # type: ignore[attr-defined]
 
@@ -167,11 +168,11 @@ NOT_SPLIT = {
 class Scaled(torch.optim.SGD):
     """Divides by the norm of what this rank holds: no step of one tensor."""
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         for parameter in self.param_groups[0]["params"]:
             local = parameter.grad.to_local() if hasattr(parameter.grad, "to_local") else parameter.grad
             local.div_(local.norm())
-        super().step()
+        return super().step()
 
 
 def trained_by(optimizer: str, directory: Path) -> str:
