@@ -6,7 +6,7 @@ LOSS = "loss = batch_loss(self.wrapped, ids, targets) * scale"
 COUNT = "shared[0].clamp(min=1)"
 NO_SYNC = """\
         with fabric.no_backward_sync(self.wrapped, enabled=index + 1 < len(pairs)):
-            loss = batch_loss(self.wrapped, ids, targets) * scale
+            loss = batch_loss(self.wrapped, ids, targets) * scale if early is None else early * scale
             fabric.backward(loss)
 """
 OUTSIDE = """\
