@@ -11,7 +11,7 @@ from torch import nn
 
 import reference
 from conformance import Checkpoint, Constant, Normal, Recipe, TensorInfo
-from conformance.subject import Distribution
+from conformance.subject import Distribution, Leftovers, Place, Setting, Winner
 from conformance.version import suite_version
 from reference.data import TokenData, write_tokens
 
@@ -37,8 +37,15 @@ class ReferencePolicy:
         peak: float = dict(recipe.optimizer.arguments).get("lr", 1e-3)
         if update < recipe.warmup or recipe.minimum_lr is None:
             return peak * min(1.0, (update + 1) / (recipe.warmup + 1))
-        progress = (update - recipe.warmup) / (recipe.updates - 1 - recipe.warmup)
+        span = recipe.updates - 1 - recipe.warmup
+        progress = (update - recipe.warmup) / span if span > 0 else 1.0
         return recipe.minimum_lr + (peak - recipe.minimum_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+    def leftovers(self, recipe: Recipe, place: Place) -> Leftovers:
+        return "weighed" if place in ("microbatch", "validation") else "carried"
+
+    def wins_on_resume(self, recipe: Recipe, setting: Setting) -> Winner:
+        return "recipe"
 
 
 class Reference:

@@ -65,6 +65,19 @@ def interrupted(runs: Runs) -> Recipe:
     return dropping(runs, replace(everyday(runs, DECAYING), save_every=2))
 
 
+def in_16_bits(runs: Runs, recipe: Recipe) -> list[Recipe]:
+    """Return the first update of a run in each 16-bit precision that the subject has, without schedule or evaluation.
+
+    Raises:
+        NotApplicable: if it has none.
+    """
+    plain = replace(recipe, updates=1, warmup=0, minimum_lr=None, evaluate=False, evaluate_every=None)
+    found = [replace(plain, precision=name) for name in runs.precisions() if name != "32-true"]
+    if not found:
+        raise NotApplicable("lacks all of bf16-mixed, bf16-true and 16-mixed")
+    return found
+
+
 def clipped(recipe: Recipe, norm: float, factor: float) -> Recipe:
     """Return the same run, with a limit that is a multiple of the norm of its first gradient."""
     return replace(recipe, clip=float(f"{factor * norm:.3g}"))  # round: a stack may print it, or parse it
