@@ -65,6 +65,13 @@ def interrupted(runs: Runs) -> Recipe:
     return dropping(runs, replace(everyday(runs, DECAYING), save_every=2))
 
 
+def require_still(run: Trace) -> None:
+    """Raise NotApplicable if weights moved in a run whose rate was to move none: the stack takes another rate."""
+    for update in run.updates:
+        if any(bool((tensor != update.after[name]).any()) for name, tensor in update.before.items()):
+            raise NotApplicable(f"the weights move although the recipe asks for a learning rate of {STILL:g}")
+
+
 def in_16_bits(runs: Runs, recipe: Recipe) -> list[Recipe]:
     """Return the first update of a run in each 16-bit precision that the subject has, without schedule or evaluation.
 

@@ -1,6 +1,5 @@
 """EVAL: evaluation measures the model on the validation data, and changes nothing."""
 
-import contextlib
 from dataclasses import replace
 from statistics import fmean
 
@@ -15,7 +14,17 @@ from conformance.errors import AdapterFailed, NotApplicable, Violation
 from conformance.recipe import Recipe
 from conformance.recording.trace import Forward, Trace
 from conformance.runs import Runs
-from conformance.suites import DECAYING, STILL, dropping, everyday, mean_of, on_two_ranks, paired, stays_inside
+from conformance.suites import (
+    DECAYING,
+    STILL,
+    dropping,
+    everyday,
+    mean_of,
+    on_two_ranks,
+    paired,
+    require_still,
+    stays_inside,
+)
 
 
 def validation(recipe: Recipe) -> torch.Tensor:
@@ -278,6 +287,7 @@ def test_evaluation_is_the_trained_function(runs: Runs) -> None:
     """Without dropout, evaluation gives the same logits as training does on the same tokens and weights."""
     recipe = replace(still(runs), validate_on_training=True)
     run, rows = runs.trace(recipe), torch.cat(recipe.batches())
+    require_still(run)
     last = [
         forward for forward in evaluations(recipe, run) if forward.update == recipe.updates and not forward.training
     ]
@@ -301,11 +311,12 @@ def test_evaluation_is_the_trained_function(runs: Runs) -> None:
 def test_dropout_off_in_evaluation(runs: Runs) -> None:
     """Evaluation gives the same logits whatever the probability of dropout is, at the same weights."""
     recipe = still(runs)
-    rows = validation(recipe)
-    without, with_some = (
-        logits_of([f for f in evaluations(changed, runs.trace(changed)) if f.update == recipe.updates], rows)
-        for changed in (recipe, dropping(runs, recipe, 0.5))
-    )
+    rows, found = validation(recipe), []
+    for changed in (recipe, dropping(runs, recipe, 0.5)):
+        run = runs.trace(changed)
+        require_still(run)
+        found.append(logits_of([f for f in evaluations(changed, run) if f.update == recipe.updates], rows))
+    without, with_some = found
     for number in sorted(without.keys() & with_some.keys()):
         same_function(without[number], with_some[number], "evaluation with dropout configured against without")
 
@@ -339,7 +350,7 @@ def test_state_outlives_evaluation(runs: Runs) -> None:
 )
 def test_uneven_validation(runs: Runs) -> None:
     """If the last validation batch is smaller than the others, every sequence still weighs the same in the reported
-    loss.
+    loss, unless the policy declares something else.
     """
     try:
         reports_mean(everyday(runs), [runs.trace(everyday(runs))])

@@ -16,9 +16,9 @@ OUTSIDE = """\
             fabric.backward(loss)
 """
 FORWARD = "reference.model.gpt:GPT.forward"
-NO_AUTOCAST = (
+OTHER_AUTOCAST = (
     "preserve_rng_state=True, determinism_check='none', context_fn=lambda: (__import__('contextlib').nullcontext(), "
-    "torch.autocast('cpu', enabled=False))"
+    "torch.autocast('cpu', dtype=torch.float16))"
 )
 
 MUTANTS = [
@@ -115,10 +115,10 @@ MUTANTS = [
         ),
     ),
     mutant(
-        "ac-outside-autocast",
+        "ac-in-another-autocast",
         "ACC-9",
         "Megatron-LM#7538, pytorch#148831",
-        (FORWARD, "preserve_rng_state=True", NO_AUTOCAST),
+        (FORWARD, "preserve_rng_state=True", OTHER_AUTOCAST),
     ),
     mutant(
         "ac-in-another-precision",
