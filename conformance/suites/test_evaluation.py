@@ -366,9 +366,6 @@ def test_uneven_validation(runs: Runs) -> None:
         raise NotApplicable(f"the adapter cannot hand over a smaller batch: {error}") from None
     rows = validation(recipe)
     evaluated = logits_of([f for f in evaluations(recipe, run) if f.update == recipe.updates], rows)
-    with contextlib.suppress(NotApplicable):
-        if runs.policy.leftovers(recipe, "validation") == "weighed" and len(evaluated) != len(rows):
-            raise Violation(
-                f"all {len(rows)} validation sequences, in a smaller last batch", f"{len(evaluated)} of them"
-            )
+    if len(evaluated) != len(rows):
+        raise Violation(f"all {len(rows)} validation sequences, in a smaller last batch", f"{len(evaluated)} of them")
     reports_mean(recipe, [run])

@@ -16,10 +16,6 @@ OUTSIDE = """\
             fabric.backward(loss)
 """
 FORWARD = "reference.model.gpt:GPT.forward"
-OTHER_AUTOCAST = (
-    "preserve_rng_state=True, determinism_check='none', context_fn=lambda: (__import__('contextlib').nullcontext(), "
-    "torch.autocast('cpu', dtype=torch.float16))"
-)
 
 MUTANTS = [
     mutant(
@@ -113,12 +109,6 @@ MUTANTS = [
             "fabric.backward(loss)",
             'config.precision == "32-true" or self.wrapped.zero_grad(); fabric.backward(loss)',
         ),
-    ),
-    mutant(
-        "ac-in-another-autocast",
-        "ACC-9",
-        "Megatron-LM#7538, pytorch#148831",
-        (FORWARD, "preserve_rng_state=True", OTHER_AUTOCAST),
     ),
     mutant(
         "ac-in-another-precision",
