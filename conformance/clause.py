@@ -16,7 +16,8 @@ from conformance.runs import Runs
 
 CHAPTERS = {
     "INIT": "initial weights",
-    "OPT": "optimizer keywords",
+    "MODEL": "the function that the model computes",
+    "OPT": "optimizers and their keywords",
     "DECAY": "groups and weight decay",
     "LOSS": "what is minimised",
     "PREC": "precision",
@@ -28,6 +29,7 @@ CHAPTERS = {
     "RESUME": "save and resume",
     "DATA": "order and content of data",
     "EVAL": "evaluation",
+    "DIST": "several ranks",
     "REPORT": "what the run reports",
     "CAUSAL": "what a logit may depend on",
     "TIE": "tied embedding and head",

@@ -220,7 +220,7 @@ COARSE_BOUND = 5e-2
     why="A gradient that is right in float32 may be divided twice, or not at all, where a scaler or another code path "
     "takes over.",
     mend="Scale the loss in one place for all precisions.",
-    source="deepspeedai/DeepSpeed#2768, NVIDIA/apex#1016",
+    source="deepspeedai/DeepSpeed#2768, ISEEKYAN/Megatron-LM#149, linkedin/Liger-Kernel#830",
     bound="5e-2 of the gradient vector (healthy: 5e-3; the last microbatch only: 0.87)",
 )
 def test_split_in_16_bits(runs: Runs) -> None:
@@ -259,7 +259,7 @@ def test_activations_computed_again_in_16_bits(runs: Runs) -> None:
     needs=("microbatches",),
     why="The sequences of a small microbatch weigh more than others, at the end of every epoch.",
     mend="Weigh each microbatch by its number of targets, or make no smaller ones and say so in the policy.",
-    source="huggingface/transformers#34191, Lightning-AI/pytorch-lightning#16425",
+    source="huggingface/transformers#34191, meta-pytorch/torchtune#1878",
     bound="as ACC-1 (healthy: 1.4e-7; every microbatch weighs the same: 0.2)",
 )
 def test_smaller_microbatch(runs: Runs) -> None:

@@ -124,7 +124,7 @@ def test_clipped_in_16_bits(runs: Runs) -> None:
     level="should",
     why="Gradients that are repaired element by element step along a direction that no loss has.",
     mend="Leave the update out, or end the run; do not replace NaN by zero.",
-    source="Lightning-AI/pytorch-lightning#21928, deepspeedai/DeepSpeed#4017 (NaN and inf cleared in place)",
+    source="Lightning-AI/pytorch-lightning#21928; torch.nan_to_num_ on gradients, as many recipes have it",
     bound="bit equality of the weights before and after the update with the NaN",
 )
 def test_not_finite_is_left_out(runs: Runs) -> None:

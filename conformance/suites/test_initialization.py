@@ -235,7 +235,7 @@ def test_ranks_start_equal(runs: Runs) -> None:
     needs=("tied",),
     why="A tied tensor is initialised twice, and what comes last wins: often the head's larger scale.",
     mend="Tie before initialising, and skip a tensor that has been drawn already.",
-    source="huggingface/transformers#28802 (tied weights initialised again), facebookresearch/lingua#75",
+    source="huggingface/transformers#46620 (init over tensors that have their values), facebookresearch/lingua#75",
     bound="as INIT-2",
 )
 def test_declared_distribution_tied(runs: Runs) -> None:
@@ -249,7 +249,7 @@ def test_declared_distribution_tied(runs: Runs) -> None:
     needs=("foreign-module",),
     why="A module that was built with weights of its own, pretrained or designed, is overwritten without a word.",
     mend="Initialise your own model only; leave what another constructor has set.",
-    source="huggingface/transformers#46620 (init over loaded tensors), litgpt pretrain (initialises every nn.Linear)",
+    source="huggingface/transformers#46620 (init over loaded tensors), litgpt initialize_weights (every nn.Linear)",
 )
 def test_foreign_module_keeps_its_start(runs: Runs) -> None:
     """A module from another library starts from the values that its own constructor gave it."""

@@ -234,3 +234,26 @@ def test_rotary_tables(runs: Runs) -> None:
     if not tables:
         raise NotApplicable("the model keeps no table by position; it computes positions anew in each forward")
     precision.tables_close(tables, coarse.buffers)
+
+
+@clause(
+    "PREC-8",
+    since="0.2",
+    level="should",
+    why="A part of the model that computes in float32 costs twice the time and memory, and one in 16 bits under "
+    "32-true loses two of three decimal digits.",
+    mend="Look for an autocast that is switched off around some modules, and for weights or inputs that are cast.",
+    source="Lightning-AI/lightning-thunder#725 (autocast not applied to some operations)",
+    bound="dtype of the output of each nn.Linear but the head",
+)
+def test_linears_compute_as_asked(runs: Runs) -> None:
+    """In training every linear layer but the head computes in the precision asked for."""
+    seen_any = False
+    for name in runs.precisions():
+        run = runs.trace(Recipe(precision=name))
+        for forward in run.training_forwards():
+            inner = dict(list(forward.linears.items())[:-1])  # the head is called last
+            seen_any |= bool(inner)
+            precision.dtypes_are(inner, COMPUTE[name], f"outputs of linear layers under {name}")
+    if not seen_any:
+        raise NotApplicable("the model calls no nn.Linear but its head")

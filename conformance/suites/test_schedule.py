@@ -80,7 +80,7 @@ EDGES = {
     needs=("schedule",),
     why="A short run, or one without a warm-up, meets divisions by zero and rates beyond the declared ones.",
     mend="Try a schedule with no warm-up, with one update, and with a warm-up as long as the run.",
-    source="huggingface/transformers#5710, karpathy/nanoGPT get_lr (division by the length of the decay)",
+    source="karpathy/nanoGPT get_lr (divides by the length of the decay), nanoGPT dc81cb36",
     bound="as LR-1; or an error before the first update",
 )
 def test_rates_at_the_edges(runs: Runs) -> None:

@@ -97,7 +97,7 @@ MUTANTS = [
     mutant(
         "accum-not-divided-in-16-bits",
         "ACC-8",
-        "apex#1016 (a loss that a scaler's code path divides)",
+        "a loss that a scaler's code path was to divide",
         (UPDATE, LOSS, LOSS + ' * (1 if config.precision == "32-true" else len(pairs))'),
     ),
     mutant(
@@ -124,7 +124,7 @@ MUTANTS = [
     mutant(
         "accum-smaller-microbatch-weighs-more",
         "ACC-10",
-        "transformers#34191, pytorch-lightning#16425",
+        "transformers#34191, torchtune#1878",
         (UPDATE, LOSS, "loss = batch_loss(self.wrapped, ids, targets) / len(ids) / targets.size(1) / len(pairs)"),
     ),
 ]

@@ -95,7 +95,7 @@ MUTANTS = [
     mutant(
         "nan-replaced-by-zero",
         "CLIP-6",
-        "DeepSpeed#4017",
+        "torch.nan_to_num_ on gradients",
         (UPDATE, CALL, f"[p.grad.nan_to_num_(0.0) for p in {PARAMETERS}] and {CALL}"),
     ),
     mutant(

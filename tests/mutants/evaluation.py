@@ -85,7 +85,7 @@ MUTANTS = [
     mutant(
         "eval-one-position-late",
         "EVAL-9",
-        "huggingface/transformers#20475 (positions counted from another start in generation)",
+        "positions counted from another start in generation",
         (
             FORWARD,
             "torch.arange(start, end, device=ids.device)",
@@ -117,7 +117,7 @@ MUTANTS = [
     mutant(
         "val-mean-of-means",
         "EVAL-12",
-        "keras#10398, transformers#34191",
+        "transformers#34191, in evaluation",
         (EVALUATE, "batch_loss(model, ids, targets)", "batch_loss(model, ids, targets) / (targets != IGNORE).sum()"),
         (EVALUATE, "sums[1] += (targets != IGNORE).sum()", "sums[1] += 1"),
     ),

@@ -129,7 +129,7 @@ MUTANTS = [
     mutant(
         "tied-head-drawn-again",
         "INIT-12",
-        "transformers#28802",
+        "transformers#46620 (drawn a second time)",
         (
             INITIALIZE,
             "modules = [module for module in model.modules() if owns_tensors(module)]",

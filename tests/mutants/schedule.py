@@ -59,7 +59,7 @@ MUTANTS = [
     mutant(
         "warmup-cut-to-the-run",
         "LR-4",
-        "transformers#5710 (warm-up longer than the run)",
+        "a warm-up longer than the run, cut the wrong way",
         (SCHEDULE, "if update < warmup:", "if update < min(warmup, updates - 1):"),
     ),
     mutant(
