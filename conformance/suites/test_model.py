@@ -10,7 +10,6 @@ from conformance.recording.trace import Named
 from conformance.runs import Runs
 from conformance.suites import ADAMW, shapes
 
-
 QUICK = OptimizerChoice.of(ADAMW, lr=0.1)
 """Moves the weights far, in a few updates: at small ones an activation is nearly a line."""
 BOUND = 1e-5  # of the root mean square of the logits
