@@ -6,13 +6,12 @@ parameter groups stumble over: memory tokens, memory keys/values, gains that are
 """
 
 import importlib.metadata
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from x_transformers import Decoder, TransformerWrapper
 
 from conformance import Checkpoint, Constant, Normal, Recipe, TensorInfo, Uniform
@@ -42,9 +41,6 @@ class XTransformersPolicy(ReferencePolicy):
         if recipe.decay == "ndim" or recipe.module is not None:
             return super().decays(recipe, tensor)
         return tensor.name.endswith(tuple(f"{part}.weight" for part in MATRICES))
-
-    def logits(self, recipe: Recipe, weights: Mapping[str, Tensor], ids: Tensor) -> Tensor | None:
-        return None  # its options have papers of their own
 
 
 def build(recipe: Recipe) -> nn.Module:

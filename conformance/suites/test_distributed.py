@@ -85,6 +85,8 @@ def test_ranks_split_each_update(runs: Runs) -> None:
     recipe = on_two_ranks(everyday(runs))
     rows = torch.cat([torch.cat(recipe.batches(rank)) for rank in range(2)])
     first, second = (by_update(run, rows) for run in runs.ranks(recipe))
+    if len(first) != recipe.updates or len(second) != recipe.updates:
+        raise Violation(f"{recipe.updates} updates on each rank", f"{len(first)} on rank 0 and {len(second)} on rank 1")
     share = len(rows) // 2 // recipe.updates
     for update in range(recipe.updates):
         own = list(range(update * share, (update + 1) * share))
