@@ -9,12 +9,12 @@ from tempfile import TemporaryDirectory
 import torch
 
 from conformance.checks.comparison import states_equal, tensors_equal
-from conformance.checks.schedule import rates_are
+from conformance.checks.schedule import rates_are, rates_of
 from conformance.clause import clause
 from conformance.errors import NotApplicable, NotWritten, RunFailed, Violation, describe_error, quoted
 from conformance.recipe import OptimizerChoice, Recipe
 from conformance.recording.snapshot import equal_values
-from conformance.recording.trace import Checkpoint, Trace
+from conformance.recording.trace import Checkpoint, Trace, Update
 from conformance.runs import Runs
 from conformance.suites import (
     ADAMW,
@@ -67,7 +67,38 @@ def test_goes_on_as_if_never_interrupted(runs: Runs) -> None:
     for number, update, other in paired(
         whole.updates[2:], later, "the resumed run against the run that was never interrupted"
     ):
-        tensors_equal(update.after, other.after, f"parameters after update {number + 2} of the resumed run")
+        same_after(update, other, f"parameters after update {number + 2} of the resumed run")
+
+
+def same_after(one: Update, other: Update, what: str) -> None:
+    """Check that an update of a resumed run ends with the parameters of the same one that was not interrupted.
+
+    Args:
+        one: the update of the run that was not interrupted.
+        other: the same one of the resumed run.
+        what: begins the message.
+
+    Raises:
+        Violation: with the cause, if it shows, and the tensors that differ.
+    """
+    try:
+        tensors_equal(one.after, other.after, what)
+    except Violation as error:
+        raise Violation(error.expected, f"{cause_of(one, other)}: {error.seen}") from None
+
+
+def cause_of(one: Update, other: Update) -> str:
+    """Return what the first difference between two updates is, which should be the same."""
+    if rates_of(one.groups) != rates_of(other.groups):
+        return "another learning rate"
+    if any(not equal_values(t, other.before.get(name)) for name, t in one.before.items()):
+        return "other parameters before the update already"
+    states = [(tuple(s.items()), tuple(other.state_before.get(n, {}).items())) for n, s in one.state_before.items()]
+    if not all(equal_values(first, second) for first, second in states):
+        return "another state of the optimizer"
+    if any(not equal_values(gradient, other.gradients.get(name)) for name, gradient in one.gradients.items()):
+        return "another gradient from the same parameters, so other sequences (see RESUME-2) or random numbers"
+    return "another step from the same parameters, state and gradient"
 
 
 @clause(
@@ -213,7 +244,7 @@ def same_from(runs: Runs, recipe: Recipe, update: int, what: str) -> None:
     whole = runs.trace(recipe)
     later = resumed(runs, recipe, whole, update)
     for number, one, other in paired(whole.updates[update:], later.updates, f"{what}, the resumed run"):
-        tensors_equal(one.after, other.after, f"{what}: parameters after update {number + update} of the resumed run")
+        same_after(one, other, f"{what}: parameters after update {number + update} of the resumed run")
 
 
 @clause(

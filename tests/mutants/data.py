@@ -122,14 +122,23 @@ MUTANTS = [
         "DATA-9",
         "ids beyond the vocabulary taken modulo",
         (WITHIN, "config = getattr(module, 'config', None)".replace("'", '"'), "config = None"),
-        ("reference.model.gpt:GPT.forward", "self.embedding(ids.long())", "self.embedding(ids.long() % 128)"),
-        ("reference.model.loss:token_loss", "targets.flatten()", "targets.flatten() % 128"),
+        (
+            "reference.model.gpt:GPT.forward",
+            "self.embedding(ids.long())",
+            "self.embedding(ids.long() % self.config.vocab_size)",
+        ),
+        (
+            "reference.model.loss:token_loss",
+            "targets.flatten()",
+            "targets.flatten().remainder(logits.size(-1)).masked_fill(targets.flatten() == IGNORE, IGNORE)",
+        ),
     ),
     mutant(
         "ids-clamped",
         "DATA-9",
         "JAX's gather, which clamps",
         (WITHIN, "config = getattr(module, 'config', None)".replace("'", '"'), "config = None"),
-        ("reference.training.batches:on_device", "return tokens.to(", "return tokens.clamp(max=127).to("),
+        ("reference.model.gpt:GPT.forward", "ids.long()", "ids.long().clamp(max=self.config.vocab_size - 1)"),
+        ("reference.model.loss:token_loss", "targets.flatten()", "targets.flatten().clamp(max=logits.size(-1) - 1)"),
     ),
 ]
