@@ -166,7 +166,9 @@ class Form:
         """Return simple faults, the most direct first, with the settings under which the form makes them."""
         found = list(self.flaws)
         if number(settings, "weight_decay", 0.0):
+            decay = number(settings, "weight_decay", 0.0)
             found.append(("it moves as if there were no weight decay", {"weight_decay": 0.0}))
+            found.append(("it moves as if weight decay were applied twice", {"weight_decay": 2 * decay}))
         if "eps" in self.settings:
             found += [
                 (f"it moves as if eps were {eps:g}", {"eps": eps}) for eps in (1e-8, 1e-6, 1e-5, 1e-10, 1e-12, 0.0)

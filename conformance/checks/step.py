@@ -135,6 +135,8 @@ def deviation(
     if best[0].wrong:
         rest = max(best[0].allowed, best[0].error / 10)
         words = explain(form, old, g, settings, kept, new - old, rest)
+        if before.dtype == torch.float32 and bool((after == after.bfloat16()).all()) and new.any():
+            words = "the weights after it are rounded to bfloat16"
         return Deviation(**{**vars(best[0]), "cause": words}), best[1]
     return best
 

@@ -19,6 +19,7 @@ from conformance.suites import (
     DECAYING,
     EIGHT_BIT,
     GROK,
+    OTHERS,
     PAGED_8BIT,
     RMSPROP,
     SGD,
@@ -363,14 +364,6 @@ def test_step_is_the_closed_form(runs: Runs) -> None:
     """
     recipe = interrupted(runs) if runs.has("resume") else everyday(runs, DECAYING)
     steps_follow(seen(runs.trace(recipe)))
-
-
-OTHERS = (
-    OptimizerChoice.of(SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
-    OptimizerChoice.of(RMSPROP, lr=1e-3, alpha=0.9, momentum=0.9, eps=1e-5),
-    OptimizerChoice.of("torch.optim.Adam", lr=1e-3, betas=(0.8, 0.95), weight_decay=0.1),
-    OptimizerChoice.of("torch.optim.NAdam", lr=1e-3, weight_decay=0.1),
-)
 
 
 @clause(

@@ -112,7 +112,7 @@ MUTANTS = [
     mutant(
         "eps-of-its-own",
         "OPT-14",
-        "DeepSpeed#1135, facebookresearch/fairseq#2022 (eps where the kernel puts it)",
+        "NVIDIA-NeMo/Speech#775 (an eps that is not the configured one)",
         (
             BUILD,
             BUILT,
@@ -172,7 +172,7 @@ MUTANTS = [
     mutant(
         "weights-rounded-inside-the-step",
         "OPT-14 OPT-15",
-        "DeepSpeed#1820 (weights stored in 16 bits beside an optimizer in 32)",
+        "nanotron#245 (weights stored in 16 bits beside an optimizer in 32)",
         (
             BUILD,
             BUILT,
@@ -210,7 +210,7 @@ MUTANTS = [
     mutant(
         "coarse-gradients-vanish",
         "OPT-16",
-        "Nerogar/OneTrainer#996 (gradients cast to float8 on the way)",
+        "gradients cast to a narrower dtype on the way",
         (
             BUILD,
             BUILT,
