@@ -34,6 +34,7 @@ FLOORS = {
         ["reference.errors"],
         ["reference.config", "reference.files"],
         ["reference.model", "reference.optimizers", "reference.data"],
+        ["reference.finetuning"],
         ["reference.checkpoint", "reference.embedding", "reference.prepare"],
         ["reference.training", "reference.interchange"],
         ["reference.cli"],
