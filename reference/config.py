@@ -339,7 +339,7 @@ WORDS = {
 }
 
 
-def as_plain(config: GPTConfig | TrainConfig | DataConfig) -> dict[str, Any]:
+def as_plain(config: Any) -> dict[str, Any]:
     """Return the configuration as a dictionary of plain values, as it is written beside a checkpoint."""
     values = {entry.name: getattr(config, entry.name) for entry in fields(config)}  # asdict() would copy any mapping
     return {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}

@@ -258,7 +258,10 @@ def put_into(model: nn.Module, saved: dict[str, Tensor], path: Path) -> None:
     if casts:
         logger.warning("checkpoint: %s is loaded in another dtype: %s", path, ", ".join(sorted(casts)))
     model.load_state_dict(kept)
-    load_packed(model, saved)
+    try:
+        load_packed(model, saved)
+    except ConfigurationError as error:
+        raise CheckpointError(f"{path} cannot be used: {first_line(error)}.") from error
 
 
 def load_state(folder: Path) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def add_adapters(module: nn.Module, names: list[str], config: FinetuneConfig, se
     kept = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
     lora = LoraConfig(
         r=config.lora_rank,
-        lora_alpha=config.scale * config.lora_rank,
+        lora_alpha=config.alpha,
         lora_dropout=config.lora_dropout,
         target_modules=names,
         bias="none",
@@ -49,8 +49,11 @@ def add_adapters(module: nn.Module, names: list[str], config: FinetuneConfig, se
     finally:
         for name in flags:
             delattr(module, name)
+    stored = next(p.dtype for n, p in module.named_parameters() if ".lora_" not in n and p.is_floating_point())
     for name, parameter in module.named_parameters():
-        if ".lora_" not in name:  # peft freezes all but its own
+        if ".lora_" in name:  # peft takes the dtype that a quantised layer computes in
+            parameter.data = parameter.data.to(stored)
+        else:  # and it freezes all but its own
             parameter.requires_grad_(kept[name.replace(".base_layer.", ".")])
     draw(module, seed)
 

@@ -21,7 +21,7 @@ class FinetuneConfig:
     lora_rank: int | None = None
     """Freeze the weights, and train LoRA adapters of this rank (https://arxiv.org/abs/2106.09685) on each linear layer
     of the blocks; needs peft. None: every weight is trained."""
-    lora_alpha: float | None = None
+    lora_alpha: int | None = None
     """What the adapters add is multiplied by lora_alpha / lora_rank. None: twice the rank."""
     lora_dropout: float = 0.0
     """Probability of dropping an input of the adapters."""
@@ -46,17 +46,20 @@ class FinetuneConfig:
                     f"{name} is {getattr(self, name)}, but it belongs to LoRA, and lora_rank is None: set lora_rank "
                     f"too, or leave {name} out."
                 )
-        if self.lora_alpha is not None and not 0.0 < self.lora_alpha < float("inf"):
-            raise ConfigurationError(f"lora_alpha is {self.lora_alpha}: give a positive number, or None.")
+        if self.lora_alpha is not None and self.lora_alpha < 1:
+            raise ConfigurationError(f"lora_alpha is {self.lora_alpha}: give at least 1, or None for twice the rank.")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ConfigurationError(f"lora_dropout is {self.lora_dropout}, but must be in [0, 1).")
 
     @property
+    def alpha(self) -> int:
+        """lora_alpha, resolved; 0 without adapters."""
+        return 2 * (self.lora_rank or 0) if self.lora_alpha is None else self.lora_alpha
+
+    @property
     def scale(self) -> float:
         """What the product of the adapters' matrices is multiplied by."""
-        if self.lora_rank is None:
-            return 0.0
-        return (2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha) / self.lora_rank
+        return self.alpha / (self.lora_rank or 1)
 
 
 def saved_finetuning(config: Mapping[str, Any]) -> FinetuneConfig:

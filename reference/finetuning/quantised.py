@@ -130,21 +130,36 @@ def unpacked(weight: Tensor, parts: Mapping[str, Tensor], layer: str) -> Tensor:
     """Return a 4-bit weight as float32; ``parts`` are its scales and codes by bitsandbytes' names."""
     from bitsandbytes.functional import dequantize_4bit
 
-    state = quant_state(parts, weight.device, layer)
-    if state.shape.numel() > 2 * weight.numel():
-        raise ConfigurationError(f"the packed weight of {layer} has fewer elements than its shape {tuple(state.shape)}")
+    state = quant_state(parts, weight, layer)
     whole: Tensor = dequantize_4bit(weight, state)
     return whole.float()
 
 
-def quant_state(parts: Mapping[str, Tensor], device: torch.device, layer: str) -> Any:
-    """Return bitsandbytes' QuantState of what a state dict holds; raise ConfigurationError if it cannot be one."""
+def quant_state(parts: Mapping[str, Tensor], weight: Tensor, layer: str) -> Any:
+    """Return bitsandbytes' QuantState of what a state dict holds beside a packed weight.
+
+    Raises:
+        ConfigurationError: if it cannot be one, or does not fit the weight: kernels do not look, and would read beyond
+            the end.
+    """
     from bitsandbytes.functional import QuantState
 
     try:
-        return QuantState.from_dict(dict(parts), device)
+        state = QuantState.from_dict(dict(parts), weight.device)
+        size, scales = state.shape.numel(), state.absmax
+        fits = [weight.dtype == torch.uint8, weight.numel() == -(-size // 2), state.code.numel() == 16]
+        fits += [state.blocksize >= 1, scales.numel() == -(-size // state.blocksize)]
+        if state.nested:
+            inner = state.state2
+            fits += [scales.dtype == torch.uint8, inner.blocksize >= 1, inner.code.numel() == 256]
+            fits.append(inner.absmax.numel() == -(-scales.numel() // inner.blocksize))
+        else:
+            fits.append(scales.dtype == torch.float32)
     except Exception as error:  # of tensors that were forged, anything
         raise ConfigurationError(f"the scales of {layer} cannot be read ({shown(first_line(error))})") from error
+    if not all(fits):
+        raise ConfigurationError(f"the scales of {layer} do not fit its packed weight of {weight.numel()} bytes")
+    return state
 
 
 def without_packed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -154,7 +169,11 @@ def without_packed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_packed(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load what ``without_packed`` leaves out: the scales and codes of a module's quantised layers, in place."""
+    """Load what ``without_packed`` leaves out: the scales and codes of a module's quantised layers, in place.
+
+    Raises:
+        ConfigurationError: if they, which may come from a forged file, do not fit.
+    """
     for name, layer in module.named_modules():
         if not is_quantised(layer):
             continue
@@ -166,6 +185,11 @@ def load_packed(module: nn.Module, state: Mapping[str, Tensor]) -> None:
         }
         if type(layer).__name__ == "Linear8bitLt":
             holder = own.state if own.weight.SCB is None else own.weight  # it moves there at the first forward
+            if parts["SCB"].shape != holder.SCB.shape:
+                raise ConfigurationError(f"the scales of {name} do not fit its {len(holder.SCB)} rows")
             holder.SCB.copy_(parts["SCB"])
             continue
-        own.weight.quant_state = own.quant_state = quant_state(parts, own.weight.device, name)
+        state_of = quant_state(parts, own.weight, name)
+        if tuple(state_of.shape) != (own.out_features, own.in_features):
+            raise ConfigurationError(f"{name} has the shape {tuple(state_of.shape)} there")
+        own.weight.quant_state = own.quant_state = state_of
