@@ -73,7 +73,7 @@ def norm_as_it_comes(wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    with patch("reference.finetuning.prepare.fit_norm", lambda part: 0.0):
+    with patch("reference.finetuning.prepare.fit_norm", lambda _: 0.0):
         yield
 
 

@@ -59,7 +59,7 @@ def difference(model: Any, folder: Path) -> float:
     return float((model.eval()(ids).logits - load_for_inference(folder)(ids)).abs().max())
 
 
-# peft 0.21 reads a name that transformers 5.24 has replaced; and it warns that embedding and head are apart from now on.
+# peft 0.21 reads a name that transformers 5.24 has replaced, and warns that embedding and head are apart from now on.
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True. and a tied layer:UserWarning")
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
