@@ -91,7 +91,7 @@ def same_first_loss(before: float, after: float, messages: Iterable[str]) -> Non
 
 
 def tells(message: str, before: float, after: float) -> bool:
-    """Return True if a message speaks of a loss and has both values of it, or says that it moves and has the difference.
+    """Return True if a message speaks of a loss, and has both values of it, or says that it moves and by how much.
 
     Numbers are taken to be right if they are within a twentieth of the difference, or rounded to four digits.
     """

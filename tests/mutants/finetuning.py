@@ -55,7 +55,7 @@ MUTANTS = [
         (
             OVERRIDE,
             "for module in wide] + registered",
-            "for module in [*wide, *(m for n, m in model.named_modules() if n.endswith('.lora_A.default'))]] + registered",
+            "for module in [*wide, *(m for n, m in model.named_modules() if n.endswith('_A.default'))]] + registered",
         ),
     ),
     mutant("scales-not-restored", "EMB-14", "-", (PUT, "load_packed(model, saved)", "pass")),
