@@ -80,13 +80,17 @@ class Transformers:
         ordered = Stream({key: row, "labels": labels} for row, labels in pairs)
         shuffled = recipe.samples and [{key: row, "labels": row} for row in recipe.dataset()]
         Trainer(
-            model_init=lambda: foreign() if foreign else AutoModelForCausalLM.from_config(config, dtype=dtype),
+            model_init=lambda: foreign() if foreign else self.model(recipe, config, dtype),
             args=HfArgumentParser(TrainingArguments).parse_args_into_dataclasses([*options, str(recipe.directory)])[0],
             train_dataset=shuffled or ordered,
             eval_dataset=Stream({key: row, "labels": row} for row in rows(recipe.validation_batches)),
             optimizer_cls_and_kwargs=(pydoc.locate(optimizer["class_path"]), optimizer["init_args"]),
             compute_loss_func=foreign and (lambda *args, **count: ForCausalLMLoss(*args, recipe.vocab_size, **count)),
         ).train(resume_from_checkpoint=recipe.resume and str(recipe.resume.find("trainer_state.json").parent))
+
+    def model(self, recipe: Recipe, config: Any, dtype: torch.dtype) -> Any:
+        """Return the model to train; the subject transformers-peft has another."""
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
     def load(self, checkpoint: Checkpoint) -> nn.Module:
         return AutoModelForCausalLM.from_pretrained(checkpoint.find("config.json").parent)

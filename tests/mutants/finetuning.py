@@ -67,7 +67,7 @@ MUTANTS = [
     ),
     mutant(
         "first-loss-moves-unsaid",
-        "EMB-15",
+        "EMB-15 EMB-18",
         "litgpt finetune/lora.py",
         ("reference.training.starting:announce", "if not run.changes or not pairs:", "if True:"),
     ),
