@@ -173,7 +173,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axis.set_xlabel("update")
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize=8)
-    axes[0].set_ylabel("validation loss minus AdamW's, nats per token")
+    axes[0].set_ylabel("validation loss minus AdamW's, nats")
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
 
