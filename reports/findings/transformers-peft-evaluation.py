@@ -1,8 +1,8 @@
 """transformers, peft and bitsandbytes on the CPU: fine-tuning a 4-bit GPT-2 stops after the first evaluation.
 
 The Trainer evaluates after every second update. On a CPU with AVX512-BF16, bitsandbytes packs the 4-bit weights anew in
-evaluation, and its training forward then fails (bitsandbytes-cpu-evaluation.py shows why). A Llama, whose layers have no
-biases, goes on, and its first layers get no gradient any more.
+evaluation, and its training forward then fails (bitsandbytes-cpu-evaluation.py shows why). A Llama, whose layers have
+no biases, goes on, and its first layers get no gradient any more.
 """
 
 import tempfile
