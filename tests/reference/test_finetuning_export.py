@@ -42,7 +42,7 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(params=KINDS.values(), ids=KINDS)
+@pytest.fixture(params=KINDS.values(), ids=list(KINDS))
 def theirs(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     name, config = request.param
     torch.manual_seed(0)

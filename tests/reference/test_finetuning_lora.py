@@ -27,7 +27,7 @@ MERGED = {kind: 0.3 if kind == "int8" else 3e-5 for kind in KINDS}
 OPTIONS: dict[str, dict[str, Any]] = {"plain": EIGHT_BIT, "stable": {**EIGHT_BIT, "stable_embedding": True}}
 
 
-@pytest.fixture(scope="module", params=SHAPES.values(), ids=SHAPES)
+@pytest.fixture(scope="module", params=SHAPES.values(), ids=list(SHAPES))
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return trained(tmp_path_factory.mktemp("base"), request.param)
 
