@@ -47,8 +47,8 @@ class Transformers:
         "16-mixed": "on the CPU accelerate leaves fp16 off, and does not say so",
         "logits-opt-out": "accelerate's prepare_model always converts what leaves autocast to float32",
         "stable-embedding": "create_optimizer gives nn.Embedding 32-bit state, and swaps nothing",
-        "finetune": "this adapter trains every weight; adapters by peft are the subject transformers-peft",
-        "quantised": "this adapter trains every weight",
+        "finetune": "this adapter trains every weight; the subject transformers-peft does not",
+        "quantised": "this adapter trains every weight; the subject transformers-peft does not",
         "meta-init": "Trainer moves the model with .to(device), which raises for one on the meta device",
     }
 

@@ -212,8 +212,11 @@ def test_first_loss_is_that_of_the_base(runs: Runs) -> None:
 
 
 def first_loss(run: Trace, recipe: Recipe) -> float:
-    """Return the loss of the first forward in training, in nats per token."""
-    return loss_of(run.training_forwards(0)[0].scores, recipe)
+    """Return the loss of the first forward in training, in nats per token. Raises Violation if there is none."""
+    forwards = run.training_forwards(0)
+    if not forwards:
+        raise Violation("a forward in training before the first update", "there is none")
+    return loss_of(forwards[0].scores, recipe)
 
 
 def base_loss(runs: Runs, recipe: Recipe) -> float:
