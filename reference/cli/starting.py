@@ -21,13 +21,15 @@ def start_of(contents: Sequence[dict[str, Any]], words: Sequence[str]) -> Path |
         words: of the command line, as pairs ``--init_from``, folder, or joined by ``=``.
 
     Raises:
-        ConfigurationError: if a preset is named beside it, which has a shape of its own.
+        ConfigurationError: if a preset is named beside it, which has a shape of its own, or the name is empty.
     """
     named = value_of(words, "--init_from")
     if named is not None and value_of(words, "--preset") is not None:
         raise ConfigurationError(
             "--preset gives a model's shape, and --init_from takes it from a folder: leave one out."
         )
+    if named == "":  # such as a variable of the shell that is not set
+        raise ConfigurationError("--init_from: the name is empty.")
     complete = any("model" in content for content in contents)
     filed = next((content["init_from"] for content in contents if content.get("init_from")), None)
     start = named if named is not None else None if complete else filed

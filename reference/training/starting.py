@@ -102,6 +102,8 @@ def announce(run: Run, base: GPT, pairs: Pairs, folder: str | Path) -> None:
     base.to("cpu")
     counted = reduce(run.fabric, count_targets(pairs[:1]).double().cpu(), "sum")
     before, after = (float(reduce(run.fabric, total, "sum") / counted.clamp(min=1)) for total in sums)
+    if run.fabric.global_rank > 0:
+        return
     logger.warning(
         "start: the first loss is %.4f nats per token, and that of %s is %.4f, so it moves by %+.4f, because of %s",
         *(after, folder, before, after - before, " and ".join(run.changes)),

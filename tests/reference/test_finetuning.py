@@ -166,6 +166,7 @@ def test_a_rate_of_pretraining_is_told(started: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
+        (["--init_from", ""], "--init_from: the name is empty."),
         (["--init_from", "nowhere"], "nowhere is not a checkpoint and holds none: "),
         (["--init_from", "out/base", "--preset", "tiny"], "--preset gives a model's shape, and --init_from takes it"),
         (["--init_from", "theirs"], "theirs is a folder of transformers: make a checkpoint of it with 'python -m"),
