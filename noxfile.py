@@ -26,10 +26,12 @@ PACKAGE = ".[reference,optimizers,bench,{}]"  # what the default sessions need, 
 PEERS = {  # the stacks of the matrix: subject, and what pip installs for it beside this package
     "litgpt-0.4.12": ("litgpt", ["jsonargparse[signatures]", "requests", "tokenizers", "tqdm"]),
     "litgpt-0.5.13": ("litgpt", ["litgpt==0.5.13", "requests"]),
+    "litgpt-lora": ("litgpt-lora", ["litgpt==0.5.13", "requests"]),
     "transformers": ("transformers", ["transformers", "accelerate"]),
+    "transformers-peft": ("transformers-peft", ["transformers", "accelerate", "peft"]),
     "x-transformers": ("x-transformers", ["x-transformers"]),
     "plain-loop": ("examples.plain_loop_adapter:PlainLoop", []),
-    "reference": ("reference", []),
+    "reference": ("reference", ["peft"]),
 }
 PYTHONS, TORCHES = ("3.11", "3.12", "3.13"), ("2.11.0", "2.12.1", "2.13.0", "2.14.1")
 
@@ -79,6 +81,8 @@ def install(session: nox.Session, extras: list[str], alone: str = "") -> None:
     installed = stamp.read_text().split() if stamp.exists() else []
     files = [HERE / "pyproject.toml", HERE / "constraints.txt"]
     wanted = [hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()]
+    if not extras and not alone and not installed:
+        extras = ["finetune"]  # what the reference's own clauses on fine-tuning train with; it does not suit litgpt
     names = [*extras, *filter(None, [alone])]
     if installed[:1] == wanted and (not names or names == installed[1:]):
         return  # nothing changed: pip would take seconds to find that out
@@ -88,7 +92,7 @@ def install(session: nox.Session, extras: list[str], alone: str = "") -> None:
 
     session.log(f"Installing {', '.join(['PyTorch and the tools', *names])}: this takes minutes, and happens once.")
     if names != installed[1:]:
-        pip("uninstall", "--quiet", "--yes", *sorted(EXTRAS), "accelerate")
+        pip("uninstall", "--quiet", "--yes", *sorted(EXTRAS), "accelerate", "peft")
     pip("install", "--quiet", "--upgrade", "pip>=25.1")  # knows --group
     groups = ("--group", "lint", "--group", "build", "--group", "test")
     target = PACKAGE.format(",".join(extras)).replace(",]", "]")
@@ -124,7 +128,7 @@ def bench(session: nox.Session) -> None:
     if not small and _python != sys.executable and shutil.which("nvidia-smi"):
         # What the bench measures beside the reference. LitGPT alone: what it requires does not go together with
         # transformers, and its model needs none of it.
-        install(session, ["torchao", "transformers", "x-transformers"], alone="litgpt")
+        install(session, ["finetune", "torchao", "transformers", "x-transformers"], alone="litgpt")
     run_to_its_result(session, "-m", "conformance.bench", *session.posargs)
 
 
@@ -144,9 +148,10 @@ def mutants(session: nox.Session) -> None:
 def parity(session: nox.Session) -> None:
     """Run the tests that need the real transformers, in an environment of its own: litgpt wants another release."""
     groups = ("--group", "test")
-    target = PACKAGE.format("transformers")
+    target = PACKAGE.format("transformers,finetune")
     session.install("--quiet", "--constraint", "constraints.txt", "--editable", target, *groups)
     names = ["reference/test_huggingface_parity", "conformance/test_subject_transformers", "bench/test_training"]
+    names += [f"reference/test_finetuning{part}" for part in ("", "_lora", "_export")]
     files = [f"tests/{name}.py" for name in names]
     session.run("python", "-m", "pytest", *files, *session.posargs, env=VARIABLES | NO_GPU)
 

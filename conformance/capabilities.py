@@ -44,6 +44,16 @@ CAPABILITIES = {
     "16-mixed": Capability("computes in float16 with float32 weights"),
     "logits-opt-out": Capability("can be told to leave logits in the dtype they were computed in", extension=True),
     "stable-embedding": Capability("can train with bitsandbytes' StableEmbedding", extension=True),
+    "finetune": Capability(
+        "starts from the weights of a checkpoint, keeps them frozen, and trains LoRA adapters beside them",
+        since="0.2",
+        extension=True,
+    ),
+    "quantised": Capability(
+        "keeps the frozen weights of linear layers in 4 or 8 bits by bitsandbytes while it fine-tunes",
+        since="0.2",
+        extension=True,
+    ),
     "meta-init": Capability(
         "can build the model on the meta device and materialise it afterwards, on one device", extension=True
     ),

@@ -14,7 +14,9 @@ from conformance.subject import Subject
 BUILT_IN = {
     "reference": "conformance.subjects.reference:Reference",
     "litgpt": "conformance.subjects.litgpt:LitGPT",
+    "litgpt-lora": "conformance.subjects.litgpt_lora:LitGPTLora",
     "transformers": "conformance.subjects.transformers:Transformers",
+    "transformers-peft": "conformance.subjects.transformers_peft:TransformersPeft",
     "x-transformers": "conformance.subjects.x_transformers:XTransformers",
 }
 """Subjects that come with the suite. Each is installed by an extra of the same name."""

@@ -21,6 +21,8 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 Alteration = Literal[
     "later tokens", "first token", "other sequences", "equal sequences", "exchanged tokens", "unknown token"
 ]
+Quantisation = Literal["nf4", "nf4-dq", "fp4", "fp4-dq", "int8"]
+QUANTISATIONS: tuple[Quantisation, ...] = get_args(Quantisation)
 DATA_SEED = 20240229  # of the token ids; another than Recipe.seed, which decides the weights only
 
 _reported: ContextVar[list[tuple[dict[str, float], int | None]] | None] = ContextVar("reported", default=None)
@@ -139,6 +141,15 @@ class Recipe:
     """Go on from this checkpoint, to ``updates`` in all (capability resume)."""
     stable_embedding: bool = False
     """Switch the stack's StableEmbedding option on (capability stable-embedding)."""
+    finetune: "Checkpoint | None" = None
+    """Start from the weights of this checkpoint, which the stack wrote in an earlier run of the same shape, with a
+    fresh optimizer: freeze them, and train LoRA adapters beside the linear layers of the blocks. With
+    ``stable_embedding``, the embedding is trained too (capability finetune)."""
+    lora_rank: int = 4
+    """Rank of the adapters, which have no dropout of their own."""
+    quantised: Quantisation | None = None
+    """Keep the frozen linear layers of the blocks in bitsandbytes' 4 or 8 bits; -dq quantises the scales too
+    (capability quantised)."""
     logits: Literal["float32", "compute"] = "float32"
     """compute: let the logits leave in the dtype they were computed in (capability logits-opt-out)."""
     initialization: Literal["eager", "meta"] = "eager"

@@ -146,6 +146,16 @@ def trainer_table() -> str:
     return "\n".join(rows) + "\n"
 
 
+def stable_embedding_table() -> str:
+    """Return what StableEmbedding does to the validation loss, from scratch and from an import."""
+    found = json.loads((REPORTS / "stable-embedding.json").read_text(encoding="utf-8"))
+    rows = ["| | mean | smallest | largest |", "|---|--:|--:|--:|"]
+    for start, arms in found["difference"].items():
+        for arm, gap in list(arms.items())[1:]:  # the first is what the others are compared with
+            rows.append(f"| {start}: {arm} | {gap['mean']:+.4f} | {gap['smallest']:+.4f} | {gap['largest']:+.4f} |")
+    return "\n".join(rows) + "\n"
+
+
 def escaped(text: str) -> str:
     """Return text in which Markdown sees no markup but `code`."""
     return re.sub(r"([*<>|\[\]])", r"\\\1", text)
@@ -157,6 +167,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "capabilities": capability_table,
     "chapters": chapter_table,
     "commands": command_table,
+    "stable-embedding": stable_embedding_table,
     "trainer": trainer_table,
 }
 

@@ -309,6 +309,7 @@ def check_saved(config: Mapping[str, Any]) -> None:
     """Raise ConfigurationError if the config.json of a checkpoint, which may be forged, has a value of a wrong type."""
     kinds: dict[str, Any] = {"model": Mapping, "train": Mapping, "tokenizer": str | NoneType}
     kinds |= {"sequences_per_update": int | NoneType, "end_of_document": int | NoneType, "format": int}
+    kinds["finetune"] = Mapping | NoneType
     for key, kind in kinds.items():
         if key in config and not isinstance(config[key], kind):
             raise ConfigurationError(f"{key} is {shown(config[key])}, but must be {in_words(kind)}")
@@ -347,7 +348,7 @@ WORDS = {
 }
 
 
-def as_plain(config: GPTConfig | TrainConfig | DataConfig) -> dict[str, Any]:
+def as_plain(config: Any) -> dict[str, Any]:
     """Return the configuration as a dictionary of plain values, as it is written beside a checkpoint."""
     values = {entry.name: getattr(config, entry.name) for entry in fields(config)}  # asdict() would copy any mapping
     return {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}

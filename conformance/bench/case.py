@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-OPTIMIZER_STEP, TRAINING_STEP = "optimizer step", "training step"
+OPTIMIZER_STEP, TRAINING_STEP, FINE_TUNING_STEP = "optimizer step", "training step", "fine-tuning step"
 AGAINST_ITSELF = "against itself"  # the name of the row that gives the noise floor ends in it
 
 Facts = dict[str, float | str]
@@ -20,7 +20,7 @@ def judged_by(group: str) -> Which:
     A training step waits for its data and its host, so the wall counts. In an optimizer's step the host usually runs
     ahead, so the device does.
     """
-    return "wall" if group == TRAINING_STEP else "device"
+    return "wall" if group in (TRAINING_STEP, FINE_TUNING_STEP) else "device"
 
 
 @dataclass(frozen=True)

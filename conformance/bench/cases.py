@@ -4,14 +4,14 @@ from collections.abc import Sequence
 
 import torch
 
-from conformance.bench import optimizer_step, peers, training
+from conformance.bench import finetuning, optimizer_step, peers, training
 from conformance.bench.case import AGAINST_ITSELF, Case
 from conformance.errors import UsageError
 
 
 def collect(device: torch.device, quick: bool) -> list[Case]:
     """Return all cases, in the order in which they run."""
-    found = [case for source in (optimizer_step, training, peers) for case in source.cases(device, quick)]
+    found = [case for source in (optimizer_step, training, peers, finetuning) for case in source.cases(device, quick)]
     check_names(found)
     return sorted(found, key=lambda case: case.priority)  # which keeps the order of equals
 

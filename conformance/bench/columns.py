@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from conformance.bench.bootstrap import Interval
-from conformance.bench.case import OPTIMIZER_STEP, TRAINING_STEP
+from conformance.bench.case import FINE_TUNING_STEP, OPTIMIZER_STEP, TRAINING_STEP
 from conformance.bench.summary import Row
 
 # What the letters of a floor's arithmetic stand for; the numbers behind them are bytes.
@@ -75,6 +75,16 @@ COLUMNS = {
         lambda r: figure(r.number("state bytes per parameter")),
         "Bytes of optimizer state per parameter.",
     ),
+    "trained": Column(
+        "trained M",
+        lambda r: figure(None if (found := r.number("trained parameters")) is None else found / 1e6),
+        "Weights that are trained, in millions.",
+    ),
+    "states": Column(
+        "state MB",
+        lambda r: figure(None if (found := r.number("state bytes")) is None else found / 1e6),
+        "Optimizer state, 1e6 bytes.",
+    ),
     "tokens": Column("tokens/s", lambda r: figure(r.tokens_per_second), "Tokens per second, by the wall time."),
     "mfu": Column("MFU", lambda r: percent(r.mfu), "FLOPs per second over the card's dense bfloat16 peak."),
     "causal": Column("MFU causal", lambda r: percent(r.mfu_causal), "The same with half of the attention counted."),
@@ -92,6 +102,7 @@ COLUMNS = {
 CHOICE = {
     OPTIMIZER_STEP: ("device", "share", "wall", "state", "peak", "ratio"),
     TRAINING_STEP: ("wall", "tokens", "mfu", "causal", "peak", "ratio"),
+    FINE_TUNING_STEP: ("wall", "tokens", "trained", "states", "peak", "ratio"),
 }
 
 

@@ -50,6 +50,8 @@ class LitGPT:
         "16-mixed": "pretrain.setup offers bf16-true, bf16-mixed and 32-true",
         "logits-opt-out": "pretrain.setup has no setting for Fabric's conversion of outputs",
         "stable-embedding": "pretrain has no option for it; litgpt.finetune swaps only if it quantises, on CUDA",
+        "finetune": "litgpt.pretrain trains every weight; litgpt.finetune.lora is the subject litgpt-lora",
+        "quantised": "litgpt.pretrain has no option for it",
         "meta-init": "on one device pretrain.main initialises at once; the meta device is used by FSDP only",
         "activation-checkpointing": "pretrain.setup has no option for it; only litgpt.finetune's FSDPStrategy has",
         "compile": "pretrain.main always compiles",

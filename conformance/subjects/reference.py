@@ -1,5 +1,6 @@
 """Adapter of the reference trainer in this repository. It uses the public protocol and nothing else."""
 
+import importlib.util
 import math
 import os
 import pydoc
@@ -15,6 +16,7 @@ from conformance import Checkpoint, Constant, Normal, Recipe, TensorInfo
 from conformance.subject import Distribution, Leftovers, Place, Setting, Winner
 from conformance.version import suite_version
 from reference.data import TokenData, write_tokens
+from reference.finetuning import FinetuneConfig
 
 
 class ReferencePolicy:
@@ -104,6 +106,8 @@ class Reference:
     lacks: dict[str, str] = {"batch-total": "TrainConfig.microbatches counts the microbatches"}
     if not torch.cuda.is_available():
         lacks["16-mixed"] = "reference.training.launch refuses it on the CPU, and this machine has no GPU"
+    if importlib.util.find_spec("peft") is None:
+        lacks["finetune"] = lacks["quantised"] = "peft is not installed: pip install 'gpt-conformance[finetune]'"
 
     def model_config(self, recipe: Recipe) -> reference.GPTConfig:
         """Return the model of the recipe; tests override it to vary what must not matter."""
@@ -135,9 +139,15 @@ class Reference:
         if recipe.module is not None:
             model = pydoc.locate(recipe.module.replace(":", "."))
         rank = int(os.environ["RANK"]) if recipe.world_size > 1 else 0  # the process group is not there yet
-        trainer = reference.Trainer(model, self.train_config(recipe), recipe.directory)
+        finetune = self.finetune_config(recipe) if recipe.finetune else None
+        trainer = reference.Trainer(model, self.train_config(recipe), recipe.directory, finetune=finetune)
         resume = recipe.resume.find("model.safetensors").parent if recipe.resume else False
-        trainer.fit(self.data(recipe, rank), recipe.validation_batches(rank), resume=resume)
+        base = recipe.finetune.find("model.safetensors").parent if recipe.finetune else None
+        trainer.fit(self.data(recipe, rank), recipe.validation_batches(rank), resume=resume, init_from=base)
+
+    def finetune_config(self, recipe: Recipe) -> FinetuneConfig:
+        """Return how to fine-tune; tests override it too."""
+        return FinetuneConfig(lora_rank=recipe.lora_rank, quantize=recipe.quantised or "none")
 
     def data(self, recipe: Recipe, rank: int) -> Any:
         """Batches, pairs of ids and targets, or token files, from which the trainer draws by itself."""

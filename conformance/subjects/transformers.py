@@ -47,6 +47,8 @@ class Transformers:
         "16-mixed": "on the CPU accelerate leaves fp16 off, and does not say so",
         "logits-opt-out": "accelerate's prepare_model always converts what leaves autocast to float32",
         "stable-embedding": "create_optimizer gives nn.Embedding 32-bit state, and swaps nothing",
+        "finetune": "this adapter trains every weight; the subject transformers-peft does not",
+        "quantised": "this adapter trains every weight; the subject transformers-peft does not",
         "meta-init": "Trainer moves the model with .to(device), which raises for one on the meta device",
     }
 
@@ -78,13 +80,17 @@ class Transformers:
         ordered = Stream({key: row, "labels": labels} for row, labels in pairs)
         shuffled = recipe.samples and [{key: row, "labels": row} for row in recipe.dataset()]
         Trainer(
-            model_init=lambda: foreign() if foreign else AutoModelForCausalLM.from_config(config, dtype=dtype),
+            model_init=lambda: foreign() if foreign else self.model(recipe, config, dtype),
             args=HfArgumentParser(TrainingArguments).parse_args_into_dataclasses([*options, str(recipe.directory)])[0],
             train_dataset=shuffled or ordered,
             eval_dataset=Stream({key: row, "labels": row} for row in rows(recipe.validation_batches)),
             optimizer_cls_and_kwargs=(pydoc.locate(optimizer["class_path"]), optimizer["init_args"]),
             compute_loss_func=foreign and (lambda *args, **count: ForCausalLMLoss(*args, recipe.vocab_size, **count)),
         ).train(resume_from_checkpoint=recipe.resume and str(recipe.resume.find("trainer_state.json").parent))
+
+    def model(self, recipe: Recipe, config: Any, dtype: torch.dtype) -> Any:
+        """Return the model to train; the subject transformers-peft has another."""
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
     def load(self, checkpoint: Checkpoint) -> nn.Module:
         return AutoModelForCausalLM.from_pretrained(checkpoint.find("config.json").parent)

@@ -63,7 +63,7 @@ class XTransformers(Reference):
     version = importlib.metadata.version("x-transformers")
     policy = XTransformersPolicy()
     lacks = Reference.lacks | {"meta-init": "TransformerWrapper, Attention and the norms have no reset_parameters()"}
-    lacks["activation-checkpointing"] = "reference.Trainer checkpoints the blocks of its own GPT only"
+    lacks |= dict.fromkeys(("activation-checkpointing", "finetune", "quantised"), "Trainer does so to its own GPT only")
     recipes: dict[Path, Recipe] = {}  # by directory: a checkpoint cannot say how to build a module of somebody else's
 
     def model_config(self, recipe: Recipe) -> Any:  # a function, which Trainer takes as well as a GPTConfig

@@ -3,12 +3,13 @@
 folder.py    write, find, prune and read checkpoint folders
 weights.py   tensors in safetensors: each once, ties by name; whether they fit a model
 
-It imports the wing model, and reference.config, reference.errors and reference.files.
+It imports the wings model and finetuning, and reference.config, reference.errors and reference.files.
 """
 
 from reference.checkpoint.folder import checkpoints as checkpoints
 from reference.checkpoint.folder import find as find
 from reference.checkpoint.folder import load_config as load_config
+from reference.checkpoint.folder import load_finetuning as load_finetuning
 from reference.checkpoint.folder import load_for_inference as load_for_inference
 from reference.checkpoint.folder import load_model as load_model
 from reference.checkpoint.folder import load_state as load_state

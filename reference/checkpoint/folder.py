@@ -30,6 +30,9 @@ from reference.checkpoint.weights import misfit, read_weights, write_weights
 from reference.config import GPTConfig, check_saved
 from reference.errors import CheckpointError, ConfigurationError, cause_of, first_line
 from reference.files import SUMS, digest, hidden, is_intact, new_folder, read_json, read_sums, recover, tidy
+from reference.finetuning.config import FinetuneConfig, saved_finetuning
+from reference.finetuning.merged import merged_weights
+from reference.finetuning.quantised import load_packed, without_packed
 from reference.model.embedding import restore_embeddings, swap_embeddings
 from reference.model.gpt import GPT
 from reference.optimizers.state import misformed
@@ -247,12 +250,18 @@ def load_model(folder: Path, model: nn.Module) -> None:
 def put_into(model: nn.Module, saved: dict[str, Tensor], path: Path) -> None:
     """Load weights that were read from ``path``, or raise CheckpointError if they do not fit."""
     own = model.state_dict()
-    if problem := misfit(saved, own):
+    # Of scales and codes beside quantised weights only the names must agree: their sizes depend on the weights.
+    kept, wanted = (saved, own) if saved.keys() != own.keys() else (without_packed(saved), without_packed(own))
+    if problem := misfit(kept, wanted):
         raise CheckpointError(f"{path} belongs to {problem}. Build the model from the config.json beside it.")
-    casts = {f"{saved[name].dtype} as {own[name].dtype}" for name in own if saved[name].dtype != own[name].dtype}
+    casts = {f"{kept[n].dtype} as {wanted[n].dtype}" for n in wanted if kept[n].dtype != wanted[n].dtype}
     if casts:
         logger.warning("checkpoint: %s is loaded in another dtype: %s", path, ", ".join(sorted(casts)))
-    model.load_state_dict(saved)
+    model.load_state_dict(kept)
+    try:
+        load_packed(model, saved)
+    except ConfigurationError as error:
+        raise CheckpointError(f"{path} cannot be used: {first_line(error)}.") from error
 
 
 def load_state(folder: Path) -> dict[str, Any]:
@@ -289,8 +298,22 @@ def load_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def load_finetuning(folder: Path) -> FinetuneConfig:
+    """Return how the run of a checkpoint fine-tuned; the defaults where it did not.
+
+    Raises:
+        CheckpointError: if config.json is damaged.
+    """
+    try:
+        return saved_finetuning(load_config(folder))
+    except ConfigurationError as error:
+        raise CheckpointError(f"{folder / CONFIG} cannot be used: {first_line(error).rstrip('.')}.") from error
+
+
 def load_for_inference(folder: str | Path) -> GPT:
-    """Return the GPT of a checkpoint, in eval mode on the CPU, with plain embeddings.
+    """Return the GPT of a checkpoint, in eval mode on the CPU, with plain embeddings and one weight per layer.
+
+    What was fine-tuned beside frozen weights is merged into them, in float32.
 
     Raises:
         CheckpointError: if the checkpoint is missing, damaged, or of a module that is not a reference.GPT.
@@ -305,9 +328,13 @@ def load_for_inference(folder: str | Path) -> GPT:
     except (ConfigurationError, TypeError) as error:
         problem = first_line(error).rstrip(".")
         raise CheckpointError(f"{path / CONFIG} does not describe a model of this version: {problem}.") from error
-    if config["train"].get("precision") == "bf16-true":
+    finetune = load_finetuning(path)
+    if config["train"].get("precision") == "bf16-true" and finetune.lora_rank is None:
         model.to(torch.bfloat16)
-    saved = load_weights(path)
+    try:
+        saved = merged_weights(load_weights(path), finetune)
+    except ConfigurationError as error:
+        raise CheckpointError(f"{path / WEIGHTS} does not hold what {CONFIG} says: {first_line(error)}.") from error
     if "embedding.norm.weight" in saved:  # state.pt says it too, but is twice as large as the weights
         swap_embeddings(model)
     put_into(model, saved, path / WEIGHTS)

@@ -3,6 +3,7 @@
 commands.py     prepare, generate, evaluate, export, import: their options, and what they do
 train.py        the command train
 settings.py     its settings, from preset, files and command line
+starting.py     where a run starts: afresh, from its own checkpoint, from trained weights
 presets.py      named runs
 boundary.py     what a mistake raises deep inside a library, as one sentence
 yamltext.py     YAML, in bounded time and memory

@@ -10,7 +10,8 @@ from typing import Literal
 from reference.cli.options import read
 from reference.cli.presets import fine_tuning
 from reference.cli.settings import Settings
-from reference.cli.train import checkpoint_folder, logged
+from reference.cli.starting import checkpoint_folder
+from reference.cli.train import logged
 from reference.config import DataConfig, GPTConfig, TrainConfig
 from reference.errors import ConfigurationError
 from reference.files import write_file
@@ -162,18 +163,23 @@ class ExportOptions:
     """the folder of a checkpoint, or of a run, whose newest checkpoint is then used"""
     out: Path
     """the folder to write to; it must be empty or not exist"""
-    format: Literal["huggingface"] = "huggingface"
-    """the kind of folder to write"""
+    format: Literal["huggingface", "peft"] = "huggingface"
+    """the kind of folder to write: a whole model, or what LoRA trained, as an adapter that peft loads beside one"""
 
 
 def export_command(words: Sequence[str]) -> int:
     """Write a checkpoint as a folder for transformers; return the exit code."""
-    examples = "  python -m reference export --format huggingface --checkpoint out/tiny --out exported"
+    examples = (
+        "  python -m reference export --format huggingface --checkpoint out/tiny --out exported\n"
+        "  python -m reference export --format peft --checkpoint out/gpt2-tuned --out adapter"
+    )
     options = read("export", ExportOptions, examples, words)
+    from reference.interchange.adapter import export_adapter
     from reference.interchange.huggingface import export_huggingface
 
+    export = export_adapter if options.format == "peft" else export_huggingface
     with logged():
-        print(f"Written: {export_huggingface(checkpoint_folder(options.checkpoint), options.out)}")
+        print(f"Written: {export(checkpoint_folder(options.checkpoint), options.out)}")
     return 0
 
 
@@ -194,7 +200,7 @@ def import_command(words: Sequence[str]) -> int:
     examples = (
         "  python -m reference import --format huggingface --from path/to/gpt2 --out out/gpt2\n"
         "  python -m reference generate --checkpoint out/gpt2 --prompt 'Hello'\n"
-        "  python -m reference train --config out/gpt2/config.yaml --data.path data/mine    fine-tune it"
+        "  python -m reference train --init_from out/gpt2 --data.path data/mine             fine-tune it"
     )
     options = read("import", ImportOptions, examples, words)
     from reference.interchange.huggingface import import_huggingface

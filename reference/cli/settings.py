@@ -11,11 +11,13 @@ from jsonargparse import ArgumentParser
 from reference import files
 from reference.cli.options import add_options, build, hint, new_parser, parse
 from reference.cli.presets import PRESETS, find_preset
+from reference.cli.starting import preset_of, run_name, start_of, value_of
 from reference.cli.yamltext import LONGEST, load_yaml
 from reference.config import DataConfig, GPTConfig, TrainConfig, as_plain, shown
 from reference.errors import ConfigurationError
+from reference.finetuning.config import FinetuneConfig
 
-GROUPS: dict[str, type] = {"model": GPTConfig, "train": TrainConfig, "data": DataConfig}
+GROUPS: dict[str, type] = {"model": GPTConfig, "train": TrainConfig, "data": DataConfig, "finetune": FinetuneConfig}
 KEYWORDS = ("lr", "betas", "eps", "weight_decay", "momentum")  # of optimizers, for hints
 
 EXAMPLES = """\
@@ -31,6 +33,8 @@ examples:
   python -m reference train --preset gpt2-124m --print_config > run.yaml
   python -m reference train --config run.yaml --directory out/run
   python -m reference train --config out/run/config.yaml --resume auto
+  python -m reference train --init_from out/gpt2 --data.path data/mine            fine-tune; the shape is the folder's
+  python -m reference train --init_from out/gpt2 --finetune.lora_rank 8 --finetune.quantize nf4
 
 The command line wins over files, a later file over an earlier one, and files over the preset. A mapping
 (optimizer_args) in a file replaces the preset's as a whole. Write numbers as 0.0003 or 3e-4, and None as null.
@@ -54,6 +58,10 @@ class Settings:
     """true: go on from the newest checkpoint in the directory; auto: only if there is one; a path: from that one"""
     tensorboard: bool = dataclasses.field(default=False, metadata={"flag": True})
     """also write TensorBoard's event files"""
+    init_from: str | None = None
+    """start from the weights of this checkpoint, or of the newest in a run's directory, with a fresh optimizer; the
+    model's shape is theirs"""
+    finetune: FinetuneConfig = dataclasses.field(default_factory=FinetuneConfig)
 
     def plain(self) -> dict[str, Any]:
         """Return the settings as a mapping of plain values."""
@@ -83,22 +91,34 @@ def read_settings(arguments: Sequence[str]) -> Settings:
         values, others = take(others, f"--{group}")
         contents += [checked({group: read_mapping(value, group)}, f"--{group}") for value in values]
     named = [str(content["preset"]) for content in contents if "preset" in content] + take(others, "--preset")[0]
-    parser, known = build_parser(named[-1] if named else "tiny", contents)
+    start, lora = start_of(contents, others), value_of(others, "--finetune.lora_rank")
+    adapters = any("lora_rank" in content.get("finetune", {}) for content in contents) if lora is None else True
+    parser, known = build_parser(named[-1] if named else "tiny", contents, start, adapters)
     found = parse(parser, others, known)
     if not found["directory"]:
         raise ConfigurationError(f"--directory is empty: give a folder, for example out/{found['preset']}.")
     return build(Settings, found | {group: config(**found[group]) for group, config in GROUPS.items()})
 
 
-def build_parser(preset_name: str, contents: Sequence[dict[str, Any]]) -> tuple[ArgumentParser, list[str]]:
+def build_parser(
+    preset_name: str, contents: Sequence[dict[str, Any]], start: Path | None = None, adapters: bool = False
+) -> tuple[ArgumentParser, list[str]]:
     """Return the parser, with the values of a preset and of files as its defaults, and the names of its options.
+
+    Args:
+        preset_name: gives every setting its first value.
+        contents: of the files.
+        start: the folder of trained weights whose shape takes the place of the preset's.
+        adapters: whether LoRA is trained beside them.
 
     Raises:
         ConfigurationError: if there is no such preset.
     """
-    preset = find_preset(preset_name)
-    values: dict[str, Any] = {"preset": preset_name, "directory": f"out/{preset_name}"}
-    values |= {group: as_plain(getattr(preset, group)) for group in GROUPS}
+    preset = find_preset(preset_name) if start is None else preset_of(start, adapters)
+    directory = f"out/{preset_name}" if start is None else f"out/{run_name(start)}-tuned"
+    values: dict[str, Any] = {"preset": preset_name, "directory": directory}
+    values |= {group: as_plain(getattr(preset, group)) for group in ("model", "train", "data")}
+    values["finetune"] = as_plain(FinetuneConfig())
     for content in contents:
         values |= {key: values[key] | value if key in GROUPS else value for key, value in content.items()}
     presets = "\n".join(f"  {name:12}{preset.about}" for name, preset in PRESETS.items())

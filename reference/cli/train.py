@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from reference.cli.presets import PRESETS
 from reference.cli.settings import Settings, read_settings
+from reference.cli.starting import checkpoint_to_resume, run_name, tokenizer_of
 from reference.config import DataConfig
 from reference.errors import CheckpointError, ConfigurationError, ExplainedError
 from reference.files import write_file
@@ -77,9 +78,9 @@ def train(settings: Settings) -> int:
         callbacks = [shown, rank_zero_only(writes), csv_metrics(directory)]
         if settings.tensorboard:
             callbacks.append(stack.enter_context(tensorboard(directory)))
-        trainer = Trainer(settings.model, run, directory, callbacks)
+        trainer = Trainer(settings.model, run, directory, callbacks, settings.finetune)
         try:
-            result = trainer.fit(training, validation, folder or False)
+            result = trainer.fit(training, validation, folder or False, settings.init_from)
         except torch.OutOfMemoryError as error:
             raise ConfigurationError(
                 f"the GPU does not have enough memory for microbatches of {settings.data.microbatch_size}: halve "
@@ -101,44 +102,6 @@ def train(settings: Settings) -> int:
     return 0 if result.stopped is None else 128 + result.stopped
 
 
-def checkpoint_to_resume(resume: bool | str, directory: Path) -> Path | None:
-    """Return the checkpoint that a run goes on from, None for a fresh start.
-
-    Raises:
-        CheckpointError: if it is missing.
-        ConfigurationError: if a fresh start would mix its checkpoints with those of an earlier run.
-    """
-    from reference.checkpoint import checkpoints, find
-
-    if isinstance(resume, str) and resume != "auto":
-        return checkpoint_folder(Path(resume))
-    if resume is False and (there := checkpoints(directory)):
-        raise ConfigurationError(
-            f"{directory} holds checkpoints of an earlier run, up to {there[-1].name}: go on with it (--resume auto), "
-            "choose another --directory, or delete it."
-        )
-    return find(True if resume is True else "auto", directory)
-
-
-def checkpoint_folder(path: Path) -> Path:
-    """Return the checkpoint at ``path``: that folder itself, or the newest one in a run's directory.
-
-    Raises:
-        CheckpointError: if it is neither.
-    """
-    from reference.checkpoint import find
-    from reference.checkpoint.folder import is_complete
-
-    if is_complete(path):
-        return path
-    found = find("auto", path)
-    if found is None:
-        raise CheckpointError(
-            f"{path} is not a checkpoint and holds none: give a folder like out/tiny, or out/tiny/step-00000100."
-        )
-    return found
-
-
 def open_data(settings: Settings) -> "tuple[Settings, TokenData, TokenData | None]":
     """Return settings with a vocabulary that fits the data, the training split and the validation split.
 
@@ -152,6 +115,8 @@ def open_data(settings: Settings) -> "tuple[Settings, TokenData, TokenData | Non
     from reference.data.prepare import prepare_default
 
     folder, model = Path(settings.data.path), settings.model
+    if settings.init_from is not None:
+        prepare_for_weights(Path(settings.init_from), folder)
     if settings.data.path == DataConfig().path:
         if not (folder / "train.json").exists():
             logger.info("data: preparing %s from this Python's standard library, as bytes", folder)
@@ -172,12 +137,29 @@ def open_data(settings: Settings) -> "tuple[Settings, TokenData, TokenData | Non
     return settings, training, validation
 
 
+def prepare_for_weights(start: Path, folder: Path) -> None:
+    """Prepare Python's standard library with the tokenizer of trained weights, if ``folder`` is the place for that."""
+    from reference.data.prepare import prepare
+
+    if str(folder) == f"{DataConfig().path}-{run_name(start)}" and not (folder / "train.json").exists():
+        logger.info("data: preparing %s from this Python's standard library, with the tokenizer of %s", folder, start)
+        prepare([], tokenizer_of(start), folder, progress=sys.stderr.isatty())
+
+
 def warn_of_rate(folder: Path | None, settings: Settings) -> None:
     """Log a warning if a run goes on from imported weights at the rates of pretraining."""
     from reference.checkpoint.folder import number
 
     rate = settings.train.optimizer_args.get("lr")
-    if folder is not None and number(folder) == 0 and isinstance(rate, float) and rate > GENTLE:
+    if not isinstance(rate, float) or rate <= GENTLE:
+        return
+    if folder is None and settings.init_from is not None and settings.finetune.lora_rank is None:
+        logger.warning(
+            "a learning rate of %g is for pretraining, and may destroy what the weights of %s know: set "
+            "--train.optimizer_args.lr 2e-5",
+            *(rate, settings.init_from),
+        )
+    if folder is not None and number(folder) == 0:
         logger.warning(
             "a learning rate of %g is for pretraining, and may destroy what the weights of %s know: set "
             "--train.optimizer_args.lr 2e-5, or give --config %s",

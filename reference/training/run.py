@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from reference.config import TrainConfig
 from reference.errors import TrainingError
+from reference.finetuning.config import FinetuneConfig
 from reference.model.initialization import derive_seed
 from reference.model.loss import batch_loss
 from reference.training.batches import (
@@ -70,6 +71,10 @@ class Run:
     """For each further name of a tied tensor, the first."""
     launches_early: bool = False
     """Whether a forward does not involve the strategy. Under DDP and FSDP it decides what backward will exchange."""
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    """What is frozen, quantised and added."""
+    changes: list[str] = field(default_factory=list)
+    """What changes the function of the weights that it started from, in words."""
     stopping: bool = False
     """Whether a signal asked any rank to stop, as all ranks saw it when the last update began."""
     sequences: int = 0

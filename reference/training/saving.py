@@ -1,5 +1,6 @@
 """What a run puts into a checkpoint, and how it goes on from one."""
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from reference import checkpoint
 from reference.config import GPTConfig, as_plain
 from reference.errors import CheckpointError
+from reference.finetuning.config import FinetuneConfig
 from reference.model.embedding import is_stable
 from reference.optimizers.state import load_optimizer_state, optimizer_state
 from reference.training.batches import Pairs
@@ -51,6 +53,8 @@ def save(run: Run, update: int, source: Any) -> None:
         plain: dict[str, Any] = {"train": as_plain(run.config), "sequences_per_update": run.sequences}
         if isinstance(model_config := getattr(run.module, "config", None), GPTConfig):
             plain["model"] = as_plain(model_config)
+        if run.finetune != FinetuneConfig():
+            plain["finetune"] = dataclasses.asdict(run.finetune)  # what the next start must do before it loads weights
         file = getattr(source, "tokenizer_file", None)
         plain["tokenizer"] = file.name if file else getattr(source, "tokenizer", None)
         plain["end_of_document"] = getattr(source, "end_of_document", None)

@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 
 from reference.config import GPTConfig, TrainConfig
 from reference.errors import ConfigurationError
-from reference.model.embedding import swap_embeddings
+from reference.finetuning.config import FinetuneConfig
+from reference.finetuning.prepare import prepare
 from reference.model.gpt import GPT
 from reference.model.initialization import build, choose_strategy, tied_names
 from reference.model.loss import TokenLoss, token_loss
@@ -30,11 +31,20 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("reference")
 
+COMPUTED = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16}
+COMPUTED["16-mixed"] = torch.float16  # in which matrix products are computed
 ModelSource = GPTConfig | Callable[[], nn.Module] | nn.Module
 """A shape, a function that builds a module, or a module that is taken as it is."""
 
 
-def set_up(model: ModelSource, config: TrainConfig, directory: Path, stop: Stop) -> Run:
+def set_up(
+    model: ModelSource,
+    config: TrainConfig,
+    directory: Path,
+    stop: Stop,
+    finetune: FinetuneConfig | None = None,
+    base: nn.Module | None = None,
+) -> Run:
     """Build and start everything that training needs.
 
     Args:
@@ -42,6 +52,8 @@ def set_up(model: ModelSource, config: TrainConfig, directory: Path, stop: Stop)
         config: how to train.
         directory: where checkpoints go.
         stop: tells the run that a signal asked for its end.
+        finetune: what to freeze, quantise and add.
+        base: has the weights to start from; None: they are drawn.
 
     Raises:
         ConfigurationError: if the settings cannot work.
@@ -52,9 +64,24 @@ def set_up(model: ModelSource, config: TrainConfig, directory: Path, stop: Stop)
         from reference.training.sharding import require_per_element
 
         require_per_element(optimizer_class, config.optimizer_args, fabric.strategy.device_mesh["data_parallel"])  # type: ignore[attr-defined] # ShardedStrategy has it
+    finetune = finetune or FinetuneConfig()
+    if is_sharded(fabric) and finetune.lora_rank is not None:
+        raise ConfigurationError(
+            "LoRA and quantised weights are not sharded here, and fit one GPU: under FSDP set lora_rank to None, or "
+            "use strategy='ddp'."
+        )
     module = build_module(model, config, fabric)
-    if wants_stable_embedding(config, optimizer_class):
-        swap_embeddings(module)  # before the optimizer, which must own the tensors that are trained
+    if base is not None:
+        module.load_state_dict(base.state_dict())
+    # Before the optimizer, which must own the tensors that are trained.
+    changes = prepare(
+        module,
+        finetune,
+        stable=wants_stable_embedding(config, optimizer_class),
+        trained=base is not None,
+        dtype=COMPUTED[config.precision],
+        seed=config.seed,
+    )
     if config.activation_checkpointing:
         checkpoint_activations(module)
     if config.float8 != "none":
@@ -73,7 +100,21 @@ def set_up(model: ModelSource, config: TrainConfig, directory: Path, stop: Stop)
     wrapped.train()
     called = wrapped._forward_module
     launches_early = getattr(called, "_orig_mod", called) is wrapped.module and not is_sharded(fabric)  # not DDP's
-    return Run(config, fabric, module, wrapped, bare, optimizer, peaks, directory, stop, ties, launches_early)
+    return Run(
+        config,
+        fabric,
+        module,
+        wrapped,
+        bare,
+        optimizer,
+        peaks,
+        directory,
+        stop,
+        ties,
+        launches_early=launches_early,
+        finetune=finetune,
+        changes=changes,
+    )
 
 
 def build_module(model: ModelSource, config: TrainConfig, fabric: "Fabric") -> nn.Module:

@@ -15,13 +15,17 @@ from torch import nn
 
 from reference import checkpoint
 from reference.config import GPTConfig, TrainConfig
+from reference.errors import ConfigurationError
+from reference.finetuning.config import FinetuneConfig
 from reference.model.embedding import restore_embeddings
+from reference.model.gpt import GPT
 from reference.training.batches import Batch, TokenSource, require_tokenizer, require_vocabulary
 from reference.training.evaluation import validate
 from reference.training.float8 import plain_linears, require_tokens
 from reference.training.run import Run
 from reference.training.saving import on_rank_zero, restore, save, warn_about_order
 from reference.training.setup import ModelSource, set_up
+from reference.training.starting import announce, load_base, resumed_finetuning, started_from
 from reference.training.stopping import Stop, stop_on_signals
 from reference.training.throughput import device_peak, flops_per_token
 
@@ -73,29 +77,34 @@ class Trainer:
 
     Args:
         model: a GPTConfig; or a function that builds a module, so that it is built on the right device, in the
-            right dtype and after seeding; or a module, which is taken as it is.
+            right dtype and after seeding; or a module, which is taken as it is; or None, if the shape comes from the
+            checkpoint that ``fit`` starts from.
         config: how to train.
         directory: where checkpoints go.
         callbacks: functions called with the Record of every update, on every rank.
+        finetune: what to freeze, quantise and add; nothing by default. A resumed run has it from its checkpoint.
     """
 
     def __init__(
         self,
-        model: ModelSource,
+        model: ModelSource | None,
         config: TrainConfig | None = None,
         directory: str | Path = "out",
         callbacks: Iterable[Callback] = (),
+        finetune: FinetuneConfig | None = None,
     ) -> None:
         self.model = model
         self.config = config or TrainConfig()
         self.directory = Path(directory)
         self.callbacks = tuple(callbacks)
+        self.finetune = finetune or FinetuneConfig()
 
     def fit(
         self,
         train: Iterable[Batch] | TokenSource,
         validation: Iterable[Batch] | TokenSource | None = None,
         resume: bool | Literal["auto"] | str | Path = False,
+        init_from: str | Path | None = None,
     ) -> FitResult:
         """Train to the last update and return what the run leaves.
 
@@ -109,6 +118,8 @@ class Trainer:
             validation: the same; all of it, or the first ``evaluate_batches``, is evaluated each time.
             resume: False, True (newest checkpoint in ``directory``), ``auto`` (newest, if any) or a path. The
                 batches that were consumed before are skipped.
+            init_from: start from the weights of this checkpoint, or of the newest in a run's directory, with a fresh
+                optimizer and from update 0. It is not read if ``resume`` finds a checkpoint.
 
         Raises:
             ConfigurationError: if the settings cannot work.
@@ -117,8 +128,9 @@ class Trainer:
         """
         config = self.config
         folder = checkpoint.find(resume, self.directory)
+        base = load_base(init_from) if folder is None and init_from is not None else None
         with stop_on_signals() as stop, ExitStack() as held:
-            run = self.setup(stop)
+            run = self.setup(stop, folder, base, init_from)
             require_vocabulary(run.module, train, validation)
             if folder is not None:
                 require_tokenizer(folder, train)
@@ -140,6 +152,9 @@ class Trainer:
                 require_tokens(upcoming)
             if folder is not None and upcoming:
                 warn_about_order(run, folder, upcoming)
+            if base is not None and init_from is not None:
+                announce(run, base, upcoming, init_from)
+                base = None  # its memory is wanted
             began = started = time.perf_counter()
             for update in range(done, config.updates):
                 last = update + 1 == config.updates
@@ -179,16 +194,34 @@ class Trainer:
                 started = time.perf_counter() if saves or validation_loss is not None else now
         return result
 
-    def setup(self, stop: Stop | None = None) -> Run:
+    def setup(
+        self,
+        stop: Stop | None = None,
+        folder: Path | None = None,
+        base: GPT | None = None,
+        init_from: str | Path | None = None,
+    ) -> Run:
         """Build and start everything that training needs; ``fit`` does this by itself.
 
         Args:
             stop: tells the run that a signal asked for its end.
+            folder: the checkpoint that the run will go on from: it says how the run before fine-tuned.
+            base: has the weights to start from.
+            init_from: where they come from, for messages.
 
         Raises:
             ConfigurationError: if the settings cannot work.
         """
-        return set_up(self.model, self.config, self.directory, stop or Stop())
+        model, finetune = self.model, self.finetune
+        if folder is not None:
+            finetune = resumed_finetuning(finetune, folder)
+            if model is None and (shape := checkpoint.load_config(folder).get("model")) is not None:
+                model = GPTConfig(**shape)
+        if base is not None and init_from is not None:
+            model = started_from(model, base, init_from)
+        if model is None:
+            raise ConfigurationError("there is no model: give a GPTConfig, or a checkpoint to start from (init_from).")
+        return set_up(model, self.config, self.directory, stop or Stop(), finetune, base)
 
 
 def is_due(update: int, every: int | None, last: bool) -> bool:

@@ -206,7 +206,7 @@ def test_help_needs_no_torch() -> None:
 def test_every_source_gives_cases() -> None:
     for device, quick in (("cpu", False), ("cpu", True), ("cuda", False), ("cuda", True)):
         cases = collect(torch.device(device), quick)  # refuses rows of one name, and companions that do not exist
-        assert {case.group for case in cases} == {"optimizer step", "training step"}
+        assert {case.group for case in cases} >= {"optimizer step", "training step"}
         for case in cases:
             if case.beside is not None:
                 [other] = [o for o in cases if o.key == (case.group, case.size, case.beside)]

@@ -252,8 +252,9 @@ def test_a_bug_of_the_adapter_is_an_error(judge: Judge) -> None:
 def test_what_is_lacking_is_listed_once_with_its_reason(judge: Judge) -> None:
     code, output = judge("--subject", f"{HERE}:Sound", "--clause", "EMB")
     ids = [key for key, rule in catalogue().items() if rule.chapter == "EMB"]
+    swapping = [key for key in ids if catalogue()[key].needs[0] == "stable-embedding"]
     assert code == 0
-    assert f"{', '.join(ids)}: lacks stable-embedding: stable-embedding was not built" in flat(output)
+    assert f"{', '.join(swapping)}: lacks stable-embedding: stable-embedding was not built" in flat(output)
     assert f"Result: {len(ids)} n/a, " in output
 
 

@@ -41,9 +41,8 @@ class Loop:
         model = GPT(config).to(device=device, dtype=dtype)
         self.raw = model
         self.config = config
-        fused = {"fused": True} if device == "cuda" else {}
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, **fused)
-        self.model: nn.Module = torch.compile(model) if case["compile"] else model
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=device == "cuda" or None)
+        self.model: Any = torch.compile(model) if case["compile"] else model
 
     def update(self) -> float:
         """Run one update and return its wall time in seconds."""

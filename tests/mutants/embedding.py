@@ -1,6 +1,6 @@
 """Faults of StableEmbedding."""
 
-from tests.mutants.planting import BUILD, SETUP, mutant
+from tests.mutants.planting import BUILD, PREPARE, mutant
 
 STABLE = "reference.model.embedding:stable_embedding"
 
@@ -39,11 +39,7 @@ MUTANTS = [
         "stableemb-unfrozen-not-optimised",
         "EMB-3",
         "litgpt finetune/lora.py",
-        (
-            SETUP,
-            "swap_embeddings(module)  # before the optimizer, which must own the tensors that are trained",
-            "pass",
-        ),
+        (PREPARE, "        swap_embeddings(module)\n", "        pass\n"),
         (
             BUILD,
             "own_override_manager(optimizer, model)",

@@ -7,8 +7,9 @@ from typing import Any
 from conformance.recipe import Recipe
 from conformance.subjects.reference import Reference, ReferencePolicy
 from reference import GPTConfig, TrainConfig
-from tests.mutants.planting import ADDED, BUILD, GROUPS, RESTORE, UPDATE, Edit
+from tests.mutants.planting import ADDED, BUILD, GROUPS, PREPARE, RESTORE, UPDATE, Edit
 
+FIT_NORM, FINETUNE = "reference.finetuning.closest:fit_norm", "conformance.subjects.reference:Reference.finetune_config"
 BITSANDBYTES, OWN = "bitsandbytes.optim.AdamW8bit", "reference.optimizers.adamw8bit.AdamW8bit"
 
 
@@ -80,6 +81,25 @@ HARMLESS = [
         "foreach-instead-of-fused",
         edits=(Edit(ADDED, 'return {"fused": True}', 'return {"foreach": True}'),),
         lacks=(("fused", "this variant asks for foreach"),),
+    ),
+    Harmless(
+        "embedding-trained-beside-adapters",
+        edits=(
+            Edit(
+                PREPARE, "part.weight.requires_grad_(config.embeddings or stable)", "part.weight.requires_grad_(True)"
+            ),
+        ),
+    ),
+    Harmless(
+        "norm-of-a-swapped-table-as-it-comes",
+        edits=(
+            Edit(FIT_NORM, "norm.weight.copy_(gain)", "pass"),
+            Edit(FIT_NORM, "norm.bias.copy_(table.mean(0) - gain * rows.mean(0))", "pass"),
+        ),
+    ),
+    Harmless(
+        "adapters-with-another-alpha",
+        edits=(Edit(FINETUNE, "lora_rank=recipe.lora_rank,", "lora_rank=recipe.lora_rank, lora_alpha=3,"),),
     ),
     Harmless(
         "groups-in-another-order",

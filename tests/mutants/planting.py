@@ -87,6 +87,7 @@ DRAW, STD = "reference.model.initialization:draw", "reference.model.initializati
 LAUNCH, RESTORE = "reference.training.launch:launch", "reference.training.saving:restore"
 # load_model() is these words and nothing else.
 LOAD, PUT = "reference.checkpoint.folder:load_model", "put_into(model, load_weights(folder), folder / WEIGHTS)"
+PREPARE = "reference.finetuning.prepare:prepare"
 EVALUATE = "reference.training.evaluation:evaluate"
 PEAKS = 'peaks = [group["lr"] for group in bare.param_groups]'
 RATE = "learning_rate(config, update, peak)"  # in UPDATE

@@ -99,7 +99,7 @@ def test_print_config_of_settings_that_cannot_work_is_an_error(capsys: pytest.Ca
         ("generate", "--checkpoint must be given: see --help."),
         ("generate --chekpoint x", "there is no option '--chekpoint': did you mean --checkpoint?"),
         ("generate --checkpoint x --top_k two", "top_k is 'two', but must be a whole number or null (None)."),
-        ("export --format onnx --checkpoint x --out y", "format is 'onnx', but must be one of 'huggingface'."),
+        ("export --format onnx --checkpoint x --out y", "format is 'onnx', but must be one of 'huggingface', 'peft'."),
         ("prepare --text x", "--text needs --out, the folder to write to, for example --out data/mine."),
     ],
 )

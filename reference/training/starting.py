@@ -1,0 +1,110 @@
+"""A run that starts from the weights of another: its shape, its weights, and what changes their function."""
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import torch
+
+from reference import checkpoint
+from reference.config import GPTConfig
+from reference.errors import ConfigurationError
+from reference.finetuning.config import FinetuneConfig
+from reference.model.gpt import GPT
+from reference.model.loss import batch_loss
+from reference.model.modes import evaluation_mode
+from reference.training.batches import Pairs, count_targets
+from reference.training.launch import reduce
+from reference.training.run import Run
+from reference.training.setup import ModelSource
+
+logger = logging.getLogger("reference")
+
+FREE = ("dropout", "fp32_residual")  # fields of the shape that weights do not depend on
+
+
+def load_base(folder: str | Path) -> GPT:
+    """Return the model to start from: that of a checkpoint, or of the newest in a run's directory.
+
+    Raises:
+        CheckpointError: if there is none, or it is damaged or of a module that is not a reference.GPT.
+    """
+    path = Path(folder)
+    if not (path / "state.pt").is_file() and (found := checkpoint.checkpoints(path)):
+        path = found[-1]
+    if (path / "config.json").is_file() and not (path / "state.pt").is_file() and not path.name.startswith("step-"):
+        raise ConfigurationError(
+            f"init_from={str(folder)!r} looks like a folder of transformers: make a checkpoint of it with "
+            f"'python -m reference import --from {folder} --out out/imported', and start from that."
+        )
+    return checkpoint.load_for_inference(path)
+
+
+def started_from(model: ModelSource | None, base: GPT, folder: str | Path) -> GPTConfig:
+    """Return the shape of a run that starts from ``base``: that of the weights, with the dropout that was asked for.
+
+    Raises:
+        ConfigurationError: if another shape was asked for.
+    """
+    if model is None:
+        return base.config
+    if not isinstance(model, GPTConfig):
+        raise ConfigurationError(
+            f"init_from={str(folder)!r} has weights of a reference.GPT, but the Trainer was given "
+            f"{getattr(model, '__name__', type(model).__name__)}: give None, and the shape comes from the folder."
+        )
+    for field in dataclasses.fields(GPTConfig):
+        asked, there = getattr(model, field.name), getattr(base.config, field.name)
+        # A head that was tied to a StableEmbedding has a weight of its own in the plain model.
+        if field.name not in (*FREE, "tie_embeddings", "init_std", "scale_residual_init") and asked != there:
+            raise ConfigurationError(
+                f"{field.name} is {asked!r}, but the weights of {folder} have {there!r}: leave it out; the shape comes "
+                "from the folder."
+            )
+    return dataclasses.replace(base.config, **{name: getattr(model, name) for name in FREE})
+
+
+def resumed_finetuning(given: FinetuneConfig, folder: Path) -> FinetuneConfig:
+    """Return how a run that goes on from a checkpoint fine-tunes: as the run before did.
+
+    Raises:
+        ConfigurationError: if other settings were given.
+    """
+    saved = checkpoint.load_finetuning(folder)
+    if given not in (saved, FinetuneConfig()):
+        changed = [f.name for f in dataclasses.fields(saved) if getattr(saved, f.name) != getattr(given, f.name)]
+        told = ", ".join(f"{name} is {getattr(given, name)!r} now and was {getattr(saved, name)!r}" for name in changed)
+        raise ConfigurationError(
+            f"{folder} cannot be resumed with other settings of fine-tuning ({told}): leave them out, or start a run "
+            f"of its own with init_from={str(folder)!r}."
+        )
+    return saved
+
+
+@torch.no_grad()
+def announce(run: Run, base: GPT, pairs: Pairs, folder: str | Path) -> None:
+    """Log by how much the first loss of a run differs from that of the model it starts from, if anything changed it.
+
+    Args:
+        run: before its first update.
+        base: the model that it starts from.
+        pairs: the microbatches of its first update, of which the first is computed.
+        folder: of the base, for the message.
+    """
+    if not run.changes or not pairs:
+        return
+    ids, targets = pairs[0]
+    base.to(run.fabric.device)
+    sums = []
+    for model in (base, run.wrapped):
+        with evaluation_mode(model):
+            sums.append(batch_loss(model, ids, targets).double().cpu())
+    base.to("cpu")
+    counted = reduce(run.fabric, count_targets(pairs[:1]).double().cpu(), "sum")
+    before, after = (float(reduce(run.fabric, total, "sum") / counted.clamp(min=1)) for total in sums)
+    if run.fabric.global_rank > 0:
+        return
+    logger.warning(
+        "start: the first loss is %.4f nats per token, and that of %s is %.4f, so it moves by %+.4f, because of %s",
+        *(after, folder, before, after - before, " and ".join(run.changes)),
+    )
