@@ -22,7 +22,7 @@ FLOORS = {
         ["conformance.loading", "conformance.probes"],
         ["conformance.blame", "conformance.recording.ranks"],
         ["conformance.runs"],
-        ["conformance.clause", "conformance.checks", "conformance.deviations"],
+        ["conformance.clause", "conformance.checks", "conformance.deviations", "conformance.causes"],
         ["conformance.suites", "conformance.session"],
         ["conformance.report"],
         ["conformance.engine"],

@@ -40,9 +40,9 @@ def audit(
     Raises:
         UsageError: for an expectation or a rule that is not known, and for fewer updates than one.
     """
+    from conformance.auditing.judging import allowances
     from conformance.auditing.rules.expected import parse
     from conformance.auditing.run import audited
-    from conformance.auditing.verdict import allowances
     from conformance.errors import UsageError
 
     if updates < 1:

@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import TextIO
 
-from conformance.auditing.letter import annotations, as_json, print_letter
+from conformance.auditing.judging import allowances
 from conformance.auditing.rules.expected import parse
 from conformance.auditing.run import audited, run_script
-from conformance.auditing.verdict import Verdict, allowances
+from conformance.auditing.verdict import Verdict, annotations, as_json, print_letter
 from conformance.errors import UsageError
 from conformance.options import FAILED, PASSED, USAGE
 from conformance.report.result import require_writable, write_json

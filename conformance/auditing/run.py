@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Literal
 
 from conformance.auditing.facts import Facts, Said
+from conformance.auditing.judging import judge_alone, judge_together, merged, with_allowances
 from conformance.auditing.output import heard
 from conformance.auditing.processes import exchanged, place
-from conformance.auditing.verdict import Verdict, judge_alone, judge_together, merged, with_allowances
+from conformance.auditing.verdict import Verdict
 from conformance.auditing.watcher import Auditor, Stopped
 from conformance.report.environment import environment
 

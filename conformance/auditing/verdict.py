@@ -1,14 +1,22 @@
-"""From facts to findings: every rule says fault, advice, ok, or why it was not looked at."""
+"""What an audit found, and how it is told: as a doctor's letter, as annotations, and as JSON."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import io
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from conformance.auditing.facts import Facts
-from conformance.auditing.rule import Doubt, Rule, Seen
-from conformance.errors import NotApplicable, UsageError, Violation, describe_error
-from conformance.report.result import plain
+from rich.console import Console
+from rich.padding import Padding
+from rich.text import Text
 
+from conformance.auditing.facts import Facts
+from conformance.auditing.rule import TOPICS
+from conformance.report.github import escaped
+
+SIGNS = {"fault": "✗", "advice": "!", "allowed": "-", "ok": "✓", "not looked at": "?"}
+STYLES = {"fault": "bold red", "advice": "yellow", "allowed": "dim", "ok": "green", "not looked at": "dim"}
 Outcome = Literal["fault", "advice", "allowed", "ok", "not looked at"]
 OUTCOMES: tuple[Outcome, ...] = ("fault", "advice", "allowed", "ok", "not looked at")
 SCHEMA = 1
@@ -66,8 +74,6 @@ class Verdict:
 
     def __str__(self) -> str:
         """Return the letter as plain text."""
-        from conformance.auditing.letter import as_text
-
         return as_text(self)
 
     def as_json(self) -> dict[str, Any]:
@@ -87,87 +93,102 @@ class Verdict:
         }
 
 
-def allowances(given: Sequence[str]) -> dict[str, str]:
-    """Return the rules that are allowed to find something, with reasons: from ``RULE`` or ``RULE=reason``."""
-    from conformance.auditing.rule import RULES
-
-    found = {}
-    for text in given:
-        name, _, reason = text.partition("=")
-        if name not in RULES:
-            raise UsageError(f"--allow knows no rule {name!r}: known are {', '.join(RULES)}.")
-        if not reason.strip():
-            raise UsageError(f"--allow {name} needs a reason: --allow '{name}=why it is meant'.")
-        found[name] = reason.strip()
-    return found
-
-
-def judge(rule: Rule, seen: Seen, processes: tuple[int, ...] = ()) -> Finding:
-    """Return what one rule finds. A rule that breaks is not looked at, and says so."""
-    finding = Finding(rule.name, rule.topic, rule.requirement, "ok", processes=processes)
-    try:
-        rule.check(seen)
-        return finding
-    except Violation as violation:
-        outcome: Outcome = "advice" if isinstance(violation, Doubt) or rule.kind == "advice" else "fault"
-        return replace(
-            finding,
-            outcome=outcome,
-            expected=plain(violation.expected),
-            seen=plain(violation.seen),
-            why=rule.why,
-            mend=rule.mend,
-            source=rule.source,
-        )
-    except NotApplicable as reason:
-        return replace(finding, outcome="not looked at", reason=plain(str(reason)))
-    except Exception as error:
-        words = f"the rule itself broke ({describe_error(error)}); please report it"
-        return replace(finding, outcome="not looked at", reason=plain(words))
+def print_letter(console: Console, verdict: Verdict) -> None:
+    """Print the letter. All that comes from the run is printed as text, never as markup."""
+    console.print()
+    console.print(Text("Audit", style="bold").append(f" of {subject(verdict)}", style="not bold"))
+    if verdict.broken:
+        console.print(Text("The audit itself failed, and looked at nothing after that:", style="bold magenta"))
+        console.print(Text(verdict.broken, style="dim"))
+    facts = verdict.facts
+    if facts is not None and facts.compiled:
+        words = "Compiled code was left alone: inside it nothing was watched, and nothing is compiled again."
+        console.print(Text(words, style="dim"))
+    for finding in verdict.of("fault", "advice", "allowed"):
+        print_finding(console, finding)
+    console.print()
+    for topic, words in TOPICS.items():
+        print_topic(console, words, [finding for finding in verdict.findings if finding.topic == topic])
+    unseen: dict[str, list[str]] = {}
+    for finding in verdict.of("not looked at"):
+        unseen.setdefault(finding.reason, []).append(finding.rule)
+    if unseen:
+        console.print(Text("\nNot looked at", style="bold"))
+    for reason, names in unseen.items():
+        console.print(Padding(Text(f"{', '.join(names)}: {reason}", style="dim"), (0, 0, 0, 2)))
+    total = Text("\nResult: ", style="bold")
+    counted = [(outcome, len(verdict.of(outcome))) for outcome in OUTCOMES]
+    for number, (outcome, count) in enumerate((outcome, count) for outcome, count in counted if count):
+        plural = "s" if count != 1 and outcome == "fault" else ""
+        total.append(", " if number else "", style="not bold").append(f"{count} {outcome}{plural}", STYLES[outcome])
+    console.print(total)
 
 
-def judge_alone(facts: Facts, expected: Mapping[str, str]) -> list[Finding]:
-    """Return what the rules find that judge each process by itself."""
-    import conformance.auditing.rules  # noqa: F401  # fills RULES
-    from conformance.auditing.rule import RULES
-
-    seen = Seen(facts, [facts], expected)
-    chosen = [rule for rule in RULES.values() if not rule.together]
-    chosen = [rule for rule in chosen if rule.topic != "expected" or rule.name in asked(expected)]
-    processes = (facts.rank,) if facts.world > 1 else ()
-    return [judge(rule, seen, processes) for rule in chosen]
-
-
-def asked(expected: Mapping[str, str]) -> set[str]:
-    """Return the rules that judge what the user expects."""
-    return {{"no-weight-decay": "expect-no-decay"}.get(name, f"expect-{name}") for name in expected}
-
-
-def judge_together(ranks: list[Facts], expected: Mapping[str, str]) -> list[Finding]:
-    """Return what the rules find that compare the processes."""
-    from conformance.auditing.rule import RULES
-
-    seen = Seen(ranks[0], ranks, expected)
-    return [judge(rule, seen) for rule in RULES.values() if rule.together]
+def subject(verdict: Verdict) -> str:
+    """Return in words what was looked at."""
+    facts = verdict.facts
+    if facts is None:
+        return "a run whose facts were not complete"
+    count, processes = len(facts.updates), max(len(verdict.ranks), 1)
+    words = f"{count} update{'s' * (count != 1)}"
+    words += f" on {processes} processes" if processes > 1 else ""
+    optimizers = {step.optimizer[0].rpartition(".")[2] for u in facts.updates for step in u.steps if step.optimizer}
+    size = sum(math.prod(info.shape) for info in facts.trace.tensors.values())
+    if size:
+        weights = f"{size / 1e6:,.1f} million" if size >= 1e5 else f"{size:,}"
+        words += f": {weights} weights in {len(facts.trace.tensors)} tensors"
+    return f"{words}, {' and '.join(sorted(optimizers))}" if optimizers else words
 
 
-def merged(findings: Sequence[list[Finding]]) -> list[Finding]:
-    """Return the findings of several processes as one list: of each rule the worst, with the processes that have it."""
-    order = {outcome: number for number, outcome in enumerate(OUTCOMES)}
-    result = []
-    for own in zip(*findings, strict=True):
-        # What one process found ok and another could not look at is ok on that one only.
-        worst = min(own, key=lambda finding: order[finding.outcome])
-        same = tuple(number for finding in own if finding.outcome == worst.outcome for number in finding.processes)
-        result.append(replace(worst, processes=same if worst.outcome != "ok" else ()))
-    return result
+def print_topic(console: Console, words: str, findings: list[Finding]) -> None:
+    """Print one line on a topic: its rules, each with a sign."""
+    if not findings:
+        return
+    line = Text(f"{words}: ", style="dim")
+    for number, finding in enumerate(findings):
+        line.append(", " if number else "", style="not dim")
+        line.append(SIGNS[finding.outcome] + finding.rule, style=f"{STYLES[finding.outcome]} not bold")
+    console.print(line)
 
 
-def with_allowances(findings: list[Finding], allowed: Mapping[str, str]) -> list[Finding]:
-    """Return the findings; what is allowed counts for nothing, and says why."""
-    return [
-        replace(finding, outcome="allowed", reason=allowed[finding.rule])
-        if finding.rule in allowed and finding.outcome in ("fault", "advice")
-        else finding
-        for finding in findings
+def print_finding(console: Console, finding: Finding) -> None:
+    """Print one finding."""
+    console.print()
+    where = f" (process {', '.join(map(str, finding.processes))})" if finding.processes else ""
+    head = Text(f"{finding.outcome.upper()} {finding.rule}{where}  ", style=STYLES[finding.outcome])
+    wrapped = head.append(finding.requirement, style="bold not dim").wrap(console, console.width - 2)
+    for number, line in enumerate(wrapped):
+        console.print(line if number == 0 else Text("  ").append(line))
+    lines = [
+        ("Expected", finding.expected),
+        ("Seen", finding.seen),
+        ("Allowed", finding.reason),
+        ("Why it matters", finding.why if finding.outcome != "allowed" else ""),
+        ("How to mend it", finding.mend if finding.outcome != "allowed" else ""),
+        ("Seen before", finding.source if finding.outcome != "allowed" else ""),
     ]
+    for label, text in lines:
+        if text:
+            line = Text(f"{label}: ", style="dim").append(text, style="default not dim")
+            console.print(Padding(line, (0, 0, 0, 2)))
+
+
+def as_text(verdict: Verdict) -> str:
+    """Return the letter without colours."""
+    stream = io.StringIO()
+    print_letter(Console(file=stream, width=100, highlight=False), verdict)
+    return stream.getvalue()
+
+
+def annotations(verdict: Verdict) -> Iterator[str]:
+    """Yield workflow commands for GitHub Actions, and at last a line that counts the outcomes."""
+    for finding in verdict.of("fault", "advice"):
+        kind = "error" if finding.outcome == "fault" else "warning"
+        lines = [finding.requirement, f"expected: {finding.expected}", f"seen: {finding.seen}", f"mend: {finding.mend}"]
+        yield f"::{kind} title={finding.rule} {finding.outcome}::{escaped(chr(10).join(lines))}"
+    yield ", ".join(f"{count} {outcome}" for outcome in OUTCOMES if (count := len(verdict.of(outcome))))
+
+
+def as_json(verdict: Verdict) -> str:
+    """Return the verdict as JSON. What a file cannot hold is written as an escape."""
+    return json.dumps(verdict.as_json(), indent=2)
