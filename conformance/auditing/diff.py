@@ -19,6 +19,8 @@ BOUNDS = {
 }
 """Parameters are compared by their movement, whose small elements an Adam turns round."""
 RATES = 1e-6
+NORMS = 1e-5
+"""Equal weights have equal samples; their norms, in float32, depend on how a tensor is split."""
 TINY = 1e-3
 """A tensor whose gradient is shorter than this share of the longest shows rounding of sums, and little else."""
 
@@ -119,7 +121,7 @@ def started(first: WholeRun, second: WholeRun, result: Comparison) -> Difference
     if not first.initial.samples or not second.initial.samples:
         result.unseen.append("start: the weights before the first update were not seen in both runs")
         return Difference("start", 0.0, 0.0)
-    rounding = 0.0 if first.weights == second.weights else 2.0**-8
+    rounding = NORMS if first.weights == second.weights else 2.0**-8
     return vectors("start", first.initial, second.initial, first.sizes, rounding)
 
 
@@ -267,7 +269,9 @@ def cause_of(first: WholeRun, second: WholeRun, number: int, found: Difference) 
             return "another function: the same weights and data give another loss"
         return f"the loss is scaled by {pair[1] / pair[0]:.4g}" if pair[0] and pair[1] is not None else "another loss"
     if found.phase == "clipped gradient" and (a.clip != b.clip or first.dtypes == second.dtypes):
-        return f"clipping: limits {a.clip} and {b.clip}"
+        if a.clip != b.clip:
+            return f"clipping: limits {a.clip} and {b.clip}"
+        return f"{quoted(found.tensors)} changed between the last backward and the step, in one of the runs"
     if found.phase == "settings":
         key = found.words.split(" ")[0]
         return "learning rate" if key == "lr" else f"the optimizer's {key}"

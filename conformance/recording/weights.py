@@ -144,7 +144,7 @@ class Sketch:
         if not isinstance(value, Tensor):
             return plain_value(value) if not keyed_by_tensor(value) else "a table by tensor"
         if value.shape == tensor.shape and value.is_floating_point():
-            return self.sample(local(value)).clone()
+            return self.keep({"": value})[""].clone()
         return local(value).clone() if value.numel() <= SAMPLES else f"{value.dtype} of shape {tuple(value.shape)}"
 
 
