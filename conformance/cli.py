@@ -41,6 +41,16 @@ otherwise 0
 """
 
 
+DIFF_EXAMPLES = """\
+example, one device against two:
+  python -m conformance audit --trace one -- train.py
+  torchrun --nproc-per-node 2 -m conformance audit --trace two -- train.py
+  python -m conformance diff one two
+
+exit code: 0 the runs are equal within noise, 1 they part, 2 the command line or a record was wrong
+"""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code; for a mistake of the user's, print one sentence and return 2."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -74,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m conformance", description=__doc__, epilog=EXAMPLES, formatter_class=plain
     )
-    commands = parser.add_subparsers(required=True, metavar="run|audit|list|explain|report")
+    commands = parser.add_subparsers(required=True, metavar="run|audit|diff|list|explain|report")
 
     run = commands.add_parser("run", help="judge a training stack", epilog=EXAMPLES, formatter_class=plain)
     for flag, settings in OPTIONS.items():
@@ -96,6 +106,24 @@ def build_parser() -> argparse.ArgumentParser:
         "script", nargs="*", metavar="SCRIPT", help="after --: train.py and its arguments, or -m module and its own"
     )
     audit.set_defaults(command=audit_command)
+
+    diff = commands.add_parser(
+        "diff",
+        help="say where two audited runs part",
+        description="Compare two records of conformance audit --trace, and name the first place where the runs part.",
+        epilog=DIFF_EXAMPLES,
+        formatter_class=plain,
+    )
+    diff.add_argument("first", type=Path, metavar="A", help="the folder of the first record")
+    diff.add_argument("second", type=Path, metavar="B", help="the folder of the second record")
+    diff.add_argument(
+        "--noise",
+        type=Path,
+        metavar="FOLDER",
+        help="a repeat of the first run, whose differences are noise",
+    )
+    diff.add_argument("--format", choices=("text", "json"), default="text", help="what to print (default: text)")
+    diff.set_defaults(command=diff_command)
 
     listing = commands.add_parser("list", help="list all clauses, with requirement and source")
     listing.add_argument("--format", choices=("text", "json"), default="text", help="what to print")
@@ -143,6 +171,13 @@ def audit_command(options: argparse.Namespace) -> int:
     from conformance.auditing.command import audit_script
 
     return audit_script(options)
+
+
+def diff_command(options: argparse.Namespace) -> int:
+    """Say where two runs part."""
+    from conformance.auditing.comparison import compare_records
+
+    return compare_records(options.first, options.second, options.noise, options.format)
 
 
 def list_command(options: argparse.Namespace) -> int:

@@ -121,6 +121,8 @@ class Facts:
     tied_at_end: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     sharded: set[str] = field(default_factory=set)
     """Tensors of which this process holds a part only."""
+    offsets: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Where the part begins in the whole tensor, by dimension, where that is known."""
     wrappers: tuple[str, ...] = ()
     """Class names of what wraps the model: DistributedDataParallel, FSDP, ..."""
     compiled: bool = False

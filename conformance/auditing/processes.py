@@ -1,8 +1,8 @@
 """What the processes of a parallel run tell each other: through a store, never through the run's own collectives."""
 
 import contextlib
+import io
 import os
-import pickle
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from conformance.auditing.facts import Facts
+from conformance.auditing.traces import decoded, encoded
 from conformance.auditing.verdict import Finding
 from conformance.recording.trace import Named
 
@@ -55,7 +56,7 @@ def exchanged(facts: Facts, findings: list[Finding]) -> tuple[list[Facts], list[
     store = find_store()
     if facts.rank > 0:
         if store is not None:
-            store.set(str(facts.rank), pickle.dumps((slim(facts), findings)))
+            store.set(str(facts.rank), packed(facts, findings))
             with contextlib.suppress(Exception):
                 store.wait(["heard"], PATIENCE)  # a store that this process holds must outlive the exchange
         return None
@@ -63,7 +64,7 @@ def exchanged(facts: Facts, findings: list[Finding]) -> tuple[list[Facts], list[
     for rank in range(1, facts.world):
         try:
             store.wait([str(rank)], PATIENCE)
-            other, own = pickle.loads(store.get(str(rank)))  # of our own processes
+            other, own = unpacked(store.get(str(rank)))
             ranks.append(other)
             found.append(own)
         except Exception:
@@ -71,6 +72,19 @@ def exchanged(facts: Facts, findings: list[Finding]) -> tuple[list[Facts], list[
     if store is not None:
         store.set("heard", "1")
     return ranks, found
+
+
+def packed(facts: Facts, findings: list[Finding]) -> bytes:
+    """Return what one process tells process 0."""
+    stream = io.BytesIO()
+    torch.save([encoded(slim(facts)), [vars(finding) for finding in findings]], stream)
+    return stream.getvalue()
+
+
+def unpacked(content: bytes) -> tuple[Facts, list[Finding]]:
+    """Return what another process told; no code of it is run."""
+    facts, findings = torch.load(io.BytesIO(content), weights_only=True)
+    return decoded(facts), [Finding(**finding) for finding in findings]
 
 
 def slim(facts: Facts) -> Facts:

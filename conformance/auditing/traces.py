@@ -80,15 +80,15 @@ def encoded(value: Any) -> Any:
     kind = type(value).__name__
     if KINDS.get(kind) is type(value):
         fields = [field.name for field in dataclasses.fields(KINDS[kind]) if field.name not in LEFT_OUT]
-        return {"kind": kind, **{name: encoded(getattr(value, name)) for name in fields}}
+        return {"_kind": kind, **{name: encoded(getattr(value, name)) for name in fields}}
     if isinstance(value, Named):
-        return {"kind": "Named", "names": list(value), "values": [encoded(item) for item in value.values()]}
+        return {"_kind": "Named", "names": list(value), "values": [encoded(item) for item in value.values()]}
     if isinstance(value, dict):
-        return {"kind": "dict", "names": list(value), "values": [encoded(item) for item in value.values()]}
+        return {"_kind": "dict", "names": list(value), "values": [encoded(item) for item in value.values()]}
     if isinstance(value, tuple):
-        return {"kind": "tuple", "values": [encoded(item) for item in value]}
+        return {"_kind": "tuple", "values": [encoded(item) for item in value]}
     if isinstance(value, set):
-        return {"kind": "set", "values": sorted(value)}
+        return {"_kind": "set", "values": sorted(value)}
     if isinstance(value, list):
         return [encoded(item) for item in value]
     if isinstance(value, torch.Tensor):
@@ -104,7 +104,7 @@ def decoded(value: Any) -> Any:
         return [decoded(item) for item in value]
     if not isinstance(value, dict):
         return value
-    kind = value["kind"]
+    kind = value["_kind"]
     if kind == "tuple":
         return tuple(decoded(item) for item in value["values"])
     if kind == "set":
@@ -112,4 +112,4 @@ def decoded(value: Any) -> Any:
     if kind in ("Named", "dict"):
         pairs = zip(value["names"], map(decoded, value["values"]), strict=True)
         return Named(pairs) if kind == "Named" else dict(pairs)
-    return KINDS[kind](**{name: decoded(item) for name, item in value.items() if name != "kind"})
+    return KINDS[kind](**{name: decoded(item) for name, item in value.items() if name != "_kind"})

@@ -20,7 +20,7 @@ from conformance.auditing.probe import probe
 from conformance.recording.files import Files
 from conformance.recording.recorder import Recorder
 from conformance.recording.snapshot import describe_tensors, named_tensors
-from conformance.recording.weights import Sketch, local, norms
+from conformance.recording.weights import Sketch, local, norms, offset_of
 
 WITHOUT_CONTENT = ("FakeTensor", "FunctionalTensor")
 MANY_NODES = 500_000
@@ -110,6 +110,9 @@ class Auditor:
         facts.tied_at_end = {name: info.names for name, info in describe_tensors(root).items()}
         tensors = named_tensors(root)
         facts.sharded = {name for name, tensor in tensors.items() if is_sharded(tensor)}
+        facts.offsets = {
+            name: offset_of(tensors[name]) for name in facts.sharded if hasattr(tensors[name], "placements")
+        }
         facts.device = next((tensor.device.type for tensor in tensors.values()), "cpu")
         known = {id(tensor) for tensor in tensors.values()}
         owned = {id(t) for optimizer in self.optimizers for group in optimizer.param_groups for t in group["params"]}

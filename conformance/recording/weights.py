@@ -79,7 +79,8 @@ class Sketch:
                     here = local(tensor)
                     names, samples = families.setdefault((here.device, here.dtype), ([], []))
                     names.append(name)
-                    samples.append(self.sample(here))
+                    sharded = hasattr(tensor, "placements") and here.shape != tensor.shape
+                    samples.append(self.sample_part(tensor, here) if sharded else self.sample(here))
             found = dict[str, Tensor]()
             for (_, dtype), (names, samples) in families.items():
                 wide = torch.float64 if dtype in (torch.float64, torch.int64) else torch.float32
@@ -92,6 +93,17 @@ class Sketch:
         if here.numel() <= SAMPLES:
             return here.reshape(-1)
         return torch.take(here, self.places_in(here.numel(), here.device))
+
+    def sample_part(self, whole: Tensor, part: Tensor) -> Tensor:
+        """Return the elements at the places of the whole tensor; NaN where they lie on other processes."""
+        offset = torch.tensor(offset_of(whole))
+        places = draw(whole.numel()) if whole.numel() > SAMPLES else list(range(whole.numel()))
+        inside = torch.stack(torch.unravel_index(torch.tensor(places), whole.shape), dim=1) - offset
+        here = ((inside >= 0) & (inside < torch.tensor(part.shape))).all(dim=1)
+        found = torch.full((len(places),), torch.nan, dtype=part.dtype, device=part.device)
+        if here.any():
+            found[here.to(part.device)] = part[tuple(inside[here].to(part.device).T)]
+        return found
 
     def places_in(self, size: int, device: torch.device) -> Tensor:
         """Return the places of the samples in a tensor of so many elements."""
@@ -132,7 +144,7 @@ class Sketch:
         if not isinstance(value, Tensor):
             return plain_value(value) if not keyed_by_tensor(value) else "a table by tensor"
         if value.shape == tensor.shape and value.is_floating_point():
-            return self.sample(local(value)).clone()
+            return self.keep({"": value})[""].clone()
         return local(value).clone() if value.numel() <= SAMPLES else f"{value.dtype} of shape {tuple(value.shape)}"
 
 
@@ -142,6 +154,15 @@ def local(tensor: Tensor) -> Tensor:
     if hasattr(detached, "to_local"):
         detached = detached.to_local()
     return detached.to_dense() if detached.is_sparse else detached
+
+
+def offset_of(tensor: Tensor) -> tuple[int, ...]:
+    """Return where this process's part of a DTensor begins in the whole, by dimension."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    placed: Any = tensor
+    _, offset = compute_local_shape_and_global_offset(placed.shape, placed.device_mesh, placed.placements)
+    return tuple(offset)
 
 
 def draw(size: int) -> list[int]:

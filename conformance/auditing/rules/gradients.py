@@ -1,6 +1,8 @@
 """Gradients: where they come from, how they are added up and clipped, and what the step makes of them."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -93,7 +95,8 @@ def registered(seen: Seen) -> None:
     if facts.unregistered:
         names = list(facts.unregistered)
         raise Violation("all modules with parameters are registered", f"called, but not registered: {quoted(names)}")
-    if facts.foreign_leaves:
+    # FSDP computes with whole tensors that it gathers: they are leaves, and no parameters.
+    if facts.foreign_leaves and not facts.sharded:
         shapes = [str(shape) for shape in facts.foreign_leaves]
         raise Violation(
             "the loss depends on parameters of the model, or of an optimizer",
@@ -306,17 +309,21 @@ def closed_form(seen: Seen) -> None:
                     if info is None or names.count(name) > 1 or name not in update.before or name not in update.after:
                         continue
                     kind = info.dtype
+                    known = ~update.before[name].isnan()  # of a sharded tensor: the part of this process
+                    if not known.any():
+                        continue
+                    gradient = update.gradients.get(name)
                     state = update.state_before.get(name)
                     if number == 1 and state and tensors_only(state):
-                        history.states[name] = dict(state)
+                        history.states[name] = part_of(state, known)
                     deviation = history.follow(
                         name,
                         step.optimizer,
                         group.settings,
-                        update.gradients.get(name),
-                        update.before[name].to(kind),
-                        update.after[name].to(kind),
-                        state if kind in COARSE and state and tensors_only(state) else None,
+                        None if gradient is None else gradient[known],
+                        update.before[name][known].to(kind),
+                        update.after[name][known].to(kind),
+                        part_of(state, known) if kind in COARSE and state and tensors_only(state) else None,
                     )
                     if deviation is not None:
                         found[name] = deviation
@@ -326,6 +333,12 @@ def closed_form(seen: Seen) -> None:
     if not looked:
         reasons = sorted(set(history.reasons.values()))
         raise NotApplicable(reasons[0] if reasons else "no tensor's step was seen")
+
+
+def part_of(state: Mapping[str, Any], known: Tensor) -> dict[str, Any]:
+    """Return the state of the elements that this process knows."""
+    alike = {key: isinstance(value, Tensor) and value.shape == known.shape for key, value in state.items()}
+    return {key: value[known] if alike[key] else value for key, value in state.items()}
 
 
 def tensors_only(state: dict[str, object]) -> bool:
