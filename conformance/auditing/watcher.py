@@ -252,10 +252,9 @@ class Auditor:
         recorder, noticed = self.recorder, self.facts.noticed
         if fresh:
             noticed.states.append(digest(torch.get_rng_state()))
-        elif recorder.stepping:
-            if recorder.evaluations > self.evaluated:  # LBFGS evaluates its closure again
-                left = {n: t.grad for n, t in recorder.calls.tensors().items() if t.grad is not None}
-                noticed.kept.update(norms(plain(left)))
+        elif recorder.stepping and recorder.evaluations > self.evaluated:  # LBFGS evaluates its closure again
+            left = {n: t.grad for n, t in recorder.calls.tensors().items() if t.grad is not None}
+            noticed.kept.update(norms(plain(left)))
         elif self.facts.backwards:
             before = self.facts.backwards[-1]
             gone = [n for n, t in recorder.calls.tensors().items() if t.grad is None and n in before.norms]

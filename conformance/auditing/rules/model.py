@@ -91,3 +91,20 @@ def uses_context(seen: Seen) -> None:
     probed(seen, used)
     if not used:
         raise Violation("logits that move with the tokens before", "no logit moves when the first half of them changes")
+
+
+@rule(
+    "phases-repeat",
+    "model",
+    why="Positions in 16 bits collide from 256 on: tokens far back cannot be told apart, and long contexts fail.",
+    mend="Compute positions, frequencies and their products in float32, and convert cosines and sines at the end.",
+    source="transformers#25681, gpt-neox#1003",
+)
+def phases_differ(seen: Seen) -> None:
+    """Each position has a rotary phase of its own."""
+    phases = seen.facts.noticed.phases
+    if not phases:
+        raise NotApplicable("the model has no buffer with rotary phases")
+    for name, repeated in phases.items():
+        if repeated:
+            raise Violation("other phases at each position", f"{repeated} positions of {name} have those of the one before")

@@ -2,7 +2,7 @@
 
 from conformance.auditing.facts import Facts
 from conformance.auditing.rule import Doubt, Seen, rule
-from conformance.auditing.rules.groups import steps
+from conformance.auditing.held import steps
 from conformance.errors import NotApplicable, Violation, quoted
 
 

@@ -2,7 +2,7 @@
 
 from conformance.auditing.facts import Facts
 from conformance.auditing.rule import Doubt, Seen, rule
-from conformance.auditing.rules.groups import first_steps, steps
+from conformance.auditing.held import first_steps, steps
 from conformance.checks.reports import is_rounded, learning_rates
 from conformance.errors import NotApplicable, Violation, quoted
 
