@@ -71,6 +71,8 @@ class Noticed:
     """A schedule-free optimizer was there while the model was evaluated."""
     recomputed: list[bool] = field(default_factory=list)
     """For each activation checkpoint, whether it keeps the generator's state."""
+    labels: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """Ids and labels, both (B, T), with which the model was called for training."""
     scheduled: dict[int, int] = field(default_factory=dict)
     """Steps of each learning-rate schedule since the first backward."""
     phases: dict[str, int] = field(default_factory=dict)

@@ -21,7 +21,7 @@ from conformance.auditing.output import Loggers
 from conformance.auditing.probe import probe
 from conformance.recording.files import Files
 from conformance.recording.recorder import Recorder
-from conformance.recording.snapshot import describe_tensors, named_tensors
+from conformance.recording.snapshot import describe_tensors, find_ids, named_tensors
 from conformance.recording.weights import Sketch, local, norms, offset_of
 
 WITHOUT_CONTENT = ("FakeTensor", "FunctionalTensor")
@@ -201,7 +201,14 @@ class Auditor:
 
     @careful
     def see_output(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        before = self.recorder.calls.last
         self.recorder.forward_ends(module, args, kwargs, output)
+        last = self.recorder.calls.last
+        labels = last[2].get("labels") if last is not None and last is not before and last[2] else None
+        ids = find_ids(last[1], last[2]) if last is not None and isinstance(labels, Tensor) else None
+        if isinstance(labels, Tensor) and ids is not None and labels.shape == ids.shape and not labels.is_meta:
+            kept = [self.sketch.keep_small(tensor) for tensor in (ids, labels)]
+            self.facts.noticed.labels.append((kept[0], kept[1]))
 
     @careful
     def entropy_computed(self, name: str, arguments: dict[str, Any], value: Tensor) -> None:

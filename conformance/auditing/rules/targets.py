@@ -3,6 +3,8 @@
 from collections import Counter
 from collections.abc import Iterator
 
+from torch import Tensor
+
 from conformance.auditing.entropies import of_training
 from conformance.auditing.rule import Doubt, Seen, rule
 from conformance.auditing.rules.data import SHIFTS, agreement, paired
@@ -15,9 +17,20 @@ Row = list[tuple[int, int | None]]
 """Of a sequence: each next token, and its target, or None where nothing is to be predicted."""
 
 
+def pairs(seen: Seen) -> list[tuple[Tensor, Tensor]]:
+    """Return ids (B, T) and targets (B, T or T - 1), from cross entropies or from the labels that the model was given."""
+    try:
+        return paired(seen.facts)
+    except NotApplicable:
+        found = [(ids.cpu(), labels.cpu()[:, 1:]) for ids, labels in seen.facts.noticed.labels]
+        if not found:
+            raise
+        return found
+
+
 def rows(seen: Seen) -> Iterator[Row]:
     """Yield the sequences of training whose targets are the next tokens of the same batch."""
-    for ids, targets in paired(seen.facts):
+    for ids, targets in pairs(seen):
         if (agreement(ids, targets, 1) or 0.0) < 0.9:
             continue
         # Targets with T - 1 places belong to the logits without the last; both begin with the token after the first.
