@@ -11,6 +11,7 @@ import gc
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -33,9 +34,14 @@ class Shadow:
         same = {name: tensor for name, tensor in tensors.items() if self.tensors.get(name) is tensor}
         now = self.weights.keep(same)
         return any(
-            self.values[name].shape == tensor.shape and bool((self.values[name] != tensor).any())
+            self.values[name].shape == tensor.shape and not torch.equal(sure(self.values[name]), sure(tensor))
             for name, tensor in now.items()
         )
+
+
+def sure(sample: Tensor) -> Tensor:
+    """Return a sample without NaN, which stands for what other processes hold, and is not equal to itself."""
+    return sample.nan_to_num() if sample.is_floating_point() else sample
 
 
 def find_unseen(tensors: Iterable[Tensor]) -> list[Any]:
