@@ -44,7 +44,8 @@ def float32_copies(facts: Facts) -> dict[str, str]:
     each 16-bit tensor, in the model's order, and their norms agree.
     """
     owned = groups_of(facts)
-    coarse = [n for n, info in facts.trace.tensors.items() if info.trainable and info.dtype in COARSE and n not in owned]
+    infos = facts.trace.tensors
+    coarse = [n for n, info in infos.items() if info.trainable and info.dtype in COARSE and n not in owned]
     first = facts.updates[0].measured_before
     foreign = [name for step in first_steps(facts) for name in step.tensors if name.startswith("foreign-")]
     if not coarse or len(foreign) != len(coarse) or first is None:

@@ -2,16 +2,21 @@
 
 import contextlib
 import functools
+import hashlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from conformance.recording.weights import local
+from conformance.recording.recorder import Recorder
+from conformance.recording.snapshot import find_ids
+from conformance.recording.weights import Sketch, local, norms
 
 COARSE = (torch.bfloat16, torch.float16)
 PHASES = ("cos", "sin", "rope", "rotary", "freqs")
@@ -91,8 +96,6 @@ class Noticed:
 
 def digest_of(state: Tensor) -> int:
     """Return a number that stands for the content of a tensor of bytes."""
-    import hashlib
-
     return int.from_bytes(hashlib.blake2b(state.cpu().numpy().tobytes(), digest_size=7).digest(), "little")
 
 
@@ -139,8 +142,8 @@ def named_but_absent(arguments: list[str]) -> list[str]:
         if not option.startswith("-") or not any(word in option.lower().replace("_", "-") for word in RESUMING):
             continue
         value = value if equals else next(iter(arguments[number + 1 : number + 2]), "")
-        looks_like_a_file = "." in Path(value).name or "/" in value
-        if value and not value.startswith("-") and looks_like_a_file and "://" not in value and not Path(value).exists():
+        is_file = ("." in Path(value).name or "/" in value) and "://" not in value and not value.startswith("-")
+        if value and is_file and not Path(value).exists():
             found.append(value)
     return found
 
@@ -159,6 +162,11 @@ def repeated_phases(root: nn.Module) -> dict[str, int]:
     return found
 
 
+def averages(group: dict[str, Any]) -> bool:
+    """Return True for a parameter group of a schedule-free optimizer, which has a mode."""
+    return isinstance(group.get("train_mode"), bool)
+
+
 class Noticer:
     """Notes what passes the gates beside the recording's."""
 
@@ -166,6 +174,8 @@ class Noticer:
         self.noticed = noticed
         self.began = False
         """Whether the first backward has begun."""
+        self.closures = 0
+        """Evaluations of a closure that had ended before the last backward."""
 
     def begin(self, root: nn.Module | None) -> None:
         """Note, at the first backward, how the model and the command line stand."""
@@ -188,13 +198,53 @@ class Noticer:
             digests = {id(own[name]): bits_of(own[name]) for name in taken if not own[name].is_meta}
             self.noticed.loads.append(Load(type(module).__name__, count, len(taken), coarse, digests))
 
+    def evaluated(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+        """Note an outermost call, if it is one of a model in eval mode, and the mode of optimizers with averages."""
+        if torch.is_grad_enabled() or module.training:
+            return
+        self.noticed.evaluations += 1
+        modes = [group["train_mode"] for optimizer in optimizers for group in optimizer.param_groups if averages(group)]
+        self.noticed.averages |= bool(modes)
+        self.noticed.averages_unused |= any(modes)
+
+    def dropped(self, name: str, running: Sequence[nn.Module]) -> None:
+        """Note a call that drops something, if it is one of a model in eval mode."""
+        if running and not torch.is_grad_enabled() and not running[0].training:
+            words = f"{name} in {type(running[-1]).__name__}"
+            if words not in self.noticed.drops:
+                self.noticed.drops.append(words)
+
+    def called(self, args: Any, kwargs: Any, sketch: Sketch) -> None:
+        """Note the labels of a training call of the model, if it was given any."""
+        ids, labels = find_ids(args, kwargs), kwargs.get("labels")
+        if ids is not None and isinstance(labels, Tensor) and labels.shape == ids.shape and not labels.is_meta:
+            self.noticed.labels.append((sketch.keep_small(ids), sketch.keep_small(labels)))
+
+    def backward_begins(self, recorder: Recorder, backwards: Sequence[Any], fresh: bool) -> None:
+        """Note what became of gradients since the last backward, and where the generator stands.
+
+        Args:
+            recorder: of the run.
+            backwards: the backward passes before.
+            fresh: it is the first of an update.
+        """
+        tensors = recorder.calls.tensors()
+        if fresh:
+            self.noticed.states.append(digest_of(torch.get_rng_state()))
+        elif recorder.stepping and recorder.evaluations > self.closures:  # LBFGS evaluates its closure again
+            self.noticed.kept.update(norms({n: local(t.grad) for n, t in tensors.items() if t.grad is not None}))
+        elif backwards and backwards[-1].update == recorder.done:
+            gone = [name for name, t in tensors.items() if t.grad is None and name in backwards[-1].norms]
+            self.noticed.cleared += [(recorder.done, name) for name in gone[:1]]
+        self.closures = recorder.evaluations
+
     def compare_with_loads(self, tensors: dict[str, Tensor], at_start: dict[str, Tensor]) -> None:
         """Note which of the model's tensors had another content at the first forward than when they were loaded."""
         known: dict[int, Tensor] = {}
         for load in self.noticed.loads:
             known |= load.digests
             load.digests = {}
-        pairs = {name: known[id(tensor)] for name, tensor in tensors.items() if id(tensor) in known and name in at_start}
+        pairs = {name: known[id(t)] for name, t in tensors.items() if id(t) in known and name in at_start}
         self.noticed.loaded = len(pairs)
         self.noticed.overwritten = [name for name, bits in pairs.items() if not torch.equal(bits, at_start[name])]
 
@@ -226,8 +276,6 @@ def noticing(noticer: Noticer, careful: Callable[[Callable[[], None]], None]) ->
 
     def after_checkpoint(result: Any, args: Any, kwargs: Any) -> None:
         noticed.recomputed.append(bool(kwargs.get("preserve_rng_state", True)))
-
-    import torch.utils.checkpoint
 
     places: list[tuple[Any, str, Callable[[Any, Any, Any], None]]] = [
         (torch, "load", after_load),

@@ -1,18 +1,17 @@
 """Gradients: where they come from, how they are added up and clipped, and what the step makes of them."""
 
 import math
-
-import torch
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from conformance.auditing.entropies import shares
-from conformance.auditing.facts import Clip, Facts
+from conformance.auditing.facts import Facts
+from conformance.auditing.held import COARSE, float32_copies, groups_of, steps
 from conformance.auditing.rule import Doubt, Seen, rule
-from conformance.auditing.held import float32_copies, groups_of, steps
-from conformance.auditing.rules.weights import COARSE, updates
+from conformance.auditing.rules.weights import updates
 from conformance.checks.step import History, follows_closed_form
 from conformance.errors import NotApplicable, Violation, quoted
 from conformance.recording.trace import Update
@@ -197,11 +196,11 @@ def loss_scale(seen: Seen) -> None:
         undone = rescaled(facts, number)
         if total > SCALED * count and undone is not None and undone > 0.5:
             raise Violation(
-                f"gradients of update {number + 1} that are unscaled before the step",
-                f"the loss is {total / count:.4g} times too large, as for float16, and so are the gradients at the step",
+                f"gradients that are unscaled before the step of update {number + 1}",
+                f"the loss is {total / count:.4g} times too large, as for float16; so are the gradients at the step",
             )
         if undone is None and total > SCALED * count:
-            raise NotApplicable("the loss is scaled, as for float16, and by how much the gradients are unscaled was not seen")
+            raise NotApplicable("the loss is scaled, as for float16, and it was not seen how gradients are unscaled")
         total *= undone or 1.0
         if count < 2 and not any(scaled):
             continue
@@ -275,70 +274,6 @@ def targets_weigh_alike(seen: Seen) -> None:
             )
     if not uneven:
         raise NotApplicable("all microbatches of an update have the same number of targets")
-
-
-@rule(
-    "clipping",
-    "gradients",
-    why="Clipping in the wrong place does nothing, or clips something else: before the backward there is no gradient, "
-    "per microbatch the limit holds for a part, before unscaling it compares with a scaled norm.",
-    mend="After the last backward of an update (and after scaler.unscale_), call clip_grad_norm_ once, with a list of "
-    "all trained parameters, and then step.",
-    source="pytorch: AMP examples, gradient clipping",
-)
-def clipped_rightly(seen: Seen) -> None:
-    """Clipping sees the whole gradient of an update, once, and the step gets the clipped one."""
-    facts = seen.facts
-    clips = [clip for clip in facts.clips if clip.update < len(facts.updates)]
-    if not clips:
-        raise NotApplicable("torch.nn.utils.clip_grad_norm_ and clip_grad_value_ were not called")
-    owned = {name for update in facts.updates for group in update.groups for name in group.tensors}
-    for number, update in enumerate(facts.updates):
-        own = [clip for clip in clips if clip.update == number]
-        passes = [backward for backward in facts.backwards if backward.update == number]
-        if not own or not passes:
-            continue
-        where = f"update {number + 1}"
-        if all(clip.backwards == 0 for clip in own):
-            raise Violation(
-                f"{where}: gradients are clipped after the backward passes and before the step",
-                "they are clipped when there is no gradient of this update: before its first backward",
-            )
-        if len({clip.backwards for clip in own if clip.backwards}) > 1:
-            raise Violation(
-                f"{where}: the sum of all microbatches' gradients is clipped once",
-                f"clipped after {quoted(sorted({clip.backwards for clip in own}))} of {len(passes)} microbatches",
-            )
-        if any(not clip.tensors for clip in own):
-            raise Violation(
-                f"{where}: clipping gets all trained tensors", "it gets none: a generator that is used up gives nothing"
-            )
-        single = [clip for clip in own if len(clip.tensors) == 1]
-        if len(single) > max(4, len(own) // 2):
-            raise Violation(f"{where}: one norm over all tensors", f"{len(single)} calls with one tensor each")
-        given = {name for clip in own for name in clip.tensors}
-        rest = sorted(name for name in owned - given if update.gradients.get(name) is not None)
-        if rest and "another tensor" not in given:
-            raise Doubt(f"{where}: all trained tensors are clipped", f"left out: {quoted(rest)}")
-        check_effect(facts, update, own, where)
-
-
-def check_effect(facts: Facts, update: Update, clips: list[Clip], where: str) -> None:
-    """Check that the step finds the gradient that one call of ``clip_grad_norm_`` left."""
-    clip, measured = clips[-1], update.measured_gradients
-    if len(clips) > 1 or clip.kind != "norm" or clip.norm is None or measured is None or facts.sharded:
-        return
-    seen = clip.norm.double().item()
-    step = total_norm({name: norm for name, norm in measured.norms.items() if name in clip.tensors})
-    wanted = min(seen, clip.limit)
-    if not math.isfinite(seen) or set(clip.tensors) - set(measured.norms) or clip.limit <= 0:
-        return
-    if abs(step - wanted) > CLOSE * wanted:
-        raise Violation(
-            f"{where}: clipping saw a gradient of norm {seen:.4g} with the limit {clip.limit:g}, so the step finds one "
-            f"of {wanted:.4g}",
-            f"the step finds a gradient of norm {step:.4g}",
-        )
 
 
 @rule(

@@ -107,4 +107,5 @@ def phases_differ(seen: Seen) -> None:
         raise NotApplicable("the model has no buffer with rotary phases")
     for name, repeated in phases.items():
         if repeated:
-            raise Violation("other phases at each position", f"{repeated} positions of {name} have those of the one before")
+            words = f"{repeated} positions of {name} have those of the one before"
+            raise Violation("other phases at each position", words)

@@ -248,7 +248,8 @@ def reached(facts: Facts, number: int) -> float | None:
     """Return the norm of the gradient that clipping saw, or the step where nothing is clipped."""
     clips = [clip for clip in facts.clips if clip.update == number]
     if clips:
-        return clips[-1].norm.item() if len(clips) == 1 and clips[0].norm is not None else None
+        norm = clips[0].norm
+        return norm.item() if len(clips) == 1 and norm is not None else None
     measured = facts.updates[number].measured_gradients
     return None if measured is None else sum(norm.item() ** 2 for norm in measured.norms.values()) ** 0.5
 

@@ -1,8 +1,8 @@
 """A resume: what a checkpoint held, and what training began with."""
 
 from conformance.auditing.facts import Facts
-from conformance.auditing.rule import Doubt, Seen, rule
 from conformance.auditing.held import steps
+from conformance.auditing.rule import Doubt, Seen, rule
 from conformance.errors import NotApplicable, Violation, quoted
 
 
@@ -104,7 +104,8 @@ def moments_go_on(seen: Seen) -> None:
     now = sum(bool(entry) for entry in first.state_before.values())
     saved = sum(read.moments for read in facts.noticed.reads)
     if saved and not now:
-        raise Violation("the optimizer's state from the checkpoint", f"it holds that of {saved} tensors, the optimizer none")
+        words = f"it holds that of {saved} tensors, the optimizer begins with none"
+        raise Violation("the optimizer's state from the checkpoint", words)
     later = any(entry for entry in first.state_after.values())
     if not saved and is_resume(facts) and not now and later:
         raise Doubt("a checkpoint with the optimizer's state", "it counts steps, and holds no state of an optimizer")

@@ -1,8 +1,8 @@
 """Steps: when optimizers and schedules act, and by which settings."""
 
 from conformance.auditing.facts import Facts
-from conformance.auditing.rule import Doubt, Seen, rule
 from conformance.auditing.held import first_steps, steps
+from conformance.auditing.rule import Doubt, Seen, rule
 from conformance.checks.reports import is_rounded, learning_rates
 from conformance.errors import NotApplicable, Violation, quoted
 
@@ -109,13 +109,13 @@ def usual_settings(seen: Seen) -> None:
         for group in step.groups:
             settings = group.settings
             betas = settings.get("betas")
-            if isinstance(betas, tuple | list) and len(betas) == 2 and all(isinstance(b, float) for b in betas):
-                if betas[0] > betas[1]:
-                    raise Violation("a first beta below the second", f"betas = {tuple(betas)}")
-            if step.optimizer[:1] == ("torch.optim.adam.Adam",) and settings.get("weight_decay"):
-                if not settings.get("decoupled_weight_decay"):
-                    words = f"Adam with a coupled weight_decay of {settings['weight_decay']:g}"
-                    raise Violation("decoupled weight decay", words)
+            pair = list(betas) if isinstance(betas, tuple | list) else []
+            if len(pair) == 2 and all(isinstance(beta, float) for beta in pair) and pair[0] > pair[1]:
+                raise Violation("a first beta below the second", f"betas = ({pair[0]:g}, {pair[1]:g})")
+            coupled = step.optimizer[:1] == ("torch.optim.adam.Adam",) and not settings.get("decoupled_weight_decay")
+            if coupled and settings.get("weight_decay"):
+                words = f"Adam with a coupled weight_decay of {settings['weight_decay']:g}"
+                raise Violation("decoupled weight decay", words)
 
 
 @rule(

@@ -18,7 +18,7 @@ Row = list[tuple[int, int | None]]
 
 
 def pairs(seen: Seen) -> list[tuple[Tensor, Tensor]]:
-    """Return ids (B, T) and targets (B, T or T - 1), from cross entropies or from the labels that the model was given."""
+    """Return ids (B, T) and targets (B, T or T - 1): of cross entropies, or the labels that the model was given."""
     try:
         return paired(seen.facts)
     except NotApplicable:
@@ -43,7 +43,7 @@ def rows(seen: Seen) -> Iterator[Row]:
     "own-targets",
     "targets",
     why="Targets that are not in the sequence cannot be learnt from it: rows or columns were mixed up on the way.",
-    mend="Follow ids and labels from the data set through the collator to the loss: same rows, same order, same packing.",
+    mend="Follow ids and labels from the data set through the collator to the loss: same rows, order and packing.",
     source="TRL and unsloth: labels lost under packing (trl#3728)",
     advice=True,
 )
@@ -117,11 +117,11 @@ def ends_are_predicted(seen: Seen) -> None:
     if rests > 0.7 * partly:
         raise Violation(
             "targets in the last part of each sequence",
-            f"{rests} of {partly} sequences leave out their end, of several different tokens, and predict what is before",
+            f"{rests} of {partly} sequences leave out their end, of several tokens, and predict what is before it",
         )
     (token, count), (_, alike) = after.most_common(1)[0], last.most_common(1)[0]
     if count > 0.7 * partly and alike < 0.5 * partly:
-        words = f"token {token} ends {count} of {partly} sequences and is left out; the last target is a different one each"
+        words = f"token {token} ends {count} of {partly} sequences and is left out; the last targets differ"
         raise Violation("a common last target: the end token", words)
 
 
@@ -174,5 +174,6 @@ def mean_over_targets(seen: Seen) -> None:
         hits = sum(any(abs(loss * k - mean) < 1e-4 * abs(mean) for loss in losses) for mean in means)
         if hits == len(means) and len(means) > 1:
             entropy = partly[0]
-            words = f"the sum is divided by all {entropy.targets.numel()} places, of which {entropy.counted} have a target"
+            places = entropy.targets.numel()
+            words = f"the sum is divided by all {places} places, of which {entropy.counted} have a target"
             raise Violation("a mean over targets", words)
