@@ -4,6 +4,7 @@ import contextlib
 import functools
 import hashlib
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +51,8 @@ class Read:
     """Tensors that its optimizers' states are of."""
     rates: list[float] = field(default_factory=list)
     """The last rates of its schedules."""
+    peaks: list[float] = field(default_factory=list)
+    """The rates that its schedules began with."""
     generators: list[int] = field(default_factory=list)
     """Digests of states of PyTorch's generator."""
     counted: bool = False
@@ -90,6 +93,10 @@ class Noticed:
     """Tensors of the model that were loaded and had another content at the first forward."""
     loaded: int = 0
     """Tensors of the model that were loaded."""
+    asked: bool = False
+    """An option of the command line says that the run resumes."""
+    promised: list[str] = field(default_factory=list)
+    """Tensors of the model that an optimizer was made for which is still there."""
     absent: list[str] = field(default_factory=list)
     """Files named on the command line to resume from, which are not there."""
 
@@ -111,7 +118,8 @@ def read_checkpoint(content: Any) -> Read:
 
     def look(value: Any, key: str, depth: int) -> None:
         if isinstance(value, Tensor):
-            if value.dtype == torch.uint8 and value.numel() == STATE_BYTES:
+            owned = any(word in key.lower() for word in ("generator", "data", "loader", "sampler"))
+            if value.dtype == torch.uint8 and value.numel() == STATE_BYTES and not owned:
                 found.generators.append(digest_of(value))
         elif isinstance(value, dict):
             if isinstance(value.get("state"), dict) and isinstance(value.get("param_groups"), list):
@@ -120,6 +128,7 @@ def read_checkpoint(content: Any) -> Read:
             rates = value.get("_last_lr")
             if "last_epoch" in value and isinstance(rates, list):
                 found.rates += [float(rate) for rate in rates]
+                found.peaks += [float(rate) for rate in value.get("base_lrs", [])]
                 return
             if depth < 4:
                 for name, item in value.items():
@@ -174,6 +183,7 @@ class Noticer:
         self.noticed = noticed
         self.began = False
         """Whether the first backward has begun."""
+        self.promises: list[tuple[weakref.ref[Optimizer], weakref.ref[Tensor]]] = []
         self.closures = 0
         """Evaluations of a closure that had ended before the last backward."""
 
@@ -181,6 +191,7 @@ class Noticer:
         """Note, at the first backward, how the model and the command line stand."""
         self.began = True
         self.noticed.absent = named_but_absent(sys.argv[1:])
+        self.noticed.asked = any(word.startswith("-") and "resume" in word.lower() for word in sys.argv[1:])
         if root is not None:
             self.noticed.phases = repeated_phases(root)
 
@@ -238,6 +249,20 @@ class Noticer:
             self.noticed.cleared += [(recorder.done, name) for name in gone[:1]]
         self.closures = recorder.evaluations
 
+    def made_for(self, optimizer: Optimizer, group: Any) -> None:
+        """Note what an optimizer was made for."""
+        tensors = group.get("params") if isinstance(group, dict) else None
+        for tensor in tensors if isinstance(tensors, list | tuple) else ():
+            if isinstance(tensor, Tensor):
+                self.promises.append((weakref.ref(optimizer), weakref.ref(tensor)))
+
+    def keep_promises(self, tensors: dict[str, Tensor]) -> None:
+        """Note which of the model's tensors an optimizer was made for, if it is still there."""
+        held = [tensor() for optimizer, tensor in self.promises if optimizer() is not None]
+        kept = {id(tensor) for tensor in held if tensor is not None}
+        self.noticed.promised = [name for name, tensor in tensors.items() if id(tensor) in kept]
+        self.promises = []
+
     def compare_with_loads(self, tensors: dict[str, Tensor], at_start: dict[str, Tensor]) -> None:
         """Note which of the model's tensors had another content at the first forward than when they were loaded."""
         known: dict[int, Tensor] = {}
@@ -266,6 +291,9 @@ def noticing(noticer: Noticer, careful: Callable[[Callable[[], None]], None]) ->
     def after_state(result: Any, args: Any, kwargs: Any) -> None:
         noticer.loaded(args[0], args[1] if len(args) > 1 else kwargs.get("state_dict"))
 
+    def after_group(result: Any, args: Any, kwargs: Any) -> None:
+        noticer.made_for(args[0], args[1] if len(args) > 1 else kwargs.get("param_group"))
+
     def after_schedule(result: Any, args: Any, kwargs: Any) -> None:
         if noticer.began:
             noticed.scheduled[id(args[0])] = noticed.scheduled.get(id(args[0]), 0) + 1
@@ -279,6 +307,7 @@ def noticing(noticer: Noticer, careful: Callable[[Callable[[], None]], None]) ->
 
     places: list[tuple[Any, str, Callable[[Any, Any, Any], None]]] = [
         (torch, "load", after_load),
+        (Optimizer, "add_param_group", after_group),
         (nn.Module, "load_state_dict", after_state),
         (torch.optim.lr_scheduler.LRScheduler, "step", after_schedule),
         (torch, "set_rng_state", after_generator),

@@ -113,6 +113,7 @@ class Auditor:
         tensors = named_tensors(root)
         if facts.trace.measured_initial is not None:
             self.noticer.compare_with_loads(tensors, facts.trace.measured_initial.bits)
+        self.noticer.keep_promises(tensors)
         facts.sharded = {name for name, tensor in tensors.items() if is_sharded(tensor)}
         facts.offsets = {
             name: offset_of(tensors[name]) for name in facts.sharded if hasattr(tensors[name], "placements")

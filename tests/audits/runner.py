@@ -1,4 +1,4 @@
-"""Run the audit's command on a script, in processes that are forked from this one: an import of PyTorch is paid once."""
+"""Run the audit's command on a script, in processes forked from this one: an import of PyTorch is paid once."""
 
 import contextlib
 import importlib.util
@@ -106,7 +106,8 @@ def in_child(folder: Path, rank: int, ranks: int, port: int, command: list[str])
     terminal = os.open(folder / f"terminal-{command[0]}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(terminal, 1)
     os.dup2(terminal, 2)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 # as long as the process lives
+    sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
     warnings.resetwarnings()
     warnings.simplefilter("ignore")
     code = 1

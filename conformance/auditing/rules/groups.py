@@ -29,6 +29,11 @@ def held(seen: Seen) -> None:
         size = sizes(facts)
         share = sum(size[name] for name in lost) / max(sum(size[name] for name in trained), 1)
         words = f"no optimizer holds {quoted(lost)}, {share:.1%} of the trainable weights"
+        idle = [name for name in lost if name in facts.noticed.promised]
+        if idle:
+            raise Violation(
+                "every optimizer that was made steps", f"one was made for {quoted(idle)}, and never stepped"
+            )
         if share > 0.5:
             raise Doubt("all trainable tensors are in a group, or frozen by requires_grad=False", words)
         raise Violation("all trainable tensors are in a group", words)

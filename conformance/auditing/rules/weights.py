@@ -214,11 +214,29 @@ def stays_tied(seen: Seen) -> None:
         raise NotApplicable("the audit did not see the model at the end")
     tied = [info.names for info in facts.trace.tensors.values() if len(info.names) > 1]
     if not tied:
+        alike = equal_matrices(facts)
+        if alike:
+            raise Doubt("a tied matrix is one tensor", f"two, which began equal: {quoted(alike)}")
         raise NotApplicable("no two names share a tensor")
     together = [set(names) for names in facts.tied_at_end.values()]
     for names in tied:
         if not any(set(names) <= others for others in together):
             raise Violation(f"{quoted(names)} stay one tensor", "they are several tensors at the end of the recording")
+
+
+def equal_matrices(facts: Facts) -> list[str]:
+    """Return two trained matrices of the same shape that had the same content at the start; empty if there are none."""
+    measured, found = facts.trace.measured_initial, dict[tuple[object, ...], str]()
+    for name, info in facts.trace.tensors.items():
+        if measured is None or name not in measured.bits or len(info.shape) != 2 or not measured.norms[name].item():
+            continue
+        key = (info.shape, measured.bits[name].item(), measured.norms[name].item())
+        spread = name in facts.trace.initial and len(facts.trace.initial[name].unique()) > 2
+        if info.trainable and spread and name not in facts.sharded:
+            if key in found:
+                return [found[key], name]
+            found[key] = name
+    return []
 
 
 @rule(

@@ -62,9 +62,7 @@ def healthy(rank: int = 0, world: int = 1, seed: int = 0) -> Facts:
     facts = Facts(rank=rank, world=world)
     trace = facts.trace
     weights = {name: 0.02 * torch.randn(shape, generator=shared) for name, shape in SHAPES.items()}
-    trace.tensors = Named(
-        {n: TensorInfo(n, (n,), s, torch.float32, "cpu", True, OWNERS[n]) for n, s in SHAPES.items()}
-    )
+    trace.tensors = Named({n: TensorInfo(n, (n,), s, torch.float32, "cpu", True, OWNERS[n]) for n, s in SHAPES.items()})
     trace.embeddings = (EmbeddingInfo("wte", "torch.nn.Embedding", (V, WIDTH), (), torch.float32, "cpu"),)
     trace.initial, trace.measured_initial = Named(weights), measures(weights)
     facts.tied_at_end = {name: (name,) for name in SHAPES}
@@ -118,7 +116,7 @@ def healthy(rank: int = 0, world: int = 1, seed: int = 0) -> Facts:
 def resumed() -> Facts:
     """Return the facts of a run that goes on from a checkpoint."""
     facts = healthy()
-    facts.noticed.reads = [Read(moments=4, rates=[RATE], generators=[5], counted=True)]
+    facts.noticed.reads = [Read(moments=4, rates=[RATE], peaks=[0.8], generators=[5], counted=True)]
     facts.noticed.restored = [5]
     facts.noticed.loads = [Load("GPT", 4, 4, 0)]
     facts.noticed.loaded = 4

@@ -217,9 +217,8 @@ def same_batch(facts: Facts) -> None:
 
 
 def of_others(facts: Facts) -> None:
-    draw = torch.Generator().manual_seed(5)
     for number, entropy in enumerate(facts.trace.entropies):
-        targets = torch.randint(V, entropy.targets.shape, generator=draw)
+        targets = (entropy.targets + 17) % V
         facts.trace.entropies[number] = replace(entropy, targets=targets)
 
 
@@ -229,6 +228,12 @@ def probabilities(facts: Facts) -> None:
 
 def nan_loss(facts: Facts) -> None:
     facts.backwards[2].losses = [torch.tensor(torch.nan)]
+
+
+def last_one_trained(facts: Facts) -> None:
+    first, held = facts.trace.forwards[0], facts.trace.forwards[-1]
+    before = [replace(held, update=0), replace(held, update=0, ids=first.ids)]
+    facts.trace.forwards = [*before, *facts.trace.forwards]
 
 
 def told(text: str) -> Change:
@@ -256,7 +261,31 @@ def hardly_moves(facts: Facts) -> None:
 
 def ends_masked(facts: Facts) -> None:
     for number, entropy in enumerate(facts.trace.entropies):
-        facts.trace.entropies[number] = replace(entropy, targets=entropy.targets.masked_fill(entropy.targets == 63, -100))
+        facts.trace.entropies[number] = replace(
+            entropy, targets=entropy.targets.masked_fill(entropy.targets == 63, -100)
+        )
+
+
+def began_equal(facts: Facts) -> None:
+    set_info(facts, "wte.weight", names=("wte.weight",))
+    assert facts.trace.measured_initial is not None
+    for kind in (facts.trace.measured_initial.bits, facts.trace.measured_initial.norms):
+        kind["head.weight"] = kind["wte.weight"]
+
+
+def held_twice(facts: Facts) -> None:
+    facts.trace.forwards[2] = replace(facts.trace.forwards[2], ids=facts.trace.forwards[0].ids)
+
+
+def of_tags(facts: Facts) -> None:
+    of_others(facts)
+    for number, entropy in enumerate(facts.trace.entropies):
+        facts.trace.entropies[number] = replace(entropy, targets=entropy.targets % 3 + 60)
+
+
+def not_saved(facts: Facts) -> None:
+    no_moments(facts)
+    facts.noticed.reads[0].moments = 0
 
 
 def held_out_again(facts: Facts) -> None:
@@ -311,15 +340,24 @@ CASES: dict[str, list[Case]] = {
     "first-loss": [Case(lambda f: set_entropies(f, value=torch.tensor(9.0)), "advice")],
     "not-finite": [Case(weights_of_nan)],
     "never-moves": [Case(still), Case(still, "advice", ready=coarse)],
-    "ties-apart": [Case(lambda f: setattr(f, "tied_at_end", {n: (n,) for n in SHAPES}), ready=tied)],
+    "ties-apart": [
+        Case(began_equal, "advice", ready=tied),
+        Case(lambda f: setattr(f, "tied_at_end", {n: (n,) for n in SHAPES}), ready=tied),
+    ],
     "sixteen-bit-weights": [Case(coarse, "advice")],
-    "in-no-group": [Case(steps("wte.weight", "h.0.weight", "head.weight"))],
+    "in-no-group": [
+        Case(steps("wte.weight", "h.0.weight", "head.weight")),
+        Case(steps("norm.weight"), "advice"),
+        Case(steps("norm.weight"), ready=noticed("promised", ["h.0.weight"]), words="never stepped"),
+    ],
     "in-two-groups": [Case(steps(*SHAPES, "wte.weight"))],
     "outside-the-model": [Case(steps(*SHAPES, "foreign-1"))],
     "frozen-in-optimizer": [Case(lambda f: set_info(f, "norm.weight", trainable=False), "advice")],
     "decay-of-vectors": [Case(steps(weight_decay=0.1), "advice")],
     "first-rate-0": [Case(steps(lr=0.0), "advice")],
-    "not-fused": [Case(steps(fused=False), "advice", ready=lambda f: (field("device", "cuda")(f), steps(fused=True)(f)))],
+    "not-fused": [
+        Case(steps(fused=False), "advice", ready=lambda f: (field("device", "cuda")(f), steps(fused=True)(f)))
+    ],
     "no-gradient": [Case(without_gradient), Case(gone_before_step, words="cleared before the step")],
     "leftover-gradient": [
         Case(lambda f: f.leftovers.update({2: {"wte.weight": torch.tensor(1.0)}})),
@@ -350,7 +388,10 @@ CASES: dict[str, list[Case]] = {
     "lost-to-rounding": [Case(hardly_moves, "advice", ready=coarse)],
     "steps-again": [Case(lambda f: set_update(f, 2, unfounded=True))],
     "steps-stop": [Case(more_backwards)],
-    "steps-of-schedule": [Case(noticed("scheduled", {1: 8}), "advice", ready=noticed("scheduled", {1: 4}))],
+    "steps-of-schedule": [
+        Case(noticed("scheduled", {1: 8}), "advice", ready=noticed("scheduled", {1: 4})),
+        Case(noticed("scheduled", {1: 12}), ready=noticed("scheduled", {1: 3})),
+    ],
     "told-rate": [
         Case(told("step {0} lr 0.{0}25")),
         Case(told("step {0} lr 0.{0}25"), "advice", ready=lambda f: set_update(f, 0, steps=(step(lr=0.25),))),
@@ -365,8 +406,8 @@ CASES: dict[str, list[Case]] = {
     "same-draws": [Case(noticed("states", [1, 1, 1, 1]))],
     "shift": [Case(lambda f: set_targets(f, True, 0)), Case(lambda f: set_targets(f, True, 2))],
     "same-batch": [Case(same_batch)],
-    "repeats": [Case(same_batch, "advice")],
-    "own-targets": [Case(of_others, "advice")],
+    "repeats": [Case(same_batch), Case(held_twice, "advice")],
+    "own-targets": [Case(of_others), Case(of_tags, "advice")],
     "never-a-target": [Case(token_masked, "advice")],
     "ends-untrained": [
         Case(masked(2, None), "advice", ready=padded(masks=True), words="several tokens"),
@@ -383,7 +424,10 @@ CASES: dict[str, list[Case]] = {
         Case(told_alone, "advice", ready=told_mean, ranks=2, words="process 0 alone"),
     ],
     "eval-mode": [Case(lambda f: set_forwards(f, training=False))],
-    "parts-in-eval-mode": [Case(lambda f: set_forwards(f, other_mode=("h.0",)), "advice")],
+    "parts-in-eval-mode": [
+        Case(lambda f: set_forwards(f, other_mode=("h.0",)), "advice"),
+        Case(lambda f: set_forwards(f, other_mode=("h", "h.drop")), ready=field("dropout", {"h.drop": True})),
+    ],
     "looks-ahead": [Case(lambda f: setattr(f, "probed", replace(f.probed, looks_ahead=2)))],
     "rows-mix": [Case(lambda f: setattr(f, "probed", replace(f.probed, rows_mix=True)))],
     "context-unused": [Case(lambda f: setattr(f, "probed", replace(f.probed, uses_context=False)), "advice")],
@@ -391,7 +435,7 @@ CASES: dict[str, list[Case]] = {
     "evaluation-shift": [Case(lambda f: set_targets(f, False, 0))],
     "evaluation-drops": [Case(noticed("drops", ["dropout in Block"]))],
     "evaluation-averages": [Case(noticed("averages_unused", True), ready=noticed("averages", True))],
-    "evaluated-and-trained": [Case(held_out_again, "advice")],
+    "evaluated-and-trained": [Case(held_out_again, "advice"), Case(last_one_trained)],
     "resume-found": [Case(lambda f: (noticed("absent", ["a.pt"])(f), noticed("reads", [])(f)), "advice", make=resumed)],
     "resume-names": [Case(noticed("loads", [Load("GPT", 4, 0, 0)]), make=resumed)],
     "resume-weights": [
@@ -401,10 +445,17 @@ CASES: dict[str, list[Case]] = {
     "resume-precision": [Case(noticed("loads", [Load("GPT", 4, 4, 4)]), make=resumed)],
     "resume-optimizer": [
         Case(no_moments, make=resumed),
-        Case(lambda f: (no_moments(f), setattr(f.noticed.reads[0], "moments", 0)), "advice", make=resumed),
+        Case(not_saved, "advice", make=resumed),
+        Case(lambda f: (not_saved(f), noticed("asked", True)(f)), make=resumed),
     ],
-    "resume-schedule": [Case(steps(lr=0.1), "advice", make=resumed)],
-    "resume-generator": [Case(noticed("restored", []), "advice", make=resumed)],
+    "resume-schedule": [
+        Case(steps(lr=0.1), "advice", make=resumed),
+        Case(steps(lr=0.1, initial_lr=0.8), ready=noticed("asked", True), make=resumed),
+    ],
+    "resume-generator": [
+        Case(noticed("restored", []), "advice", make=resumed),
+        Case(noticed("restored", []), ready=noticed("asked", True), make=resumed),
+    ],
     "same-data": [Case(lambda f: setattr(f.trace, "forwards", healthy().trace.forwards), ranks=2)],
     "starts-differ": [
         Case(lambda f: setattr(f.trace, "measured_initial", healthy(seed=f.rank).trace.measured_initial), ranks=2)
