@@ -73,6 +73,10 @@ def audit(
 
 def start(folder: Path, ranks: int, command: list[str]) -> int:
     """Run a command on each rank and return the first exit code that is not 0."""
+
+    import conformance.auditing.command
+    import conformance.cli  # noqa: F401
+
     port = free_port()
     context = multiprocessing.get_context("fork")
     with warnings.catch_warnings():
