@@ -57,6 +57,11 @@ AUDIT_OPTIONS: dict[str, dict[str, Any]] = {
     "--report": {"metavar": "FILE", "help": "write the verdict as JSON"},
     "--format": {"choices": ("text", "json", "github"), "default": "text", "help": "form of the verdict on stderr"},
     "--trace": {"metavar": "FOLDER", "help": "keep the record of the run, for conformance diff"},
+    "--resume-with": {
+        "metavar": "COMMAND",
+        "help": "then run this command, which resumes from the checkpoint that the script left, and judge the resume",
+    },
+    "--quiet": {"action": "store_true", "help": "print no letter: for --report, --trace and the exit code only"},
     "--strict": {"action": "store_true", "help": "advice counts: it makes the exit code 1"},
 }
 """Options of the audit, as argparse takes them."""

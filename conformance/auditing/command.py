@@ -3,14 +3,20 @@
 import argparse
 import importlib.util
 import os
+import shlex
+import subprocess
 import sys
+import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TextIO
 
-from conformance.auditing.judging import allowances
+from conformance.auditing.facts import Facts
+from conformance.auditing.judging import allowances, judge_resumed, with_allowances
 from conformance.auditing.rules.expected import parse
 from conformance.auditing.run import audited, run_script
+from conformance.auditing.traces import load, save
 from conformance.auditing.verdict import Verdict, annotations, as_json, print_letter
 from conformance.errors import UsageError
 from conformance.options import FAILED, PASSED, USAGE
@@ -31,24 +37,55 @@ def audit_script(options: argparse.Namespace) -> int:
     folder = check_folder(options.trace)
 
     def done(verdict: Verdict) -> None:
-        if verdict.facts is None or not verdict.facts.updates:
+        if verdict.facts is None or not verdict.facts.updates or options.quiet:
             return
         show(verdict, options.format, stderr)
         if report is not None:
             print(f"Written: {write_json(report, verdict.as_json())}", file=stderr)
 
+    second = check_command(resume_command(options.resume_with)) if options.resume_with else None
     start = partial(audited, updates, options.then, expected, allowed, options.strict, done)
     code, verdict = run_script(command, start)
     if folder is not None and verdict.facts is not None:
-        from conformance.auditing.traces import save
-
         save(verdict.facts, folder)
     if code:
         return code
     if verdict.facts is None or (not verdict.facts.updates and not verdict.broken):
         print(NOTHING_SEEN, file=stderr)
         return USAGE
+    if second is not None:
+        findings = with_allowances(judge_resumed(verdict.facts, resumed(second, updates)), allowed)
+        verdict.findings += findings
+        show(replace(verdict, findings=findings), options.format, stderr)
+        if report is not None:
+            write_json(report, verdict.as_json())
     return FAILED if verdict.failed else PASSED
+
+
+def resume_command(text: str) -> list[str]:
+    """Return the command that resumes, without the ``python`` that it may begin with."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UsageError(f"--resume-with cannot be read: {str(error).lower()}.") from None
+    return words[1:] if words and Path(words[0]).name.startswith("python") else words
+
+
+def resumed(command: list[str], updates: int) -> Facts:
+    """Run the command that resumes in a process of its own, audited too, and return its facts.
+
+    Raises:
+        UsageError: if it made no update.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        words = [sys.executable, "-m", "conformance", "audit", "--updates", str(updates), "--trace", folder, "--quiet"]
+        ended = subprocess.run([*words, "--", *command], check=False)
+        try:
+            return load(Path(folder))[0]
+        except UsageError:
+            raise UsageError(
+                f"the command of --resume-with left no record: it ended with exit code {ended.returncode}."
+            ) from None
 
 
 def show(verdict: Verdict, form: str, stream: TextIO) -> None:

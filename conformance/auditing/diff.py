@@ -11,7 +11,7 @@ from conformance.errors import quoted
 
 PHASES = ("start", "data", "forward", "gradient", "clipped gradient", "settings", "parameters")
 # Relative, by the dtype in which both runs compute. Pairs that should agree (a repeat, DDP, FSDP2, tensor parallelism,
-# another split into microbatches, compiled against eager) show at most a tenth of these; tests/audits/pairs.py.
+# another split into microbatches, compiled against eager) show at most a tenth of these.
 BOUNDS = {
     "forward": {torch.float32: 2e-5, torch.bfloat16: 5e-3, torch.float16: 2e-3},
     "gradient": {torch.float32: 2e-3, torch.bfloat16: 0.1, torch.float16: 0.05},

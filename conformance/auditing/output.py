@@ -28,6 +28,9 @@ class Lent:
     def close(self) -> None:
         """Keep it open: it is not ours."""
 
+    def _dealloc_warn(self, source: object) -> None:
+        """Do not complain that it is open."""
+
 
 class Tee(io.TextIOWrapper):
     """A text stream that also tells what is written to it, line by line."""

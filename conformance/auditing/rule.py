@@ -22,6 +22,8 @@ class Seen:
     facts: Facts
     ranks: list[Facts] = field(default_factory=list)
     expected: Mapping[str, str] = field(default_factory=dict)
+    earlier: Facts | None = None
+    """Of the run that left the checkpoint from which this one goes on."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ TOPICS = {
     "loss": "the loss, as computed and as told",
     "model": "modes, and what a logit depends on",
     "ranks": "the processes, side by side",
+    "resume": "the resumed run",
     "speed": "speed",
     "expected": "what you said with --expect",
 }

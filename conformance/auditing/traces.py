@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from conformance.auditing.facts import Backward, Clip, Facts
-from conformance.errors import UsageError
+from conformance.errors import UsageError, describe_error
 from conformance.recording.trace import (
     CrossEntropy,
     EmbeddingInfo,
@@ -63,7 +63,7 @@ def read(path: Path) -> Facts:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged file makes torch raise
-        raise UsageError(f"the record {path} cannot be read: {str(error).splitlines()[0][:200]}") from None
+        raise UsageError(f"the record {path} cannot be read: {describe_error(error)}") from None
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         raise UsageError(f"the record {path} has another schema than {SCHEMA}, which this version reads.")
     try:
