@@ -27,26 +27,12 @@ def free_port() -> int:
 def audit(folder: Path, kind: str, fault: str = "", processes: int = 2) -> dict[str, Any]:
     """Audit the script on some processes; return the report."""
     folder.mkdir()
+    report = folder / "audit.json"
     command = [sys.executable, "-m"]
     if processes > 1:
-        command += [
-            "torch.distributed.run",
-            "--nproc-per-node",
-            str(processes),
-            "--master-port",
-            str(free_port()),
-            "-m",
-        ]
-    command += [
-        "conformance",
-        "audit",
-        "--updates",
-        "3",
-        "--trace",
-        str(folder),
-        "--report",
-        str(folder / "audit.json"),
-    ]
+        port = str(free_port())
+        command += ["torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", port, "-m"]
+    command += ["conformance", "audit", "--updates", "3", "--trace", str(folder), "--report", str(report)]
     command += ["--", SCRIPT, "--kind", kind, "--fault", fault]
     ended = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
     assert report.is_file(), ended.stdout + ended.stderr
@@ -96,6 +82,7 @@ def test_two_nodes_write_one_report(tmp_path: Path) -> None:
     address = ["--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
     command = [sys.executable, "-m", "torch.distributed.run", *address, "--nproc-per-node", "1"]
     judged = ["-m", "conformance", "audit", "--updates", "2"]
+    script = ["--", SCRIPT, "--kind", "ddp"]
     reports = [tmp_path / f"node-{node}.json" for node in (0, 1)]
     nodes = [
         subprocess.Popen(
