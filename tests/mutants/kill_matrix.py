@@ -31,7 +31,7 @@ from conformance.report.environment import environment
 from conformance.session import Result, Session
 from conformance.subject import Subject
 from conformance.subjects.reference import Reference
-from tests.mutants import HARMLESS, MUTANTS, Harmless, Mutant, planted, resolve
+from tests.mutants import HARMLESS, MUTANTS, Mutant, planted, resolve
 from tests.mutants.causes import CAUSES
 
 
