@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 # from its own room and from lower floors; rooms on one floor do not import each other.
 FLOORS = {
     "conformance": [
-        ["conformance.errors", "conformance.version"],
+        ["conformance.causes", "conformance.errors", "conformance.version"],
         ["conformance.capabilities", "conformance.recording.trace", "conformance.options"],
         ["conformance.recipe", *(f"conformance.recording.{n}" for n in ("snapshot", "isolation", "limits", "files"))],
         ["conformance.subject", *(f"conformance.recording.{n}" for n in ("gates", "metrics", "weights"))],

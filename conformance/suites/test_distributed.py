@@ -101,6 +101,7 @@ def test_ranks_split_each_update(runs: Runs) -> None:
 @clause(
     "DIST-4",
     since="0.2",
+    level="should",
     needs=("two-ranks", "dropout"),
     why="Ranks that share their dropout masks train as one does with a mask for half of the batch, and it is noisier.",
     mend="Seed the random state by seed and rank, after the model is built.",
