@@ -186,6 +186,13 @@ def test_mistakes_are_one_sentence(
     assert errors[0].startswith(f"error: {problem}")
 
 
+def test_a_resume_with_another_shape_names_the_other_way(started: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--resume", "out/base", "--directory", "out/b", *SHORT, "--train.warmup", "0"]) == 2
+    told = capsys.readouterr().err
+    assert "error: block_size is 128, but out/base/step-00000001 was trained with 16: to start from its weights" in told
+    assert "give --init_from out/base/step-00000001 in place of --resume" in told
+
+
 def test_an_adapter_of_a_run_without_adapters_cannot_be_exported(
     started: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
