@@ -132,8 +132,8 @@ def unpacked(weight: Tensor, parts: Mapping[str, Tensor], layer: str) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
     state = quant_state(parts, weight, layer)
-    # NOTE a footgun: as one long row. On the CPU, bitsandbytes 0.50.2 takes the scales of other blocks if a row is not a
-    # whole number of blocks, and such a layer may come from a GPU.
+    # NOTE a footgun: as one long row. On the CPU, bitsandbytes 0.50.2 takes the scales of other blocks if a row is not
+    # a whole number of blocks, and such a layer may come from a GPU.
     flat = copy.copy(state)
     flat.shape = torch.Size((1, state.shape.numel()))
     whole: Tensor = dequantize_4bit(weight, flat)
