@@ -11,6 +11,7 @@ from torch import nn
 
 from reference.__main__ import main
 from reference.checkpoint import load_for_inference
+from reference.cli.settings import read_settings
 from reference.config import GPTConfig
 from reference.errors import CheckpointError, ConfigurationError
 from reference.finetuning import FinetuneConfig
@@ -156,6 +157,16 @@ def test_the_command_takes_shape_and_gentle_rates_from_the_folder(
     Path("out/base").rename("elsewhere")  # the run has begun, so it needs them no more
     assert main(again) == 0
     assert "resume: from out/base-tuned/step-00000002" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "rate"),
+    [([], 2e-5), (["--finetune.lora_rank", "4"], 2e-4), (["--finetune.lora_rank=null"], 2e-5)],
+)
+def test_adapters_learn_faster(started: Path, words: list[str], rate: float) -> None:
+    settings = read_settings(["--init_from", "out/base", *words])
+    assert settings.train.optimizer_args["lr"] == pytest.approx(rate)
+    assert (settings.directory, settings.model.n_embd) == ("out/base-tuned", 64)
 
 
 def test_a_rate_of_pretraining_is_told(started: Path, capsys: pytest.CaptureFixture[str]) -> None:
