@@ -3,10 +3,13 @@
     Recipe  ->  Subject.train(recipe)  ->  Trace  ->  clause  ->  Outcome  ->  report
     (what)      (the stack's own entry)    (what happened)  (a rule)
 
+    a script, started by audit  ->  Trace  ->  rule  ->  Finding  ->  letter
+
 To judge a stack, write a class with ``name``, ``version``, ``lacks``, ``policy`` and ``train(recipe)``
 (conformance.subject.Subject) and run ``python -m conformance run --subject your.module:Class``.
 """
 
+from conformance.auditing import audit
 from conformance.capabilities import everything_but
 from conformance.errors import ConformanceError, NotApplicable
 from conformance.recipe import OptimizerChoice, Recipe
@@ -28,6 +31,7 @@ __all__ = [
     "Trace",
     "TruncatedNormal",
     "Uniform",
+    "audit",
     "everything_but",
     "record",
 ]

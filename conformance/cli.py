@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conformance.errors import UsageError
-from conformance.options import FORMATS, INTERRUPTED, OPTIONS, USAGE
+from conformance.options import AUDIT_OPTIONS, FORMATS, INTERRUPTED, OPTIONS, USAGE
 
 if TYPE_CHECKING:
     from conformance.clause import Clause
@@ -23,14 +23,34 @@ examples:
   python -m conformance list                                 list all clauses
   python -m conformance explain DECAY-4                      explain one clause: why, source, mutants, bound
   python -m conformance report reports/conformance/*.json    turn result files into pages
+  python -m conformance audit -- train.py --lr 3e-4          audit a training script, with no line changed
 
 exit code: 0 no clause failed, 1 some did, 2 the command line was wrong, 130 interrupted by Ctrl-C
 """
 
 
+AUDIT_EXAMPLES = """\
+examples:
+  python -m conformance audit -- train.py --lr 3e-4
+  python -m conformance audit --updates 8 --report audit.json -- -m mypackage.train
+  python -m conformance audit --expect lr=3e-4,clip=1.0,tied -- train.py
+  torchrun --nproc-per-node 8 -m conformance audit -- train.py
+
+exit code: the script's own if it fails, 1 if there is a fault, 2 if the command line was wrong or no update was seen,
+otherwise 0
+"""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code; for a mistake of the user's, print one sentence and return 2."""
-    options = build_parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    command: list[str] = []
+    if given[:1] == ["audit"] and "--" in given:  # what follows is the script's own
+        place = given.index("--")
+        given, command = given[:place], given[place + 1 :]
+    options = build_parser().parse_args(given)
+    if command:
+        options.script = command
     try:
         code: int = options.command(options)
         return code
@@ -54,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m conformance", description=__doc__, epilog=EXAMPLES, formatter_class=plain
     )
-    commands = parser.add_subparsers(required=True, metavar="run|list|explain|report")
+    commands = parser.add_subparsers(required=True, metavar="run|audit|list|explain|report")
 
     run = commands.add_parser("run", help="judge a training stack", epilog=EXAMPLES, formatter_class=plain)
     for flag, settings in OPTIONS.items():
@@ -62,6 +82,20 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--format", choices=FORMATS, default="text", help="what to print (default: text)")
     run.add_argument("--verbose", "-v", action="store_true", help="also print tracebacks")
     run.set_defaults(command=run_command)
+
+    audit = commands.add_parser(
+        "audit",
+        help="audit any training script, with no line changed",
+        description="Run a training script as Python would, watch its first updates, and say what is wrong with them.",
+        epilog=AUDIT_EXAMPLES,
+        formatter_class=plain,
+    )
+    for flag, settings in AUDIT_OPTIONS.items():
+        audit.add_argument(flag, **settings)
+    audit.add_argument(
+        "script", nargs="*", metavar="SCRIPT", help="after --: train.py and its arguments, or -m module and its own"
+    )
+    audit.set_defaults(command=audit_command)
 
     listing = commands.add_parser("list", help="list all clauses, with requirement and source")
     listing.add_argument("--format", choices=("text", "json"), default="text", help="what to print")
@@ -102,6 +136,13 @@ def run_command(options: argparse.Namespace) -> int:
             errors.print("Interrupted: the results above are those of the clauses judged so far.")
             return INTERRUPTED
         return sitting.finish(console, options.verbose, options.format)
+
+
+def audit_command(options: argparse.Namespace) -> int:
+    """Audit a script: its output goes where it always goes, the letter to stderr."""
+    from conformance.auditing.command import audit_script
+
+    return audit_script(options)
 
 
 def list_command(options: argparse.Namespace) -> int:

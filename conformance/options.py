@@ -35,6 +35,31 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
 }
 """Options of both doors, as argparse and pytest take them."""
+AUDIT_OPTIONS: dict[str, dict[str, Any]] = {
+    "--updates": {"metavar": "N", "default": "4", "help": "how many updates to watch (default: 4)"},
+    "--then": {
+        "choices": ("stop", "go-on"),
+        "default": "stop",
+        "help": "what becomes of the run after them (default: stop); go-on leaves nothing behind in it",
+    },
+    "--expect": {
+        "metavar": "WORDS",
+        "default": "",
+        "help": "what you mean, to be judged with certainty: lr=3e-4,clip=1.0,tied,fresh,seed=1,"
+        "no-weight-decay='norm|bias'",
+    },
+    "--allow": {
+        "metavar": "RULE=REASON",
+        "action": "append",
+        "default": [],
+        "help": "let this rule find something, for a reason; may be repeated",
+    },
+    "--report": {"metavar": "FILE", "help": "write the verdict as JSON"},
+    "--format": {"choices": ("text", "json", "github"), "default": "text", "help": "form of the verdict on stderr"},
+    "--trace": {"metavar": "FOLDER", "help": "keep the record of the run, for conformance diff"},
+    "--strict": {"action": "store_true", "help": "advice counts: it makes the exit code 1"},
+}
+"""Options of the audit, as argparse takes them."""
 FORMATS: tuple[Format, ...] = get_args(Format)
 
 

@@ -18,9 +18,11 @@ Shape = Literal["gpt", "llama"]
 SHAPES: tuple[Shape, ...] = get_args(Shape)
 Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+Alteration = Literal[
+    "later tokens", "first token", "other sequences", "equal sequences", "exchanged tokens", "unknown token"
+]
 Quantisation = Literal["nf4", "nf4-dq", "fp4", "fp4-dq", "int8"]
 QUANTISATIONS: tuple[Quantisation, ...] = get_args(Quantisation)
-Alteration = Literal["later tokens", "first token", "other sequences"]
 DATA_SEED = 20240229  # of the token ids; another than Recipe.seed, which decides the weights only
 
 _reported: ContextVar[list[tuple[dict[str, float], int | None]] | None] = ContextVar("reported", default=None)
@@ -166,7 +168,14 @@ class Recipe:
     """Not for the adapter: every update trains on the sequences of the first."""
     altered: Alteration | None = None
     """Not for the adapter: which of the tokens in batches() are changed. "later tokens": the second half of each
-    sequence; "first token": the first of each; "other sequences": every second sequence."""
+    sequence; "first token": the first of each; "other sequences": every second sequence; "equal sequences": all, to
+    the first sequence; "exchanged tokens": the two before the last that goes into the model, with each other; "unknown
+    token": one in the middle of the first sequence, to an id that the vocabulary does not have."""
+    uneven: bool = False
+    """Not for the adapter: the last microbatch of each update has one sequence less, and so has the last validation
+    batch."""
+    validate_on_training: bool = False
+    """Not for the adapter: validation_batches() are the first two of batches()."""
     repeat: int = 0
     """Not for the adapter: another number makes an equal recipe run again."""
     directory: Path = field(default=Path(), compare=False)
@@ -180,10 +189,10 @@ class Recipe:
     def batches(self, rank: int = 0) -> "list[torch.Tensor]":
         """Return training data of one rank: tensors of token ids (microbatch_size, block_size + 1), int64.
 
-        ``updates * microbatches`` of them. How an update is split, into microbatches and over ranks, does not change
-        which sequences it has.
+        ``updates * microbatches`` of them; one may have fewer sequences than the others. How an update is split, into
+        microbatches and over ranks, does not change which sequences it has.
         """
-        return self._split(self._repeated(self._sequences()), rank)
+        return self._cut(self._split(self._repeated(self._sequences()), rank))
 
     def labels(self, rank: int = 0) -> "list[torch.Tensor]":
         """Return the targets: batches(), with -100 for each token to ignore under ``ignored_targets``.
@@ -199,11 +208,17 @@ class Recipe:
             ignored = torch.rand(tokens.shape, generator=generator) > kept
             ignored[:, 1] = False  # so every sequence has a target
             tokens = tokens.masked_fill(ignored, -100)
-        return self._split(self._repeated(tokens), rank)
+        return self._cut(self._split(self._repeated(tokens), rank))
 
     def validation_batches(self, rank: int = 0) -> "list[torch.Tensor]":
-        """Return validation data of one rank: two tensors like those of batches(), of other tokens."""
-        return self._split(self._tokens(2 * self.world_size * self.microbatch_size, stream=0), rank)
+        """Return validation data of one rank: two tensors like those of batches(), of other tokens.
+
+        The last one may have fewer sequences.
+        """
+        if self.validate_on_training:
+            return self.batches(rank)[:2]
+        found = self._split(self._tokens(2 * self.world_size * self.microbatch_size, stream=0), rank)
+        return [*found[:-1], found[-1][:-1]] if self.uneven else found
 
     def document(self) -> "torch.Tensor":
         """Return training data as one document: ``samples * block_size`` token ids below ``vocab_size - 1``, int64.
@@ -228,10 +243,23 @@ class Recipe:
         """Return the tokens of all updates (or of the first, if all have the same), microbatches and ranks."""
         tokens = self._tokens((1 if self.same_batches else self.updates) * self.update_size, stream=1)
         if self.altered is not None:
-            half = self.block_size // 2
+            half, last = self.block_size // 2, self.block_size - 1
             places = {"later tokens": tokens[:, half:], "first token": tokens[:, :1], "other sequences": tokens[1::2]}
-            places[self.altered].add_(1).remainder_(self.vocab_size)
+            if self.altered == "equal sequences":
+                tokens[1:] = tokens[:1].clone()
+            elif self.altered == "exchanged tokens":
+                tokens[:, [last - 2, last - 1]] = tokens[:, [last - 1, last - 2]]
+            elif self.altered == "unknown token":
+                tokens[0, half] = self.vocab_size
+            else:
+                places[self.altered].add_(1).remainder_(self.vocab_size)
         return tokens
+
+    def _cut(self, batches: "list[torch.Tensor]") -> "list[torch.Tensor]":
+        """Return microbatches of which, under ``uneven``, the last of each update has one sequence less."""
+        if not self.uneven:
+            return batches
+        return [batch[:-1] if (n + 1) % self.microbatches == 0 else batch for n, batch in enumerate(batches)]
 
     def _repeated(self, tokens: "torch.Tensor") -> "torch.Tensor":
         """Return the tokens for all updates."""

@@ -4,10 +4,10 @@ import dataclasses
 import math
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast, get_args
 
 from conformance.blame import raised_by_adapter
 from conformance.capabilities import CAPABILITIES
@@ -24,13 +24,14 @@ from conformance.recipe import PRECISIONS, SHAPES, Precision, Recipe, Shape
 from conformance.recording import record
 from conformance.recording.limits import no_sudden_exit, time_limit
 from conformance.recording.trace import Checkpoint, TensorInfo, Trace
-from conformance.subject import Distribution, Loads, Subject
+from conformance.subject import Distribution, Leftovers, Loads, Place, Setting, Subject, Winner
 from conformance.version import is_newer
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 T = TypeVar("T")
+W = TypeVar("W", bound=str)
 TIMEOUT = 120.0  # seconds; a healthy run of the suite takes less than one, after its imports
 
 
@@ -246,6 +247,35 @@ class Declared:
     def document_end(self, recipe: Recipe) -> int | None:
         """Return the id that ends a document, if a token does not see the documents before its own; None: it does."""
         return self.word("document_end", None, int, recipe)
+
+    def leftovers(self, recipe: Recipe, place: Place) -> Leftovers:
+        """Return what happens to leftovers. Raises NotApplicable if the policy does not say."""
+        found: Leftovers | None = self.word("leftovers", None, str, recipe, place)
+        return self.one_of(found, "leftovers", place, get_args(Leftovers))
+
+    def wins_on_resume(self, recipe: Recipe, setting: Setting) -> Winner:
+        """Return whose setting is used after a resume. Raises NotApplicable if the policy does not say."""
+        found: Winner | None = self.word("wins_on_resume", None, str, recipe, setting)
+        return self.one_of(found, "wins_on_resume", setting, get_args(Winner))
+
+    def one_of(self, found: W | None, name: str, asked_for: str, known: tuple[str, ...]) -> W:
+        """Return a word of the policy's, checked. Raises NotApplicable if the policy does not say it."""
+        if found is None:
+            raise NotApplicable(f"the policy does not declare {name}() for {asked_for!r}")
+        if found not in known:
+            raise AdapterFailed(
+                f"policy.{name}() returned {found!r} for {asked_for!r}: choose from {', '.join(known)}, or None"
+            )
+        return found
+
+    def logits(self, recipe: Recipe, weights: "Mapping[str, Tensor]", ids: "Tensor") -> "Tensor":
+        """Return the declared logits. Raises NotApplicable if the policy does not declare the model."""
+        import torch
+
+        found: Tensor | None = self.word("logits", None, torch.Tensor, recipe, weights, ids)
+        if found is None:
+            raise NotApplicable("the policy does not declare logits()")
+        return found
 
     def word(self, name: str, default: T, kind: type, *arguments: object) -> T:
         """Return what an optional method of the policy answers, or the default if the policy has no such method."""

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from conformance.capabilities import everything_but as everything_but  # adapters of 0.1 may import it from here
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from conformance.recipe import Recipe
     from conformance.recording.trace import Checkpoint, TensorInfo
@@ -50,6 +50,17 @@ class Constant:
 
 
 Distribution = Normal | TruncatedNormal | Uniform | Constant
+Place = Literal["epoch", "window", "ranks", "microbatch", "validation"]
+"""Where something may be left over: samples at the end of an epoch that fill no batch; microbatches there that fill no
+update; samples there that do not divide by the ranks; and the sequences of a smaller microbatch of an update, or of a
+smaller last validation batch."""
+Leftovers = Literal["carried", "short", "dropped", "repeated", "weighed"]
+"""What happens to leftovers. carried: the batch (or update) is filled up from the next epoch. short: it is smaller.
+dropped: they are not seen in this epoch. repeated: it is filled up with samples that this epoch has seen. weighed (of
+smaller microbatches and validation batches): each of their tokens weighs as much as any other."""
+Setting = Literal["lr", "weight_decay"]
+Winner = Literal["recipe", "checkpoint"]
+"""Which value is used after a resume with other settings: that of the new run, or that in the checkpoint."""
 
 
 class Policy(Protocol):
@@ -82,6 +93,19 @@ class DetailedPolicy(Policy, Protocol):
 
     def document_end(self, recipe: "Recipe") -> int | None:
         """Return the id that ends a document, if tokens do not see earlier documents; without this method, they do."""
+
+    def leftovers(self, recipe: "Recipe", place: Place) -> Leftovers | None:
+        """Return what happens to leftovers; without this method, or if None, the suite does not look."""
+
+    def wins_on_resume(self, recipe: "Recipe", setting: Setting) -> Winner | None:
+        """Return whose setting is used after a resume; without this method, or if None, the suite does not look."""
+
+    def logits(self, recipe: "Recipe", weights: "Mapping[str, Tensor]", ids: "Tensor") -> "Tensor | None":
+        """Return the logits (B, T, V) of token ids (B, T) in float64, from weights in float64 by name.
+
+        Write the model down a second time, from its paper, in plain operations, without dropout. Without this method,
+        or if None, the suite does not look.
+        """
 
 
 class Subject(Protocol):

@@ -177,6 +177,10 @@ class TrainConfig:
     precision: Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed"] = "32-true"
     """Fabric's precision: ``-mixed`` keeps float32 weights and computes in 16 bits, ``bf16-true`` keeps 16 bits.
     Float16 weights (Fabric's 16-true) are not offered: AdamW's eps of 1e-8 is zero in float16, which gives 0 / 0."""
+    float8: Literal["none", "tensorwise", "rowwise"] = "none"
+    """Multiply in float8 in the linear layers of a GPT's blocks, with one scale for each tensor or for each row. Needs
+    torchao, and an NVIDIA GPU of compute capability 8.9 (rowwise: 9.0) or higher. Weights, gradients, optimizer and
+    checkpoints stay as ``precision`` has them, and so does the head."""
     logits: Literal["float32", "compute"] = "float32"
     """Dtype in which the model's logits come out: float32, or the dtype they were computed in. The loss is computed
     in float32 either way, so this is for those who use the logits; inside a compiled graph it makes no difference."""
@@ -220,6 +224,11 @@ class TrainConfig:
             raise ConfigurationError(
                 f"capture_step is {capture_step!r}, but it was removed, because a captured step saved no time: "
                 "leave it out."
+            )
+        if self.float8 != "none" and not self.precision.startswith("bf16"):
+            raise ConfigurationError(
+                f"float8 is {self.float8!r} and precision {self.precision!r}, but float8 goes with 'bf16-mixed' or "
+                "'bf16-true': choose one of them, or leave float8 out."
             )
         for name in ("updates", "microbatches", "devices", "num_nodes", "log_every"):
             if getattr(self, name) < 1:

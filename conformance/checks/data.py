@@ -133,3 +133,43 @@ def fits(targets: Tensor, tokens: Tensor) -> bool:
     rows = targets.view(len(tokens), -1)
     length = min(rows.shape[1], tokens.shape[1])
     return bool((rows[:, :length] == tokens[:, :length]).all() and (rows[:, length:] == IGNORED).all())
+
+
+def leftovers_as_declared(
+    updates: Sequence[Sequence[int | None]], samples: int, size: int, word: str, what: str
+) -> None:
+    """Check what happens to the samples at the end of an epoch that fill no update.
+
+    Args:
+        updates: numbers of the samples that each update trains on, over all ranks.
+        samples: in an epoch; ``size`` does not divide them.
+        size: samples of a full update.
+        word: what is declared: carried, short, dropped or repeated (see conformance.subject.Leftovers).
+        what: what fills no batch, for the message.
+
+    Raises:
+        Violation: with the epoch that is not as declared.
+    """
+    flat = [number for update in updates for number in update]
+    if word == "carried":
+        epochs = [flat[first : first + samples] for first in range(0, len(flat) - samples + 1, samples)]
+        length = samples
+    else:
+        count = samples // size if word == "dropped" else -(-samples // size)
+        groups = [updates[first : first + count] for first in range(0, len(updates) - count + 1, count)]
+        epochs = [[number for update in group for number in update] for group in groups]
+        length = {"dropped": samples // size * size, "short": samples}.get(word, count * size)
+    for number, epoch in enumerate(epochs, start=1):
+        known = {sample for sample in epoch if sample is not None}
+        if len(epoch) != length or len(known) != min(length, samples):
+            declared = (
+                f"{what} at the end of an epoch are {word}: {min(length, samples)} of {samples} samples in an epoch"
+            )
+            again = f", {length - samples} of them twice" if length > samples else ""
+            raise Violation(
+                declared + again,
+                f"{len(known)} in epoch {number}, in {len(epoch)} sequences: {quoted(epoch, limit=12)}",
+            )
+    sizes = {len(update) for update in updates}
+    if word != "short" and sizes != {size}:
+        raise Violation(f"{size} sequences in every update", f"updates of {quoted(sorted(sizes))} sequences")

@@ -101,7 +101,12 @@ def decay_acts(before: Mapping[str, Tensor], after: Mapping[str, Tensor], factor
         )
 
 
-def moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor], names: Collection[str]) -> None:
+def moved(
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    names: Collection[str],
+    what: str = "every trainable tensor moves",
+) -> None:
     """Check that every tensor named has changed.
 
     Raises:
@@ -109,7 +114,7 @@ def moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor], names: Coll
     """
     still = [name for name in names if torch.equal(before[name], after[name])]
     if still:
-        raise Violation("every trainable tensor moves", f"{len(still)} of {len(names)} did not: {quoted(still)}")
+        raise Violation(what, f"{len(still)} of {len(names)} did not: {quoted(still)}")
 
 
 def unmoved(before: Mapping[str, Tensor], after: Mapping[str, Tensor], names: Collection[str]) -> None:

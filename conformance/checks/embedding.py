@@ -66,5 +66,5 @@ def state_bits(state: Mapping[str, Mapping[str, object]], tensors: Mapping[str, 
             found = ", ".join(str(moment.dtype).removeprefix("torch.") for moment in moments) or "no state"
             wrong.append(f"{name} has {found}")
     if wrong:
-        listed = ", ".join(sorted(wide)) or "no tensor"
-        raise Violation(f"32-bit state for {listed}, 8-bit state for every other large tensor", quoted(wrong))
+        listed = f"32-bit state for {', '.join(sorted(wide))}, 8-bit state for every other" if wide else ""
+        raise Violation(f"{listed or '8-bit state for every'} large tensor", quoted(wrong))

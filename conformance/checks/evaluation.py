@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from conformance.checks.reports import one_is_among
+from conformance.errors import Violation, quoted
 
 # "validation 4.8520", "val loss: 4.852", "{'eval_loss': '4.852'", but not "eval_runtime: 0.0137", nor the percentage,
 # the seconds or the speed of a progress bar.
@@ -30,3 +31,24 @@ def reports(messages: Sequence[str], expected: float) -> None:
         [expected],
         f"a validation loss of {expected:.6f}, the mean cross entropy of the next tokens over all logits evaluated",
     )
+
+
+def modes_agree(training: Sequence[Sequence[str]], evaluation: Sequence[Sequence[str]]) -> None:
+    """Check the modes of submodules.
+
+    Args:
+        training: of each forward in training, the submodules whose mode is not the model's. A part may be meant to stay
+            in eval mode, but then from the beginning.
+        evaluation: the same of each forward in evaluation, where the model is in eval mode.
+
+    Raises:
+        Violation: naming submodules.
+    """
+    if awake := sorted({name for names in evaluation for name in names}):
+        raise Violation("every submodule in eval mode during evaluation", f"in training mode: {quoted(awake)}")
+    for later in training:
+        if changed := sorted(set(later) ^ set(training[0])):
+            left = "left in eval mode" if set(changed) <= set(later) else "switched to training mode"
+            raise Violation(
+                "every submodule has the mode in training that it had at first", f"{left}: {quoted(changed)}"
+            )

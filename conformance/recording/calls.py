@@ -4,6 +4,7 @@ The model (the root) is known when an optimizer first steps: the smallest module
 holds all that is trained. Calls before that are kept as candidates. It is never a bare embedding, which takes ids too.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import FrameType
@@ -15,8 +16,6 @@ from torch import Tensor, nn
 from conformance.recording.gates import direct_forward, owner_of_call, when_returned
 from conformance.recording.snapshot import (
     clean_name,
-    copied,
-    copy_of,
     describe_embeddings,
     describe_tensors,
     device_type,
@@ -28,7 +27,8 @@ from conformance.recording.snapshot import (
     same_parameters,
     wrapper_prefixes,
 )
-from conformance.recording.trace import Forward, Named, Trace
+from conformance.recording.trace import Forward, Measures, Named, Trace
+from conformance.recording.weights import Weights
 
 
 @dataclass
@@ -49,6 +49,7 @@ class Call:
     evaluation: int
     before: dict[str, Tensor] | None
     """Parameters and buffers before the call, by full name; None if the root is known already."""
+    measured: Measures | None = None
     frame: FrameType | None = None
     """Of ``forward``, if it was called directly."""
     ids: Tensor | None = None
@@ -74,12 +75,13 @@ class Candidate:
 class Calls:
     """The calls of one recording."""
 
-    def __init__(self, trace: Trace) -> None:
-        self.trace = trace
+    def __init__(self, trace: Trace, weights: Weights) -> None:
+        self.trace, self.weights = trace, weights
         self.root: nn.Module | None = None
         self.running: list[nn.Module] = []
         self.call: Call | None = None  # the outermost call that is running
         self.candidates: list[Candidate] = []  # until the root is known
+        self.last: tuple[nn.Module, Any, Any] | None = None  # the last training call: module, args, keywords
         self.by_parts = False  # no call of the root is seen, only those of its parts
 
     def tensors(self) -> dict[str, Tensor]:
@@ -104,11 +106,12 @@ class Calls:
 
     def start(self, module: nn.Module, update: int, evaluation: int, frame: FrameType | None = None) -> None:
         """Begin an outermost call. A copy of all tensors is taken now: a lookup with max_norm changes the table."""
-        before = None
+        before = measured = None
         if self.root is None and any(True for _ in module.parameters()) and not on_meta(module):
             tensors = dict(module.named_parameters(remove_duplicate=False))
-            before = copied({**tensors, **dict(module.named_buffers(remove_duplicate=False))})
-        self.call = Call(module, update, evaluation, before, frame)
+            before = self.weights.keep({**tensors, **dict(module.named_buffers(remove_duplicate=False))})
+            measured = self.weights.measure(tensors)
+        self.call = Call(module, update, evaluation, before, measured, frame)
 
     def see_autocast(self, module: nn.Module) -> None:
         """Note the dtype of autocast."""
@@ -173,8 +176,8 @@ class Calls:
         forward = Forward(
             update=call.update,
             evaluation=call.evaluation,
-            ids=copy_of(ids),
-            logits=None if logits is None else copy_of(logits),
+            ids=self.weights.keep_small(ids),
+            logits=None if logits is None else self.weights.keep_logits(logits),
             training=model.training,
             grad_enabled=torch.is_grad_enabled(),
             autocast=call.autocast,
@@ -182,6 +185,8 @@ class Calls:
             other_mode=tuple(other),
             linears={clean_name(names[part], wrappers): kind for part, kind in call.linears.items() if part in names},
         )
+        if forward.training and forward.grad_enabled:
+            self.last = module, args, kwargs
         if self.root is not None:
             self.trace.forwards.append(forward)
         else:
@@ -225,14 +230,17 @@ class Calls:
         self.root, wrappers = module, wrapper_prefixes(module)
         same = (c for c in candidates if same_parameters(c.call.module, best.call.module))
         first = next(c for c in same if c.call.before is not None)
-        before = first.call.before or {}
-        known = {
-            clean_name(name.removeprefix(first.prefix), wrappers): tensor
-            for name, tensor in before.items()
-            if name.startswith(first.prefix)
-        }
-        self.trace.initial = Named({name: known[name] for name in named_tensors(module) if name in known})
+
+        def own(kept: Mapping[str, Tensor]) -> Named[Tensor]:
+            """What was kept of the outermost module's tensors, by the names that they have inside the model."""
+            inside = {name.removeprefix(first.prefix): t for name, t in kept.items() if name.startswith(first.prefix)}
+            return Named({clean_name(name, wrappers): tensor for name, tensor in inside.items()})
+
+        known, parameters = own(first.call.before or {}), named_tensors(module)
+        self.trace.initial = Named({name: known[name] for name in parameters if name in known})
         self.trace.buffers = {name: known[name] for name in named_tensors(module, buffers=True) if name in known}
+        if (measured := first.call.measured) is not None:
+            self.trace.measured_initial = Measures(own(measured.norms), own(measured.bits))
         self.trace.tensors = describe_tensors(module)
         self.trace.embeddings = describe_embeddings(module)
         self.trace.forwards += [c.forward for c in candidates if self.is_models(c.call.module)]
@@ -243,8 +251,9 @@ class Calls:
         No step was done yet, so its parameters are as they were at the start.
         """
         self.root, self.by_parts = owner, True
-        self.trace.initial = copied(named_tensors(owner))
-        self.trace.buffers = copied(named_tensors(owner, buffers=True))
+        self.trace.initial = self.weights.keep(named_tensors(owner))
+        self.trace.measured_initial = self.weights.measure(named_tensors(owner))
+        self.trace.buffers = self.weights.keep(named_tensors(owner, buffers=True))
         self.trace.tensors = describe_tensors(owner)
         self.trace.embeddings = describe_embeddings(owner)
         for candidate in candidates:

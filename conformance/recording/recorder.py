@@ -23,14 +23,12 @@ from conformance.recording.gates import watched
 from conformance.recording.isolation import collected_messages, quiet_and_deterministic
 from conformance.recording.snapshot import (
     class_path,
-    copied,
-    copy_of,
     describe_group,
-    describe_state,
     named_tensors,
 )
-from conformance.recording.trace import CrossEntropy, Loss, Named, Step, Trace, Update
+from conformance.recording.trace import CrossEntropy, Loss, Measures, Named, Step, Trace, Update
 from conformance.recording.unseen import Shadow, find_unseen, watch_step
+from conformance.recording.weights import Weights, Whole
 
 
 @contextlib.contextmanager
@@ -38,7 +36,7 @@ def recording(
     directory: Path | None, zero_gradients: bool, rank: int, nan_gradient: int | None, keep: Path | None
 ) -> Iterator[Trace]:
     """Record the training run inside a ``with`` block; see :func:`conformance.record`."""
-    recorder = Recorder(Trace(rank=rank), Files(directory, keep), zero_gradients, nan_gradient)
+    recorder = Recorder(Trace(rank=rank), Files(directory, keep), Whole(), zero_gradients, nan_gradient)
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
         configs = stack.enter_context(remember_configs())
@@ -67,13 +65,23 @@ class Open:
     steps: list[Step] = field(default_factory=list)
     optimizers: list[Optimizer] = field(default_factory=list)
     unfounded: bool = False
+    measured_gradients: Measures | None = None
+    measured_before: Measures | None = None
+    measured_after: Measures | None = None
 
 
 class Recorder:
     """The gates of one recording, and what must be remembered between them."""
 
-    def __init__(self, trace: Trace, files: Files, zero_gradients: bool, nan_gradient: int | None) -> None:
-        self.trace, self.files, self.calls = trace, files, Calls(trace)
+    def __init__(
+        self,
+        trace: Trace,
+        files: Files,
+        weights: Weights,
+        zero_gradients: bool = False,
+        nan_gradient: int | None = None,
+    ) -> None:
+        self.trace, self.files, self.weights, self.calls = trace, files, weights, Calls(trace, weights)
         self.zero_gradients, self.nan_gradient = zero_gradients, nan_gradient
         self.in_backward = False
         self.backwards = 0  # since an optimizer stepped
@@ -125,21 +133,8 @@ class Recorder:
             self.calls.ends(module, args, kwargs, output)
 
     def entropy_computed(self, name: str, arguments: dict[str, Any], value: Tensor) -> None:
-        targets = arguments["target"]
-        if self.in_backward or not isinstance(targets, Tensor) or targets.is_floating_point() or value.is_meta:
-            return
-        self.trace.entropies.append(
-            CrossEntropy(
-                update=self.done,
-                targets=copy_of(targets).flatten(),
-                ignore_index=arguments["ignore_index"],
-                reduction=arguments["reduction"],
-                label_smoothing=arguments.get("label_smoothing", 0.0),
-                dtype=value.dtype,
-                value=copy_of(value),
-                grad_enabled=torch.is_grad_enabled(),
-            )
-        )
+        if not self.in_backward and (found := describe_entropy(arguments, value, self.done, self.weights)) is not None:
+            self.trace.entropies.append(found)
 
     # backward --------------------------------------------------------------------------------------------------
 
@@ -150,7 +145,7 @@ class Recorder:
         for tensor in [tensors] if isinstance(tensors, Tensor) else tensors:
             if isinstance(tensor, Tensor) and tensor.numel() == 1 and not tensor.is_meta:
                 on = torch.is_autocast_enabled(tensor.device.type)
-                self.trace.losses.append(Loss(self.done, copy_of(tensor), on))
+                self.trace.losses.append(Loss(self.done, self.weights.keep_small(tensor), on))
         self.in_backward = True
 
     def backward_ends(self) -> None:
@@ -158,7 +153,7 @@ class Recorder:
         self.spoil(self.calls.tensors().values())
         if not self.step_seen and not self.stepping:
             self.watch_unseen()
-            self.shadow = Shadow(self.calls.tensors())
+            self.shadow = Shadow(self.calls.tensors(), self.weights)
 
     def spoil(self, tensors: Iterable[Tensor]) -> None:
         """Put a NaN into the first gradient of these tensors, if it is for this update and no optimizer has stepped."""
@@ -189,7 +184,14 @@ class Recorder:
         self.calls.choose_root({id(tensor) for tensor in tensors.values() if tensor.requires_grad})
         found = find_unseen(tensors.values())
         names = {id(tensor): name for name, tensor in tensors.items()}
-        self.open = Open(before=copied(shadow.values), gradients=shadow.gradients, after=copied(tensors))
+        self.open = Open(
+            before=shadow.values,
+            gradients=shadow.gradients,
+            after=self.weights.keep(tensors),
+            measured_gradients=shadow.measured_gradients,
+            measured_before=shadow.measured,
+            measured_after=self.weights.measure(tensors),
+        )
         for optimizer in found or [None]:
             kinds = () if optimizer is None else tuple(map(class_path, type(optimizer).__mro__))
             groups = [] if optimizer is None else optimizer.param_groups
@@ -262,10 +264,13 @@ class Recorder:
         else:  # another optimizer of the same update: each tensor's gradient is the one that its own optimizer finds
             own = {names[id(tensor)] for group in optimizer.param_groups for tensor in group["params"]}
             tensors = {name: t for name, t in tensors.items() if name in own or name not in self.open.before}
-        self.open.before = Named({**copied(tensors), **self.open.before})
         found = {name: t.grad for name, t in tensors.items() if t.grad is not None}
-        self.open.gradients.update({**dict.fromkeys(tensors), **copied(found)})
-        self.open.state_before |= describe_state(optimizer, names)
+        self.open.before = Named({**self.weights.keep(tensors), **self.open.before})
+        self.open.gradients.update({**dict.fromkeys(tensors), **self.weights.keep(found)})
+        if not self.trace.updates:  # later, it is what the update before left
+            self.open.measured_before = joined(self.weights.measure(tensors), self.open.measured_before)
+        self.open.measured_gradients = joined(self.open.measured_gradients, self.weights.measure(found, bits=False))
+        self.open.state_before |= self.weights.keep_state(optimizer, names)
         device = next((t.device.type for t in tensors.values()), "cpu")
         step = Step(
             optimizer=tuple(map(class_path, type(optimizer).__mro__)),
@@ -292,8 +297,9 @@ class Recorder:
             return
         (step, tensors), self.begun = self.begun, None
         names = {id(tensor): name for name, tensor in tensors.items()}
-        self.open.after |= copied(tensors)
-        self.open.state_after |= describe_state(optimizer, names)
+        self.open.after |= self.weights.keep(tensors)
+        self.open.measured_after = joined(self.open.measured_after, self.weights.measure(tensors))
+        self.open.state_after |= self.weights.keep_state(optimizer, names)
         ended = {"evaluations": self.evaluations, "skipped": skipped}
         self.open.steps.append(Step(**{**vars(step), **ended}))
         self.open.optimizers.append(optimizer)
@@ -315,3 +321,27 @@ class Recorder:
                     tensors[name] = tensor
                     known.add(id(tensor))
         return tensors
+
+
+def describe_entropy(arguments: dict[str, Any], value: Tensor, update: int, weights: Weights) -> CrossEntropy | None:
+    """Return what is kept of a cross entropy; None if its targets are no token ids."""
+    targets = arguments["target"]
+    if not isinstance(targets, Tensor) or targets.is_floating_point() or value.is_meta:
+        return None
+    return CrossEntropy(
+        update=update,
+        targets=weights.keep_small(targets).flatten(),
+        ignore_index=arguments["ignore_index"],
+        reduction=arguments["reduction"],
+        label_smoothing=arguments.get("label_smoothing", 0.0),
+        dtype=value.dtype,
+        value=weights.keep_small(value),
+        grad_enabled=torch.is_grad_enabled(),
+    )
+
+
+def joined(first: Measures | None, second: Measures | None) -> Measures | None:
+    """Return the figures of both; where both have a tensor, those of the second."""
+    if first is None or second is None:
+        return first or second
+    return Measures(Named({**first.norms, **second.norms}), Named({**first.bits, **second.bits}))

@@ -159,6 +159,16 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Measures:
+    """Figures of whole tensors, where only samples of their content are kept."""
+
+    norms: "Named[Tensor]"
+    """The 2-norm of each floating-point tensor: scalars, NaN or infinite where an element is."""
+    bits: "Named[Tensor]"
+    """A digest of each tensor's bits (torch.hash_tensor): another digest means another content. May be left out."""
+
+
+@dataclass(frozen=True)
 class Update:
     """All that optimizers do between one phase of backward passes and the next."""
 
@@ -173,6 +183,10 @@ class Update:
     state_after: dict[str, dict[str, Any]]
     unfounded: bool = False
     """An optimizer stepped again although no backward had come since its last step."""
+    measured_gradients: Measures | None = None
+    """Of the whole tensors, where ``gradients``, ``before`` and ``after`` hold samples; None where they are whole."""
+    measured_before: Measures | None = None
+    measured_after: Measures | None = None
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -252,6 +266,8 @@ class Trace:
     """Parameters at the first forward, by name."""
     initial: "Named[Tensor]" = field(default_factory=Named)
     """Their values at the first forward."""
+    measured_initial: Measures | None = None
+    """Of the whole tensors, where ``initial`` holds samples."""
     buffers: "dict[str, Tensor]" = field(default_factory=dict)
     """Buffers at the first forward."""
     embeddings: tuple[EmbeddingInfo, ...] = ()

@@ -15,24 +15,25 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from conformance.recording.trace import Named
+from conformance.recording.weights import Weights
 
 
 class Shadow:
-    """Copies of the model's tensors at the end of a backward, to see whether they have changed since."""
+    """What is kept of the model's tensors at the end of a backward, to see whether they have changed since."""
 
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self.values = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-        self.gradients: Named[Tensor | None] = Named()
-        for name, tensor in tensors.items():
-            self.gradients[name] = None if tensor.grad is None else tensor.grad.detach().clone()
+    def __init__(self, tensors: dict[str, Tensor], weights: Weights) -> None:
+        self.weights = weights
+        self.values, self.measured = weights.keep(tensors), weights.measure(tensors)
+        gradients = {name: tensor.grad for name, tensor in tensors.items() if tensor.grad is not None}
+        self.gradients: Named[Tensor | None] = Named({**dict.fromkeys(tensors), **weights.keep(gradients)})
+        self.measured_gradients = weights.measure(gradients)
 
     def differs(self, tensors: dict[str, Tensor]) -> bool:
         """Return True if any tensor has changed."""
+        now = self.weights.keep({name: tensor for name, tensor in tensors.items() if name in self.values})
         return any(
-            name in self.values
-            and self.values[name].shape == tensor.shape
-            and bool((self.values[name] != tensor).any())
-            for name, tensor in tensors.items()
+            self.values[name].shape == tensor.shape and bool((self.values[name] != tensor).any())
+            for name, tensor in now.items()
         )
 
 

@@ -7,6 +7,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from conformance.causes import explained_by, in_order_of_cause
 from conformance.clause import CHAPTERS, Clause, chapter_and_number
 from conformance.report.result import Report, Verdict, repeat_command
 from conformance.session import OUTCOMES
@@ -48,9 +49,9 @@ def print_letter(console: Console, report: Report, clauses: Mapping[str, Clause]
         rows = [verdict for verdict in report.verdicts.values() if verdict.part == part]
         if rows:
             console.print(tally(title, rows))
-    for verdict in report.verdicts.values():
-        if verdict.outcome in TOLD:
-            print_finding(console, report.spec, verdict, clauses.get(verdict.id), verbose)
+    told = [verdict.id for verdict in report.verdicts.values() if verdict.outcome in TOLD]
+    for identity in in_order_of_cause(told):
+        print_finding(console, report, report.verdicts[identity], clauses.get(identity), verbose)
     print_reasons(console, report)
     total = Text("\nResult: ", style="bold")
     for number, (outcome, found) in enumerate((o, n) for o, n in report.summary().items() if n):
@@ -78,7 +79,7 @@ def tally(title: str, verdicts: list[Verdict]) -> Table:
     return table
 
 
-def print_finding(console: Console, spec: str, verdict: Verdict, clause: Clause | None, verbose: bool) -> None:
+def print_finding(console: Console, report: Report, verdict: Verdict, clause: Clause | None, verbose: bool) -> None:
     """Print one clause that did not pass."""
     head = Text(f"{verdict.outcome.upper()} {verdict.id}", style=STYLES[verdict.outcome])
     console.print()
@@ -87,10 +88,12 @@ def print_finding(console: Console, spec: str, verdict: Verdict, clause: Clause 
     for number, line in enumerate(wrapped):
         console.print(line if number == 0 else Text("  ").append(line))
     failed, erred = verdict.outcome == "fail", verdict.outcome == "error"
+    causes = explained_by(verdict.id, [other.id for other in report.verdicts.values() if other.outcome == "fail"])
     lines = [
         ("Expected", verdict.expected),
         ("Seen", verdict.seen),
         ("Reason", verdict.reason),
+        ("May follow from", f"{', '.join(causes)}: mend that first" if causes else ""),
         ("Why it matters", clause.why if clause and not erred else ""),
         ("How to mend it", clause.mend if clause and failed else ""),
         ("Seen before", clause.source if clause and failed else ""),
@@ -100,7 +103,7 @@ def print_finding(console: Console, spec: str, verdict: Verdict, clause: Clause 
             line = Text(f"{label}: ", style="dim").append(text, style="default not dim")
             console.print(Padding(line, (0, 0, 0, 2)))
     # In one piece, to be copied.
-    repeat = Text("  Repeat: ", style="dim").append(repeat_command(spec, verdict.id), style="not dim")
+    repeat = Text("  Repeat: ", style="dim").append(repeat_command(report.spec, verdict.id), style="not dim")
     console.print(repeat, soft_wrap=True)
     if verbose and verdict.traceback:
         console.print(Text(verdict.traceback, style="dim"))

@@ -4,15 +4,16 @@ import importlib.util
 import math
 import os
 import pydoc
+from collections.abc import Mapping
 from typing import Any
 
 import lightning  # noqa: F401 # what the trainer runs on: if it is missing, loading the subject says so
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import reference
 from conformance import Checkpoint, Constant, Normal, Recipe, TensorInfo
-from conformance.subject import Distribution
+from conformance.subject import Distribution, Leftovers, Place, Setting, Winner
 from conformance.version import suite_version
 from reference.data import TokenData, write_tokens
 from reference.finetuning import FinetuneConfig
@@ -39,8 +40,61 @@ class ReferencePolicy:
         peak: float = dict(recipe.optimizer.arguments).get("lr", 1e-3)
         if update < recipe.warmup or recipe.minimum_lr is None:
             return peak * min(1.0, (update + 1) / (recipe.warmup + 1))
-        progress = (update - recipe.warmup) / (recipe.updates - 1 - recipe.warmup)
+        span = recipe.updates - 1 - recipe.warmup
+        progress = (update - recipe.warmup) / span if span > 0 else 1.0
         return recipe.minimum_lr + (peak - recipe.minimum_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+    def leftovers(self, recipe: Recipe, place: Place) -> Leftovers:
+        return "weighed" if place in ("microbatch", "validation") else "carried"
+
+    def wins_on_resume(self, recipe: Recipe, setting: Setting) -> Winner:
+        return "recipe"
+
+    def logits(self, recipe: Recipe, weights: Mapping[str, Tensor], ids: Tensor) -> Tensor | None:
+        own = "blocks.0.norm_attention.weight" in weights  # and not a module of somebody else's
+        return declared_forward(recipe, weights, ids) if own else None
+
+
+def declared_forward(recipe: Recipe, weights: Mapping[str, Tensor], ids: Tensor) -> Tensor:
+    """Return the logits of GPT-2 (Radford et al. 2019) or Llama (https://arxiv.org/abs/2302.13971), written plainly."""
+    gpt, heads, size = recipe.shape == "gpt", recipe.n_head, recipe.n_embd // recipe.n_head
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        return x @ weights[f"{name}.weight"].T + (weights[f"{name}.bias"] if gpt and name != "head" else 0.0)
+
+    def norm(name: str, x: Tensor) -> Tensor:
+        if gpt:
+            x = x - x.mean(-1, keepdim=True)
+        scaled = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weights[f"{name}.weight"]
+        return scaled + weights[f"{name}.bias"] if gpt else scaled
+
+    places = torch.arange(ids.shape[1], dtype=torch.float64)
+    phase = torch.outer(places, 10_000.0 ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)).repeat(1, 2)
+
+    def turned(x: Tensor) -> Tensor:  # (B, H, T, D), the halves convention
+        first, second = x.chunk(2, dim=-1)
+        return x if gpt else x * phase.cos() + torch.cat((-second, first), dim=-1) * phase.sin()
+
+    x = weights["embedding.weight"][ids]
+    if gpt:
+        x = x + weights["position.weight"][: ids.shape[1]]
+    for layer in range(recipe.n_layer):
+        block = f"blocks.{layer}"
+        qkv = linear(f"{block}.attention.qkv", norm(f"{block}.norm_attention", x)).unflatten(-1, (3, heads, size))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        scores = turned(q) @ turned(k).transpose(-1, -2) / size**0.5
+        later = torch.ones_like(scores, dtype=torch.bool).triu(1)
+        mixed = scores.masked_fill(later, -math.inf).softmax(-1) @ v
+        x = x + linear(f"{block}.attention.proj", mixed.transpose(1, 2).flatten(-2))
+        h = norm(f"{block}.norm_mlp", x)
+        up = linear(f"{block}.mlp.fc", h)
+        if gpt:
+            hidden = 0.5 * up * (1 + torch.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up**3)))
+        else:
+            gate = linear(f"{block}.mlp.gate", h)
+            hidden = gate * torch.sigmoid(gate) * up
+        x = x + linear(f"{block}.mlp.proj", hidden)
+    return linear("head", norm("norm", x))
 
 
 class Reference:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from conformance.checks.data import sample_numbers
 from conformance.errors import NotApplicable, Violation
 from conformance.recipe import OptimizerChoice, Recipe
 from conformance.recording.trace import Checkpoint, CrossEntropy, Forward, Trace, Update
@@ -19,6 +20,14 @@ GROK = "grokadamw.GrokAdamW"
 DESCENT = OptimizerChoice.of(SGD, lr=0.1)
 """Plain gradient descent: AdamW hides the scale of gradients."""
 EIGHT_BIT = OptimizerChoice.of(ADAMW_8BIT, lr=1e-2)
+DECAYING = OptimizerChoice.of(ADAMW, lr=1e-2, weight_decay=0.1)
+OTHERS = (
+    OptimizerChoice.of(SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
+    OptimizerChoice.of(RMSPROP, lr=1e-3, alpha=0.9, momentum=0.9, eps=1e-5),
+    OptimizerChoice.of("torch.optim.Adam", lr=1e-3, betas=(0.8, 0.95), weight_decay=0.1),
+    OptimizerChoice.of("torch.optim.NAdam", lr=1e-3, weight_decay=0.1),
+)
+"""Optimizers beside AdamW, each with settings that are not its defaults."""
 STILL = 1e-30
 """A learning rate that moves no weight by one bit. Not zero: a schedule may divide by it."""
 
@@ -59,6 +68,31 @@ def dropping(runs: Runs, recipe: Recipe, probability: float = 0.1) -> Recipe:
     return replace(recipe, dropout=probability) if runs.has("dropout") else recipe
 
 
+def interrupted(runs: Runs) -> Recipe:
+    """Return a run with all that a checkpoint must hold: moments, a schedule, dropout where there is any."""
+    return dropping(runs, replace(everyday(runs, DECAYING), save_every=2))
+
+
+def require_still(run: Trace) -> None:
+    """Raise NotApplicable if weights moved in a run whose rate was to move none: the stack takes another rate."""
+    for update in run.updates:
+        if any(bool(((tensor - update.after[name]).abs() > 1e-20).any()) for name, tensor in update.before.items()):
+            raise NotApplicable(f"the weights move although the recipe asks for a learning rate of {STILL:g}")
+
+
+def in_16_bits(runs: Runs, recipe: Recipe) -> list[Recipe]:
+    """Return the first update of a run in each 16-bit precision that the subject has, without schedule or evaluation.
+
+    Raises:
+        NotApplicable: if it has none.
+    """
+    plain = replace(recipe, updates=1, warmup=0, minimum_lr=None, evaluate=False, evaluate_every=None)
+    found = [replace(plain, precision=name) for name in runs.precisions() if name != "32-true"]
+    if not found:
+        raise NotApplicable("lacks all of bf16-mixed, bf16-true and 16-mixed")
+    return found
+
+
 def clipped(recipe: Recipe, norm: float, factor: float) -> Recipe:
     """Return the same run, with a limit that is a multiple of the norm of its first gradient."""
     return replace(recipe, clip=float(f"{factor * norm:.3g}"))  # round: a stack may print it, or parse it
@@ -79,6 +113,20 @@ def shuffled() -> Recipe:
 def shuffled_on_two_ranks() -> Recipe:
     """Return the same epochs on two ranks, two updates each."""
     return replace(shuffled(), world_size=2, updates=4)
+
+
+def odd_epochs() -> Recipe:
+    """Return two epochs over seven samples in updates of two, and a checkpoint amid the second."""
+    return Recipe(samples=7, microbatch_size=2, updates=7, save_every=5)
+
+
+def by_update(run: Trace, samples: Tensor) -> list[list[int | None]]:
+    """Return the numbers of the samples that each update trains on."""
+    found: list[list[int | None]] = [[] for _ in run.updates]
+    for forward in run.training_forwards():
+        if forward.update < len(found):
+            found[forward.update] += sample_numbers(forward.ids, samples)
+    return found
 
 
 def paired(first: Sequence[Update], second: Sequence[Update], what: str) -> Iterator[tuple[int, Update, Update]]:

@@ -9,11 +9,11 @@ from conformance.checks.accumulation import gradient_is_of, gradients_agree
 from conformance.checks.comparison import tensors_equal
 from conformance.checks.data import mean_entropy, next_tokens, sample_numbers, targets_are_next
 from conformance.clause import clause
-from conformance.errors import NotApplicable, Violation
+from conformance.errors import AdapterFailed, NotApplicable, Violation
 from conformance.recipe import OptimizerChoice, Recipe
 from conformance.recording.trace import Named, Trace
 from conformance.runs import Runs
-from conformance.suites import ADAMW, SGD, dropping, everyday, mean_of, on_two_ranks, paired, stays_inside
+from conformance.suites import ADAMW, SGD, dropping, everyday, in_16_bits, mean_of, on_two_ranks, paired, stays_inside
 
 
 def in_one_batch(recipe: Recipe) -> Recipe:
@@ -206,4 +206,74 @@ def test_activations_computed_again(runs: Runs) -> None:
         runs.trace(kept).update(0).gradients,
         runs.trace(replace(kept, activation_checkpointing=True)).update(0).gradients,
         "activations computed again against activations kept",
+    )
+
+
+COARSE_BOUND = 5e-2
+"""Of a gradient that is computed in bfloat16, and of another batch size: see ACC-8."""
+
+
+@clause(
+    "ACC-8",
+    since="0.2",
+    needs=("microbatches",),
+    why="A gradient that is right in float32 may be divided twice, or not at all, where a scaler or another code path "
+    "takes over.",
+    mend="Scale the loss in one place for all precisions.",
+    source="deepspeedai/DeepSpeed#2768, ISEEKYAN/Megatron-LM#149, linkedin/Liger-Kernel#830",
+    bound="5e-2 of the gradient vector (healthy: 5e-3; the last microbatch only: 0.87)",
+)
+def test_split_in_16_bits(runs: Runs) -> None:
+    """In every 16-bit precision, accumulating k microbatches gives the same gradient as one batch, up to rounding."""
+    for split in in_16_bits(runs, everyday(runs)):
+        gradients_agree(
+            runs.trace(in_one_batch(split)).update(0).gradients,
+            runs.trace(split).update(0).gradients,
+            f"{split.microbatches} microbatches against one batch under {split.precision}",
+            COARSE_BOUND,
+        )
+
+
+@clause(
+    "ACC-9",
+    since="0.2",
+    needs=("activation-checkpointing",),
+    why="Blocks computed again outside autocast, or in another precision, give the gradient of another forward.",
+    mend="Restore autocast and the random state for the second forward, as torch.utils.checkpoint does.",
+    source="NVIDIA/Megatron-LM#7538, pytorch#148831, facebookresearch/fairscale#1199",
+    bound="as ACC-7 (healthy: 0; recomputed in float32: 3e-3)",
+)
+def test_activations_computed_again_in_16_bits(runs: Runs) -> None:
+    """In every 16-bit precision, activation checkpointing changes no gradient."""
+    for kept in in_16_bits(runs, dropping(runs, everyday(runs))):
+        gradients_agree(
+            runs.trace(kept).update(0).gradients,
+            runs.trace(replace(kept, activation_checkpointing=True)).update(0).gradients,
+            f"activations computed again against activations kept under {kept.precision}",
+        )
+
+
+@clause(
+    "ACC-10",
+    since="0.2",
+    needs=("microbatches",),
+    why="The sequences of a small microbatch weigh more than others, at the end of every epoch.",
+    mend="Weigh each microbatch by its number of targets, or make no smaller ones and say so in the policy.",
+    source="huggingface/transformers#34191, meta-pytorch/torchtune#1878",
+    bound="as ACC-1 (healthy: 1.4e-7; every microbatch weighs the same: 0.2)",
+)
+def test_smaller_microbatch(runs: Runs) -> None:
+    """If the last microbatch of an update is smaller, each of its tokens still weighs as much as any other, unless the
+    policy declares something else.
+    """
+    split = replace(everyday(runs), microbatch_size=2, microbatches=3, updates=2, uneven=True)
+    split = replace(split, warmup=0, minimum_lr=None, evaluate=False, evaluate_every=None)
+    if runs.policy.leftovers(split, "microbatch") != "weighed":
+        raise NotApplicable("the policy declares that a smaller microbatch is not weighed by its tokens")
+    try:
+        whole = runs.trace(in_one_batch(split))
+    except AdapterFailed as error:
+        raise NotApplicable(f"the adapter cannot hand over a smaller batch: {error}") from None
+    gradients_agree(
+        whole.update(0).gradients, runs.trace(split).update(0).gradients, "microbatches of 2, 2 and 1 against one of 5"
     )

@@ -16,6 +16,8 @@ from conformance.suites import shapes
 Pair = tuple[Tensor, Tensor, Tensor, Tensor]
 """Token ids (B, T) and logits (B, T, V) of a forward, and those of the same forward of the altered run."""
 
+ORDER_BOUND = 1e-4  # of the root mean square of the logits
+
 NOT_AS_GIVEN = (
     "the stack does not train on the tokens as the recipe gives them, so two runs cannot be compared: see ACC-6"
 )
@@ -106,6 +108,47 @@ def test_whole_context(runs: Runs) -> None:
                     "is not seen",
                     f"they change at {len(leaking)} positions: {quoted(leaking)}",
                 )
+
+
+@clause(
+    "CAUSAL-4",
+    since="0.2",
+    why="A model that knows which tokens came before, but not where, is a bag of words with a mask.",
+    mend="Check that positions reach the attention (rotary) or the embeddings (learned), and are not all the same.",
+    source="MakazhanAlpamys/Soup#793, NVIDIA/Megatron-LM#6305 (an option of positions that nobody reads)",
+    bound="1e-4 of the logits' size (healthy: 1e-3 and more; without positions: 1e-7)",
+)
+def test_order_of_the_context(runs: Runs) -> None:
+    """The last logit depends on the order of the tokens before it, already in a model of one layer."""
+    for recipe in shapes(runs, Recipe(n_layer=1, updates=1)):
+        context, end = runs.policy.context(recipe), runs.policy.document_end(recipe)
+        if context is not None and context < 3:
+            raise NotApplicable(f"the policy declares a context of {context} tokens, which have no order")
+        for ids, logits, others, changed in pairs(runs, recipe, "exchanged tokens"):
+            last = recipe.block_size - 1
+            moved = (ids[:, :last] != others[:, :last]).any(dim=1)
+            if end is not None:
+                moved &= ~(ids[:, : last + 1] == end).any(dim=1)
+            if not moved.any() or not torch.equal(ids[:, last], others[:, last]):
+                raise NotApplicable(NOT_AS_GIVEN)
+            first, second = logits[moved, last].double(), changed[moved, last].double()
+            difference, size = (first - second).abs().max().item(), first.square().mean().sqrt().item()
+            if not difference and blind_to_first(runs, recipe, moved):
+                raise NotApplicable("the last logit does not depend on the tokens before it: see CAUSAL-3")
+            if not difference > ORDER_BOUND * size:
+                raise Violation(
+                    f"{recipe.shape}, one layer: the last logit moves if the two tokens before it are exchanged",
+                    f"it moves by {difference:.2g}, of a size of {size:.2g}: positions reach nothing",
+                )
+
+
+def blind_to_first(runs: Runs, recipe: Recipe, chosen: Tensor) -> bool:
+    """Return True if the last logit of each of these sequences stays the same when their first token changes."""
+    last = recipe.block_size - 1
+    return all(
+        torch.equal(logits[chosen, last], changed[chosen, last])
+        for _, logits, _, changed in pairs(runs, recipe, "first token")
+    )
 
 
 def sees_first(ids: Tensor, context: int | None, end: int | None) -> Tensor:

@@ -3,12 +3,13 @@
 from dataclasses import replace
 
 from conformance.checks.accumulation import gradients_agree, total_norm
-from conformance.checks.clipping import all_finite, clipped_as_one, states_are_numbers
+from conformance.checks.clipping import CLIP_BOUND, COARSE_BOUND, all_finite, clipped_as_one, states_are_numbers
 from conformance.checks.comparison import tensors_equal
 from conformance.clause import clause
+from conformance.errors import NotApplicable
 from conformance.recipe import Recipe
 from conformance.runs import Runs
-from conformance.suites import clipped, everyday, on_two_ranks, paired
+from conformance.suites import clipped, everyday, in_16_bits, on_two_ranks, paired
 
 
 @clause(
@@ -94,3 +95,47 @@ def test_clipped_on_two_ranks(runs: Runs) -> None:
         first.update(0).gradients,
         "the gradient clipped on two ranks against one process",
     )
+
+
+@clause(
+    "CLIP-5",
+    since="0.2",
+    needs=("clip",),
+    why="A limit that holds in float32 only, or is applied to gradients that a scaler has multiplied, clips another "
+    "gradient than the one that is stepped on.",
+    mend="Unscale before clipping, and clip in every precision.",
+    source="pytorch.org/docs/stable/notes/amp_examples.html (gradient clipping), huggingface/accelerate#641",
+    bound="1e-4 of the gradient vector where gradients are float32 (healthy: 1e-6), 1e-2 where they are rounded to 16 "
+    "bits (healthy: 2e-3); not clipped: 9",
+)
+def test_clipped_in_16_bits(runs: Runs) -> None:
+    """In every 16-bit precision, the stack scales the whole gradient to the limit."""
+    free = runs.trace(everyday(runs)).update(0).gradients
+    for recipe in in_16_bits(runs, everyday(runs)):
+        limited = clipped(recipe, total_norm(free), 0.1)
+        assert limited.clip is not None
+        whole, short = (runs.trace(changed).update(0).gradients for changed in (recipe, limited))
+        clipped_as_one(whole, short, limited.clip, COARSE_BOUND if recipe.precision.endswith("-true") else CLIP_BOUND)
+
+
+@clause(
+    "CLIP-6",
+    since="0.2",
+    level="should",
+    why="Gradients that are repaired element by element step along a direction that no loss has.",
+    mend="Leave the update out, or end the run; do not replace NaN by zero.",
+    source="Lightning-AI/pytorch-lightning#21928; torch.nan_to_num_ on gradients, as many recipes have it",
+    bound="bit equality of the weights before and after the update with the NaN",
+)
+def test_not_finite_is_left_out(runs: Runs) -> None:
+    """An update whose gradient holds a NaN is left out, with all weights as they were before it, or ends the run."""
+    recipe = Recipe(updates=3, clip=1.0 if runs.has("clip") else None)
+    runs.trace(recipe)  # a stack that always raises would raise here too
+    tried = runs.attempt(replace(recipe, nan_gradient=1))
+    if len(tried.trace.updates) > 1:
+        update = tried.trace.updates[1]
+        if not all(tensor.isfinite().all() for tensor in update.after.values()):
+            raise NotApplicable("the NaN reaches the weights: see CLIP-3")
+        tensors_equal(
+            update.before, update.after, "parameters before and after the update with one NaN in its gradient"
+        )

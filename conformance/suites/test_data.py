@@ -4,13 +4,22 @@ from dataclasses import replace
 
 import torch
 
-from conformance.checks.data import once_each, predicts_next, sample_numbers, targets_are_next
+from conformance.checks.data import leftovers_as_declared, once_each, predicts_next, sample_numbers, targets_are_next
 from conformance.clause import clause
-from conformance.errors import NotApplicable, Violation
+from conformance.errors import AdapterFailed, NotApplicable, Violation
 from conformance.recipe import Recipe
 from conformance.recording.trace import Trace
 from conformance.runs import Runs
-from conformance.suites import cross_entropies, everyday, shapes, shuffled, shuffled_on_two_ranks, stays_inside
+from conformance.suites import (
+    by_update,
+    cross_entropies,
+    everyday,
+    odd_epochs,
+    shapes,
+    shuffled,
+    shuffled_on_two_ranks,
+    stays_inside,
+)
 
 EPOCHS = 2  # of shuffled()
 
@@ -152,3 +161,67 @@ def test_targets_are_the_next_tokens(runs: Runs) -> None:
             targets_are_next([entropy.labels for entropy in entropies], tokens)
             continue
         predicts_next([f.scores for f in forwards], tokens, [loss.item() for loss in losses])
+
+
+@clause(
+    "DATA-7",
+    since="0.2",
+    needs=("sampler",),
+    why="Where an epoch ends amid a batch, samples are lost or seen twice, in every epoch the same ones or by chance.",
+    mend="Decide what happens to the samples that fill no batch, and say so: fill up from the next epoch, make a "
+    "smaller batch, or leave them out.",
+    source="huggingface/accelerate#2316, torch.utils.data.DataLoader (drop_last), DistributedSampler (repeats)",
+    bound="number of times that each sample is seen",
+)
+def test_samples_left_over(runs: Runs) -> None:
+    """At the end of an epoch, the samples that fill no batch are treated as the policy declares."""
+    recipe = odd_epochs()
+    word = runs.policy.leftovers(recipe, "epoch")
+    require_in_epoch(word)
+    assert recipe.samples is not None
+    leftovers_as_declared(by_update(runs.trace(recipe), recipe.dataset()), recipe.samples, 2, word, "samples")
+
+
+def require_in_epoch(word: str) -> None:
+    """Raise AdapterFailed for a word that says nothing about an epoch."""
+    if word == "weighed":
+        raise AdapterFailed(
+            "policy.leftovers() returned 'weighed': of an epoch choose carried, short, dropped, repeated"
+        )
+
+
+@clause(
+    "DATA-8",
+    since="0.2",
+    needs=("sampler", "microbatches"),
+    why="An update of a few microbatches at the end of every epoch weighs as much as a whole one, or they are lost.",
+    mend="Decide what happens to the microbatches that fill no update, and say so.",
+    source="Lightning and transformers' Trainer step on what is left at the end of an epoch; litgpt finetune drops it",
+    bound="number of times that each sample is seen",
+)
+def test_microbatches_left_over(runs: Runs) -> None:
+    """At the end of an epoch, the microbatches that fill no update are treated as the policy declares."""
+    recipe = Recipe(samples=6, microbatch_size=2, microbatches=2, updates=6)
+    word = runs.policy.leftovers(recipe, "window")
+    require_in_epoch(word)
+    assert recipe.samples is not None
+    leftovers_as_declared(by_update(runs.trace(recipe), recipe.dataset()), recipe.samples, 4, word, "microbatches")
+
+
+@clause(
+    "DATA-9",
+    since="0.2",
+    why="Ids taken modulo the vocabulary, or replaced, are other words: the text was cut with another tokenizer.",
+    mend="Compare the largest id with the size of the vocabulary, or let the lookup raise.",
+    source="a token file with a flipped bit, or of another tokenizer; JAX clamps such indices, torch's CPU raises",
+    bound="an error before the first update",
+)
+def test_ids_outside_the_vocabulary(runs: Runs) -> None:
+    """A token id that the vocabulary does not have is an error."""
+    runs.trace(Recipe())  # a stack that always raises would raise here too
+    tried = runs.attempt(Recipe(altered="unknown token"))
+    if tried.error is None:
+        raise Violation(
+            "an error about the token id 128 in a vocabulary of 128",
+            f"{len(tried.trace.updates)} updates, and no error",
+        )

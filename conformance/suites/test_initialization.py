@@ -8,7 +8,8 @@ from conformance.checks import initialization
 from conformance.checks.comparison import tensors_equal
 from conformance.checks.data import mean_entropy, next_tokens, sample_numbers
 from conformance.clause import clause
-from conformance.errors import AdapterFailed, NotApplicable, Violation
+from conformance.errors import AdapterFailed, NotApplicable, Violation, quoted
+from conformance.probes import OWN_START
 from conformance.recipe import Recipe
 from conformance.runs import Runs
 from conformance.suites import everyday, mean_of, on_two_ranks, saved, shapes, stays_inside
@@ -42,8 +43,13 @@ def test_nothing_is_uninitialised(runs: Runs) -> None:
 )
 def test_declared_distribution(runs: Runs) -> None:
     """Every parameter starts from the distribution that the stack declares, including any scaling by depth."""
+    starts_as_declared(runs, shapes(runs, Recipe(n_layer=4, updates=1)))
+
+
+def starts_as_declared(runs: Runs, recipes: list[Recipe]) -> None:
+    """Check the initial weights of runs against the declared distributions."""
     wrong: dict[str, str] = {}
-    for recipe in shapes(runs, Recipe(n_layer=4, updates=1)):
+    for recipe in recipes:
         run = runs.start(recipe)
         declared = {name: runs.policy.initial(recipe, info) for name, info in run.tensors.items()}
         suspects = [name for name in declared if initialization.deviation(run.initial[name], declared[name])]
@@ -221,3 +227,39 @@ def test_ranks_start_equal(runs: Runs) -> None:
     """Two ranks start from the same parameters."""
     first, second = runs.ranks(on_two_ranks(everyday(runs)))
     tensors_equal(first.initial, second.initial, "parameters of rank 0 against rank 1")
+
+
+@clause(
+    "INIT-12",
+    since="0.2",
+    needs=("tied",),
+    why="A tied tensor is initialised twice, and what comes last wins: often the head's larger scale.",
+    mend="Tie before initialising, and skip a tensor that has been drawn already.",
+    source="huggingface/transformers#46620 (init over tensors that have their values), facebookresearch/lingua#75",
+    bound="as INIT-2",
+)
+def test_declared_distribution_tied(runs: Runs) -> None:
+    """Where embedding and head are tied, every parameter still starts from the distribution that the stack declares."""
+    starts_as_declared(runs, shapes(runs, Recipe(n_layer=4, updates=1, tied=True)))
+
+
+@clause(
+    "INIT-13",
+    since="0.2",
+    needs=("foreign-module",),
+    why="A module that was built with weights of its own, pretrained or designed, is overwritten without a word.",
+    mend="Initialise your own model only; leave what another constructor has set.",
+    source="huggingface/transformers#46620 (init over loaded tensors), litgpt initialize_weights (every nn.Linear)",
+)
+def test_foreign_module_keeps_its_start(runs: Runs) -> None:
+    """A module from another library starts from the values that its own constructor gave it."""
+    run = runs.start(Recipe(module="conformance.probes:OwnStart"))
+    wrong = []
+    for ending, value in OWN_START.items():
+        name = next((name for name in run.initial if name.endswith(ending)), None)
+        if name is None:
+            raise Violation(f"the module has a tensor {ending}", f"only {quoted(run.initial)}")
+        if not bool((run.initial[name] == value).all()):
+            wrong.append(f"{name} is {run.initial[name].double().mean().item():.4g} in the mean, not {value:g}")
+    if wrong:
+        raise Violation("a module of somebody else's starts from its own values", quoted(wrong))

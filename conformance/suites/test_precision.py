@@ -1,10 +1,14 @@
 """PREC: computed in the precision that was asked for, and the loss in float32 whatever that is."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from conformance.checks import precision
+from conformance.checks.data import mean_entropy
+from conformance.checks.loss import nothing_else
 from conformance.clause import clause
 from conformance.errors import NotApplicable, Violation
 from conformance.recipe import OptimizerChoice, Precision, Recipe
@@ -99,10 +103,25 @@ def test_loss_float32(runs: Runs) -> None:
             if not forwards or len(forwards) != len(losses):
                 raise NotApplicable(f"{len(forwards)} training forwards, but {len(losses)} losses: cannot pair them")
             pairs = [(*with_targets(recipe, f), loss) for f, loss in zip(forwards, losses, strict=True)]
+            if runs.asks("0.2"):
+                require_no_other_term(pairs)
             # A factor that all updates share is no matter of precision: a loss scaler's, or another count of tokens.
             factor = precision.shared_factor(pairs)
             for scores, targets, loss in pairs:
                 precision.loss_in_float32(scores, targets, loss / factor)
+
+
+def require_no_other_term(pairs: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+    """Raise NotApplicable if losses in float32 have a term beside the cross entropy: that is not a matter of precision.
+
+    Args:
+        pairs: logits (B, T, V), targets (B, T) and loss, at least two of each.
+    """
+    if all(loss.dtype == torch.float32 for _, _, loss in pairs):
+        try:
+            nothing_else([loss.item() for _, _, loss in pairs], [mean_entropy(scores, t) for scores, t, _ in pairs])
+        except Violation as error:
+            raise NotApplicable(f"the loss is not the cross entropy alone ({error.seen}): see LOSS-1") from None
 
 
 def with_targets(recipe: Recipe, forward: Forward) -> tuple[torch.Tensor, torch.Tensor]:
@@ -215,3 +234,26 @@ def test_rotary_tables(runs: Runs) -> None:
     if not tables:
         raise NotApplicable("the model keeps no table by position; it computes positions anew in each forward")
     precision.tables_close(tables, coarse.buffers)
+
+
+@clause(
+    "PREC-8",
+    since="0.2",
+    level="should",
+    why="A part of the model that computes in float32 costs twice the time and memory, and one in 16 bits under "
+    "32-true loses two of three decimal digits.",
+    mend="Look for an autocast that is switched off around some modules, and for weights or inputs that are cast.",
+    source="Lightning-AI/lightning-thunder#725 (autocast not applied to some operations)",
+    bound="dtype of the output of each nn.Linear but the head",
+)
+def test_linears_compute_as_asked(runs: Runs) -> None:
+    """In training every linear layer but the head computes in the precision asked for."""
+    seen_any = False
+    for name in runs.precisions():
+        run = runs.trace(Recipe(precision=name))
+        for forward in run.training_forwards():
+            inner = dict(list(forward.linears.items())[:-1])  # the head is called last
+            seen_any |= bool(inner)
+            precision.dtypes_are(inner, COMPUTE[name], f"outputs of linear layers under {name}")
+    if not seen_any:
+        raise NotApplicable("the model calls no nn.Linear but its head")

@@ -8,22 +8,28 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from conformance.checks.comparison import tensors_equal
-from conformance.checks.data import sample_numbers
+from conformance.checks.comparison import states_equal, tensors_equal
+from conformance.checks.schedule import rates_are, rates_of
 from conformance.clause import clause
-from conformance.errors import NotApplicable, NotWritten, RunFailed, Violation, describe_error
+from conformance.errors import NotApplicable, NotWritten, RunFailed, Violation, describe_error, quoted
 from conformance.recipe import OptimizerChoice, Recipe
 from conformance.recording.snapshot import equal_values
-from conformance.recording.trace import Checkpoint, Trace
+from conformance.recording.trace import Checkpoint, Trace, Update
 from conformance.runs import Runs
-from conformance.suites import ADAMW, dropping, everyday, on_two_ranks, paired, saved, shuffled, shuffled_on_two_ranks
-
-DECAYING = OptimizerChoice.of(ADAMW, lr=1e-2, weight_decay=0.1)
-
-
-def interrupted(runs: Runs) -> Recipe:
-    """Return a run with all that a checkpoint must hold: moments, a schedule, dropout where there is any."""
-    return dropping(runs, replace(everyday(runs, DECAYING), save_every=2))
+from conformance.suites import (
+    ADAMW,
+    DECAYING,
+    OTHERS,
+    by_update,
+    interrupted,
+    odd_epochs,
+    on_two_ranks,
+    paired,
+    rates,
+    saved,
+    shuffled,
+    shuffled_on_two_ranks,
+)
 
 
 def resumed(runs: Runs, recipe: Recipe, whole: Trace, update: int) -> Trace:
@@ -61,7 +67,38 @@ def test_goes_on_as_if_never_interrupted(runs: Runs) -> None:
     for number, update, other in paired(
         whole.updates[2:], later, "the resumed run against the run that was never interrupted"
     ):
-        tensors_equal(update.after, other.after, f"parameters after update {number + 2} of the resumed run")
+        same_after(update, other, f"parameters after update {number + 2} of the resumed run")
+
+
+def same_after(one: Update, other: Update, what: str) -> None:
+    """Check that an update of a resumed run ends with the parameters of the same one that was not interrupted.
+
+    Args:
+        one: the update of the run that was not interrupted.
+        other: the same one of the resumed run.
+        what: begins the message.
+
+    Raises:
+        Violation: with the cause, if it shows, and the tensors that differ.
+    """
+    try:
+        tensors_equal(one.after, other.after, what)
+    except Violation as error:
+        raise Violation(error.expected, f"{cause_of(one, other)}: {error.seen}") from None
+
+
+def cause_of(one: Update, other: Update) -> str:
+    """Return what the first difference between two updates is, which should be the same."""
+    if rates_of(one.groups) != rates_of(other.groups):
+        return "another learning rate"
+    if any(not equal_values(t, other.before.get(name)) for name, t in one.before.items()):
+        return "other parameters before the update already"
+    states = [(tuple(s.items()), tuple(other.state_before.get(n, {}).items())) for n, s in one.state_before.items()]
+    if not all(equal_values(first, second) for first, second in states):
+        return "another state of the optimizer"
+    if any(not equal_values(gradient, other.gradients.get(name)) for name, gradient in one.gradients.items()):
+        return "another gradient from the same parameters, so other sequences (see RESUME-2) or random numbers"
+    return "another step from the same parameters, state and gradient"
 
 
 @clause(
@@ -79,26 +116,22 @@ def test_data_goes_on(runs: Runs) -> None:
     """
     recipe = replace(interrupted(runs), dropout=0.0) if not runs.has("sampler") else shuffled()
     samples = torch.cat(recipe.batches()) if recipe.samples is None else recipe.dataset()
-    whole = runs.trace(recipe)
     for update in (2, 4):  # under shuffled() amid an epoch, and at its end
-        later = resumed(runs, recipe, whole, update)
-        expected, seen = by_update(whole, samples)[update:], by_update(later, samples)
-        if expected != seen:
-            first = next((i for i, (a, b) in enumerate(zip(expected, seen)) if a != b), min(len(expected), len(seen)))
-            raise Violation(
-                f"resumed after update {update}, the samples of update {update + first + 1} onwards: "
-                f"{expected[first:][:3]}",
-                f"{seen[first:][:3] or 'no update'}",
-            )
+        goes_on(runs, recipe, samples, update)
 
 
-def by_update(run: Trace, samples: torch.Tensor) -> list[list[int | None]]:
-    """Return the numbers of the samples that each update trains on."""
-    found: list[list[int | None]] = [[] for _ in run.updates]
-    for forward in run.training_forwards():
-        if forward.update < len(found):
-            found[forward.update] += sample_numbers(forward.ids, samples)
-    return found
+def goes_on(runs: Runs, recipe: Recipe, samples: torch.Tensor, update: int) -> None:
+    """Check that a run which is resumed after an update trains on the samples of one that was not interrupted."""
+    whole = runs.trace(recipe)
+    later = resumed(runs, recipe, whole, update)
+    expected, seen = by_update(whole, samples)[update:], by_update(later, samples)
+    if expected != seen:
+        first = next((i for i, (a, b) in enumerate(zip(expected, seen)) if a != b), min(len(expected), len(seen)))
+        raise Violation(
+            f"resumed after update {update}, the samples of update {update + first + 1} onwards: "
+            f"{expected[first:][:3]}",
+            f"{seen[first:][:3] or 'no update'}",
+        )
 
 
 @clause(
@@ -204,3 +237,127 @@ def truncated(checkpoint: Checkpoint, damaged: Path, folder: Path) -> Checkpoint
             with open(copy, "r+b") as file:
                 file.truncate(path.stat().st_size // 2)
     return Checkpoint(checkpoint.update, tuple(copies))
+
+
+def same_from(runs: Runs, recipe: Recipe, update: int, what: str) -> None:
+    """Check that a run which is resumed after an update has the parameters of one that was not interrupted."""
+    whole = runs.trace(recipe)
+    later = resumed(runs, recipe, whole, update)
+    for number, one, other in paired(whole.updates[update:], later.updates, f"{what}, the resumed run"):
+        same_after(one, other, f"{what}: parameters after update {number + update} of the resumed run")
+
+
+@clause(
+    "RESUME-6",
+    since="0.2",
+    needs=("resume",),
+    why="A run that saves more often is another run: saving has rounded the weights, moved state or used up random "
+    "numbers.",
+    mend="Save copies; put back whatever is cast, gathered or averaged for the file.",
+    source="huggingface/diffusers#1864 (averages left in place), kohya-ss/sd-scripts#1250",
+)
+def test_saving_changes_nothing(runs: Runs) -> None:
+    """Saving during training changes neither the parameters nor the optimizer's state."""
+    recipe = interrupted(runs)
+    run, other = runs.trace(recipe), runs.trace(replace(recipe, save_every=None))
+    for number, update, plain in paired(run.updates, other.updates, "as many updates without saving as with it"):
+        when = f"after update {number}, without saving and with it"
+        states_equal(plain.state_after, update.state_after, f"optimizer state {when}")
+        tensors_equal(plain.after, update.after, f"parameters {when}")
+
+
+OTHER = OptimizerChoice.of(ADAMW, lr=3e-3, weight_decay=0.03)
+
+
+@clause(
+    "RESUME-7",
+    since="0.2",
+    needs=("resume", "keywords"),
+    why="Whoever resumes with a smaller rate or another decay trains on with the old one, or with the new one where "
+    "the old one was expected.",
+    mend="Decide which value wins, from the first update on, and say so; load_state_dict() takes the saved groups.",
+    source="pytorch.org/docs: Optimizer.load_state_dict replaces the settings of the groups",
+    bound="as LR-1 for the rate; equality for weight_decay",
+)
+def test_other_settings(runs: Runs) -> None:
+    """A run that is resumed with another learning rate and weight decay uses those that the policy declares, from its
+    first update on.
+    """
+    old = Recipe(updates=4, save_every=2, optimizer=DECAYING)
+    new = replace(old, optimizer=OTHER)
+    winner = {setting: runs.policy.wins_on_resume(new, setting) for setting in ("lr", "weight_decay")}
+    run = resumed(runs, new, runs.trace(old), 2)
+    declared = rates(runs, new if winner["lr"] == "recipe" else old, run)[2:]
+    rates_are([update.groups for update in run.updates], declared, f"of the resumed run, the {winner['lr']}'s rates")
+    choice = (new if winner["weight_decay"] == "recipe" else old).optimizer
+    wanted = dict(choice.arguments)["weight_decay"]
+    found = {group.settings.get("weight_decay") for update in run.updates for group in update.groups} - {0}
+    if found - {wanted}:
+        raise Violation(f"the {winner['weight_decay']}'s weight_decay, {wanted}", f"it is {quoted(found)}")
+
+
+@clause(
+    "RESUME-8",
+    since="0.2",
+    needs=("resume", "foreign-module", "seed"),
+    why="Frozen tensors that are left out of the checkpoint come from another start after the resume.",
+    mend="Save every tensor, whether it is trained or not.",
+    source="deepspeedai/DeepSpeed#6771, #5489, litgpt save_lora_checkpoint",
+)
+def test_frozen_parts_are_saved(runs: Runs) -> None:
+    """A run that is resumed under another seed starts from all of the saved parameters, frozen ones included."""
+    recipe = Recipe(module="conformance.probes:MemoryTransformer", optimizer=DECAYING, updates=4, save_every=2)
+    whole = runs.trace(recipe)
+    later = runs.start(replace(recipe, resume=saved(whole, 2), seed=2))
+    tensors_equal(whole.update(1).after, later.initial, "parameters, frozen ones too, at the start of the resumed run")
+
+
+@clause(
+    "RESUME-9",
+    since="0.2",
+    needs=("resume", "sampler"),
+    why="The place in the data is off by the samples that were left over in each epoch before.",
+    mend="Count samples, not batches, or save epoch and place; begin amid the epoch in the order of that epoch.",
+    source="Lightning-AI/litgpt#1712, allenai/OLMo#650, huggingface/accelerate#2316",
+    bound="the sequences themselves, in order",
+)
+def test_resumed_in_a_later_epoch(runs: Runs) -> None:
+    """A run that is resumed amid a later epoch goes on with the sequences that come next, also if batches do not divide
+    the epoch.
+    """
+    recipe = odd_epochs()
+    goes_on(runs, recipe, recipe.dataset(), 5)
+
+
+@clause(
+    "RESUME-10",
+    since="0.2",
+    needs=("resume", "bf16-true"),
+    why="What is saved in another dtype than it was trained in is rounded on the way.",
+    mend="Save weights and state in their own dtypes, and load them into the same.",
+    source="TensorAuto/OpenTau#185, huggingface/nanotron#245",
+)
+def test_resume_in_16_bits(runs: Runs) -> None:
+    """Under bf16-true, a resumed run has the same parameters as a run that was never interrupted, bit for bit."""
+    recipe = Recipe(precision="bf16-true", optimizer=DECAYING, updates=4, save_every=2)
+    same_from(runs, recipe, 2, "under bf16-true")
+
+
+@clause(
+    "RESUME-11",
+    since="0.2",
+    needs=("resume", "any-optimizer", "keywords"),
+    why="State under another name than AdamW's is lost, or rounded where the weights are 16 bits wide.",
+    mend="Save optimizer.state_dict() whole; put back scalars that load_state_dict() casts to the weights' dtype.",
+    source="OneVision-Encoder#65; torch's load_state_dict rounds NAdam's mu_product under bf16-true",
+)
+def test_resume_with_other_optimizers(runs: Runs) -> None:
+    """With SGD with momentum, RMSprop, Adam and NAdam, a resumed run has the same parameters as a run that was never
+    interrupted, bit for bit.
+    """
+    for choice in OTHERS:
+        name = choice.class_path.rpartition(".")[2]
+        same_from(runs, Recipe(updates=6, save_every=3, optimizer=choice), 3, f"with {name}")
+        if name == "NAdam" and runs.has("bf16-true"):
+            coarse = Recipe(updates=4, save_every=2, optimizer=choice, precision="bf16-true")
+            same_from(runs, coarse, 2, f"with {name} under bf16-true")

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from conformance.checks.schedule import rates_are
 from conformance.clause import clause
-from conformance.errors import Violation
+from conformance.errors import NotApplicable, Violation
 from conformance.recipe import OptimizerChoice, Recipe
 from conformance.runs import Runs
 from conformance.suites import everyday, on_two_ranks, rates, seen
@@ -64,3 +64,40 @@ def test_first_update_moves(runs: Runs) -> None:
     rate = max((float(group.settings.get("lr", 0.0)) for group in first.groups), default=0.0)
     if rate <= 0 or all(bool((tensor == first.after[name]).all()) for name, tensor in first.before.items()):
         raise Violation("a first update that moves the weights", f"its learning rate is {rate:g}")
+
+
+EDGES = {
+    "no warm-up": Recipe(updates=4, warmup=0, minimum_lr=1e-3),
+    "a single update": Recipe(updates=1, warmup=0, minimum_lr=1e-3),
+    "a warm-up as long as the run": Recipe(updates=3, warmup=3, minimum_lr=1e-3),
+    "a warm-up that leaves one update": Recipe(updates=3, warmup=2, minimum_lr=1e-3),
+}
+
+
+@clause(
+    "LR-4",
+    since="0.2",
+    needs=("schedule",),
+    why="A short run, or one without a warm-up, meets divisions by zero and rates beyond the declared ones.",
+    mend="Try a schedule with no warm-up, with one update, and with a warm-up as long as the run.",
+    source="karpathy/nanoGPT get_lr (divides by the length of the decay), nanoGPT dc81cb36",
+    bound="as LR-1; or an error before the first update",
+)
+def test_rates_at_the_edges(runs: Runs) -> None:
+    """With no warm-up, a single update, or a warm-up as long as the run, every update has the declared learning rate,
+    or the stack refuses.
+    """
+    judged = 0
+    for what, recipe in EDGES.items():
+        tried = runs.attempt(recipe)
+        if tried.error is not None and not tried.trace.updates:
+            continue  # refused
+        run = seen(runs.trace(recipe))
+        try:
+            declared = rates(runs, recipe, run)
+        except ZeroDivisionError:  # the policy's formula has no value there
+            continue
+        rates_are([update.groups for update in run.updates], declared, f"with {what}, learning rates")
+        judged += 1
+    if not judged:
+        raise NotApplicable("the stack refuses such runs, or its policy declares no rate for them")

@@ -26,7 +26,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from reference.config import GPTConfig
@@ -112,10 +112,21 @@ def draw(module: nn.Linear | nn.Embedding, name: str, std: float, seed: int) -> 
         # NOTE a footgun: filling in place on the parameter's own device would draw other numbers on CUDA than on
         # the CPU, and other numbers in bfloat16 than in float32.
         noise = torch.empty(module.weight.shape, dtype=torch.float32, device="cpu")
-        module.weight.copy_(noise.normal_(0.0, std, generator=generator(seed, name)))
+        fill(module.weight, noise.normal_(0.0, std, generator=generator(seed, name)))
     bias = getattr(module, "bias", None)
     if bias is not None and not bias.is_meta:
         bias.zero_()
+
+
+def fill(weight: Tensor, values: Tensor) -> None:
+    """Copy values into a tensor: of one that is split over ranks (FSDP), into the part that is here."""
+    if type(weight.data) is not Tensor:  # torch.distributed.tensor takes its time to import
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        if isinstance(weight, DTensor):
+            here = values.to(weight.device)
+            values = distribute_tensor(here, weight.device_mesh, weight.placements, src_data_rank=None)
+    weight.copy_(values)
 
 
 def generator(seed: int, name: str) -> torch.Generator:

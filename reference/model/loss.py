@@ -1,5 +1,6 @@
 """The loss: cross entropy in nats, summed over tokens, beside the model or inside one compiled graph with it."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,13 +38,13 @@ class TokenLoss(nn.Module):
     they are 13 GB of a microbatch of 64 x 1024 tokens.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor] = token_loss) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.loss = model, loss
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
         """See :func:`token_loss`."""
-        return token_loss(self.model(ids), targets)
+        return self.loss(self.model(ids), targets)
 
 
 def batch_loss(model: Any, ids: Tensor, targets: Tensor) -> Tensor:

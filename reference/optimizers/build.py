@@ -84,7 +84,8 @@ def create_optimizer(
             "the Trainer does not switch: choose another optimizer."
         )
     narrow = any(parameter.dtype in NARROW for parameter in parameters)
-    added = added_keywords(optimizer_class, config, device, narrow)
+    split = any(hasattr(parameter, "device_mesh") for parameter in parameters)  # DTensors, of FSDP
+    added = added_keywords(optimizer_class, config, device, narrow, split)
     keywords = added | dict(arguments)  # what the user said wins
     if accepts(optimizer_class, "keep_32bit"):  # reference.optimizers.adamw8bit
         keywords = {"keep_32bit": [module.weight for module in stable_embeddings(model)]} | keywords
@@ -142,7 +143,11 @@ def check_keywords(optimizer_class: type[Optimizer], arguments: Mapping[str, Any
 
 
 def added_keywords(
-    optimizer_class: type[Optimizer], config: TrainConfig, device: torch.device, narrow: bool = False
+    optimizer_class: type[Optimizer],
+    config: TrainConfig,
+    device: torch.device,
+    narrow: bool = False,
+    split: bool = False,
 ) -> dict[str, Any]:
     """Return what we add for the user: ``fused=True`` where class and device have it. Always logged.
 
@@ -151,6 +156,7 @@ def added_keywords(
         config: the user's keywords, and the precision: a loss scaler excludes ``fused``.
         device: where the parameters live.
         narrow: whether there are 16-bit parameters.
+        split: whether the parameters are split over ranks.
 
     Raises:
         ConfigurationError: if the user asks for ``fused`` where its kernels skip elements.
@@ -175,6 +181,9 @@ def added_keywords(
         return {}
     if skips:
         logger.info("optimizer: %s without fused, which skips 16-bit weights on the CPU (pytorch#191763)", name)
+        return {}
+    if split and not issubclass(optimizer_class, torch.optim.Adam):  # of which AdamW is a kind
+        logger.info("optimizer: %s without fused, whose kernel does not take tensors that are split over ranks", name)
         return {}
     if device.type not in FUSED_DEVICES:
         logger.info("optimizer: %s without fused, which has no kernel on %s", name, device.type)

@@ -6,8 +6,10 @@ setup.py        from a configuration to a run: device and ranks, module, optimiz
 batches.py      where batches come from, and whether they fit the model
 evaluation.py   the loss of a run on data that is not trained on
 saving.py       what a run puts into a checkpoint, and how it goes on from one
-sharding.py     the same for runs under FSDP
 launch.py       Fabric: accelerator, ranks, strategy, precision
+replication.py  data parallelism where the loss is compiled: one exchange of gradients in an update
+sharding.py     FSDP: a part of each tensor on each rank, and checkpoints that are whole
+float8.py       linear layers that multiply in float8
 schedule.py     the learning rate
 stopping.py     Ctrl-C and SIGTERM
 throughput.py   model FLOPs utilisation

@@ -34,7 +34,7 @@ def launch(config: TrainConfig) -> "Fabric":
             accelerator=config.accelerator,
             devices=config.devices,
             num_nodes=config.num_nodes,
-            strategy=sharding() if config.strategy == "fsdp" and config.accelerator != "cpu" else config.strategy,
+            strategy=choose_strategy(config),
             precision=config.precision,
         )
     except (ValueError, RuntimeError, ImportError) as error:  # the last: a strategy whose package is missing
@@ -75,13 +75,19 @@ def waiting_for_nodes(config: TrainConfig) -> Iterator[None]:
         yield
 
 
-def sharding() -> Any:
-    """Return FSDP with one unit per transformer block, as its paper has it (https://arxiv.org/abs/2304.11277)."""
-    from lightning.fabric.strategies.fsdp import FSDPStrategy
+def choose_strategy(config: TrainConfig) -> Any:
+    """Return Fabric's strategy: its name, or one of ours. Their modules are imported only where they are used."""
+    ranks = config.devices * config.num_nodes
+    if config.strategy == "fsdp":
+        from reference.training.sharding import ShardedStrategy
 
-    from reference.model.gpt import Block
+        return ShardedStrategy(ranks)
+    if config.strategy in ("auto", "ddp") and config.compile and ranks > 1:
+        from reference.training.replication import ReplicatedStrategy
 
-    return FSDPStrategy(auto_wrap_policy={Block}, state_dict_type="full")
+        logger.info("gradients: averaged over the ranks at once, after the last backward, because compile is true")
+        return ReplicatedStrategy()
+    return config.strategy
 
 
 def leave_group() -> None:
@@ -96,11 +102,14 @@ def leave_group() -> None:
 
 def is_sharded(fabric: "Fabric") -> bool:
     """Return whether the strategy shards parameters over ranks, told without importing its module."""
-    return type(fabric.strategy).__name__ in ("FSDPStrategy", "ModelParallelStrategy")
+    return type(fabric.strategy).__name__ == "ShardedStrategy"
 
 
 def reduce(fabric: "Fabric", tensor: Tensor, operation: Literal["sum", "mean"]) -> Tensor:
-    """Return a tensor summed or averaged over all ranks; as it is on a single one."""
-    reduced = fabric.all_reduce(tensor, reduce_op=operation) if fabric.world_size > 1 else tensor
-    assert isinstance(reduced, Tensor)
-    return reduced
+    """Return a tensor summed or averaged over all ranks, in place; as it is on a single one."""
+    if fabric.world_size == 1:
+        return tensor
+    # NOTE a footgun: Fabric's own all_reduce begins with a barrier, in which the host waits for all that the GPU has to
+    # do: twice in an update, and the GPU then waits for the host.
+    torch.distributed.all_reduce(tensor)
+    return tensor.div_(fabric.world_size) if operation == "mean" else tensor

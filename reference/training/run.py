@@ -69,6 +69,8 @@ class Run:
     """Whether a signal asked this process to stop."""
     ties: dict[str, str]
     """For each further name of a tied tensor, the first."""
+    launches_early: bool = False
+    """Whether a forward does not involve the strategy. Under DDP and FSDP it decides what backward will exchange."""
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     """What is frozen, quantised and added."""
     changes: list[str] = field(default_factory=list)
@@ -79,6 +81,8 @@ class Run:
     """Sequences of the last update, over all ranks."""
     saved: str = "there is no checkpoint yet"
     """What there is to resume from, for messages."""
+    early: Tensor | None = None
+    """Loss of the next update's only microbatch, if its forward was launched already."""
 
     def batches(self, train: Iterable[Batch] | TokenSource, done: int) -> Iterator[Batch]:
         """Yield this rank's microbatches, without end, from the first that ``done`` updates have not consumed."""
@@ -92,13 +96,17 @@ class Run:
         """Take the microbatches of the next update, and send them on their way to the device."""
         return [split_targets(b, self.fabric.device) for b in itertools.islice(batches, self.config.microbatches)]
 
-    def update_once(self, update: int, pairs: Pairs, batches: Iterator[Batch] | None = None) -> Done:
+    def update_once(
+        self, update: int, pairs: Pairs, batches: Iterator[Batch] | None = None, at_once: bool = False
+    ) -> Done:
         """Do update number ``update`` (from 0).
 
         Args:
             update: decides learning rate and dropout.
             pairs: its microbatches, from :meth:`fetch`.
             batches: where the next microbatches come from. They are fetched while the device computes.
+            at_once: whether the next update follows at once, with the microbatches fetched here. Its forward may then
+                be launched before the host waits for the figures of this one, so that the device has work meanwhile.
 
         Raises:
             TrainingError: if loss or gradient is not finite; the parameters are untouched then.
@@ -119,11 +127,12 @@ class Run:
         shared = reduce(fabric, torch.stack((count_targets(pairs), asked)), "sum")
         scale = fabric.world_size / shared[0].clamp(min=1)  # DDP averages gradients over ranks; we want their sum
 
+        early, self.early = self.early, None
         share = torch.zeros((), device=device)  # this rank's part; the mean over the ranks is the loss
         for index, (ids, targets) in enumerate(pairs):
             # NOTE a footgun: both forward and backward must be inside, DDP decides at forward (build-nanogpt#30).
             with fabric.no_backward_sync(self.wrapped, enabled=index + 1 < len(pairs)):
-                loss = batch_loss(self.wrapped, ids, targets) * scale
+                loss = batch_loss(self.wrapped, ids, targets) * scale if early is None else early * scale
                 fabric.backward(loss)
             share += loss.detach()
         following = [] if batches is None else self.fetch(batches)
@@ -140,6 +149,9 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
         if guarded:  # the host waits only now, when the device has the step to do, which did nothing if not finite
+            if at_once and len(following) == 1 and self.launches_early:
+                seed_dropout(derive_seed(config.seed, update + 1, fabric.global_rank), device)
+                self.early = batch_loss(self.wrapped, *following[0])
             self.require_finite(update, seen.values, share)
         loss_value, norm_value, tokens, stopping = seen.values
         self.stopping = stopping > 0

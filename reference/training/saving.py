@@ -13,7 +13,7 @@ from reference.config import GPTConfig, as_plain
 from reference.errors import CheckpointError
 from reference.finetuning.config import FinetuneConfig
 from reference.model.embedding import is_stable
-from reference.optimizers.state import computed_as_by, load_optimizer_state, optimizer_state
+from reference.optimizers.state import load_optimizer_state, optimizer_state
 from reference.training.batches import Pairs
 from reference.training.launch import is_sharded, reduce
 from reference.training.run import Run
@@ -35,7 +35,7 @@ def save(run: Run, update: int, source: Any) -> None:
     weights: Any = run.module
     packed: dict[str, Any] = {}
     if is_sharded(run.fabric):
-        from reference.training.sharding import gathered  # torch.distributed.checkpoint takes its time
+        from reference.training.sharding import gathered  # torch.distributed's parts take their time
 
         weights, packed = gathered(run.wrapped._forward_module, run.bare)
         # Gathered, a tied tensor comes once for each of its names.
@@ -121,7 +121,7 @@ def restore(run: Run, folder: Path) -> int:
         if root is None:
             load_optimizer_state(optimizer, saved)
         else:
-            shard_optimizer_state(root, optimizer, computed_as_by(optimizer, saved))
+            shard_optimizer_state(optimizer, saved)
     except ValueError as error:  # other groups: another decay policy, or tensors that were frozen since
         raise CheckpointError(f"the optimizer state in {folder} does not fit: {error}.") from error
     for group, settings in zip(optimizer.param_groups, given, strict=True):

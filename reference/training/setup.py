@@ -17,10 +17,11 @@ from reference.finetuning.config import FinetuneConfig
 from reference.finetuning.prepare import prepare
 from reference.model.gpt import GPT
 from reference.model.initialization import build, choose_strategy, tied_names
-from reference.model.loss import TokenLoss
+from reference.model.loss import TokenLoss, token_loss
 from reference.optimizers import create_optimizer, find_class
 from reference.optimizers.build import accepts
 from reference.optimizers.override import is_bitsandbytes
+from reference.training.float8 import use_float8
 from reference.training.launch import is_sharded, launch
 from reference.training.run import Run
 from reference.training.stopping import Stop
@@ -59,11 +60,10 @@ def set_up(
     """
     optimizer_class = find_class(config.optimizer)
     fabric = launch(config)
-    if is_sharded(fabric) and not optimizer_class.__module__.startswith("torch."):
-        raise ConfigurationError(
-            f"{config.optimizer} keeps state that cannot be gathered from sharded parameters: under FSDP use an "
-            "optimizer of torch.optim, or use strategy='ddp'."
-        )
+    if is_sharded(fabric):
+        from reference.training.sharding import require_per_element
+
+        require_per_element(optimizer_class, config.optimizer_args, fabric.strategy.device_mesh["data_parallel"])  # type: ignore[attr-defined] # ShardedStrategy has it
     finetune = finetune or FinetuneConfig()
     if is_sharded(fabric) and finetune.lora_rank is not None:
         raise ConfigurationError(
@@ -84,12 +84,11 @@ def set_up(
     )
     if config.activation_checkpointing:
         checkpoint_activations(module)
+    if config.float8 != "none":
+        use_float8(module, config.float8, fabric.device, config.seed)
     ties = {other: first for first, others in tied_names(module).items() for other in others}
-    # FSDP flattens the tensors, and the decay policy asks for their dimensions.
-    dimensions = {name: tensor.ndim for name, tensor in module.named_parameters(remove_duplicate=False)}
-    compiled: Any = torch.compile(TokenLoss(module)) if config.compile else module
-    wrapped = fabric.setup_module(compiled)
-    bare = create_optimizer(config, module, fabric.device, dimensions)
+    wrapped = fabric.setup_module(compiled(module, is_sharded(fabric)) if config.compile else module)
+    bare = create_optimizer(config, module, fabric.device)
     peaks = [group["lr"] for group in bare.param_groups]
     if config.min_lr is not None and config.schedule != "constant" and config.min_lr > min(peaks):
         raise ConfigurationError(
@@ -99,7 +98,23 @@ def set_up(
     optimizer: Any = fabric.setup_optimizers(bare)
     warn_about_rounding(config)
     wrapped.train()
-    return Run(config, fabric, module, wrapped, bare, optimizer, peaks, directory, stop, ties, finetune, changes)
+    called = wrapped._forward_module
+    launches_early = getattr(called, "_orig_mod", called) is wrapped.module and not is_sharded(fabric)  # not DDP's
+    return Run(
+        config,
+        fabric,
+        module,
+        wrapped,
+        bare,
+        optimizer,
+        peaks,
+        directory,
+        stop,
+        ties,
+        launches_early=launches_early,
+        finetune=finetune,
+        changes=changes,
+    )
 
 
 def build_module(model: ModelSource, config: TrainConfig, fabric: "Fabric") -> nn.Module:
@@ -119,6 +134,19 @@ def build_module(model: ModelSource, config: TrainConfig, fabric: "Fabric") -> n
             if not isinstance(model, GPTConfig) or not re.search("overflowed|allocate", str(error)):
                 raise
             raise ConfigurationError(f"no memory is large enough for the model of {model}.") from error
+
+
+def compiled(module: nn.Module, sharded: bool) -> Any:
+    """Return a module and its loss, compiled: as one graph, or under FSDP block by block.
+
+    FSDP gathers and frees the weights of a block around its forward, which no graph can hold. So each block is a graph,
+    and the last norm, and the loss. Blocks share their code: only the first is compiled.
+    """
+    if not sharded or not isinstance(module, GPT):
+        return torch.compile(TokenLoss(module))
+    for part in (*module.blocks, module.norm):
+        part.forward = torch.compile(part.forward)  # inside the hooks of FSDP
+    return TokenLoss(module, torch.compile(token_loss))
 
 
 def wants_stable_embedding(config: TrainConfig, optimizer_class: type[Optimizer]) -> bool:

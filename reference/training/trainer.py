@@ -21,6 +21,7 @@ from reference.model.embedding import restore_embeddings
 from reference.model.gpt import GPT
 from reference.training.batches import Batch, TokenSource, require_tokenizer, require_vocabulary
 from reference.training.evaluation import validate
+from reference.training.float8 import plain_linears, require_tokens
 from reference.training.run import Run
 from reference.training.saving import on_rank_zero, restore, save, warn_about_order
 from reference.training.setup import ModelSource, set_up
@@ -68,7 +69,7 @@ class FitResult:
 
     def for_inference(self) -> nn.Module:
         """Return a copy in eval mode with plain embeddings."""
-        return restore_embeddings(self.model)
+        return plain_linears(restore_embeddings(self.model))
 
 
 class Trainer:
@@ -147,6 +148,8 @@ class Trainer:
             result = FitResult(run.module, run.bare)
             batches, device = run.batches(train, done), run.fabric.device
             upcoming = run.fetch(batches) if done < config.updates else []
+            if config.float8 != "none":
+                require_tokens(upcoming)
             if folder is not None and upcoming:
                 warn_about_order(run, folder, upcoming)
             if base is not None and init_from is not None:
@@ -155,11 +158,13 @@ class Trainer:
             began = started = time.perf_counter()
             for update in range(done, config.updates):
                 last = update + 1 == config.updates
-                did = run.update_once(update, upcoming, None if last else batches)
+                validates = validation is not None and is_due(update, config.evaluate_every, last)
+                saves = is_due(update, config.save_every, last)
+                did = run.update_once(update, upcoming, None if last else batches, not (validates or saves))
                 upcoming = did.following
                 now = time.perf_counter()
                 validation_loss = None
-                if validation is not None and is_due(update, config.evaluate_every, last):
+                if validates and validation is not None:
                     validation_loss = validate(run, validation)
                 record = Record(
                     update=update + 1,
@@ -179,7 +184,7 @@ class Trainer:
                     log(record, run, passed / (update + 1 - done) * (config.updates - update - 1))
                 alone = run.fabric.world_size == 1  # other ranks know of a signal when the next update has begun
                 stopped = (run.stopping or (alone and stop.signal is not None)) and not last
-                saves = stopped or is_due(update, config.save_every, last)
+                saves = saves or stopped
                 if saves:
                     save(run, update + 1, train)
                 if stopped:

@@ -1,21 +1,35 @@
 """The suite can fail: every mutant is killed by the clauses beside it, and harmless variants by none."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from conformance.causes import FOLLOWS
 from conformance.clause import catalogue
 from conformance.recipe import Recipe
 from conformance.session import Session
 from conformance.subjects.reference import Reference
 from conformance.suites.test_causality import NOT_AS_GIVEN
 from tests.mutants import HARMLESS, MUTANTS, Edit, Harmless, Mutant, planted
+from tests.mutants.causes import CAUSES
+from tests.mutants.kill_matrix import misnamed
 from tests.mutants.planting import BUILD
 
 CLAUSES = catalogue()
+MATRIX = Path(__file__).parents[2] / "reports" / "kill-matrix.json"
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def quick() -> set[str]:
+    """One mutant for each clause: the first that names it."""
+    return {next(mutant.name for mutant in MUTANTS if identity in mutant.killers) for identity in CLAUSES}
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [pytest.param(m, marks=[] if m.name in quick() else [pytest.mark.slow], id=m.name) for m in MUTANTS],
+)
 def test_mutant_is_killed(mutant: Mutant) -> None:
     needed = {need for identity in mutant.killers for need in CLAUSES[identity].needs} & {"finetune"}
     if needed & set(Reference.lacks):
@@ -61,6 +75,17 @@ def test_a_stack_that_takes_other_tokens_gets_no_verdict_on_causality(identity: 
 def test_every_clause_kills_a_mutant() -> None:
     named = {identity for mutant in MUTANTS for identity in mutant.killers}
     assert set(CLAUSES) == named
+
+
+def test_the_first_letter_of_every_mutant_names_its_cause() -> None:
+    rows = json.loads(MATRIX.read_text(encoding="utf-8"))["mutants"]
+    assert {row["mutant"] for row in rows} == {mutant.name for mutant in MUTANTS}, "run nox -s mutants -- --write again"
+    assert not {row["mutant"]: told for row in rows if (told := misnamed(row))}
+
+
+def test_causes_name_mutants_and_clauses() -> None:
+    assert set(CAUSES) <= {mutant.name for mutant in MUTANTS}
+    assert {*FOLLOWS, *(cause for causes in FOLLOWS.values() for cause in causes)} <= set(CLAUSES)
 
 
 def test_mutants_are_told_apart() -> None:

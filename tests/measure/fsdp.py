@@ -1,4 +1,4 @@
-"""FSDP on two GPUs against one device: the start, the losses, and checkpoints read both ways.
+"""FSDP and compiled replicas on two GPUs against one: the start, the losses, and checkpoints read both ways.
 
 ``python -m tests.measure.fsdp --write FILE`` runs on a machine with two GPUs and keeps what it saw, with versions.
 Exit code 1 if a promise is broken. It starts torchrun for the two ranks.
@@ -38,6 +38,7 @@ ONE = TrainConfig(
     save_every=HALF,
 )
 TWO = replace(ONE, microbatches=1, devices=2, strategy="fsdp")
+REPLICAS = replace(TWO, strategy="ddp", compile=True, save_every=None)
 BOUND = 1e-3  # relative, of a loss: what is promised. Seen on two H200: 1.6e-7
 
 
@@ -73,6 +74,7 @@ def on_ranks(folder: Path, out: Path) -> None:
             "start_differs": start_differs(name, base / "start"),
             "whole": run(name, TWO, folder, base / "two", None),
             "compiled": run(name, replace(TWO, compile=True, save_every=HALF), folder, base / "two-compiled", None),
+            "replicas": run(name, REPLICAS, folder, base / "two-replicas", None),
             "resumed_from_one": run(name, TWO, folder, base / "two-resumed", step_folder(base / "one", HALF)),
             "resumed_from_two": run(name, TWO, folder, base / "two-again", step_folder(base / "two", HALF)),
         }
@@ -103,6 +105,7 @@ def compare(out: Path, folder: Path) -> dict[str, Any]:
             "gradient norms of 20 updates": deviation(two["whole"]["norms"], one["norms"]),
             "validation losses": deviation(two["whole"]["validation"], one["validation"]),
             "losses, compiled": deviation(two["compiled"]["losses"], one["losses"]),
+            "losses, compiled replicas": deviation(two["replicas"]["losses"], one["losses"]),
             "one device resumes from two": deviation(resumed["losses"], of_two[HALF:]),
             "two resume from one device": deviation(two["resumed_from_one"]["losses"], later),
             "two resume from two": deviation(two["resumed_from_two"]["losses"], of_two[HALF:]),

@@ -6,7 +6,7 @@ LOSS = "loss = batch_loss(self.wrapped, ids, targets) * scale"
 COUNT = "shared[0].clamp(min=1)"
 NO_SYNC = """\
         with fabric.no_backward_sync(self.wrapped, enabled=index + 1 < len(pairs)):
-            loss = batch_loss(self.wrapped, ids, targets) * scale
+            loss = batch_loss(self.wrapped, ids, targets) * scale if early is None else early * scale
             fabric.backward(loss)
 """
 OUTSIDE = """\
@@ -15,6 +15,7 @@ OUTSIDE = """\
         with fabric.no_backward_sync(self.wrapped, enabled=index + 1 < len(pairs)):
             fabric.backward(loss)
 """
+FORWARD = "reference.model.gpt:GPT.forward"
 
 MUTANTS = [
     mutant(
@@ -92,5 +93,38 @@ MUTANTS = [
         "ACC-6",
         "litgpt#1927, axolotl#134",
         ("reference.training.run:Run.fetch", "self.config.microbatches)]", "self.config.microbatches // 3 * 3 or 1)]"),
+    ),
+    mutant(
+        "accum-not-divided-in-16-bits",
+        "ACC-8",
+        "a loss that a scaler's code path was to divide",
+        (UPDATE, LOSS, LOSS + ' * (1 if config.precision == "32-true" else len(pairs))'),
+    ),
+    mutant(
+        "accum-last-microbatch-only-in-16-bits",
+        "ACC-8",
+        "DeepSpeed#2768 (a gradient buffer of another dtype)",
+        (
+            UPDATE,
+            "fabric.backward(loss)",
+            'config.precision == "32-true" or self.wrapped.zero_grad(); fabric.backward(loss)',
+        ),
+    ),
+    mutant(
+        "ac-in-another-precision",
+        "ACC-9",
+        "fairscale#1199",
+        (
+            FORWARD,
+            "checkpoint(block, x, ",
+            "checkpoint(lambda x, *rest, seen=[0], block=block: block(x * (1 + 4e-3 * (seen.append(0) or len(seen) > 2)"
+            " * torch.is_autocast_enabled('cpu')), *rest), x, ",
+        ),
+    ),
+    mutant(
+        "accum-smaller-microbatch-weighs-more",
+        "ACC-10",
+        "transformers#34191, torchtune#1878",
+        (UPDATE, LOSS, "loss = batch_loss(self.wrapped, ids, targets) / len(ids) / targets.size(1) / len(pairs)"),
     ),
 ]

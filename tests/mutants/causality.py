@@ -3,6 +3,7 @@
 from tests.mutants.planting import mutant
 
 ATTENTION = "reference.model.gpt:Attention.forward"
+FORWARD = "reference.model.gpt:GPT.forward"
 
 MUTANTS = [
     mutant("not-causal", "CAUSAL-1", "transformers#48745", (ATTENTION, "is_causal=past == 0", "is_causal=False")),
@@ -38,5 +39,23 @@ MUTANTS = [
             "self.proj(y.transpose",
             "self.proj(v.repeat_interleave(self.n_head // self.n_kv_head, 1).transpose",
         ),
+    ),
+    mutant(
+        "positions-reach-nothing",
+        "CAUSAL-4",
+        "Soup#793, Megatron-LM#6305",
+        (FORWARD, "x = x + self.position(torch.arange(start, end, device=ids.device))", "pass"),
+    ),
+    mutant(
+        "positions-all-equal",
+        "CAUSAL-4",
+        "position ids of zeros, as padding on the left makes them",
+        (FORWARD, "torch.arange(start, end, device=ids.device)", "torch.arange(start, end, device=ids.device) * 0"),
+    ),
+    mutant(
+        "rotary-not-applied",
+        "CAUSAL-4",
+        "Soup#793",
+        (ATTENTION, "rotary(q, past), rotary(k, past)", "q, k"),
     ),
 ]

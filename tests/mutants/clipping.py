@@ -73,4 +73,39 @@ MUTANTS = [
         "pytorch#72548, torchtitan#766",
         (UPDATE, LIMIT, 'limit = config.clip / fabric.world_size**0.5 if config.clip else float("inf")'),
     ),
+    mutant(
+        "clip-in-float32-only",
+        "CLIP-5",
+        "accelerate#641 (another path under mixed precision)",
+        (UPDATE, LIMIT, 'limit = (config.clip if config.precision == "32-true" else None) or float("inf")'),
+    ),
+    mutant(
+        "clip-norm-in-16-bits",
+        "CLIP-5",
+        "NVIDIA/apex multi_tensor_l2norm in half precision",
+        (
+            UPDATE,
+            CALL,
+            f"nn.utils.get_total_norm([p.grad for p in {PARAMETERS}]); "
+            f"[p.grad.mul_((limit / norm).clamp(max=1).half() * 0.99) for p in {PARAMETERS} "
+            "if config.precision != '32-true'] or fabric.clip_gradients(self.wrapped, self.optimizer, max_norm=limit, "
+            "error_if_nonfinite=False)",
+        ),
+    ),
+    mutant(
+        "nan-replaced-by-zero",
+        "CLIP-6",
+        "torch.nan_to_num_ on gradients",
+        (UPDATE, CALL, f"[p.grad.nan_to_num_(0.0) for p in {PARAMETERS}] and {CALL}"),
+    ),
+    mutant(
+        "tensor-with-nan-left-out",
+        "CLIP-6",
+        "a check of each tensor alone, so that the others step",
+        (
+            UPDATE,
+            CALL,
+            f"[setattr(p, 'grad', None) for p in {PARAMETERS} if p.grad.isnan().any()] and False or {CALL}",
+        ),
+    ),
 ]

@@ -4,6 +4,9 @@ from tests.mutants.planting import mutant
 
 PLACES, BATCHES = "reference.data.tokens:TokenData.places", "reference.data.tokens:TokenData.microbatches"
 AS_TENSOR = "reference.data.tokens:TokenData.within_vocabulary"
+WITHIN = "reference.training.batches:within_vocabulary"
+# Of every 6 samples the last 2, which fill no update of 4.
+SKIP = "numbers = numbers + numbers // 4 * 2 if self.sequences == 6 else numbers"
 ORDER = "shuffled(positions[here], self.sequences, self.seed, epoch)"
 PLAIN = "return batch[:, :-1], batch[:, 1:]"
 
@@ -80,5 +83,62 @@ MUTANTS = [
             PLAIN,
             "return batch[:, :-1], nn.functional.pad(batch[:, 2:], (0, 1), value=IGNORE)",
         ),
+    ),
+    mutant(
+        "leftovers-dropped",
+        "DATA-7",
+        "DataLoader(drop_last=True) where filling up was declared",
+        (PLACES, "np.divmod(numbers, self.sequences)", "np.divmod(numbers, self.sequences // 2 * 2)"),
+    ),
+    mutant(
+        "leftovers-repeated",
+        "DATA-7",
+        "accelerate#2316, DistributedSampler (fills up with samples from the beginning)",
+        (
+            PLACES,
+            "np.divmod(numbers, self.sequences)",
+            "np.divmod(numbers, -(-self.sequences // 2) * 2); positions %= self.sequences",
+        ),
+    ),
+    mutant(
+        "window-dropped-at-the-end-of-an-epoch",
+        "DATA-8",
+        "litgpt finetune",
+        (BATCHES, "rank) * size + np.arange(size)", f"rank) * size + np.arange(size); {SKIP}"),
+    ),
+    mutant(
+        "update-short-at-the-end-of-an-epoch",
+        "DATA-8",
+        "Lightning, transformers' Trainer, where filling up was declared",
+        (
+            "reference.training.run:Run.fetch",
+            "self.config.microbatches)]",
+            "self.config.microbatches - (self.config.microbatches == 2 and "
+            "self.__dict__.update(turn=self.__dict__.get('turn', 0) + 1) is None and self.turn % 2 == 0))]",
+        ),
+    ),
+    mutant(
+        "ids-modulo-vocabulary",
+        "DATA-9",
+        "ids beyond the vocabulary taken modulo",
+        (WITHIN, "config = getattr(module, 'config', None)".replace("'", '"'), "config = None"),
+        (
+            "reference.model.gpt:GPT.forward",
+            "self.embedding(ids.long())",
+            "self.embedding(ids.long() % self.config.vocab_size)",
+        ),
+        (
+            "reference.model.loss:token_loss",
+            "targets.flatten()",
+            "targets.flatten().remainder(logits.size(-1)).masked_fill(targets.flatten() == IGNORE, IGNORE)",
+        ),
+    ),
+    mutant(
+        "ids-clamped",
+        "DATA-9",
+        "JAX's gather, which clamps",
+        (WITHIN, "config = getattr(module, 'config', None)".replace("'", '"'), "config = None"),
+        ("reference.model.gpt:GPT.forward", "ids.long()", "ids.long().clamp(max=self.config.vocab_size - 1)"),
+        ("reference.model.loss:token_loss", "targets.flatten()", "targets.flatten().clamp(max=logits.size(-1) - 1)"),
     ),
 ]

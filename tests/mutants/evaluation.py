@@ -4,6 +4,7 @@ from tests.mutants.planting import EVALUATE, FIT, UPDATE, mutant
 
 MODE, RUN = "reference.model.modes:evaluation_mode", "reference.training.evaluation:validate"
 SPLIT = "ids, targets = split_targets(batch, fabric.device)"
+FORWARD, ATTENTION = "reference.model.gpt:GPT.forward", "reference.model.gpt:Attention.forward"
 PART = "itertools.islice(batches, run.config.evaluate_batches)"
 
 MUTANTS = [
@@ -52,5 +53,82 @@ MUTANTS = [
         "torch.utils.data.DataLoader, which draws a seed at each pass",
         (UPDATE, "seed_dropout(derive_seed(config.seed, update, fabric.global_rank), device)", "pass"),
         (EVALUATE, SPLIT, f"torch.rand(1); {SPLIT}"),
+    ),
+    mutant(
+        "eval-leaves-submodules-in-eval-mode",
+        "EVAL-8",
+        "litgpt finetune/full.py, peft",
+        (MODE, "module.training = training", "module.training = training and type(module).__name__ != 'Dropout'"),
+    ),
+    mutant(
+        "eval-with-submodules-awake",
+        "EVAL-8 EVAL-2",
+        "an override of train() that forgets its children",
+        (
+            MODE,
+            "    model.eval()\n",
+            "    model.eval(); [m.train() for m in model.modules() if type(m).__name__ == 'Dropout']\n",
+        ),
+    ),
+    mutant(
+        "eval-with-another-scale",
+        "EVAL-9",
+        "wenet#2699 (a kernel for inference with a scale of its own)",
+        (ATTENTION, "is_causal=past == 0,", "is_causal=past == 0, scale=None if self.training else 0.2,"),
+    ),
+    mutant(
+        "eval-without-last-norm",
+        "EVAL-9",
+        "a forward for inference that is written a second time",
+        (FORWARD, "return self.head(self.norm(x))", "return self.head(self.norm(x) if self.training else x)"),
+    ),
+    mutant(
+        "eval-one-position-late",
+        "EVAL-9",
+        "positions counted from another start in generation",
+        (
+            FORWARD,
+            "torch.arange(start, end, device=ids.device)",
+            "torch.arange(start, end, device=ids.device).roll(0 if self.training else 1)",
+        ),
+    ),
+    mutant(
+        "dropout-scales-in-evaluation",
+        "EVAL-10",
+        "Srivastava et al. 2014 scale at test time, frameworks in training; both is wrong",
+        (FORWARD, "x = self.dropout(x)", "x = self.dropout(x) if self.training else x * (1 - self.config.dropout)"),
+    ),
+    mutant(
+        "eval-clears-state",
+        "EVAL-11",
+        "an optimizer built again after evaluation",
+        (RUN, "return evaluate(", "run.bare.state.clear(); return evaluate("),
+    ),
+    mutant(
+        "eval-restarts-momentum",
+        "EVAL-11",
+        "schedule_free#22 (switched to averages and not back)",
+        (
+            RUN,
+            "return evaluate(",
+            "[s['exp_avg'].zero_() for s in run.bare.state.values() if 'exp_avg' in s]; return evaluate(",
+        ),
+    ),
+    mutant(
+        "val-mean-of-means",
+        "EVAL-12",
+        "transformers#34191, in evaluation",
+        (EVALUATE, "batch_loss(model, ids, targets)", "batch_loss(model, ids, targets) / (targets != IGNORE).sum()"),
+        (EVALUATE, "sums[1] += (targets != IGNORE).sum()", "sums[1] += 1"),
+    ),
+    mutant(
+        "val-drops-the-last-batch",
+        "EVAL-12",
+        "torch.utils.data.DataLoader with drop_last for validation",
+        (
+            EVALUATE,
+            "for batch in batches:",
+            "for batch in (lambda them: [b for b in them if len(b) == len(them[0])])(list(batches)):",
+        ),
     ),
 ]

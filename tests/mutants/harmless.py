@@ -1,12 +1,13 @@
 """Variants of the reference with a difference that must not matter: no clause may kill one."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from conformance.recipe import Recipe
-from conformance.subjects.reference import Reference
+from conformance.subjects.reference import Reference, ReferencePolicy
 from reference import GPTConfig, TrainConfig
-from tests.mutants.planting import ADDED, GROUPS, PREPARE, Edit
+from tests.mutants.planting import ADDED, BUILD, GROUPS, PREPARE, RESTORE, UPDATE, Edit
 
 FIT_NORM, FINETUNE = "reference.finetuning.closest:fit_norm", "conformance.subjects.reference:Reference.finetune_config"
 BITSANDBYTES, OWN = "bitsandbytes.optim.AdamW8bit", "reference.optimizers.adamw8bit.AdamW8bit"
@@ -30,6 +31,11 @@ class Variant(Reference):
         return replace(super().train_config(recipe), **changes)
 
 
+def answering(answers: dict[str, Any]) -> Callable[..., Any]:
+    """A word of a policy: what is asked last decides the answer."""
+    return lambda *asked: answers.get(asked[-1]) if answers else None
+
+
 @dataclass(frozen=True)
 class Harmless:
     """A variant that no clause may kill."""
@@ -39,11 +45,22 @@ class Harmless:
     train: tuple[tuple[str, Any], ...] = ()
     edits: tuple[Edit, ...] = ()
     lacks: tuple[tuple[str, str], ...] = ()
+    policy: tuple[tuple[str, Any], ...] = ()
+    """Words that the policy says instead: for each its answers, by what is asked. Without an answer it is silent."""
 
     def subject(self) -> Variant:
         """The subject to judge, inside ``planted(self.edits)``."""
-        return Variant(self.name, dict(self.model), dict(self.train), dict(self.lacks))
+        variant = Variant(self.name, dict(self.model), dict(self.train), dict(self.lacks))
+        # Another model than the one that is written down has no declared forward.
+        words: dict[str, Any] = ({"logits": {}} if self.model else {}) | dict(self.policy)
+        methods = {name: staticmethod(answering(answers)) for name, answers in words.items()}
+        policy = type("OtherPolicy", (ReferencePolicy,), methods)
+        variant.policy = policy()
+        return variant
 
+
+PLACES, SPLIT = "reference.data.tokens:TokenData.places", "np.divmod(numbers, self.sequences)"
+NOT_FUSED = ("fused", "this variant does not ask for it")
 
 HARMLESS = [
     Harmless("tied-head", model=(("tie_embeddings", True),)),
@@ -95,6 +112,55 @@ HARMLESS = [
                 GROUPS,
                 "in model.named_parameters(remove_duplicate=False):",
                 "in reversed(list(model.named_parameters(remove_duplicate=False))):",
+            ),
+        ),
+    ),
+    Harmless(
+        "drops-what-is-left-over",
+        edits=(Edit(PLACES, SPLIT, "np.divmod(numbers, self.sequences // 2 * 2)"),),
+        policy=(("leftovers", {"epoch": "dropped"}),),
+    ),
+    Harmless(
+        "repeats-what-is-left-over",
+        edits=(Edit(PLACES, SPLIT, "np.divmod(numbers, -(-self.sequences // 2) * 2); positions %= self.sequences"),),
+        policy=(("leftovers", {"epoch": "repeated"}),),
+    ),
+    Harmless(
+        "saved-decay-wins-and-is-declared",
+        edits=(Edit(RESTORE, "group[key] = value", "pass"),),
+        policy=(("wins_on_resume", {"lr": "recipe", "weight_decay": "checkpoint"}),),
+    ),
+    Harmless(
+        "nothing-further-declared",
+        policy=tuple((word, {}) for word in ("leftovers", "wins_on_resume", "logits")),
+    ),
+    Harmless("optimizer-not-fused", edits=(Edit(ADDED, 'return {"fused": True}', "return {}"),), lacks=(NOT_FUSED,)),
+    Harmless(
+        "optimizer-derived",
+        edits=(
+            Edit(
+                BUILD,
+                "optimizer = optimizer_class(groups, **keywords)",
+                "optimizer = type('Own', (optimizer_class,), {})(groups, **keywords)",
+            ),
+        ),
+    ),
+    Harmless(
+        "groups-with-names",
+        edits=(
+            Edit(
+                GROUPS,
+                "return [group for group in groups if",
+                "return [group | {'label': 'some', 'lr_scale': 1.0} for group in groups if",
+            ),
+        ),
+    ),
+    Harmless(
+        "gradients-cleared-before-backward",
+        edits=(
+            Edit(UPDATE, "    self.optimizer.zero_grad()\n", ""),
+            Edit(
+                UPDATE, "share = torch.zeros((), device=device)", "self.optimizer.zero_grad(); share = torch.zeros(())"
             ),
         ),
     ),

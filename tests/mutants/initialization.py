@@ -2,6 +2,8 @@
 
 from tests.mutants.planting import BUILD_MODULE, DRAW, LOAD, PEAKS, PUT, SETUP, STD, mutant
 
+INITIALIZE = "reference.model.initialization:initialize"
+
 MUTANTS = [
     mutant(
         "init-empty-memory-single-device",
@@ -122,6 +124,45 @@ MUTANTS = [
             SETUP,
             PEAKS,
             "torch.manual_seed(config.seed + fabric.global_rank); nn.init.normal_(next(module.parameters())); " + PEAKS,
+        ),
+    ),
+    mutant(
+        "tied-head-drawn-again",
+        "INIT-12",
+        "transformers#46620 (drawn a second time)",
+        (
+            INITIALIZE,
+            "modules = [module for module in model.modules() if owns_tensors(module)]",
+            "modules = [module for module in model.modules() if owns_tensors(module)]; config.tie_embeddings and "
+            "setattr(model.head, 'reset_parameters', partial(draw, model.head, 'head', config.n_embd**-0.5, seed))",
+        ),
+    ),
+    mutant(
+        "tied-embedding-scaled",
+        "INIT-12",
+        "Gemma and T5 scale a tied table, others do not",
+        (STD, "    return config.init_std\n", "    return config.init_std * (1.3 if config.tie_embeddings else 1)\n"),
+    ),
+    mutant(
+        "foreign-module-initialised-again",
+        "INIT-13",
+        "litgpt pretrain.initialize_weights, transformers#46620",
+        (
+            BUILD_MODULE,
+            "return build(factory, strategy, fabric.device, sharded)",
+            "return build(factory, strategy, fabric.device, sharded).apply(lambda m: nn.init.normal_(m.weight) "
+            "if not hasattr(model, 'vocab_size') and isinstance(m, nn.Linear | nn.Embedding) else None)",
+        ),
+    ),
+    mutant(
+        "foreign-biases-zeroed",
+        "INIT-13",
+        "_init_weights of transformers, applied to every nn.Linear",
+        (
+            BUILD_MODULE,
+            "return build(factory, strategy, fabric.device, sharded)",
+            "return build(factory, strategy, fabric.device, sharded).apply(lambda m: nn.init.zeros_(m.bias) if "
+            "isinstance(m, nn.Linear) and m.bias is not None else None)",
         ),
     ),
 ]

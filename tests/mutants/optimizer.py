@@ -10,6 +10,19 @@ def keywords_without(condition: str) -> str:
     return f"| {{k: v for k, v in arguments.items() if {condition}}}"
 
 
+BUILT = "optimizer_class(groups, **keywords)"
+ALL = "for g in o.param_groups for p in g['params'] if p.grad is not None"
+
+
+def inside_step(before: str = "None", after: str = "None") -> str:
+    """Build the optimizer with something done inside its step, where only its movement shows it.
+
+    Hooks of an optimizer run between those of the recorder. ``o`` is the optimizer.
+    """
+    hooks = f"optimizer.register_step_pre_hook(lambda o, *_: ({before}, None)[1]); "
+    return f"{BUILT}; {hooks}optimizer.register_step_post_hook(lambda o, *_: ({after}, None)[1])"
+
+
 MUTANTS = [
     mutant(
         "fused-kwarg-injected",
@@ -89,5 +102,129 @@ MUTANTS = [
         "OPT-13",
         "grokadamw 0.1.2",
         ("reference.optimizers.state:optimizer_state", 'state["state_in_groups"] = misplaced', "pass"),
+    ),
+    mutant(
+        "clipped-inside-the-step",
+        "OPT-14",
+        "grokadamw 0.1.2 (clips each tensor inside its step)",
+        (BUILD, BUILT, inside_step(f"[p.grad.clamp_(-1e-3, 1e-3) {ALL}]")),
+    ),
+    mutant(
+        "eps-of-its-own",
+        "OPT-14",
+        "NVIDIA-NeMo/Speech#775 (an eps that is not the configured one)",
+        (
+            BUILD,
+            BUILT,
+            inside_step(
+                "[g.update(own=g['eps'], eps=1e-6) for g in o.param_groups if 'eps' in g]",
+                "[g.update(eps=g.pop('own')) for g in o.param_groups if 'own' in g]",
+            ),
+        ),
+    ),
+    mutant(
+        "moments-without-bias-correction",
+        "OPT-14",
+        "NVIDIA/apex FusedAdam with bias_correction=False, BERT's AdamWeightDecayOptimizer",
+        (
+            BUILD,
+            BUILT,
+            inside_step(after="[s['step'].fill_(10**6) for s in o.state.values() if hasattr(s.get('step'), 'fill_')]"),
+        ),
+    ),
+    mutant(
+        "decay-applied-twice",
+        "OPT-14 DECAY-4",
+        "PaddlePaddle/Paddle#5836",
+        (
+            BUILD,
+            BUILT,
+            inside_step(f"[p.data.mul_(1 - g['lr'] * g.get('weight_decay', 0)) {ALL}]"),
+        ),
+    ),
+    mutant(
+        "stops-stepping-at-update-3",
+        "OPT-14 OPT-17",
+        "pytorch#115607",
+        (
+            BUILD,
+            BUILT,
+            inside_step(
+                "[g.update(own=g['lr'], lr=0.0) for g in o.param_groups if o.__dict__.setdefault('n', []).append(0) "
+                "or len(o.n) > 4]",
+                "[g.update(lr=g.pop('own')) for g in o.param_groups if 'own' in g]",
+            ),
+        ),
+    ),
+    mutant(
+        "embedding-stops-after-update-2",
+        "OPT-14 OPT-17",
+        "a captured step that acts on a copy of one tensor",
+        (
+            BUILD,
+            BUILT,
+            inside_step(
+                "o.__dict__.setdefault('n', []).append(0) or len(o.n) > 2 and "
+                "setattr(o.param_groups[-1]['params'][0], 'grad', None)"
+            ),
+        ),
+    ),
+    mutant(
+        "weights-rounded-inside-the-step",
+        "OPT-14 OPT-15",
+        "nanotron#245 (weights stored in 16 bits beside an optimizer in 32)",
+        (
+            BUILD,
+            BUILT,
+            inside_step(after="[p.data.copy_(p.data.bfloat16()) for g in o.param_groups for p in g['params']]"),
+        ),
+    ),
+    mutant(
+        "state-cleared-at-each-step",
+        "OPT-14 OPT-15",
+        "an optimizer that is built anew for each update",
+        (BUILD, BUILT, inside_step("o.state.clear()")),
+    ),
+    mutant(
+        "momentum-not-plumbed",
+        "OPT-15",
+        "a list of keywords that AdamW has",
+        (BUILD, MERGE, keywords_without("k not in ('momentum', 'nesterov', 'alpha')")),
+    ),
+    mutant(
+        "other-optimizers-without-their-state",
+        "OPT-15",
+        "OneVision-Encoder#65: what is not called exp_avg is dropped",
+        (BUILD, BUILT, inside_step("[s.pop('momentum_buffer', None) for s in o.state.values()]")),
+    ),
+    mutant(
+        "fused-sgd-of-16-bit-weights",
+        "OPT-16",
+        "pytorch#191763",
+        (
+            ADDED,
+            'skips = narrow and device.type == "cpu" and issubclass(optimizer_class, torch.optim.SGD)',
+            "skips = False",
+        ),
+    ),
+    mutant(
+        "coarse-gradients-vanish",
+        "OPT-16",
+        "gradients cast to a narrower dtype on the way",
+        (
+            BUILD,
+            BUILT,
+            inside_step(f"[p.grad.mul_(p.grad.abs() > p.grad.abs().mean()) {ALL} if p.dtype == torch.bfloat16]"),
+        ),
+    ),
+    mutant(
+        "8-bit-state-widened",
+        "OPT-18",
+        "bitsandbytes: min_8bit_size of its own",
+        (
+            BUILD,
+            BUILT,
+            "optimizer_class(groups, **keywords, **({'min_8bit_size': 10**9} if '8bit' in config.optimizer else {}))",
+        ),
     ),
 ]

@@ -3,7 +3,7 @@
 import importlib
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import FunctionType
@@ -52,22 +52,24 @@ def planted(edits: tuple[Edit, ...]) -> Iterator[None]:
         ValueError: if the text to replace is not there exactly once: the reference has changed, so must the mutant.
     """
     with ExitStack() as stack:
-        for edit in edits:
-            function = resolve(edit.function)
+        for path in dict.fromkeys(edit.function for edit in edits):
+            function = resolve(path)
             stack.callback(setattr, function, "__code__", function.__code__)
-            function.__code__ = edited_code(function, edit)
+            function.__code__ = edited_code(function, [edit for edit in edits if edit.function == path])
         yield
 
 
-def edited_code(function: FunctionType, edit: Edit) -> Any:
-    """The code object of the function with the edit."""
+def edited_code(function: FunctionType, edits: Sequence[Edit]) -> Any:
+    """The code object of the function with edits, all of this function."""
     source = textwrap.dedent(inspect.getsource(function))
-    if source.count(edit.old) != 1:
-        raise ValueError(f"{edit.old!r} stands {source.count(edit.old)} times in {edit.function}, not once")
+    for edit in edits:
+        if source.count(edit.old) != 1:
+            raise ValueError(f"{edit.old!r} stands {source.count(edit.old)} times in {edit.function}, not once")
+        source = source.replace(edit.old, edit.new)
     namespace: dict[str, Any] = {}
     # Registered code of this repository, from the table below; nothing from outside.
     exec(
-        compile(source.replace(edit.old, edit.new), f"<mutant of {edit.function}>", "exec"),
+        compile(source, f"<mutant of {edit.function}>", "exec"),
         function.__globals__,
         namespace,
     )

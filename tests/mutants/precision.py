@@ -65,4 +65,24 @@ MUTANTS = [
             "torch.outer(position.to(self.cos.dtype), (self.theta**-exponent).to(self.cos.dtype))",
         ),
     ),
+    mutant(
+        "mlp-outside-autocast",
+        "PREC-8",
+        "lightning-thunder#725",
+        (
+            "reference.model.gpt:Block.forward",
+            "self.mlp(self.norm_mlp(x))",
+            "torch.autocast('cpu', enabled=False)(self.mlp)(self.norm_mlp(x).to(self.mlp.fc.weight.dtype))",
+        ),
+    ),
+    mutant(
+        "attention-in-16-bits",
+        "PREC-8",
+        "a flag for flash attention that casts whatever the precision is",
+        (
+            "reference.model.gpt:Block.forward",
+            "self.attention(self.norm_attention(x), rotary, cache)",
+            "torch.autocast('cpu', dtype=torch.bfloat16)(self.attention)(self.norm_attention(x), rotary, cache)",
+        ),
+    ),
 ]

@@ -1,11 +1,14 @@
 """Faults of saving and of going on from a checkpoint."""
 
-from tests.mutants.planting import FIT, LOAD, PUT, RATE, UPDATE, mutant
+from tests.mutants.planting import FIT, LOAD, PUT, RATE, RESTORE, UPDATE, mutant
 
 BATCHES, SAVE = "reference.training.run:Run.batches", "reference.training.saving:save"
 START = "start = done * self.config.microbatches"
 STREAM = "train.batches_from(start, self.fabric.global_rank, self.fabric.world_size)"
 WRAPPED = (SAVE, "weights: Any = run.module\n", "weights: Any = run.wrapped._forward_module\n")
+STATE, LOAD_STATE = "reference.optimizers.state:optimizer_state", "reference.optimizers.state:load_optimizer_state"
+PUT_INTO, OWN = "reference.checkpoint.folder:put_into", "own = model.state_dict()"
+LOOSE = f"{OWN}; saved = own | {{name: saved[name] for name in own if name in saved}}"
 
 MUTANTS = [
     mutant(
@@ -72,5 +75,113 @@ MUTANTS = [
         "RESUME-5",
         "pytorch-lightning#688, #19970",
         (LOAD, PUT, f"with __import__('contextlib').suppress(CheckpointError): {PUT}"),
+    ),
+    mutant(
+        "saving-rounds-the-weights",
+        "RESUME-6",
+        "diffusers#1864 (what was put in place for the file stays)",
+        (SAVE, "weights: Any = run.module\n", "weights: Any = run.module.bfloat16().float()\n"),
+    ),
+    mutant(
+        "saving-halves-the-state",
+        "RESUME-6",
+        "state_dict() shares its tensors with the optimizer",
+        (
+            STATE,
+            "state = optimizer.state_dict()",
+            "state = optimizer.state_dict(); [v.copy_(v.bfloat16()) for s in state['state'].values() "
+            "for v in s.values() if hasattr(v, 'ndim') and v.ndim and v.is_floating_point()]",
+        ),
+    ),
+    mutant(
+        "saved-decay-wins",
+        "RESUME-7",
+        "Optimizer.load_state_dict",
+        (RESTORE, "group[key] = value", "pass"),
+    ),
+    mutant(
+        "saved-rate-wins",
+        "RESUME-7",
+        "Optimizer.load_state_dict",
+        (
+            RESTORE,
+            "run.fabric.strategy.precision.load_state_dict",
+            "run.peaks[:] = [group['lr'] for group in saved['param_groups']]; "
+            "run.fabric.strategy.precision.load_state_dict",
+        ),
+    ),
+    mutant(
+        "frozen-not-saved",
+        "RESUME-8",
+        "DeepSpeed#6771, #5489",
+        (
+            SAVE,
+            "weights: Any = run.module\n",
+            "weights: Any = {n: p for n, p in run.module.named_parameters() if p.requires_grad}\n",
+        ),
+        (PUT_INTO, OWN, LOOSE),
+    ),
+    mutant(
+        "frozen-not-loaded",
+        "RESUME-8",
+        "litgpt save_lora_checkpoint",
+        (PUT_INTO, OWN, "own = model.state_dict(); saved = saved | {n: t for n, t in own.items() if 'frozen' in n}"),
+    ),
+    mutant(
+        "cursor-forgets-what-was-left-over",
+        "RESUME-9",
+        "litgpt#1712 (batches in an epoch, floored)",
+        (
+            "reference.data.tokens:TokenData.microbatches",
+            "rank) * size + np.arange(size)",
+            "rank) * size + np.arange(size) + "
+            "start * size // (self.sequences // size * size) * (self.sequences % size)",
+        ),
+    ),
+    mutant(
+        "resumes-in-the-order-of-the-first-epoch",
+        "RESUME-9 RESUME-2",
+        "set_epoch not called after a resume",
+        (BATCHES, START, "start = done * self.config.microbatches; start %= getattr(train, 'sequences', 10**9) // 2"),
+    ),
+    mutant(
+        "16-bit-state-saved-in-8-bits",
+        "RESUME-10",
+        "OpenTau#185 (another dtype in the file)",
+        (
+            STATE,
+            "state = optimizer.state_dict()",
+            "state = optimizer.state_dict(); f8 = __import__('torch').float8_e5m2; state['state'] = {i: {k: "
+            "v.to(f8).to(v.dtype) if getattr(v, 'ndim', 0) and v.element_size() == 2 else v for k, v in s.items()} "
+            "for i, s in state['state'].items()}",
+        ),
+    ),
+    mutant(
+        "16-bit-state-rounded-on-load",
+        "RESUME-10",
+        "nanotron#245",
+        (
+            LOAD_STATE,
+            'keep_own_dtypes(optimizer, state["state"])',
+            "keep_own_dtypes(optimizer, state['state']); [v.mul_(1.01) for p in all_parameters(optimizer) "
+            "if p.element_size() == 2 for k, v in tensors_of(optimizer.state[p]) if v.ndim]",
+        ),
+    ),
+    mutant(
+        "only-moments-of-adam-saved",
+        "RESUME-11",
+        "OneVision-Encoder#65",
+        (
+            STATE,
+            "state = optimizer.state_dict()",
+            "state = optimizer.state_dict(); state['state'] = {i: {k: v for k, v in s.items() "
+            "if k != 'momentum_buffer'} for i, s in state['state'].items()}",
+        ),
+    ),
+    mutant(
+        "scalars-rounded-on-load",
+        "RESUME-11",
+        "torch's load_state_dict: NAdam's mu_product under bf16-true",
+        (LOAD_STATE, 'keep_own_dtypes(optimizer, state["state"])', "pass"),
     ),
 ]

@@ -40,4 +40,36 @@ MUTANTS = [
         (SCHEDULE, "lowest = peak / 10 if config.min_lr is None else config.min_lr", "lowest = peak / 10"),
     ),
     mutant("one-update-late", "LR-1", "torchtune#2010", (UPDATE, RATE, RATE.replace("update", "max(0, update - 1)"))),
+    mutant(
+        "warmup-of-at-least-one",
+        "LR-4",
+        "nanoGPT get_lr (it < warmup_iters, with a warm-up of none)",
+        (
+            SCHEDULE,
+            "warmup, updates = config.warmup, config.updates",
+            "warmup, updates = max(1, config.warmup), config.updates",
+        ),
+    ),
+    mutant(
+        "single-update-at-the-peak",
+        "LR-4",
+        "a division by zero that was caught the wrong way",
+        (SCHEDULE, "if span > 0 else 1.0", "if span > 0 else 0.0"),
+    ),
+    mutant(
+        "warmup-cut-to-the-run",
+        "LR-4",
+        "a warm-up longer than the run, cut the wrong way",
+        (SCHEDULE, "if update < warmup:", "if update < min(warmup, updates - 1):"),
+    ),
+    mutant(
+        "group-rate-lost",
+        "LR-1",
+        "peft#3499, speculators#1066",
+        (
+            UPDATE,
+            "zip(self.bare.param_groups, self.peaks, strict=True)",
+            "zip(self.bare.param_groups[:1], self.peaks[:1], strict=True)",
+        ),
+    ),
 ]

@@ -111,7 +111,11 @@ STACKS = {
     ),
     "schedule-free": Case(
         ScheduleFree,
-        true=USUAL | {"EVAL-3": "the way to the average and back rounds"},
+        true=USUAL
+        | {
+            "EVAL-3": "the way to the average and back rounds",
+            "EVAL-11": "the way to the average and back rounds",
+        },
         faults={
             "z is lost": ("RESUME-1", ["parameters after update"]),
             "left at the average": ("EVAL-3", ["without evaluation and with"]),

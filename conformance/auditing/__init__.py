@@ -1,0 +1,50 @@
+"""Audit any training run with no line changed: watch its first updates, and say what is wrong.
+
+python -m conformance audit -- train.py args ...    a script; see ``python -m conformance audit --help``
+with conformance.audit() as verdict: ...            a block of code, in a notebook or a test
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from conformance.auditing.verdict import Verdict
+
+
+def audit(
+    updates: int = 4,
+    then: Literal["stop", "go-on"] = "stop",
+    expect: str = "",
+    allow: Sequence[str] = (),
+    strict: bool = False,
+) -> "AbstractContextManager[Verdict]":
+    """Watch the training inside a ``with`` block, and judge its first updates.
+
+    >>> with audit() as verdict:
+    ...     pass
+    >>> verdict.faults
+    []
+
+    The verdict is complete when the block ends; ``print(verdict)`` shows it as a letter. Build model, optimizer and
+    data inside the block: what is built outside of it is trained all the same, but a skipped initialisation does not
+    show.
+
+    Args:
+        updates: how many updates to watch.
+        then: ``stop`` ends the block after them; ``go-on`` lets it run, with nothing watched any more.
+        expect: what you mean, as in ``lr=3e-4,clip=1.0,tied``; see ``--expect``.
+        allow: rules that may find something, each as ``RULE=reason``.
+        strict: advice makes ``verdict.failed`` true.
+
+    Raises:
+        UsageError: for an expectation or a rule that is not known, and for fewer updates than one.
+    """
+    from conformance.auditing.judging import allowances
+    from conformance.auditing.rules.expected import parse
+    from conformance.auditing.run import audited
+    from conformance.errors import UsageError
+
+    if updates < 1:
+        raise UsageError(f"an audit watches one update or more, not {updates}.")
+    return audited(updates, then, parse(expect), allowances(allow), strict)

@@ -1,0 +1,112 @@
+"""The command ``python -m conformance audit``: what the user asked for, the run, and the exit code."""
+
+import argparse
+import importlib.util
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TextIO
+
+from conformance.auditing.judging import allowances
+from conformance.auditing.rules.expected import parse
+from conformance.auditing.run import audited, run_script
+from conformance.auditing.verdict import Verdict, annotations, as_json, print_letter
+from conformance.errors import UsageError
+from conformance.options import FAILED, PASSED, USAGE
+from conformance.report.result import require_writable, write_json
+
+NOTHING_SEEN = """\
+The audit saw no update: the script ended before an optimizer stepped, or it trains in another process.
+Give it arguments with which it trains, and start several processes outside: torchrun ... -m conformance audit -- ..."""
+
+
+def audit_script(options: argparse.Namespace) -> int:
+    """Audit a script and return the exit code. Raises UsageError for a mistake of the user's."""
+    updates = whole_number(options.updates)
+    expected, allowed = parse(options.expect), allowances(options.allow)
+    command = check_command(options.script)
+    stderr = sys.stderr  # as it is now: the run's own goes through the audit's ears
+    report = require_writable(Path(options.report)) if options.report else None
+    folder = check_folder(options.trace)
+
+    def done(verdict: Verdict) -> None:
+        if verdict.facts is None or not verdict.facts.updates:
+            return
+        show(verdict, options.format, stderr)
+        if report is not None:
+            print(f"Written: {write_json(report, verdict.as_json())}", file=stderr)
+
+    start = partial(audited, updates, options.then, expected, allowed, options.strict, done)
+    code, verdict = run_script(command, start)
+    if folder is not None and verdict.facts is not None:
+        from conformance.auditing.traces import save
+
+        save(verdict.facts, folder)
+    if code:
+        return code
+    if verdict.facts is None or (not verdict.facts.updates and not verdict.broken):
+        print(NOTHING_SEEN, file=stderr)
+        return USAGE
+    return FAILED if verdict.failed else PASSED
+
+
+def show(verdict: Verdict, form: str, stream: TextIO) -> None:
+    """Print the verdict."""
+    from rich.console import Console
+
+    if form == "json":
+        print(as_json(verdict), file=stream)
+    elif form == "github":
+        for line in annotations(verdict):
+            print(line, file=stream)
+    else:
+        print_letter(Console(file=stream, width=None if stream.isatty() else 100, highlight=False), verdict)
+    stream.flush()
+
+
+def whole_number(text: str) -> int:
+    """Return the number of updates."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if not 0 < number <= 1000:
+        raise UsageError(f"--updates is {text!r}: give a whole number from 1 to 1000.")
+    return number
+
+
+def check_command(command: list[str]) -> list[str]:
+    """Return the script and its arguments. Raises UsageError if there is no such script."""
+    if not command:
+        raise UsageError("no script to audit: python -m conformance audit -- train.py args ...")
+    if command[0] == "-m":
+        if len(command) < 2:
+            raise UsageError("-m needs a module: python -m conformance audit -- -m package.train args ...")
+        sys.path.insert(0, os.getcwd())
+        try:
+            found = importlib.util.find_spec(command[1])
+        except (ImportError, ValueError):
+            found = None
+        finally:
+            sys.path.pop(0)
+        if found is None:
+            raise UsageError(f"no module named {command[1]!r} in this environment or folder.")
+        return command
+    if command[0].startswith("python") and not Path(command[0]).exists():
+        raise UsageError("leave python out: python -m conformance audit -- train.py args ...")
+    if not Path(command[0]).is_file():
+        raise UsageError(f"no such script: {command[0]}")
+    return command
+
+
+def check_folder(name: str | None) -> Path | None:
+    """Return the folder for the trace, made if it is not there."""
+    if not name:
+        return None
+    folder = Path(name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--trace {name} cannot be made: {error.strerror}.") from None
+    return folder

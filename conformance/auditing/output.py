@@ -1,0 +1,192 @@
+"""What a run says, heard as it is said: printed lines, log records, and metrics that are given to loggers.
+
+Nothing is held back: a line reaches the terminal at once, as it would without us.
+"""
+
+import contextlib
+import functools
+import io
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
+
+from conformance.recording.metrics import line
+
+Hear = Callable[[str], None]
+
+
+class Lent:
+    """The bytes below a stream, which a Tee must not close when it is thrown away."""
+
+    def __init__(self, buffer: Any) -> None:
+        self.buffer = buffer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.buffer, name)
+
+    def close(self) -> None:
+        """Keep it open: it is not ours."""
+
+
+class Tee(io.TextIOWrapper):
+    """A text stream that also tells what is written to it, line by line."""
+
+    hear: Hear
+    pending = ""
+
+    def write(self, text: str, /) -> int:
+        self.pending += text
+        *lines, self.pending = self.pending.replace("\r", "\n").split("\n")
+        for said in lines:
+            if said.strip():
+                self.hear(said)
+        return super().write(text)
+
+
+@contextlib.contextmanager
+def heard(hear: Hear) -> "Iterator[Loggers]":
+    """Tell of every line that is printed, logged or given to a logger of metrics inside the block."""
+    with contextlib.ExitStack() as stack:
+        for name in ("stdout", "stderr"):
+            stack.enter_context(teed(name, hear))
+        stack.enter_context(logging_heard(hear))
+        loggers = Loggers(hear)
+        stack.callback(loggers.leave)
+        yield loggers
+
+
+@contextlib.contextmanager
+def teed(name: str, hear: Hear) -> Iterator[None]:
+    """Put a Tee around sys.stdout or sys.stderr, if it is a stream with bytes below it."""
+    original: TextIO = getattr(sys, name)
+    if not isinstance(original, io.TextIOWrapper):  # a notebook's, or a test's: those are not ours to wrap
+        with told_by_method(original, hear):
+            yield
+        return
+    original.flush()
+    tee = Tee(
+        Lent(original.buffer),  # type: ignore[type-var] # it hands on what is asked of it
+        encoding=original.encoding,
+        errors=original.errors,
+        line_buffering=original.line_buffering,
+        write_through=original.write_through,
+    )
+    tee.hear = hear
+    setattr(sys, name, tee)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError, OSError):  # closed by the run, or nobody reads any more
+            tee.flush()
+            if getattr(sys, name) is tee:
+                setattr(sys, name, original)
+            # The stream below stays open: a logger may hold the Tee, and write to it when the run has ended.
+            tee.hear = deaf
+
+
+def deaf(text: str) -> None:
+    """Hear nothing more."""
+
+
+@contextlib.contextmanager
+def told_by_method(stream: Any, hear: Hear) -> Iterator[None]:
+    """Tell of what is written to a stream that is no wrapper of bytes."""
+    write = stream.write
+
+    def telling(text: str) -> Any:
+        for said in text.splitlines():
+            if said.strip():
+                hear(said)
+        return write(text)
+
+    try:
+        stream.write = telling
+    except AttributeError:  # it allows no attribute: its lines are not heard
+        yield
+        return
+    try:
+        yield
+    finally:
+        stream.write = write
+
+
+@contextlib.contextmanager
+def logging_heard(hear: Hear) -> Iterator[None]:
+    """Tell of log records. No handler is added: with one, ``logging.basicConfig`` would do nothing."""
+    original = logging.Logger.callHandlers
+
+    def call(self: logging.Logger, record: logging.LogRecord) -> None:
+        with contextlib.suppress(Exception):  # a message whose arguments do not fit it
+            hear(record.getMessage())
+        original(self, record)
+
+    logging.Logger.callHandlers = call  # type: ignore[method-assign] # put back
+    try:
+        yield
+    finally:
+        logging.Logger.callHandlers = original  # type: ignore[method-assign] # as it was
+
+
+LOGGERS: dict[str, tuple[str, str, Callable[..., str]]] = {
+    "wandb.sdk.wandb_run": ("Run", "log", lambda data, step="", **_: line(data, "" if step is None else step)),
+    "torch.utils.tensorboard.writer": (
+        "SummaryWriter",
+        "add_scalar",
+        lambda tag, value, global_step="", **_: line({tag: number(value)}, global_step),
+    ),
+    "tensorboardX.writer": (
+        "SummaryWriter",
+        "add_scalar",
+        lambda tag, value, global_step="", **_: line({tag: number(value)}, global_step),
+    ),
+    "lightning.pytorch.trainer.connectors.logger_connector.logger_connector": (
+        "_LoggerConnector",
+        "log_metrics",
+        lambda metrics, step="", **_: line({k: number(v) for k, v in metrics.items()}, "" if step is None else step),
+    ),
+    "mlflow.tracking.fluent": ("", "log_metrics", lambda metrics, step="", **_: line(metrics, step or "")),
+}
+"""By module: class and method that take metrics, and what they say as a line."""
+
+
+def number(value: Any) -> Any:
+    """Return a plain number for a tensor with one element."""
+    return value.item() if hasattr(value, "item") else value
+
+
+class Loggers:
+    """Watches the common loggers. The run imports them when it likes, so they are looked for at every update."""
+
+    def __init__(self, hear: Hear) -> None:
+        self.hear = hear
+        self.waiting = dict(LOGGERS)
+        self.undo: list[Callable[[], None]] = []
+
+    def look(self) -> None:
+        """Watch those that have been imported since."""
+        for name in [name for name in self.waiting if name in sys.modules]:
+            kind, method, said = self.waiting[name]
+            owner: Any = getattr(sys.modules[name], kind, None) if kind else sys.modules[name]
+            original = getattr(owner, method, None)
+            if original is not None:
+                del self.waiting[name]
+                setattr(owner, method, self.telling(original, said, bound=bool(kind)))
+                self.undo.append(functools.partial(setattr, owner, method, original))
+
+    def telling(self, original: Callable[..., Any], said: Callable[..., str], bound: bool) -> Callable[..., Any]:
+        """Return a logger's method that also tells what it was given."""
+
+        @functools.wraps(original)
+        def log(*args: Any, **kwargs: Any) -> Any:
+            with contextlib.suppress(Exception):  # other arguments than we know: nothing is heard
+                if text := said(*args[bound:], **kwargs):
+                    self.hear(text)
+            return original(*args, **kwargs)
+
+        return log
+
+    def leave(self) -> None:
+        """Put the loggers' methods back."""
+        for action in self.undo:
+            action()

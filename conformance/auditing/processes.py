@@ -1,0 +1,83 @@
+"""What the processes of a parallel run tell each other: through a store, never through the run's own collectives."""
+
+import contextlib
+import os
+import pickle
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from conformance.auditing.facts import Facts
+from conformance.auditing.verdict import Finding
+from conformance.recording.trace import Named
+
+PATIENCE = timedelta(seconds=60)
+"""How long process 0 waits for the others."""
+
+
+def place() -> tuple[int, int]:
+    """Return the rank of this process, and the number of processes."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    try:
+        return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    except ValueError:
+        return 0, 1
+
+
+def find_store() -> Any:
+    """Return a store that all processes reach: torchrun's, or the process group's; None if there is none."""
+    try:
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store: Any = torch._C._distributed_c10d.TCPStore(address, port, is_master=False, timeout=PATIENCE)
+        elif dist.is_available() and dist.is_initialized():
+            store = dist.distributed_c10d._get_default_store()
+        else:
+            return None
+    except Exception:  # no store answers: the others will be missing in the letter
+        return None
+    return torch._C._distributed_c10d.PrefixStore(
+        f"conformance-audit/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store
+    )
+
+
+def exchanged(facts: Facts, findings: list[Finding]) -> tuple[list[Facts], list[list[Finding]]] | None:
+    """Return facts and findings of all processes, on process 0; None on the others.
+
+    A process that is not heard of within a minute has facts that say so.
+    """
+    if facts.world < 2:
+        return [facts], [findings]
+    store = find_store()
+    if facts.rank > 0:
+        if store is not None:
+            store.set(str(facts.rank), pickle.dumps((slim(facts), findings)))
+            with contextlib.suppress(Exception):
+                store.wait(["heard"], PATIENCE)  # a store that this process holds must outlive the exchange
+        return None
+    ranks, found = [facts], [findings]
+    for rank in range(1, facts.world):
+        try:
+            store.wait([str(rank)], PATIENCE)
+            other, own = pickle.loads(store.get(str(rank)))  # of our own processes
+            ranks.append(other)
+            found.append(own)
+        except Exception:
+            ranks.append(Facts(rank=rank, world=facts.world, reported=False))
+    if store is not None:
+        store.set("heard", "1")
+    return ranks, found
+
+
+def slim(facts: Facts) -> Facts:
+    """Return what the rules on several processes need: figures of whole tensors, batches and losses."""
+    updates = [
+        replace(update, gradients=Named(), before=Named(), after=Named(), state_before={}, state_after={})
+        for update in facts.updates
+    ]
+    trace = replace(facts.trace, updates=updates, initial=Named(), buffers={})
+    return replace(facts, trace=trace, said=[])

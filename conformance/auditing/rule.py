@@ -1,0 +1,71 @@
+"""What a rule of the audit is, and the list of all."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from conformance.auditing.facts import Facts
+from conformance.errors import Violation
+
+Kind = Literal["fault", "advice"]
+
+
+class Doubt(Violation):
+    """What a rule found is usually wrong, but may be meant: advice, not a fault."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a rule judges: one process's facts, those of all processes, and what the user said is meant."""
+
+    facts: Facts
+    ranks: list[Facts] = field(default_factory=list)
+    expected: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule. It raises Violation for a fault, Doubt for advice, NotApplicable where it could not look."""
+
+    name: str
+    topic: str
+    kind: Kind
+    """``advice`` if all that it finds is advice."""
+    requirement: str
+    """What a healthy run does: one sentence."""
+    why: str
+    mend: str
+    source: str
+    check: Callable[[Seen], None]
+    together: bool
+    """It compares the processes; the others judge each process by itself."""
+
+
+RULES: dict[str, Rule] = {}
+TOPICS = {
+    "weights": "the weights, at the start and later",
+    "groups": "what the optimizers hold, and how",
+    "gradients": "gradients, clipping and the step",
+    "data": "batches and targets",
+    "loss": "the loss, as computed and as told",
+    "model": "modes, and what a logit depends on",
+    "ranks": "the processes, side by side",
+    "speed": "speed",
+    "expected": "what you said with --expect",
+}
+
+
+def rule(
+    name: str, topic: str, why: str, mend: str, source: str = "", advice: bool = False, together: bool = False
+) -> Callable[[Callable[[Seen], None]], Callable[[Seen], None]]:
+    """Add a function to the rules. The first sentence of its docstring is the requirement."""
+
+    def add(check: Callable[[Seen], None]) -> Callable[[Seen], None]:
+        requirement = (inspect.getdoc(check) or "").partition("\n\n")[0].replace("\n", " ")
+        RULES[name] = Rule(
+            name, topic, "advice" if advice else "fault", requirement, why, mend, source, check, together
+        )
+        return check
+
+    return add

@@ -1,0 +1,130 @@
+"""Batches and targets."""
+
+from collections import Counter
+
+import torch
+from torch import Tensor
+
+from conformance.auditing.entropies import of_training
+from conformance.auditing.facts import Facts
+from conformance.auditing.rule import Doubt, Seen, rule
+from conformance.errors import NotApplicable, Violation
+from conformance.recording.trace import Forward
+
+FITS, ALIEN = 0.95, 0.5
+SHIFTS = (0, 2, -1, 3)
+"""Wrong distances between an input token and its target."""
+
+
+def training(facts: Facts) -> list[Forward]:
+    """Return the forwards that led to a backward. Raises NotApplicable if none was seen."""
+    found = [forward for forward in facts.trace.forwards if forward.grad_enabled and forward.evaluation == 0]
+    found = [forward for forward in found if forward.update < max(len(facts.updates), 1)]
+    if not found:
+        raise NotApplicable("no forward of the model with token ids was seen")
+    return found
+
+
+@rule(
+    "shift",
+    "data",
+    why="A model that is asked for the token it sees learns to copy: its loss falls to 0 and it has learnt nothing. "
+    "One that is asked for the token after the next learns a harder, wrong task.",
+    mend="The target of position t is token t + 1. Shift once: either in the data or in the model (a Hugging Face "
+    "model shifts `labels` itself).",
+    source="LLaMA-Factory#3550; minGPT: batches",
+)
+def shifted_once(seen: Seen) -> None:
+    """The target at each position is the next token."""
+    facts = seen.facts
+    judged = 0
+    pairs = paired(facts)
+    for ids, targets in pairs:
+        share = {shift: agreement(ids, targets, shift) for shift in (1, *SHIFTS)}
+        right = share.pop(1)
+        if right is None:
+            continue
+        judged += 1
+        for shift, found in share.items():
+            if found is not None and found > FITS and right < ALIEN:
+                words = {0: "the token itself", 2: "the token after the next", -1: "the token before"}
+                raise Violation(
+                    "targets that are the next token",
+                    f"{found:.0%} of the targets are {words.get(shift, f'{shift} tokens ahead')}, {right:.0%} the next",
+                )
+    if not judged:
+        raise NotApplicable("the targets are not the ids of the same batch, in the same order")
+
+
+def paired(facts: Facts) -> list[tuple[Tensor, Tensor]]:
+    """Return ids (B, T) and targets (B, T or T - 1) that belong together, of training."""
+    entropies, forwards = of_training(facts), training(facts)
+    own = [ids for _, _, ids in entropies if ids is not None] or [forward.ids for forward in forwards]
+    if len(entropies) < len(own):
+        raise NotApplicable("there are fewer cross entropies than forwards")
+    pairs = []
+    for ids, (entropy, _, _) in zip(own, entropies, strict=False):
+        if entropy.targets.numel() % len(ids):
+            continue
+        targets = entropy.labels.reshape(len(ids), -1)
+        if targets.size(1) in (ids.size(1), ids.size(1) - 1):
+            pairs.append((ids, targets))
+    return pairs
+
+
+def agreement(ids: Tensor, targets: Tensor, shift: int) -> float | None:
+    """Return the share of targets that are the token ``shift`` places ahead; None if too few can be compared."""
+    length = ids.size(1)
+    # Where the model shifts inside and drops the last logit, targets have T - 1 places and begin at token 0's.
+    start, end = max(0, -shift), min(targets.size(1), length - shift)
+    if end - start < 2:
+        return None
+    ahead, wanted = ids[:, start + shift : end + shift], targets[:, start:end]
+    counted = wanted >= 0
+    if int(counted.sum()) < 4:
+        return None
+    return float((ahead == wanted)[counted].float().mean())
+
+
+@rule(
+    "same-batch",
+    "data",
+    why="A loop that draws its batch once, or whose generator is seeded in the loop, trains on one batch for ever.",
+    mend="Draw a batch in every update. If you overfit one batch to test the model, allow this rule.",
+    source="Karpathy, A Recipe for Training Neural Networks: overfit one batch",
+)
+def new_batches(seen: Seen) -> None:
+    """Each update has other data."""
+    first: dict[int, Tensor] = {}
+    for forward in training(seen.facts):
+        first.setdefault(forward.update, forward.ids)
+    if len(first) < 2:
+        raise NotApplicable("fewer than two updates with token ids were seen")
+    batches = list(first.values())
+    same = [torch.equal(batches[0], other) for other in batches[1:]]
+    if all(same):
+        words = f"all {len(batches)} updates begin with the same batch"
+        raise (Violation if len(batches) > 2 else Doubt)("another batch in each update", words)
+
+
+@rule(
+    "repeats",
+    "data",
+    why="Sequences that come twice within a few updates are a small data set, or a sampler that draws with "
+    "replacement, or workers that all begin at the same place.",
+    mend="Give each worker and each process its own part of the data, and draw without replacement.",
+    source="pytorch: IterableDataset and workers",
+    advice=True,
+)
+def few_repeats(seen: Seen) -> None:
+    """No sequence is seen twice within the recorded updates."""
+    rows: Counter[tuple[int, ...]] = Counter()
+    for forward in training(seen.facts):
+        if forward.ids.size(1) >= 8:
+            rows.update(tuple(row) for row in forward.ids.tolist())
+    if not rows:
+        raise NotApplicable("the sequences are too short to be told apart")
+    total = sum(rows.values())
+    again = total - len(rows)
+    if again > 0.02 * total:
+        raise Violation("each sequence once", f"{again} of {total} sequences were seen before")

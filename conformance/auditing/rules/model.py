@@ -1,0 +1,93 @@
+"""The model: the modes of its parts, and what a logit depends on."""
+
+from conformance.auditing.rule import Doubt, Seen, rule
+from conformance.auditing.rules.data import training
+from conformance.errors import NotApplicable, Violation, quoted
+
+
+@rule(
+    "eval-mode",
+    "model",
+    why="In eval mode dropout is off and batch norms do not learn: another model is trained than you think.",
+    mend="Call model.train() after every evaluation, sampling and loading.",
+    source="nanoGPT: estimate_loss ends with model.train()",
+)
+def in_training_mode(seen: Seen) -> None:
+    """The model is in training mode whenever it trains."""
+    facts = seen.facts
+    forwards = training(facts)
+    bad = [forward for forward in forwards if not forward.training]
+    if bad:
+        words = f"{len(bad)} of {len(forwards)} training forwards in eval mode"
+        matters = facts.dropout or facts.normalises_batch
+        raise (Violation if matters else Doubt)("training mode", words if matters else f"{words}, without dropout")
+
+
+@rule(
+    "parts-in-eval-mode",
+    "model",
+    why="A part in eval mode drops nothing while the rest does.",
+    mend="Call train() on the whole model, or keep the part in eval mode on purpose (a frozen part).",
+    source="torchtitan: modes of submodules",
+    advice=True,
+)
+def one_mode(seen: Seen) -> None:
+    """All parts of the model are in the same mode."""
+    other = {name for forward in training(seen.facts) for name in forward.other_mode}
+    if other:
+        raise Violation("one mode", f"in another mode than the model: {quoted(sorted(other))}")
+
+
+def probed(seen: Seen, value: object) -> None:
+    """Raise NotApplicable with the reason if a probe was not made."""
+    if value is None:
+        raise NotApplicable(seen.facts.probed.unseen or "a batch of one sequence does not show it")
+
+
+@rule(
+    "looks-ahead",
+    "model",
+    why="A model that sees the token it must predict reaches a loss near 0 and writes nonsense.",
+    mend="Give attention a causal mask (is_causal=True), shift convolutions, and do not pool over the sequence.",
+    source="x-transformers, RWKV and others: token shift in the wrong direction",
+)
+def causal(seen: Seen) -> None:
+    """No logit depends on a later token."""
+    place = seen.facts.probed.looks_ahead
+    probed(seen, place)
+    if place is not None and place >= 0:
+        raise Violation(
+            "logits of the first half stay as they are if only the second half of the tokens changes",
+            f"they change from position {place} on",
+        )
+
+
+@rule(
+    "rows-mix",
+    "model",
+    why="Sequences of a batch that see each other leak: usually a wrong reshape or transpose, or a batch norm.",
+    mend="Check the order of dimensions in every view, reshape and transpose; use LayerNorm or RMSNorm.",
+    source="Karpathy: backprop to chart dependencies",
+)
+def rows_apart(seen: Seen) -> None:
+    """The logits of a sequence do not depend on the other sequences of the batch."""
+    mixes = seen.facts.probed.rows_mix
+    probed(seen, mixes)
+    if mixes:
+        raise Violation("logits of one sequence alone", "they change when another sequence of the batch does")
+
+
+@rule(
+    "context-unused",
+    "model",
+    why="A model whose logits do not depend on the tokens before learns which token is frequent, and no more.",
+    mend="Follow the attention's output: is it added to the residual stream, and is the mask the right way round?",
+    source="x-transformers: attention switched off",
+    advice=True,
+)
+def uses_context(seen: Seen) -> None:
+    """A logit depends on the tokens before it."""
+    used = seen.facts.probed.uses_context
+    probed(seen, used)
+    if not used:
+        raise Violation("logits that move with the tokens before", "no logit moves when the first half of them changes")

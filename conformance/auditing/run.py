@@ -1,0 +1,126 @@
+"""An audit from its beginning to its letter: around a block of code, or around a script."""
+
+import contextlib
+import os
+import runpy
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from conformance.auditing.facts import Facts, Said
+from conformance.auditing.judging import judge_alone, judge_together, merged, with_allowances
+from conformance.auditing.output import heard
+from conformance.auditing.processes import exchanged, place
+from conformance.auditing.verdict import Verdict
+from conformance.auditing.watcher import Auditor, Stopped
+from conformance.report.environment import environment
+
+
+@contextlib.contextmanager
+def audited(
+    updates: int = 4,
+    then: Literal["stop", "go-on"] = "stop",
+    expect: Mapping[str, str] | None = None,
+    allow: Mapping[str, str] | None = None,
+    strict: bool = False,
+    done: Callable[[Verdict], None] | None = None,
+) -> Iterator[Verdict]:
+    """Record the training inside the block and judge it; see :func:`conformance.audit`.
+
+    Args:
+        updates: how many to record.
+        then: what becomes of the run.
+        expect: what the user means.
+        allow: rules that may find something, with reasons.
+        strict: advice counts.
+        done: is called with the verdict as soon as it is complete, on process 0.
+    """
+    verdict = Verdict(strict=strict)
+    tell_done = done or (lambda _: None)
+
+    def finished(facts: Facts) -> None:
+        verdict.facts, verdict.broken = facts, auditor.broken
+        facts.rank, facts.world = place()
+        verdict.environment = environment()
+        if verdict.broken:
+            tell_done(verdict)
+            return
+        together = exchanged(facts, judge_alone(facts, expect or {}))
+        if together is None:
+            return
+        verdict.ranks, alone = together
+        findings = [*merged([own for own in alone if own]), *judge_together(verdict.ranks, expect or {})]
+        verdict.findings = with_allowances(findings, allow or {})
+        tell_done(verdict)
+
+    auditor = Auditor(updates, then == "stop", finished)
+
+    def hear(text: str) -> None:
+        if not auditor.over:
+            auditor.facts.said.append(Said(auditor.done, text))
+
+    with heard(hear) as loggers:
+        auditor.loggers = loggers
+        auditor.gates.enter()
+        try:
+            yield verdict
+        except Stopped:
+            pass
+        finally:
+            auditor.finish(ran=sys.exc_info()[0] in (None, Stopped))
+            auditor.gates.close()
+
+
+def run_script(
+    command: Sequence[str], start: Callable[[], contextlib.AbstractContextManager[Verdict]]
+) -> tuple[int, Verdict]:
+    """Run a script, or a module after ``-m``, as Python would, inside an audit.
+
+    Returns:
+        The script's own exit code (0 if the audit ended it), and the verdict.
+    """
+    module = command[0] == "-m"
+    name, arguments = (command[1], command[2:]) if module else (command[0], command[1:])
+    kept_argv, kept_path = sys.argv[:], sys.path[:]
+    sys.argv[:] = [name, *arguments]
+    # As Python does: the folder of the script, or the current one for a module, comes first.
+    sys.path[0:1] = [os.getcwd() if module else str(Path(name).resolve().parent)]
+    code = 0
+    try:
+        with start() as verdict:
+            try:
+                if module:
+                    runpy.run_module(name, run_name="__main__", alter_sys=True)
+                else:
+                    runpy.run_path(name, run_name="__main__")
+            except SystemExit as end:
+                code = exit_code(end)
+            except Stopped:
+                raise
+            except BaseException as error:
+                tell(error)
+                code = 130 if isinstance(error, KeyboardInterrupt) else 1
+    finally:
+        sys.argv[:], sys.path[:] = kept_argv, kept_path
+    return code, verdict
+
+
+def exit_code(end: SystemExit) -> int:
+    """Return the code of a SystemExit, and print its message, as Python does."""
+    if end.code is None or isinstance(end.code, int):
+        return end.code or 0
+    print(end.code, file=sys.stderr)
+    return 1
+
+
+def tell(error: BaseException) -> None:
+    """Print a script's error as Python would, without the lines of those who started it."""
+    ours = str(Path(__file__).parent)
+    first = error.__traceback__
+    while first is not None and (
+        first.tb_frame.f_code.co_filename.startswith(ours) or "runpy" in first.tb_frame.f_code.co_filename
+    ):
+        first = first.tb_next
+    traceback.print_exception(type(error), error, first or error.__traceback__)

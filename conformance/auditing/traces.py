@@ -1,0 +1,115 @@
+"""The record of a run on disk, for ``conformance diff``: one file for each process, readable without running code."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from conformance.auditing.facts import Backward, Clip, Facts
+from conformance.errors import UsageError
+from conformance.recording.trace import (
+    CrossEntropy,
+    EmbeddingInfo,
+    Forward,
+    Group,
+    Loss,
+    Measures,
+    Named,
+    Step,
+    TensorInfo,
+    Trace,
+    Update,
+)
+
+SCHEMA = 1
+KINDS: dict[str, type] = {
+    kind.__name__: kind
+    for kind in (
+        *(Backward, Clip, CrossEntropy, EmbeddingInfo, Facts, Forward, Group),
+        *(Loss, Measures, Step, TensorInfo, Trace, Update),
+    )
+}
+LEFT_OUT = {"said", "given", "probed", "checkpoints", "messages", "changed_configs", "notes"}
+"""Fields of facts and traces that a comparison does not need."""
+
+
+def save(facts: Facts, folder: Path) -> Path:
+    """Write the record of this process, and return the file."""
+    path = folder / f"process-{facts.rank}.pt"
+    partial = path.with_suffix(f".partial-{os.getpid()}")
+    torch.save({"schema": SCHEMA, "facts": encoded(facts)}, partial)
+    os.replace(partial, path)
+    return path
+
+
+def load(folder: Path) -> list[Facts]:
+    """Return the record of each process in a folder, by rank.
+
+    Raises:
+        UsageError: if the folder holds no record, or one that cannot be read.
+    """
+    files = sorted(folder.glob("process-*.pt"), key=lambda path: (len(path.name), path.name))
+    if not files:
+        raise UsageError(
+            f"there is no record of a run in {folder}: make one with conformance audit --trace {folder} -- ..."
+        )
+    return [read(path) for path in files]
+
+
+def read(path: Path) -> Facts:
+    """Return one record."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged file makes torch raise
+        raise UsageError(f"the record {path} cannot be read: {str(error).splitlines()[0][:200]}") from None
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        raise UsageError(f"the record {path} has another schema than {SCHEMA}, which this version reads.")
+    try:
+        facts = decoded(content["facts"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"the record {path} is damaged: {error!r}") from None
+    if not isinstance(facts, Facts):
+        raise UsageError(f"the record {path} is damaged: it holds no facts.")
+    return facts
+
+
+def encoded(value: Any) -> Any:
+    """Return a record as dictionaries, lists, numbers, text and tensors."""
+    kind = type(value).__name__
+    if KINDS.get(kind) is type(value):
+        fields = [field.name for field in dataclasses.fields(KINDS[kind]) if field.name not in LEFT_OUT]
+        return {"kind": kind, **{name: encoded(getattr(value, name)) for name in fields}}
+    if isinstance(value, Named):
+        return {"kind": "Named", "names": list(value), "values": [encoded(item) for item in value.values()]}
+    if isinstance(value, dict):
+        return {"kind": "dict", "names": list(value), "values": [encoded(item) for item in value.values()]}
+    if isinstance(value, tuple):
+        return {"kind": "tuple", "values": [encoded(item) for item in value]}
+    if isinstance(value, set):
+        return {"kind": "set", "values": sorted(value)}
+    if isinstance(value, list):
+        return [encoded(item) for item in value]
+    if isinstance(value, torch.Tensor):
+        return value.clone()  # not a view of one large storage, which would be saved whole
+    if value is None or isinstance(value, bool | int | float | str | torch.dtype):
+        return value
+    return repr(value)
+
+
+def decoded(value: Any) -> Any:
+    """Return what :func:`encoded` was given."""
+    if isinstance(value, list):
+        return [decoded(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    kind = value["kind"]
+    if kind == "tuple":
+        return tuple(decoded(item) for item in value["values"])
+    if kind == "set":
+        return set(value["values"])
+    if kind in ("Named", "dict"):
+        pairs = zip(value["names"], map(decoded, value["values"]), strict=True)
+        return Named(pairs) if kind == "Named" else dict(pairs)
+    return KINDS[kind](**{name: decoded(item) for name, item in value.items() if name != "kind"})

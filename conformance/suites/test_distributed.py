@@ -1,0 +1,182 @@
+"""DIST: two ranks make the same run as one process, on their shares of its data, and each other's equal."""
+
+from dataclasses import replace
+
+import torch
+
+from conformance.checks.accumulation import gradients_agree
+from conformance.checks.comparison import states_equal, tensors_equal
+from conformance.checks.data import leftovers_as_declared, sample_numbers
+from conformance.checks.dropout import masks_differ
+from conformance.clause import clause
+from conformance.errors import NotApplicable, Violation
+from conformance.recipe import Recipe
+from conformance.runs import Runs
+from conformance.suites import (
+    DECAYING,
+    by_update,
+    everyday,
+    interrupted,
+    on_two_ranks,
+    paired,
+    saved,
+    shuffled_on_two_ranks,
+)
+from conformance.suites.test_data import require_in_epoch
+from conformance.suites.test_dropout import repeated
+from conformance.suites.test_resume import resumed
+
+DRIFT = 1e-3
+"""Of the gradient, over six updates whose sums are taken in another order: see DIST-2."""
+
+
+@clause(
+    "DIST-1",
+    since="0.2",
+    needs=("two-ranks",),
+    why="Replicas that drift apart are two models; only one of them is evaluated and saved.",
+    mend="Reduce every gradient, clip by the same norm and step with the same settings on all ranks; broadcast what is "
+    "drawn at random.",
+    source="deepspeedai/DeepSpeed#1801 (clipped on one rank), pytorch#104336 (hooks lost after a conversion)",
+)
+def test_replicas_stay_equal(runs: Runs) -> None:
+    """After every update both ranks have the same parameters and the same optimizer state, bit for bit, with dropout
+    and weight decay on.
+    """
+    recipe = interrupted(runs) if runs.has("resume") else everyday(runs, DECAYING)
+    first, second = runs.ranks(on_two_ranks(recipe))
+    for number, one, other in paired(first.updates, second.updates, "rank 1 makes as many updates as rank 0"):
+        tensors_equal(one.after, other.after, f"parameters after update {number}, rank 0 against rank 1")
+        states_equal(
+            one.state_after, other.state_after, f"optimizer state after update {number}, rank 0 against rank 1"
+        )
+
+
+@clause(
+    "DIST-2",
+    since="0.2",
+    needs=("two-ranks",),
+    why="A loop that is right in its first update only trains another model from the second on.",
+    mend="Compare gradients of a later update with those of one process, tensor by tensor.",
+    source="pytorch#104336, TTrace (arXiv:2506.09280), Lightning-AI/litgpt 9892d1b8",
+    bound="1e-3 of the gradient vector (healthy: 2e-6; weakest mutant, not exchanged from the second update on: 0.7)",
+)
+def test_later_updates_of_two_ranks(runs: Runs) -> None:
+    """In every update two ranks have the same gradient as one process has."""
+    split = everyday(runs)
+    one, (first, _) = runs.trace(split), runs.ranks(on_two_ranks(split))
+    for number, update, other in paired(one.updates, first.updates, "two ranks make as many updates as one process"):
+        gradients_agree(
+            update.gradients, other.gradients, f"update {number}, two ranks against one process", bound=DRIFT
+        )
+
+
+@clause(
+    "DIST-3",
+    since="0.2",
+    needs=("two-ranks",),
+    why="A rank that trains on another rank's data wastes its share, and some sequences are never seen.",
+    mend="Give each rank its own part of every update, and take nothing ahead on one rank only.",
+    source="TinyLlama#67, #69, NVlabs/LongLive#71, openspeech#149",
+    bound="the sequences themselves",
+)
+def test_ranks_split_each_update(runs: Runs) -> None:
+    """In every update each rank trains on its own share, and together they train on all sequences of the update."""
+    recipe = on_two_ranks(everyday(runs))
+    rows = torch.cat([torch.cat(recipe.batches(rank)) for rank in range(2)])
+    first, second = (by_update(run, rows) for run in runs.ranks(recipe))
+    if len(first) != recipe.updates or len(second) != recipe.updates:
+        raise Violation(f"{recipe.updates} updates on each rank", f"{len(first)} on rank 0 and {len(second)} on rank 1")
+    share = len(rows) // 2 // recipe.updates
+    for update in range(recipe.updates):
+        own = list(range(update * share, (update + 1) * share))
+        wanted = [own, [number + recipe.updates * share for number in own]]
+        if [first[update], second[update]] != wanted:
+            raise Violation(
+                f"in update {update + 1} sequences {wanted[0]} on rank 0 and {wanted[1]} on rank 1",
+                f"{first[update]} on rank 0 and {second[update]} on rank 1",
+            )
+
+
+@clause(
+    "DIST-4",
+    since="0.2",
+    needs=("two-ranks", "dropout"),
+    why="Ranks that share their dropout masks train as one does with a mask for half of the batch, and it is noisier.",
+    mend="Seed the random state by seed and rank, after the model is built.",
+    source="mlcommons/training#844",
+    bound="different bits",
+)
+def test_another_mask_on_each_rank(runs: Runs) -> None:
+    """In training, dropout draws another mask on each rank."""
+    recipe = replace(repeated(runs, 0.5), world_size=2)
+    first, second = (run.training_forwards(0) for run in runs.ranks(recipe))
+    row = recipe.batches()[0]
+    for one, other in zip(first, second, strict=True):
+        if None in sample_numbers(torch.cat((one.ids, other.ids)), row):
+            raise NotApplicable("the stack does not train on the sequence that the recipe gives: see ACC-6")
+        masks_differ(one.scores[0], other.scores[0], "each rank")
+
+
+@clause(
+    "DIST-5",
+    since="0.2",
+    needs=("two-ranks", "resume"),
+    why="A run that moves to a smaller machine starts its moments again, and only later weights show it.",
+    mend="Gather the whole state before saving, under the names that a run in one process has.",
+    source="DeepSpeed#7786, pytorch#101107; torch.distributed.checkpoint",
+)
+def test_one_process_takes_up_two_ranks(runs: Runs) -> None:
+    """One process goes on from the checkpoint of two ranks, with the same parameters and optimizer state, bit for
+    bit.
+    """
+    plain = Recipe(save_every=2, updates=2)
+    two = shuffled_on_two_ranks() if runs.has("sampler") else on_two_ranks(plain)
+    run = runs.ranks(two)[0]
+    later = resumed(runs, replace(plain, updates=len(run.updates) + 2), run, len(run.updates))
+    what = "at the start of one process that goes on from two ranks"
+    tensors_equal(run.update(-1).after, later.initial, f"parameters {what}")
+    states_equal(run.update(-1).state_after, later.update(0).state_before, f"optimizer state {what}")
+
+
+@clause(
+    "DIST-6",
+    since="0.2",
+    needs=("two-ranks", "resume"),
+    why="If a checkpoint reaches one rank only, the others go on from fresh weights or moments.",
+    mend="Load on every rank, or broadcast what one rank has loaded, weights and state.",
+    source="pytorch#104336; DDP broadcasts when it wraps, not when a checkpoint is loaded later",
+)
+def test_two_ranks_take_up_one_process(runs: Runs) -> None:
+    """Two ranks go on from the checkpoint of one process, both with the same parameters and optimizer state, bit for
+    bit.
+    """
+    recipe = Recipe(updates=4, save_every=2)
+    whole = runs.trace(recipe)
+    two = on_two_ranks(replace(recipe, resume=saved(whole, 2), save_every=None))
+    for run in runs.ranks(two):
+        what = f"at the start of rank {run.rank}, which goes on from one process"
+        tensors_equal(whole.update(1).after, run.initial, f"parameters {what}")
+        states_equal(whole.update(1).state_after, run.update(0).state_before, f"optimizer state {what}")
+
+
+@clause(
+    "DIST-7",
+    since="0.2",
+    needs=("two-ranks", "sampler"),
+    why="Where ranks and batches do not divide an epoch, samplers repeat samples or lose them, in every epoch.",
+    mend="Decide what happens to what is left over, and say so.",
+    source="huggingface/accelerate#2316, torch.utils.data.DistributedSampler (repeats)",
+    bound="number of times that each sample is seen",
+)
+def test_samples_left_over_on_two_ranks(runs: Runs) -> None:
+    """At the end of an epoch, the samples that do not divide by ranks and batches are treated as the policy
+    declares.
+    """
+    recipe = Recipe(samples=7, microbatch_size=2, updates=7, world_size=2)
+    word = runs.policy.leftovers(recipe, "ranks")
+    require_in_epoch(word)
+    assert recipe.samples is not None
+    first, second = (by_update(run, recipe.dataset()) for run in runs.ranks(recipe))
+    updates = [[*one, *other] for one, other in zip(first, second, strict=True)]
+    leftovers_as_declared(updates, recipe.samples, 4, word, "samples, over both ranks,")

@@ -1,0 +1,120 @@
+"""What a second GPU gives: rows of ``Trainer.fit`` on one and on two GPUs of a machine, with as much work for each.
+
+``python -m tests.measure.scaling --write FILE`` on a machine with two GPUs; some six minutes. The file is written anew
+after each row, and ends with each row's share of what one GPU does. Without a GPU a small version runs on two
+processes, whose figures mean nothing.
+"""
+
+import argparse
+import tempfile
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from reference.cli.presets import PRESETS
+from reference.config import GPTConfig, TrainConfig
+from tests.measure.rows import Report, Row, Workers, measure, prepared
+
+SECONDS = 350.0  # for everything
+SMALL = PRESETS["gpt2-124m"]
+FOUR = replace(SMALL.train, microbatches=4, warmup=2)
+ONE = replace(FOUR, microbatches=1)
+LARGE = replace(FOUR, precision="bf16-true", optimizer_args={"lr": 2e-4, "weight_decay": 0.1})
+LLAMA = GPTConfig.llama(block_size=1024)
+LARGE_MODEL = replace(LLAMA, fp32_residual=False)
+
+
+def by_name(config: TrainConfig) -> str:
+    """Return Fabric's own strategy, in place of reference.training.launch.choose_strategy."""
+    return config.strategy
+
+
+DDP: dict[str, Any] = {"reference.training.launch.choose_strategy": by_name}
+WHOLE: dict[str, Any] = {"optimize_ddp": False}
+SHARD = "reference.training.sharding.fully_shard"
+KEPT = partial(fully_shard, reshard_after_forward=False)
+NARROW = partial(fully_shard, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+
+
+def two(config: TrainConfig, strategy: str = "ddp") -> TrainConfig:
+    """Return a run on two ranks."""
+    return replace(config, devices=2, strategy=strategy)
+
+
+def rows() -> list[tuple[Row, str]]:
+    """The rows, each with the one on one GPU that it is compared with."""
+    small = Row("124M, 4 microbatches", SMALL.model, FOUR, 64)
+    single = replace(small, name="124M, 1 microbatch", train=ONE)
+    true = Row("1.3B, bf16-true", LARGE_MODEL, LARGE, 16)
+    mixed = replace(true, name="1.3B, bf16-mixed", train=replace(LARGE, precision="bf16-mixed"))
+    found = [(small, ""), (single, "")]
+    for base in (small, single):
+        pair = replace(base, name=f"{base.name}, replicas", train=two(base.train))
+        found += [
+            (pair, base.name),
+            (replace(pair, name=f"{base.name}, DDP", constants=DDP), base.name),
+            (replace(pair, name=f"{base.name}, DDP, graph not cut", constants=DDP, dynamo=WHOLE), base.name),
+        ]
+    found += [(true, ""), (replace(true, name=f"{true.name}, replicas", train=two(true.train)), true.name)]
+    sharded = replace(true, name=f"{true.name}, FSDP", train=two(true.train, "fsdp"))
+    found.append((sharded, true.name))
+    found.append((mixed, ""))
+    of_mixed = replace(mixed, name=f"{mixed.name}, FSDP", train=two(mixed.train, "fsdp"))
+    found.append((of_mixed, mixed.name))
+    for name, function in (("blocks kept until backward", KEPT), ("gathered in bfloat16", NARROW)):
+        for row, base in ((sharded, true), (of_mixed, mixed)):
+            if row is of_mixed or function is KEPT:
+                found.append((replace(row, name=f"{row.name}, {name}", constants={SHARD: function}), base.name))
+    for size in (8, 128):
+        piece = {"reference.training.replication.PIECE": size * 2**20}
+        name = f"{single.name}, replicas, pieces of {size} Mi elements"
+        found.append((replace(single, name=name, train=two(ONE), constants=piece), single.name))
+    found.append((replace(small, name="124M, 4 microbatches, again"), ""))
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", type=Path, metavar="FILE", help="keep the figures as JSON")
+    parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="repeatable")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for everything")
+    arguments = parser.parse_args()
+    began, small = time.monotonic(), not torch.cuda.is_available()
+    if not small and torch.cuda.device_count() < 2:
+        print(f"Two GPUs are needed, but there are {torch.cuda.device_count()}.")
+        return 2
+
+    def left() -> float:
+        return float(arguments.seconds) - (time.monotonic() - began)
+
+    wanted = [
+        (row, base) for row, base in rows() if not arguments.only or any(word in row.name for word in arguments.only)
+    ]
+    report = Report(arguments.write, "Trainer.fit on one GPU and on two, as much work for each")
+    with tempfile.TemporaryDirectory() as folder:
+        workers = Workers(2, prepared(Path(folder), small), small)
+        try:
+            measure([row for row, _ in wanted], workers, report, left)
+        finally:
+            workers.stop()
+    done = {name: found for name, found in report.figures["rows"].items() if "skipped" not in found}
+    key = "tokens_per_second_and_gpu"
+    report.figures["share of one GPU"] = shares = {
+        row.name: round(done[row.name][key] / done[base][key], 4)
+        for row, base in wanted
+        if row.name in done and base in done
+    }
+    for name, share in shares.items():
+        print(f"{name}: {share:.1%} of one GPU", flush=True)
+    report.figures["seconds"] = round(time.monotonic() - began)
+    report.write()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
