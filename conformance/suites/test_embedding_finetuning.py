@@ -183,7 +183,25 @@ def test_fine_tuning_resumes(runs: Runs) -> None:
                 raise Violation("2 updates after a resume from update 2 of 4", f"{len(resumed.updates)} updates")
             tensors_equal(whole.update(2).before, resumed.update(0).before, "weights at the resume")
             states_equal(whole.update(2).state_before, resumed.update(0).state_before, "optimizer state at the resume")
+            same_function(whole, resumed)
             tensors_equal(whole.update(-1).after, resumed.update(-1).after, "weights at the end")
+
+
+def same_function(whole: Trace, resumed: Trace) -> None:
+    """Check that the first logits after a resume are those of the run that went on; the named tensors are equal.
+
+    Raises:
+        Violation: if not: then something that has no name among the tensors was lost.
+    """
+    before, after = whole.training_forwards(2), resumed.training_forwards(0)
+    if not before or not after or before[0].logits is None or after[0].logits is None:
+        return
+    if error := finetuning.relative_difference(before[0].logits, after[0].logits):
+        raise Violation(
+            "the same logits after the resume as in the run that went on",
+            f"they differ by {error:.2g} although all tensors of the model are equal: the scales of quantised weights, "
+            "or something else beside the tensors, were not restored",
+        )
 
 
 @clause(

@@ -91,8 +91,9 @@ def read_settings(arguments: Sequence[str]) -> Settings:
         values, others = take(others, f"--{group}")
         contents += [checked({group: read_mapping(value, group)}, f"--{group}") for value in values]
     named = [str(content["preset"]) for content in contents if "preset" in content] + take(others, "--preset")[0]
-    start, lora = start_of(contents, others), value_of(others, "--finetune.lora_rank")
-    adapters = any("lora_rank" in content.get("finetune", {}) for content in contents) if lora is None else True
+    ranks = [content.get("finetune", {}).get("lora_rank") for content in contents]
+    rank = value_of(others, "--finetune.lora_rank") or next(filter(None, reversed(ranks)), None)
+    start, adapters = start_of(contents, others), rank not in (None, "null")
     parser, known = build_parser(named[-1] if named else "tiny", contents, start, adapters)
     found = parse(parser, others, known)
     if not found["directory"]:

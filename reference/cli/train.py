@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from reference.cli.presets import PRESETS
 from reference.cli.settings import Settings, read_settings
-from reference.cli.starting import checkpoint_to_resume, run_name, tokenizer_of
+from reference.cli.starting import checkpoint_to_resume, require_shape, run_name, tokenizer_of
 from reference.config import DataConfig
 from reference.errors import CheckpointError, ConfigurationError, ExplainedError
 from reference.files import write_file
@@ -70,6 +70,8 @@ def train(settings: Settings) -> int:
         stack.enter_context(logging_to(console, first_rank))
         settings, training, validation = open_data(settings)
         warn_of_rate(folder, settings)
+        if folder is not None and settings.resume not in (True, "auto"):  # a path: of a run or an import elsewhere
+            require_shape(folder, settings.model)
         if first_rank:
             require_directory(directory)
         run = settings.train
