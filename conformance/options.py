@@ -55,6 +55,7 @@ AUDIT_OPTIONS: dict[str, dict[str, Any]] = {
         "help": "let this rule find something, for a reason; may be repeated",
     },
     "--report": {"metavar": "FILE", "help": "write the verdict as JSON"},
+    "--page": {"metavar": "FILE", "help": "write the verdict as a page, with curves of the updates and their tensors"},
     "--format": {"choices": ("text", "json", "github"), "default": "text", "help": "form of the verdict on stderr"},
     "--trace": {"metavar": "FOLDER", "help": "keep the record of the run, for conformance diff"},
     "--resume-with": {

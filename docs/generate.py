@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import conformance.auditing.rules  # noqa: F401  # fills RULES
+from conformance.auditing.rule import RULES, TOPICS
 from conformance.bench.summary import read_summary
 from conformance.bench.tables import tables
 from conformance.capabilities import CAPABILITIES
@@ -156,6 +158,16 @@ def stable_embedding_table() -> str:
     return "\n".join(rows) + "\n"
 
 
+def audit_rules() -> str:
+    """Return all rules of the audit by topic."""
+    rows = ["| rule | finds | a healthy run |", "|---|---|---|"]
+    for topic, words in TOPICS.items():
+        rows.append(f"| **{words}** | | |")
+        own = [rule for rule in RULES.values() if rule.topic == topic]
+        rows += [f"| `{rule.name}` | {rule.kind} | {escaped(rule.requirement)} |" for rule in own]
+    return "\n".join(rows) + "\n"
+
+
 def escaped(text: str) -> str:
     """Return text in which Markdown sees no markup but `code`."""
     return re.sub(r"([*<>|\[\]])", r"\\\1", text)
@@ -163,6 +175,7 @@ def escaped(text: str) -> str:
 
 PAGES: dict[str, Callable[[], str]] = {"docs/clauses.md": clauses_page, "docs/results.md": results_page}
 BLOCKS: dict[str, Callable[[], str]] = {
+    "audit-rules": audit_rules,
     "bench": bench_tables,
     "capabilities": capability_table,
     "chapters": chapter_table,

@@ -14,6 +14,7 @@ from typing import TextIO
 
 from conformance.auditing.facts import Facts
 from conformance.auditing.judging import allowances, judge_resumed, with_allowances
+from conformance.auditing.page import write_page
 from conformance.auditing.rules.expected import parse
 from conformance.auditing.run import audited, run_script
 from conformance.auditing.traces import load, save
@@ -34,6 +35,7 @@ def audit_script(options: argparse.Namespace) -> int:
     command = check_command(options.script)
     stderr = sys.stderr  # as it is now: the run's own goes through the audit's ears
     report = require_writable(Path(options.report)) if options.report else None
+    page = require_writable(Path(options.page)) if options.page else None
     folder = check_folder(options.trace)
 
     def done(verdict: Verdict) -> None:
@@ -42,6 +44,9 @@ def audit_script(options: argparse.Namespace) -> int:
         show(verdict, options.format, stderr)
         if report is not None:
             print(f"Written: {write_json(report, verdict.as_json())}", file=stderr)
+        if page is not None:
+            write_page(verdict, page)
+            print(f"Written: {page}", file=stderr)
 
     second = check_command(resume_command(options.resume_with)) if options.resume_with else None
     start = partial(audited, updates, options.then, expected, allowed, options.strict, done)
