@@ -135,8 +135,8 @@ def bench_tables() -> str:
 
 
 def trainer_table() -> str:
-    """Return whole runs of ``Trainer.fit`` on a GPU."""
-    runs = json.loads((REPORTS / "trainer-h100.json").read_text(encoding="utf-8"))["runs"]
+    """Return whole runs of ``Trainer.fit`` on a GPU, and of what was tried in them."""
+    runs = json.loads((REPORTS / "trainer" / "nvidia-h200.json").read_text(encoding="utf-8"))["rows"]
     rows = ["| | microbatches | tokens/s | MFU | memory | the GPU waits for the host |", "|---|--:|--:|--:|--:|--:|"]
     for name, run in runs.items():
         settings = run["settings"]
@@ -145,6 +145,14 @@ def trainer_table() -> str:
             f"| {run['mfu']:.1%} | {run['peak_gigabytes']:.1f} GB "
             f"| {run['share_of_time_the_gpu_waits_for_the_host']:.2%} of the time |"
         )
+    return "\n".join(rows) + "\n"
+
+
+def scaling_table() -> str:
+    """Return what one of two GPUs reaches, as a share of what one alone does in the same minutes."""
+    found = json.loads((REPORTS / "trainer" / "nvidia-h200-x2.json").read_text(encoding="utf-8"))
+    rows = ["| two GPUs | share of one GPU alone |", "|---|--:|"]
+    rows += [f"| {name} | {share:.1%} |" for name, share in found["share of one GPU"].items()]
     return "\n".join(rows) + "\n"
 
 
@@ -181,6 +189,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "chapters": chapter_table,
     "commands": command_table,
     "stable-embedding": stable_embedding_table,
+    "scaling": scaling_table,
     "trainer": trainer_table,
 }
 
