@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import os
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from conformance.clause import CHAPTERS, Clause, catalogue, find_clauses
@@ -12,6 +14,7 @@ from conformance.options import FAILED, PASSED, Format, Options
 from conformance.report.environment import environment
 from conformance.report.result import Report, plain, replace_json, report_of, require_writable, write_json
 from conformance.session import Result, Session
+from conformance.supervision import JOURNAL
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,6 +30,7 @@ class Sitting:
     def __init__(self, options: Options) -> None:
         self.options = options
         self.report_file = None if options.report is None else require_writable(options.report)
+        self.journal = Path(os.environ.pop(JOURNAL)) if JOURNAL in os.environ else None
         self.everything = catalogue()
         self.chosen = find_clauses(options.clauses)
         deviations = load_deviations(options.deviations, self.everything) if options.deviations else {}
@@ -43,6 +47,8 @@ class Sitting:
 
     def judge(self, clause: Clause) -> Result:
         """Judge one clause."""
+        if self.journal is not None:
+            self.journal.with_suffix(".now").write_text(clause.id, encoding="utf-8")
         result = self.session.judge(clause)
         self.results.append(result)
         self.keep()
@@ -50,9 +56,9 @@ class Sitting:
 
     def keep(self) -> None:
         """Bring the report up to date, so that a crash leaves what was judged, and no report of an earlier run."""
-        if self.report_file is not None:
+        for path in filter(None, (self.report_file, self.journal)):
             with contextlib.suppress(OSError):  # told at the end
-                replace_json(self.report_file, self.report().as_json())
+                replace_json(path, self.report().as_json())
 
     def report(self) -> Report:
         """Return the report on what was judged so far."""

@@ -25,6 +25,7 @@ FLOORS = {
         ["conformance.clause", "conformance.checks", "conformance.deviations", "conformance.causes"],
         ["conformance.suites", "conformance.session"],
         ["conformance.report"],
+        ["conformance.supervision"],
         ["conformance.engine"],
         ["conformance.auditing"],
         ["conformance.cli"],
