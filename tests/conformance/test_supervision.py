@@ -37,7 +37,9 @@ def judge(tmp_path: Path, deed: str, *options: str) -> "subprocess.CompletedProc
     return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("name", DEEDS)
+@pytest.mark.parametrize(
+    "name", ["SIGKILL", *(pytest.param(name, marks=pytest.mark.slow) for name in ("SIGSEGV", "SIGABRT"))]
+)
 def test_a_killed_process_still_gives_a_letter(name: str, tmp_path: Path) -> None:
     ended = judge(tmp_path, DEEDS[name], "--report", str(tmp_path / "report.json"))
     assert ended.returncode > 128
@@ -48,6 +50,7 @@ def test_a_killed_process_still_gives_a_letter(name: str, tmp_path: Path) -> Non
     assert report["partial"]
 
 
+@pytest.mark.slow
 def test_an_ordinary_run_ends_as_before(tmp_path: Path) -> None:
     ended = judge(tmp_path, "pass")
     assert ended.returncode in (0, 1)
