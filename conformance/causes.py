@@ -18,7 +18,6 @@ FOLLOWS: Mapping[str, tuple[str, ...]] = {
     "OPT-14": ("EVAL-11",),
     "DECAY-4": ("TIE-1",),
     "DECAY-6": ("DECAY-8",),
-    "LOSS-1": ("DATA-6",),
     "PREC-1": ("ACC-3",),
     "PREC-2": ("PREC-4",),
     "PREC-3": ("DATA-6",),
@@ -27,6 +26,7 @@ FOLLOWS: Mapping[str, tuple[str, ...]] = {
     "ACC-6": ("EVAL-1", "DIST-3"),
     "RESUME-1": ("RESUME-2", "DROP-1", "EVAL-8", "EVAL-7", "OPT-12", "INIT-6", "RESUME-7"),
     "RESUME-2": ("DATA-3",),
+    "DATA-6": ("LOSS-1",),
     "CAUSAL-1": ("CAUSAL-2",),
 }
 """For a clause, those whose failure explains its own."""
