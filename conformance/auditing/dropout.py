@@ -1,12 +1,43 @@
 """Dropout of a model: found among its modules and the probabilities that they hold, and switched off for a while."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import nn
+from torch.nn import functional
 
 CHANCES = ("dropout", "dropout_p", "attention_dropout", "attn_dropout", "resid_dropout", "resid_pdrop", "attn_pdrop")
 """Attributes by which many modules pass a probability to functional dropout or attention."""
+
+
+ATTENTION: Callable[..., Any] = torch.nn.functional.scaled_dot_product_attention
+DROPPING: frozenset[Callable[..., Any]] = frozenset(
+    {
+        *(functional.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d),
+        *(functional.alpha_dropout, functional.feature_alpha_dropout, ATTENTION),
+    }
+)
+"""Functions of torch that drop at random."""
+
+
+def chance(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
+    """Return the probability with which a call of one of DROPPING drops: 0 where it is off."""
+    if function is ATTENTION:
+        return float(kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0))
+    on = kwargs.get("training", args[2] if len(args) > 2 else function not in (functional.alpha_dropout,))
+    return float(kwargs.get("p", args[1] if len(args) > 1 else 0.5)) if on else 0.0
+
+
+def without_chance(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a call of one of DROPPING, changed so that it drops nothing."""
+    place, name = (4, "dropout_p") if function is ATTENTION else (1, "p")
+    if len(args) > place:
+        return (*args[:place], 0.0, *args[place + 1 :]), dict(kwargs)
+    return tuple(args), {**kwargs, name: 0.0}
 
 
 def chances_of(module: nn.Module) -> dict[str, float]:

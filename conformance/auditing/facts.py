@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from conformance.auditing.noticed import Noticed
 from conformance.recording.trace import CrossEntropy, Named, Trace, Update
 from conformance.recording.weights import fetched
 
@@ -138,6 +139,9 @@ class Facts:
     gone_on: str = ""
     """Why the run could not be stopped."""
     probed: Probed = field(default_factory=lambda: Probed(unseen="the run ended before the audit could run the model"))
+    noticed: Noticed = field(default_factory=Noticed)
+    weights: list[list[tuple[float, int]]] = field(default_factory=list)
+    """By update and backward: the weight of a target in the loss, and their number; filled for other processes."""
     reported: bool = True
     """False for a rank of which nothing was heard."""
 

@@ -19,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from conformance.auditing.dropout import DROPPING, chance
 from conformance.recording.gates import (
     EntropyGate,
     Watcher,
@@ -37,6 +38,12 @@ class AuditWatcher(Watcher, Protocol):
 
     def compiled_call(self) -> None:
         """Compiled code is called."""
+
+    def dropped(self, name: str) -> None:
+        """A function of torch's drops with a probability above 0."""
+
+    def beside(self) -> contextlib.AbstractContextManager[None]:
+        """Return the gates that belong to no recording."""
 
     def compiled_function(self, original: Callable[..., Any]) -> None:
         """The forward that has ended was a call of this function, compiled."""
@@ -67,6 +74,7 @@ class Gates:
             self.stack.callback(forget, handle)
         for gate in (backward_watched, making_watched, scaler_watched, clipping_watched):
             self.stack.enter_context(gate(self.watcher))
+        self.stack.enter_context(self.watcher.beside())
         self.stack.enter_context(compiling_watched(self))
         self.mode.__enter__()
         self.open = True
@@ -174,6 +182,8 @@ class FunctionGate(EntropyGate):
                 with torch.no_grad():
                     fresh.fill_(torch.nan)
             return fresh
+        if func in DROPPING and chance(func, args, kwargs or {}) > 0:
+            self.watcher.dropped(func.__name__)  # type: ignore[attr-defined] # an AuditWatcher's
         return super().__torch_function__(func, types, args, kwargs)
 
 

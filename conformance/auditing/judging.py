@@ -51,7 +51,7 @@ def judge(rule: Rule, seen: Seen, processes: tuple[int, ...] = ()) -> Finding:
 def judge_alone(facts: Facts, expected: Mapping[str, str]) -> list[Finding]:
     """Return what the rules find that judge each process by itself."""
     seen = Seen(facts, [facts], expected)
-    chosen = [rule for rule in RULES.values() if not rule.together and rule.topic != "resume"]
+    chosen = [rule for rule in RULES.values() if not rule.together and rule.topic != "resumed"]
     chosen = [rule for rule in chosen if rule.topic != "expected" or rule.name in asked(expected)]
     processes = (facts.rank,) if facts.world > 1 else ()
     return [judge(rule, seen, processes) for rule in chosen]
@@ -65,7 +65,7 @@ def asked(expected: Mapping[str, str]) -> set[str]:
 def judge_resumed(first: Facts, second: Facts) -> list[Finding]:
     """Return what the rules find that compare a resumed run with the one that left its checkpoint."""
     seen = Seen(second, [second], earlier=first)
-    return [judge(rule, seen) for rule in RULES.values() if rule.topic == "resume"]
+    return [judge(rule, seen) for rule in RULES.values() if rule.topic == "resumed"]
 
 
 def judge_together(ranks: list[Facts], expected: Mapping[str, str]) -> list[Finding]:

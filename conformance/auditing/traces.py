@@ -31,7 +31,7 @@ KINDS: dict[str, type] = {
         *(Loss, Measures, Step, TensorInfo, Trace, Update),
     )
 }
-LEFT_OUT = {"said", "given", "probed", "checkpoints", "messages", "changed_configs", "notes"}
+LEFT_OUT = {"said", "given", "probed", "noticed", "checkpoints", "messages", "changed_configs", "notes"}
 """Fields of facts and traces that a comparison does not need."""
 
 

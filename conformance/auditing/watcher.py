@@ -5,6 +5,7 @@ import hashlib
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from conformance.auditing.dropout import chances_of
 from conformance.auditing.entropies import describe_input
 from conformance.auditing.facts import Backward, Call, Clip, Facts, fetch
 from conformance.auditing.gates import Gates
+from conformance.auditing.noticed import Noticer, noticing
 from conformance.auditing.output import Loggers
 from conformance.auditing.probe import probe
 from conformance.recording.files import Files
@@ -67,6 +69,8 @@ class Auditor:
         self.over = False
         self.broken = ""
         self.stopping = 0
+        self.noticer = Noticer(self.facts.noticed)
+        self.evaluated = 0  # evaluations of a closure that ended before the last backward
         self.leaves: list[Tensor] = []
         self.registered: set[int] | None = None
         self.ended_step: float | None = None
@@ -109,6 +113,8 @@ class Auditor:
             return
         facts.tied_at_end = {name: info.names for name, info in describe_tensors(root).items()}
         tensors = named_tensors(root)
+        if facts.trace.measured_initial is not None:
+            self.noticer.compare_with_loads(tensors, facts.trace.measured_initial.bits)
         facts.sharded = {name for name, tensor in tensors.items() if is_sharded(tensor)}
         facts.offsets = {
             name: offset_of(tensors[name]) for name in facts.sharded if hasattr(tensors[name], "placements")
@@ -157,6 +163,7 @@ class Auditor:
             return
         if not calls.running:
             self.look_at_device(module)
+            self.see_evaluation(module)
             watched = self.done == 0 and module.training and torch.is_grad_enabled()
             self.registered = {id(part) for part in module.modules()} if watched else None
         elif self.registered is not None and id(module) not in self.registered and torch.is_grad_enabled():
@@ -165,6 +172,28 @@ class Auditor:
                     self.facts.unregistered[f"{type(module).__name__}.{name}"] = type(module).__name__
                     break
         self.recorder.forward_begins(module, args)
+
+    def see_evaluation(self, module: nn.Module) -> None:
+        """Note the mode of an optimizer that keeps averages for evaluation."""
+        if torch.is_grad_enabled() or module.training:
+            return
+        noticed = self.facts.noticed
+        noticed.evaluations += 1
+        modes = [g["train_mode"] for o in self.stepped for g in o.param_groups if isinstance(g.get("train_mode"), bool)]
+        noticed.averages |= bool(modes)
+        noticed.averages_unused |= any(modes)
+
+    @careful
+    def dropped(self, name: str) -> None:
+        running = self.recorder.calls.running
+        if running and not torch.is_grad_enabled() and not running[0].training:
+            words = f"{name} in {type(running[-1]).__name__}"
+            if words not in self.facts.noticed.drops:
+                self.facts.noticed.drops.append(words)
+
+    def beside(self) -> AbstractContextManager[None]:
+        """Return the gates of what is noticed beside the recording."""
+        return noticing(self.noticer, lambda action: careful(lambda _: action())(self))
 
     def forward_ends(self, module: nn.Module, args: Any, kwargs: Any = None, output: Any = None) -> None:
         if not torch.compiler.is_compiling():
@@ -204,6 +233,7 @@ class Auditor:
         self.recorder.backward_begins(tensors)
         facts = self.facts
         self.look_at_device(None)
+        self.look_at_gradients(fresh)
         if fresh and self.done > 0:
             owned = {id(t) for update in self.last_owned() for t in update}
             left = {
@@ -216,6 +246,22 @@ class Auditor:
             self.look_at_model(given)
         losses = [self.sketch.keep_small(t) for t in given if isinstance(t, Tensor) and t.numel() == 1]
         facts.backwards.append(Backward(self.done, losses))
+
+    def look_at_gradients(self, fresh: bool) -> None:
+        """Note what became of gradients since the last backward, and where the generator stands."""
+        recorder, noticed = self.recorder, self.facts.noticed
+        if fresh:
+            noticed.states.append(digest(torch.get_rng_state()))
+        elif recorder.stepping:
+            if recorder.evaluations > self.evaluated:  # LBFGS evaluates its closure again
+                left = {n: t.grad for n, t in recorder.calls.tensors().items() if t.grad is not None}
+                noticed.kept.update(norms(plain(left)))
+        elif self.facts.backwards:
+            before = self.facts.backwards[-1]
+            gone = [n for n, t in recorder.calls.tensors().items() if t.grad is None and n in before.norms]
+            if before.update == self.done and gone:
+                noticed.cleared.append((self.done, gone[0]))
+        self.evaluated = recorder.evaluations
 
     def last_owned(self) -> Iterator[list[Tensor]]:
         """Yield the tensors of each optimizer that stepped in the update before."""
@@ -244,6 +290,7 @@ class Auditor:
         kinds = {base.__name__ for part in module.modules() for base in type(part).__mro__}
         known = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel", "DeepSpeedEngine")
         facts.wrappers = tuple(name for name in known if name in kinds)
+        self.noticer.begin(module)
         facts.seed = torch.initial_seed()
         facts.generators["cpu"] = digest(torch.get_rng_state())
         if torch.cuda.is_available() and torch.cuda.is_initialized():

@@ -9,7 +9,7 @@ from conformance.auditing.entropies import of_training
 from conformance.auditing.facts import Facts
 from conformance.auditing.rule import Doubt, Seen, rule
 from conformance.errors import NotApplicable, Violation
-from conformance.recording.trace import Forward
+from conformance.recording.trace import CrossEntropy, Forward
 
 FITS, ALIEN = 0.95, 0.5
 SHIFTS = (0, 2, -1, 3)
@@ -36,34 +36,50 @@ def training(facts: Facts) -> list[Forward]:
 )
 def shifted_once(seen: Seen) -> None:
     """The target at each position is the next token."""
-    facts = seen.facts
     judged = 0
-    pairs = paired(facts)
-    for ids, targets in pairs:
-        share = {shift: agreement(ids, targets, shift) for shift in (1, *SHIFTS)}
-        right = share.pop(1)
-        if right is None:
+    for ids, targets in paired(seen.facts):
+        found = misplaced(ids, targets)
+        if found is None:
             continue
         judged += 1
-        for shift, found in share.items():
-            if found is not None and found > FITS and right < ALIEN:
-                words = {0: "the token itself", 2: "the token after the next", -1: "the token before"}
-                raise Violation(
-                    "targets that are the next token",
-                    f"{found:.0%} of the targets are {words.get(shift, f'{shift} tokens ahead')}, {right:.0%} the next",
-                )
+        if found:
+            raise Violation("targets that are the next token", found)
     if not judged:
         raise NotApplicable("the targets are not the ids of the same batch, in the same order")
+
+
+def misplaced(ids: Tensor, targets: Tensor) -> str | None:
+    """Return in words where the targets lie instead of at the next token; empty if there, None if that cannot be said.
+
+    Args:
+        ids: (B, T).
+        targets: (B, T or T - 1), negative where there is none.
+    """
+    share = {shift: agreement(ids, targets, shift) for shift in (1, *SHIFTS)}
+    right = share.pop(1)
+    if right is None:
+        return None
+    words = {0: "the token itself", 2: "the token after the next", -1: "the token before"}
+    for shift, found in share.items():
+        if found is not None and found > FITS and right < ALIEN:
+            ahead = words.get(shift, f"{shift} tokens ahead")
+            return f"{found:.0%} of the targets are {ahead}, {right:.0%} the next"
+    return ""
 
 
 def paired(facts: Facts) -> list[tuple[Tensor, Tensor]]:
     """Return ids (B, T) and targets (B, T or T - 1) that belong together, of training."""
     entropies, forwards = of_training(facts), training(facts)
     own = [ids for _, _, ids in entropies if ids is not None] or [forward.ids for forward in forwards]
+    return pair_up(own, [entropy for entropy, _, _ in entropies])
+
+
+def pair_up(own: list[Tensor], entropies: list[CrossEntropy]) -> list[tuple[Tensor, Tensor]]:
+    """Return ids and targets that belong together, from both in their order."""
     if len(entropies) < len(own):
         raise NotApplicable("there are fewer cross entropies than forwards")
     pairs = []
-    for ids, (entropy, _, _) in zip(own, entropies, strict=False):
+    for ids, entropy in zip(own, entropies, strict=False):
         if entropy.targets.numel() % len(ids):
             continue
         targets = entropy.labels.reshape(len(ids), -1)
@@ -86,6 +102,12 @@ def agreement(ids: Tensor, targets: Tensor, shift: int) -> float | None:
     return float((ahead == wanted)[counted].float().mean())
 
 
+def refuse_full_batch(facts: Facts) -> None:
+    """Raise NotApplicable where an optimizer evaluates its closure several times, as LBFGS does on all data at once."""
+    if any(step.evaluations > 1 for update in facts.updates for step in update.steps):
+        raise NotApplicable("the optimizer evaluates a closure several times: it is made for one batch")
+
+
 @rule(
     "same-batch",
     "data",
@@ -95,6 +117,7 @@ def agreement(ids: Tensor, targets: Tensor, shift: int) -> float | None:
 )
 def new_batches(seen: Seen) -> None:
     """Each update has other data."""
+    refuse_full_batch(seen.facts)
     first: dict[int, Tensor] = {}
     for forward in training(seen.facts):
         first.setdefault(forward.update, forward.ids)
@@ -118,6 +141,7 @@ def new_batches(seen: Seen) -> None:
 )
 def few_repeats(seen: Seen) -> None:
     """No sequence is seen twice within the recorded updates."""
+    refuse_full_batch(seen.facts)
     rows: Counter[tuple[int, ...]] = Counter()
     for forward in training(seen.facts):
         if forward.ids.size(1) >= 8:

@@ -1,158 +1,155 @@
-"""A run that was resumed from what an earlier one left: ``--resume-with``."""
-
-import torch
-from torch import Tensor
+"""A resume: what a checkpoint held, and what training began with."""
 
 from conformance.auditing.facts import Facts
 from conformance.auditing.rule import Doubt, Seen, rule
-from conformance.auditing.rules.weights import updates
+from conformance.auditing.rules.groups import steps
 from conformance.errors import NotApplicable, Violation, quoted
-from conformance.recording.trace import Measures, Update
 
 
-def earlier(seen: Seen) -> Facts:
-    """Return the facts of the run that left the checkpoint."""
-    if seen.earlier is None:
-        raise NotApplicable("--resume-with was not given")
-    updates(seen.earlier)
-    return seen.earlier
+def read_something(facts: Facts) -> None:
+    """Raise NotApplicable if the run read no checkpoint."""
+    if not facts.noticed.reads:
+        raise NotApplicable("torch.load read no dictionary before training began")
 
 
-def left_after(seen: Seen) -> int:
-    """Return after which update of the earlier run the resumed one goes on; 0: from its start.
-
-    Raises:
-        NotApplicable: if its weights are those of no recorded update.
-    """
-    first = earlier(seen)
-    start = seen.facts.trace.measured_initial
-    if start is None or not start.bits:
-        raise NotApplicable("the audit did not see the resumed model before its first update")
-    places = [first.trace.measured_initial, *(update.measured_after for update in first.updates)]
-    for number in reversed(range(len(places))):
-        place = places[number]
-        if place is not None and same_bits(place, start):
-            return number
-    raise NotApplicable("the resumed run starts from weights that the first run had after no recorded update")
+def is_resume(facts: Facts) -> bool:
+    """Return True if a checkpoint that was read is of a run that is to go on."""
+    return any(read.moments or read.counted for read in facts.noticed.reads)
 
 
-def same_bits(first: Measures, second: Measures) -> bool:
-    """Return True if all weights are the same, bit for bit."""
-    names = first.bits.keys() & second.bits.keys()
-    return bool(names) and all(torch.equal(first.bits[name], second.bits[name]) for name in names)
+@rule(
+    "resume-found",
+    "resume",
+    why="A run that was to go on and begins afresh burns days before anybody sees it.",
+    mend="Raise an error where the checkpoint is not there; begin afresh only where that is asked for.",
+    source="pytorch/torchtitan#1311",
+    advice=True,
+)
+def checkpoint_is_there(seen: Seen) -> None:
+    """A checkpoint that the command line names is there."""
+    noticed = seen.facts.noticed
+    if noticed.absent and not noticed.reads:
+        raise Violation("a file to resume from", f"the run began without it: there is no {quoted(noticed.absent)}")
+    if not noticed.absent:
+        read_something(seen.facts)
+
+
+@rule(
+    "resume-names",
+    "resume",
+    why="With strict=False a checkpoint whose names have another prefix loads nothing, and says nothing.",
+    mend="Strip the prefix (`_orig_mod.`, `module.`) when saving, and load with strict=True.",
+    source="pytorch#101107, LLMs-from-scratch#580",
+)
+def names_fit(seen: Seen) -> None:
+    """A module that loads a state takes tensors from it."""
+    loads = seen.facts.noticed.loads
+    if not loads:
+        raise NotApplicable("load_state_dict of a module was not called before training began")
+    for load in loads:
+        if load.given and not load.taken:
+            raise Violation(f"names that {load.kind} knows", f"it takes none of the {load.given} tensors it is given")
 
 
 @rule(
     "resume-weights",
     "resume",
-    why="A resumed run that starts from other weights is a new run that carries the old one's name.",
-    mend="Load the model before it is wrapped and before the optimizer is built, with strict=True, and look at what "
-    "load_state_dict returns.",
-    source="litgpt#1938; torchtitan#1055",
+    why="Weights that are drawn again after the load make a resume, or a fine-tuning, begin from nothing.",
+    mend="Load last: after the initialisation, after tying, after resizing.",
+    source="transformers#46620, #45591",
 )
-def resumed_weights(seen: Seen) -> None:
-    """A resumed run starts from weights that the first run had, and not from its beginning."""
-    first = earlier(seen)
-    try:
-        number = left_after(seen)
-    except NotApplicable as reason:
-        if "no recorded update" not in str(reason):
-            raise
-        words = "the weights at the start of the resumed run are those of no recorded update"
-        raise Violation(f"the weights after one of {len(first.updates)} updates", words) from None
-    if number == 0:
-        raise Violation("the weights of a checkpoint", "the resumed run starts from the same fresh weights")
+def weights_are_loaded(seen: Seen) -> None:
+    """Training begins with the weights that were loaded."""
+    noticed = seen.facts.noticed
+    if not noticed.loaded:
+        raise NotApplicable("no tensor of the model was loaded by load_state_dict before training began")
+    if noticed.overwritten:
+        words = f"{len(noticed.overwritten)} of {noticed.loaded} changed after the load: {quoted(noticed.overwritten)}"
+        most = len(noticed.overwritten) > noticed.loaded / 2
+        raise (Violation if most else Doubt)("the loaded weights at the first forward", words)
+
+
+@rule(
+    "resume-precision",
+    "resume",
+    why="A checkpoint of 16-bit weights has lost 16 of their bits: every resume moves all weights by rounding.",
+    mend="Save the float32 weights that the optimizer owns.",
+    source="nanotron#245, Megatron-LM#1359",
+)
+def weights_are_whole(seen: Seen) -> None:
+    """The checkpoint of a resume holds weights in the precision in which they are trained."""
+    facts = seen.facts
+    read_something(facts)
+    coarse = sum(load.coarse for load in facts.noticed.loads)
+    if not is_resume(facts) or not facts.noticed.loads:
+        raise NotApplicable("what was read is not the checkpoint of a run that goes on")
+    if coarse:
+        raise Violation("float32 weights in the checkpoint", f"{coarse} tensors in 16 bits go into float32 ones")
 
 
 @rule(
     "resume-optimizer",
     "resume",
-    why="Without its moments AdamW takes first steps that are many times too long, and the loss jumps.",
-    mend="Save and load optimizer.state_dict(), after the optimizer was built over the same groups in the same order.",
-    source="transformers#21294; nanotron#77",
+    why="Without its moments an optimizer begins again: the first steps are too long, and the loss jumps later, where "
+    "nobody looks. The first loss after the resume is right all the same.",
+    mend="Save optimizer.state_dict() and load it into the optimizer that steps, after it was built.",
+    source="OneVision-Encoder#65, DeepSpeed#7786",
 )
-def resumed_state(seen: Seen) -> None:
-    """A resumed run goes on with the optimizer's state."""
-    first, number = earlier(seen), left_after(seen)
-    kept = first.updates[-1].state_after or first.updates[0].state_after
-    if not kept:
-        raise NotApplicable("the optimizer of the first run keeps no state")
-    if not seen.facts.updates:
-        raise NotApplicable("the resumed run made no update")
-    found = seen.facts.updates[0].state_before
-    lost = [name for name in kept if not found.get(name)]
-    if lost:
-        raise Violation("state of all tensors before the first resumed step", f"no state of {quoted(lost)}")
-    for name, entry in found.items():
-        count = entry.get("step")
-        steps = count.item() if isinstance(count, Tensor) else count
-        if isinstance(steps, int | float) and steps != number:
-            raise Violation(f"a step counter of {number}, as after update {number}", f"{steps:g} for {name}")
-    if number == len(first.updates):
-        bad = [name for name, entry in kept.items() if not same_state(entry, found.get(name, {}))]
-        if bad:
-            raise Violation("the same state, bit for bit", f"it differs for {quoted(bad)}")
-
-
-def same_state(first: dict[str, object], second: dict[str, object]) -> bool:
-    """Return True if all sampled state is the same."""
-    for key, value in first.items():
-        other = second.get(key)
-        if isinstance(value, Tensor) and not (isinstance(other, Tensor) and torch.equal(value, other)):
-            return False
-    return True
+def moments_go_on(seen: Seen) -> None:
+    """The optimizer goes on from the state that the checkpoint holds."""
+    facts = seen.facts
+    read_something(facts)
+    steps(facts)
+    first = facts.updates[0]
+    now = sum(bool(entry) for entry in first.state_before.values())
+    saved = sum(read.moments for read in facts.noticed.reads)
+    if saved and not now:
+        raise Violation(
+            "the optimizer's state from the checkpoint", f"it holds that of {saved} tensors, the optimizer none"
+        )
+    later = any(entry for entry in first.state_after.values())
+    if not saved and is_resume(facts) and not now and later:
+        raise Doubt("a checkpoint with the optimizer's state", "it counts steps, and holds no state of an optimizer")
+    if not saved:
+        raise NotApplicable("what was read holds no state of an optimizer")
 
 
 @rule(
-    "resume-rate",
+    "resume-schedule",
     "resume",
-    why="A schedule that begins again warms up a trained model, or jumps back to the peak rate.",
-    mend="Save and load the scheduler, or compute the rate from the number of the update.",
-    source="pytorch-lightning#4655; accelerate#2043",
+    why="A schedule that begins again warms up a second time, or trains at the peak rate for too long.",
+    mend="Save and load scheduler.state_dict(); build the scheduler before the optimizer's state is loaded.",
+    source="EvolvingLMMs-Lab/OneVision-Encoder#65, accelerate#963",
+    advice=True,
 )
-def resumed_rate(seen: Seen) -> None:
-    """A resumed run goes on with the learning rate that comes next."""
-    first, number = earlier(seen), left_after(seen)
-    if number >= len(first.updates) or not seen.facts.updates:
-        raise NotApplicable("the first run's rate after the checkpoint was not recorded: give more --updates")
-    # A loaded optimizer brings its last rate along: a schedule that begins again shows in the next update.
-    for place, (old, new) in enumerate(zip(first.updates[number:], seen.facts.updates, strict=False), start=1):
-        wanted, found = rates_of(old), rates_of(new)
-        if len(wanted) != len(found):
-            raise Violation(f"{len(wanted)} parameter groups", f"{len(found)}")
-        if any(abs(a - b) > 1e-6 * max(abs(a), abs(b)) for a, b in zip(wanted, found, strict=True)):
-            expected = f"in update {place} after the resume, the rates of update {number + place} of the first run"
-            raise Violation(f"{expected}: {quoted([f'{a:g}' for a in wanted])}", quoted([f"{b:g}" for b in found]))
-
-
-def rates_of(update: Update) -> list[float]:
-    """Return the learning rate of each group."""
-    return [float(group.settings["lr"]) for group in update.groups if group.settings.get("lr") is not None]
+def schedule_goes_on(seen: Seen) -> None:
+    """The first rate after a resume is the one that the checkpoint's schedule gives."""
+    facts = seen.facts
+    read_something(facts)
+    saved = {rate for read in facts.noticed.reads for rate in read.rates}
+    if not saved:
+        raise NotApplicable("what was read holds no state of a schedule of torch.optim")
+    steps(facts)
+    first = {float(group.settings["lr"]) for group in facts.updates[0].groups if "lr" in group.settings}
+    if first and not any(abs(a - b) <= 1e-6 * max(abs(a), abs(b)) for a in first for b in saved):
+        told = [", ".join(f"{rate:.4g}" for rate in sorted(rates)) for rates in (saved, first)]
+        raise Doubt(f"a first rate of {told[0]}, which the checkpoint's schedule has reached", told[1])
 
 
 @rule(
-    "resume-data",
+    "resume-generator",
     "resume",
-    why="A run that begins its data again at every restart sees the first part often and the last one never.",
-    mend="Save the sampler's position and the generators, or skip what was seen.",
-    source="transformers#31441; litgpt#1073",
+    why="A generator that begins again repeats the dropout masks, and often the order of the data, of the first run.",
+    mend="Set the generators to the states that were saved: torch.set_rng_state, torch.cuda.set_rng_state_all.",
+    source="transformers#17032, fairseq2#1038",
+    advice=True,
 )
-def resumed_data(seen: Seen) -> None:
-    """A resumed run goes on with the data that comes next."""
-    first, number = earlier(seen), left_after(seen)
-    if number == 0:
-        raise NotApplicable("the resumed run starts from the beginning")
-    batches = [rows_of(first, update) for update in range(len(first.updates))]
-    found = rows_of(seen.facts, 0)
-    if not found or not all(batches):
-        raise NotApplicable("token ids were not seen in both runs")
-    if found == batches[0] and number > 0 and batches[0] not in batches[1:]:
-        raise Violation(f"the batch that comes after update {number}", "the batch of update 1 again")
-    if number < len(batches) and found != batches[number]:
-        raise Doubt(f"the batch of update {number + 1} of the first run", "another batch")
-
-
-def rows_of(facts: Facts, number: int) -> tuple[tuple[int, ...], ...]:
-    """Return the sequences of an update, in their order."""
-    forwards = [f for f in facts.trace.forwards if f.grad_enabled and f.update == number]
-    return tuple(tuple(row) for forward in forwards for row in forward.ids.tolist())
+def generator_goes_on(seen: Seen) -> None:
+    """The generator is set to the state that the checkpoint holds."""
+    noticed = seen.facts.noticed
+    read_something(seen.facts)
+    saved = {state for read in noticed.reads for state in read.generators}
+    if not saved:
+        raise NotApplicable("what was read holds no state of PyTorch's generator")
+    if not saved & {*noticed.restored, *noticed.states[:1]}:
+        raise Violation("the generator's state from the checkpoint", "nobody set the generator to it")

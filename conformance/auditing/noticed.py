@@ -1,0 +1,266 @@
+"""What an audit notices beside the recording: loads, generators, schedules, dropout where it should be off."""
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from conformance.recording.weights import local
+
+COARSE = (torch.bfloat16, torch.float16)
+PHASES = ("cos", "sin", "rope", "rotary", "freqs")
+"""Words in the names of buffers that hold the phases of positions."""
+RESUMING = ("resume", "checkpoint", "ckpt", "load", "init-from", "restore")
+COUNTERS = ("step", "iter", "epoch", "update")
+STATE_BYTES = 5056
+"""Size of the state of PyTorch's generator on the CPU."""
+
+
+@dataclass
+class Load:
+    """One call of ``load_state_dict`` of a module, before training began."""
+
+    kind: str
+    given: int
+    """Tensors that it was given."""
+    taken: int
+    """Of those, tensors that the module has by that name."""
+    coarse: int
+    """16-bit tensors that went into float32 ones."""
+    digests: dict[int, Tensor] = field(default_factory=dict)
+    """Of the module's tensors after it, by identity."""
+
+
+@dataclass
+class Read:
+    """What one call of ``torch.load`` gave."""
+
+    moments: int = 0
+    """Tensors that its optimizers' states are of."""
+    rates: list[float] = field(default_factory=list)
+    """The last rates of its schedules."""
+    generators: list[int] = field(default_factory=list)
+    """Digests of states of PyTorch's generator."""
+    counted: bool = False
+    """It holds a counter of steps, iterations or epochs above 0."""
+
+
+@dataclass
+class Noticed:
+    """Plain data, beside the trace."""
+
+    states: list[int] = field(default_factory=list)
+    """Digest of the state of the default generator at the first backward of each update."""
+    cleared: list[tuple[int, str]] = field(default_factory=list)
+    """Update, and tensor: its gradient was gone when a later backward of the same update began."""
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    """Norms of the gradients that were there when a step evaluated its closure again."""
+    drops: list[str] = field(default_factory=list)
+    """What dropped something in a forward without gradients, while the model was in eval mode."""
+    evaluations: int = 0
+    """Forwards without gradients of a model in eval mode."""
+    averages_unused: bool = False
+    """A schedule-free optimizer was in training mode while the model was evaluated."""
+    averages: bool = False
+    """A schedule-free optimizer was there while the model was evaluated."""
+    recomputed: list[bool] = field(default_factory=list)
+    """For each activation checkpoint, whether it keeps the generator's state."""
+    scheduled: dict[int, int] = field(default_factory=dict)
+    """Steps of each learning-rate schedule since the first backward."""
+    phases: dict[str, int] = field(default_factory=dict)
+    """By buffer with the phases of positions: how many positions have the phase of the one before."""
+    loads: list[Load] = field(default_factory=list)
+    reads: list[Read] = field(default_factory=list)
+    restored: list[int] = field(default_factory=list)
+    """Digests of the states that the generator was set to before training began."""
+    overwritten: list[str] = field(default_factory=list)
+    """Tensors of the model that were loaded and had another content at the first forward."""
+    loaded: int = 0
+    """Tensors of the model that were loaded."""
+    absent: list[str] = field(default_factory=list)
+    """Files named on the command line to resume from, which are not there."""
+
+
+def digest_of(state: Tensor) -> int:
+    """Return a number that stands for the content of a tensor of bytes."""
+    import hashlib
+
+    return int.from_bytes(hashlib.blake2b(state.cpu().numpy().tobytes(), digest_size=7).digest(), "little")
+
+
+def bits_of(tensor: Tensor) -> Tensor:
+    """Return a digest of a tensor's bits, on its device."""
+    with torch.no_grad(), torch._C.DisableTorchFunction():
+        return torch.hash_tensor(local(tensor))
+
+
+def read_checkpoint(content: Any) -> Read:
+    """Return what a loaded file holds for a resume."""
+    found = Read()
+
+    def look(value: Any, key: str, depth: int) -> None:
+        if isinstance(value, Tensor):
+            if value.dtype == torch.uint8 and value.numel() == STATE_BYTES:
+                found.generators.append(digest_of(value))
+        elif isinstance(value, dict):
+            if isinstance(value.get("state"), dict) and isinstance(value.get("param_groups"), list):
+                found.moments += len(value["state"])
+                return
+            rates = value.get("_last_lr")
+            if "last_epoch" in value and isinstance(rates, list):
+                found.rates += [float(rate) for rate in rates]
+                return
+            if depth < 4:
+                for name, item in value.items():
+                    look(item, str(name), depth + 1)
+        elif isinstance(value, list | tuple) and depth < 4 and len(value) < 64:
+            for item in value:
+                look(item, key, depth + 1)
+        elif isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            found.counted |= any(word in key.lower() for word in COUNTERS)
+
+    look(content, "", 0)
+    return found
+
+
+def named_but_absent(arguments: list[str]) -> list[str]:
+    """Return the files that a command line names to resume from and that do not exist."""
+    found = []
+    for number, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        if not option.startswith("-") or not any(word in option.lower().replace("_", "-") for word in RESUMING):
+            continue
+        value = value if equals else next(iter(arguments[number + 1 : number + 2]), "")
+        looks_like_a_file = "." in Path(value).name or "/" in value
+        if (
+            value
+            and not value.startswith("-")
+            and looks_like_a_file
+            and "://" not in value
+            and not Path(value).exists()
+        ):
+            found.append(value)
+    return found
+
+
+def repeated_phases(root: nn.Module) -> dict[str, int]:
+    """Return how many positions have the same phases as the one before, by buffer that holds phases."""
+    found = {}
+    for name, buffer in root.named_buffers():
+        words = name.rpartition(".")[2].lower()
+        if not any(word in words for word in PHASES) or buffer.is_meta or hasattr(buffer, "placements"):
+            continue
+        table = buffer.squeeze()
+        if table.ndim == 2 and table.size(0) >= 8 and table.size(1) >= 2:
+            with torch.no_grad(), torch._C.DisableTorchFunction():
+                found[name] = int((table[1:] == table[:-1]).all(-1).sum())
+    return found
+
+
+class Noticer:
+    """Notes what passes the gates beside the recording's."""
+
+    def __init__(self, noticed: Noticed) -> None:
+        self.noticed = noticed
+        self.began = False
+        """Whether the first backward has begun."""
+
+    def begin(self, root: nn.Module | None) -> None:
+        """Note, at the first backward, how the model and the command line stand."""
+        self.began = True
+        self.noticed.absent = named_but_absent(sys.argv[1:])
+        if root is not None:
+            self.noticed.phases = repeated_phases(root)
+
+    def loaded(self, module: nn.Module, state: Any) -> None:
+        """Note what a module was given to load."""
+        if self.began or not isinstance(state, dict):
+            return
+        own = dict(module.named_parameters(remove_duplicate=False))
+        given = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        taken = [name for name in given if name in own]
+        coarse = sum(given[name].dtype in COARSE and own[name].dtype == torch.float32 for name in taken)
+        if own and given:
+            buffers = {name for name, _ in module.named_buffers()}
+            count = len([name for name in given if name not in buffers])
+            digests = {id(own[name]): bits_of(own[name]) for name in taken if not own[name].is_meta}
+            self.noticed.loads.append(Load(type(module).__name__, count, len(taken), coarse, digests))
+
+    def compare_with_loads(self, tensors: dict[str, Tensor], at_start: dict[str, Tensor]) -> None:
+        """Note which of the model's tensors had another content at the first forward than when they were loaded."""
+        known: dict[int, Tensor] = {}
+        for load in self.noticed.loads:
+            known |= load.digests
+            load.digests = {}
+        pairs = {
+            name: known[id(tensor)] for name, tensor in tensors.items() if id(tensor) in known and name in at_start
+        }
+        self.noticed.loaded = len(pairs)
+        self.noticed.overwritten = [name for name, bits in pairs.items() if not torch.equal(bits, at_start[name])]
+
+
+@contextlib.contextmanager
+def noticing(noticer: Noticer, careful: Callable[[Callable[[], None]], None]) -> Iterator[None]:
+    """Open the gates beside the recording's.
+
+    Args:
+        noticer: is told.
+        careful: calls a function that must not harm the run.
+    """
+    noticed = noticer.noticed
+
+    def after_load(result: Any, args: Any, kwargs: Any) -> None:
+        if not noticer.began and isinstance(result, dict):
+            noticed.reads.append(read_checkpoint(result))
+
+    def after_state(result: Any, args: Any, kwargs: Any) -> None:
+        noticer.loaded(args[0], args[1] if len(args) > 1 else kwargs.get("state_dict"))
+
+    def after_schedule(result: Any, args: Any, kwargs: Any) -> None:
+        if noticer.began:
+            noticed.scheduled[id(args[0])] = noticed.scheduled.get(id(args[0]), 0) + 1
+
+    def after_generator(result: Any, args: Any, kwargs: Any) -> None:
+        if not noticer.began and args:
+            noticed.restored.append(digest_of(args[0]))
+
+    def after_checkpoint(result: Any, args: Any, kwargs: Any) -> None:
+        noticed.recomputed.append(bool(kwargs.get("preserve_rng_state", True)))
+
+    import torch.utils.checkpoint
+
+    places: list[tuple[Any, str, Callable[[Any, Any, Any], None]]] = [
+        (torch, "load", after_load),
+        (nn.Module, "load_state_dict", after_state),
+        (torch.optim.lr_scheduler.LRScheduler, "step", after_schedule),
+        (torch, "set_rng_state", after_generator),
+        (torch.random, "set_rng_state", after_generator),
+        (torch.utils.checkpoint, "checkpoint", after_checkpoint),
+    ]
+    with contextlib.ExitStack() as stack:
+        for owner, name, after in places:
+            original = getattr(owner, name)
+            setattr(owner, name, told(original, after, careful))
+            stack.callback(setattr, owner, name, original)
+        yield
+
+
+def told(
+    original: Callable[..., Any], after: Callable[[Any, Any, Any], None], careful: Callable[[Callable[[], None]], None]
+) -> Callable[..., Any]:
+    """Return a function that tells of its calls."""
+
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        if not torch.compiler.is_compiling():
+            careful(lambda: after(result, args, kwargs))
+        return result
+
+    return call
