@@ -17,9 +17,9 @@ from conformance.auditing.entropies import describe_input
 from conformance.auditing.facts import Backward, Call, Clip, Facts, fetch
 from conformance.auditing.gates import Gates
 from conformance.auditing.noticed import Noticer, noticing
-from conformance.auditing.output import Loggers
 from conformance.auditing.probe import probe
 from conformance.recording.files import Files
+from conformance.recording.loggers import Loggers
 from conformance.recording.recorder import Recorder
 from conformance.recording.snapshot import describe_tensors, named_tensors
 from conformance.recording.weights import Sketch, local, norms, offset_of
