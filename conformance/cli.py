@@ -47,12 +47,12 @@ example, one device against two:
   torchrun --nproc-per-node 2 -m conformance audit --trace two -- train.py
   python -m conformance diff one two
 
-exit code: 0 the runs are equal within noise, 1 they part, 2 the command line or a record was wrong
+exit code: 0 the runs are equal within noise, 1 they differ, 2 the command line or a record was wrong
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code; for a mistake of the user's, print one sentence and return 2."""
+    """Run the command line and return the exit code; for a user's mistake, print one sentence and return 2."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     command: list[str] = []
     if given[:1] == ["audit"] and "--" in given:  # what follows is the script's own
@@ -103,14 +103,17 @@ def build_parser() -> argparse.ArgumentParser:
     for flag, settings in AUDIT_OPTIONS.items():
         audit.add_argument(flag, **settings)
     audit.add_argument(
-        "script", nargs="*", metavar="SCRIPT", help="after --: train.py and its arguments, or -m module and its own"
+        "script",
+        nargs="*",
+        metavar="SCRIPT",
+        help="after --: train.py and its arguments, or -m, a module and its arguments",
     )
     audit.set_defaults(command=audit_command)
 
     diff = commands.add_parser(
         "diff",
-        help="say where two audited runs part",
-        description="Compare two records of conformance audit --trace, and name the first place where the runs part.",
+        help="name the first place where two audited runs differ",
+        description="Compare two records of conformance audit --trace, and name the first place where the runs differ.",
         epilog=DIFF_EXAMPLES,
         formatter_class=plain,
     )
@@ -120,18 +123,18 @@ def build_parser() -> argparse.ArgumentParser:
         "--noise",
         type=Path,
         metavar="FOLDER",
-        help="a repeat of the first run, whose differences are noise",
+        help="the record of a repeat of the first run: differences as large as theirs count as noise",
     )
     diff.add_argument("--format", choices=("text", "json"), default="text", help="what to print (default: text)")
     diff.set_defaults(command=diff_command)
 
     listing = commands.add_parser("list", help="list all clauses, with requirement and source")
-    listing.add_argument("--format", choices=("text", "json"), default="text", help="what to print")
+    listing.add_argument("--format", choices=("text", "json"), default="text", help="what to print (default: text)")
     listing.set_defaults(command=list_command)
 
     explain = commands.add_parser("explain", help="explain a clause: requirement, why, source, mutants, bound")
     explain.add_argument("clause", metavar="CLAUSE", help="an id such as DECAY-4, or a chapter such as DECAY")
-    explain.add_argument("--format", choices=("text", "json"), default="text", help="what to print")
+    explain.add_argument("--format", choices=("text", "json"), default="text", help="what to print (default: text)")
     explain.set_defaults(command=explain_command)
 
     report = commands.add_parser("report", help="turn result files into pages, a Markdown table and badges")
@@ -174,7 +177,7 @@ def audit_command(options: argparse.Namespace) -> int:
 
 
 def diff_command(options: argparse.Namespace) -> int:
-    """Say where two runs part."""
+    """Name the first place where two runs differ."""
     from conformance.auditing.comparison import compare_records
 
     return compare_records(options.first, options.second, options.noise, options.format)

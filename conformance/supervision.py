@@ -1,4 +1,4 @@
-"""A run that kills its own process still ends with a letter: the judge works in a child, and its parent waits.
+"""Print a letter even if a run kills its own process: the judge works in a child, and the parent waits for it.
 
 A crash in native code, a kill for memory or ``kill -9`` ends a process without a word. The child keeps a journal, from
 which the parent prints what was judged until then.
@@ -17,7 +17,7 @@ JOURNAL = "CONFORMANCE_JOURNAL"
 
 
 def supervised(work: Callable[[], int]) -> int:
-    """Run ``work`` in a child process and return its exit code; if it is killed, tell what was judged.
+    """Run ``work`` in a child process and return its exit code; if it is killed, print what was judged.
 
     Call it before PyTorch is imported: threads and a GPU do not survive a fork. Where there is no fork, the work is
     done here.
@@ -58,7 +58,7 @@ def run_child(work: Callable[[], int]) -> None:
 
 
 def wait_for(child: int) -> int:
-    """Wait for the child; signals that reach this process alone are handed on to it."""
+    """Wait for the child, and hand on to it the signals that reach only this process."""
 
     def hand_on(number: int, frame: types.FrameType | None) -> None:
         os.kill(child, number)
@@ -93,8 +93,8 @@ def tell_end(number: int, journal: Path) -> int:
     except UsageError:  # it ended before the first clause
         pass
     print(
-        f"{name} ended the process{while_judging}: the results above are those of the clauses judged before. "
-        "A crash like this comes from native code, from a kill, or from memory that ran out.",
+        f"{name} ended the process{while_judging}: the results above are those of the clauses judged before that. "
+        "Usual causes are a crash in native code, a kill, and too little memory.",
         file=sys.stderr,
     )
     return 128 + number

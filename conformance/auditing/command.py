@@ -1,4 +1,4 @@
-"""The command ``python -m conformance audit``: what the user asked for, the run, and the exit code."""
+"""The command ``python -m conformance audit``: its options, the run, and the exit code."""
 
 import argparse
 import importlib.util
@@ -24,12 +24,13 @@ from conformance.options import FAILED, PASSED, USAGE
 from conformance.report.result import require_writable, write_json
 
 NOTHING_SEEN = """\
-The audit saw no update: the script ended before an optimizer stepped, or it trains in another process.
-Give it arguments with which it trains, and start several processes outside: torchrun ... -m conformance audit -- ..."""
+The audit saw no update: the script ended before an optimizer stepped, or it trains in a process that it starts itself.
+Give the script arguments with which it trains. To audit several processes, start them with torchrun:
+torchrun --nproc-per-node 2 -m conformance audit -- train.py"""
 
 
 def audit_script(options: argparse.Namespace) -> int:
-    """Audit a script and return the exit code. Raises UsageError for a mistake of the user's."""
+    """Audit a script and return the exit code. Raises UsageError for a user's mistake."""
     updates = whole_number(options.updates)
     expected, allowed = parse(options.expect), allowances(options.allow)
     command = check_command(options.script)
@@ -72,12 +73,12 @@ def resume_command(text: str) -> list[str]:
     try:
         words = shlex.split(text)
     except ValueError as error:
-        raise UsageError(f"--resume-with cannot be read: {str(error).lower()}.") from None
+        raise UsageError(f"--resume-with is not a valid command: {str(error).lower()}.") from None
     return words[1:] if words and Path(words[0]).name.startswith("python") else words
 
 
 def resumed(command: list[str], updates: int) -> Facts:
-    """Run the command that resumes in a process of its own, audited too, and return its facts.
+    """Run the command that resumes, audited in a process of its own, and return its facts.
 
     Raises:
         UsageError: if it made no update.
@@ -89,7 +90,8 @@ def resumed(command: list[str], updates: int) -> Facts:
             return load(Path(folder))[0]
         except UsageError:
             raise UsageError(
-                f"the command of --resume-with left no record: it ended with exit code {ended.returncode}."
+                f"the command of --resume-with left no record and ended with exit code {ended.returncode}: "
+                "run it by itself to see why."
             ) from None
 
 
@@ -121,10 +123,12 @@ def whole_number(text: str) -> int:
 def check_command(command: list[str]) -> list[str]:
     """Return the script and its arguments. Raises UsageError if there is no such script."""
     if not command:
-        raise UsageError("no script to audit: python -m conformance audit -- train.py args ...")
+        raise UsageError("no script to audit: name it after --, as in python -m conformance audit -- train.py args ...")
     if command[0] == "-m":
         if len(command) < 2:
-            raise UsageError("-m needs a module: python -m conformance audit -- -m package.train args ...")
+            raise UsageError(
+                "-m needs the name of a module, as in python -m conformance audit -- -m package.train args ..."
+            )
         sys.path.insert(0, os.getcwd())
         try:
             found = importlib.util.find_spec(command[1])
@@ -133,12 +137,16 @@ def check_command(command: list[str]) -> list[str]:
         finally:
             sys.path.pop(0)
         if found is None:
-            raise UsageError(f"no module named {command[1]!r} in this environment or folder.")
+            raise UsageError(f"no module named {command[1]!r} in this environment or folder: check its name.")
         return command
     if command[0].startswith("python") and not Path(command[0]).exists():
-        raise UsageError("leave python out: python -m conformance audit -- train.py args ...")
+        raise UsageError(
+            "leave python out: the audit runs the script itself, as in python -m conformance audit -- train.py ..."
+        )
     if not Path(command[0]).is_file():
-        raise UsageError(f"no such script: {command[0]}")
+        raise UsageError(
+            f"no such script: {command[0]}. Give the path of a Python file, or -m and the name of a module."
+        )
     return command
 
 
@@ -150,5 +158,5 @@ def check_folder(name: str | None) -> Path | None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--trace {name} cannot be made: {error.strerror}.") from None
+        raise UsageError(f"the folder {name}, given to --trace, cannot be made: {error.strerror}.") from None
     return folder

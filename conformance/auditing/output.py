@@ -1,6 +1,6 @@
-"""What a run says, heard as it is said: printed lines, log records, and metrics that are given to loggers.
+"""What a run prints, logs and gives to loggers of metrics, heard as it happens.
 
-Nothing is held back: a line reaches the terminal at once, as it would without us.
+Nothing is held back: a line reaches the terminal at once, as it would without the audit.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ class Lent:
 
 
 class Tee(io.TextIOWrapper):
-    """A text stream that also tells what is written to it, line by line."""
+    """A text stream that also hands on each line that is written to it."""
 
     hear: Hear
     pending = ""
@@ -46,7 +46,7 @@ class Tee(io.TextIOWrapper):
 
 @contextlib.contextmanager
 def heard(hear: Hear) -> "Iterator[Loggers]":
-    """Tell of every line that is printed, logged or given to a logger of metrics inside the block."""
+    """Hand on every line that is printed, logged or given to a logger of metrics inside the block."""
     with contextlib.ExitStack() as stack:
         for name in ("stdout", "stderr"):
             stack.enter_context(teed(name, hear))
@@ -91,7 +91,7 @@ def deaf(text: str) -> None:
 
 @contextlib.contextmanager
 def told_by_method(stream: Any, hear: Hear) -> Iterator[None]:
-    """Tell of what is written to a stream that is no wrapper of bytes."""
+    """Hand on what is written to a stream that does not wrap a stream of bytes."""
     write = stream.write
 
     def telling(text: str) -> Any:
@@ -113,7 +113,7 @@ def told_by_method(stream: Any, hear: Hear) -> Iterator[None]:
 
 @contextlib.contextmanager
 def logging_heard(hear: Hear) -> Iterator[None]:
-    """Tell of log records. No handler is added: with one, ``logging.basicConfig`` would do nothing."""
+    """Hand on log records. No handler is added: with one, ``logging.basicConfig`` would do nothing."""
     original = logging.Logger.callHandlers
 
     def call(self: logging.Logger, record: logging.LogRecord) -> None:

@@ -60,7 +60,7 @@ def write_page(verdict: Verdict, path: Path) -> None:
 
 
 def curves_of(ranks: list[Facts]) -> list[Curve]:
-    """Return the curves of what was seen: loss, norm of the gradient, learning rate."""
+    """Return the curves of what the audit saw: loss, norm of the gradient, learning rate."""
     if not ranks[0].updates:
         return []
     updates = whole_run([facts for facts in ranks if facts.reported]).updates
@@ -68,7 +68,7 @@ def curves_of(ranks: list[Facts]) -> list[Curve]:
     norms = [sum(norm**2 for norm in update.gradients.norms.values()) ** 0.5 or None for update in updates]
     found = [
         curve("Loss", "mean over the targets of an update", losses),
-        curve("Gradient norm", "as the step found it", norms),
+        curve("Gradient norm", "when the step began", norms),
         curve("Learning rate", "the largest of all groups", [largest_rate(update) for update in updates]),
     ]
     return [made for made in found if made is not None]
@@ -80,7 +80,7 @@ def largest_rate(update: WholeUpdate) -> float | None:
 
 
 def curve(title: str, unit: str, values: list[float | None]) -> Curve | None:
-    """Return the picture of some numbers; None if there are none."""
+    """Return the curve of some numbers; None if there are none."""
     known = [(number, value) for number, value in enumerate(values, start=1) if value is not None]
     if not known:
         return None
@@ -120,7 +120,7 @@ def groups_of(facts: Facts) -> list[dict[str, Any]]:
     norms = last.measured_gradients.norms if last.measured_gradients is not None else {}
     found = []
     for step in last.steps:
-        name = step.optimizer[0].rpartition(".")[2] if step.optimizer else "an optimizer that was not seen"
+        name = step.optimizer[0].rpartition(".")[2] if step.optimizer else "unknown optimizer"
         for number, group in enumerate(step.groups, start=1):
             rows = []
             for tensor in group.tensors:

@@ -158,7 +158,7 @@ def test_what_is_expected_is_judged(audit: Audit, expect: str, fault: str | None
         (["audit", "--updates", "0", "--", __file__], "whole number"),
         (["audit", "--expect", "size=3", "--", __file__], "knows no 'size'"),
         (["audit", "--expect", "lr=fast", "--", __file__], "needs a number"),
-        (["audit", "--allow", "nothing=x", "--", __file__], "knows no rule"),
+        (["audit", "--allow", "nothing=x", "--", __file__], "unknown rule"),
         (["audit", "--allow", "shift", "--", __file__], "needs a reason"),
         (["audit", "--report", "/nowhere/x.json", "--", __file__], "cannot be written"),
         (["audit", "--", "python", "train.py"], "leave python out"),

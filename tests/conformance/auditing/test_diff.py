@@ -96,16 +96,16 @@ def test_runs_that_should_agree_do(second: Run, compared: Compared) -> None:
 @pytest.mark.parametrize(
     ("second", "where", "cause"),
     [
-        (Run(seed=1), "at the start", "other initial weights"),
-        (Run(data=2), "in update 1, in the data", "other data"),
+        (Run(seed=1), "at the start", "different initial weights"),
+        (Run(data=2), "in update 1, in the data", "different data"),
         (Run(rate=1.1e-2), "in update 1, in the settings", "learning rate"),
-        (Run(undivided=True), "in update 1, in the gradient", "the gradient is scaled by 2"),
+        (Run(undivided=True), "in update 1, in the gradient", "gradient is 2 times the first run's"),
         (Run(limit=0.05), "in update 1, in the clipped gradient", "clipping: limits 0.1 and 0.05"),
         (Run(mixed=True), "in update 1", "precision"),
         (Run(dropout=0.5), "in update 1, in the forward", "dropout"),
         (Run(tampered="2.weight"), "in the clipped gradient", "2.weight"),
         (Run(frozen="2.weight"), "in update 1, in the gradient", "part of the model gets no gradient"),
-        (Run(wide=True), "at the start", "other initial weights"),
+        (Run(wide=True), "at the start", "different initial weights"),
     ],
     ids=["seed", "data", "rate", "scale", "clip", "precision", "dropout", "one tensor", "frozen", "shape"],
 )
