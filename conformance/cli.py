@@ -21,7 +21,7 @@ examples:
   python -m conformance run --clause DECAY --clause OPT-7    judge a chapter and a clause
   python -m conformance run --format github                  print annotations for GitHub Actions
   python -m conformance list                                 list all clauses
-  python -m conformance explain DECAY-4                      explain one clause: why, source, mutants, bound
+  python -m conformance explain DECAY-4                      explain one clause (or a chapter): why, source, mutants, bound
   python -m conformance report reports/conformance/*.json    turn result files into pages
   python -m conformance audit -- train.py --lr 3e-4          audit a training script, with no line changed
 
@@ -129,7 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
     listing.add_argument("--format", choices=("text", "json"), default="text", help="what to print")
     listing.set_defaults(command=list_command)
 
-    explain = commands.add_parser("explain", help="explain a clause: requirement, why, source, mutants, bound")
+    explain = commands.add_parser("explain", help="explain a clause or a chapter: requirement, why, source, mutants, bound")
     explain.add_argument("clause", metavar="CLAUSE", help="an id such as DECAY-4, or a chapter such as DECAY")
     explain.add_argument("--format", choices=("text", "json"), default="text", help="what to print")
     explain.set_defaults(command=explain_command)
@@ -182,9 +182,9 @@ def diff_command(options: argparse.Namespace) -> int:
 
 def list_command(options: argparse.Namespace) -> int:
     """Print the catalogue."""
-    from conformance.clause import catalogue
+    from conformance.catalogue import read_catalogue
 
-    clauses = catalogue()
+    clauses = read_catalogue()
     if options.format == "json":
         print_json([describe(clause) for clause in clauses.values()])
         return 0
@@ -198,9 +198,10 @@ def explain_command(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.text import Text
 
+    from conformance.catalogue import read_catalogue
     from conformance.clause import find_clauses
 
-    chosen = find_clauses([options.clause])
+    chosen = find_clauses([options.clause], read_catalogue())
     facts = [describe(clause) | {"mutants": mutants_of(clause.id)} for clause in chosen.values()]
     if options.format == "json":
         print_json(facts[0] if len(facts) == 1 else facts)

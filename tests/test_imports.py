@@ -23,7 +23,7 @@ FLOORS = {
         ["conformance.blame", "conformance.recording.ranks"],
         ["conformance.runs"],
         ["conformance.clause", "conformance.checks", "conformance.deviations", "conformance.causes"],
-        ["conformance.suites", "conformance.session"],
+        ["conformance.suites", "conformance.session", "conformance.catalogue"],
         ["conformance.report"],
         ["conformance.engine"],
         ["conformance.auditing"],
