@@ -25,7 +25,7 @@ FLOORS = {
         ["conformance.clause", "conformance.checks", "conformance.deviations", "conformance.causes"],
         ["conformance.suites", "conformance.session", "conformance.catalogue"],
         ["conformance.report"],
-        ["conformance.engine"],
+        ["conformance.engine", "conformance.progress"],
         ["conformance.auditing"],
         ["conformance.cli"],
         ["conformance.plugin", "conformance.__main__"],
