@@ -33,7 +33,7 @@ FLOORS = {
         ["conformance.subjects", "conformance.bench"],
     ],
     "reference": [
-        ["reference.errors"],
+        ["reference.errors", "reference.heartbeat"],
         ["reference.config", "reference.files"],
         ["reference.model", "reference.optimizers", "reference.data"],
         ["reference.finetuning"],
