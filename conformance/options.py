@@ -67,7 +67,7 @@ AUDIT_OPTIONS: dict[str, dict[str, Any]] = {
     "--trace": {"metavar": "FOLDER", "help": "write the record of the run into this folder, for conformance diff"},
     "--resume-with": {
         "metavar": "COMMAND",
-        "help": "after the script, run this command, which resumes from the checkpoint that it left, and judge the resumed run",
+        "help": "then run this command, which resumes from the checkpoint that the script left, and judge the resume",
     },
     "--quiet": {
         "action": "store_true",

@@ -91,10 +91,10 @@ def chapters_of(columns: Sequence[Column]) -> dict[str, list[Clause]]:
     return chapters
 
 
-def render(columns: Sequence[Column], kill_matrix: Mapping[str, Any] | None, folder: Path) -> None:
+def render(columns: Sequence[Column], kill_matrix: Mapping[str, Any] | None, folder: Path) -> list[str]:
     """Write index.html, matrix.md, and for each column its page and, unless it is partial, its badge.
 
-    Pages and badges of an earlier call are removed: no badge may outlive its result.
+    Returns the names of these files. Pages and badges of an earlier call are removed: no badge may outlive its result.
 
     Raises:
         UsageError: if the folder cannot be written.
@@ -128,6 +128,7 @@ def render(columns: Sequence[Column], kill_matrix: Mapping[str, Any] | None, fol
             (folder / name).write_text(text, encoding="utf-8")
     except OSError as error:
         raise UsageError(f"the folder {folder} cannot be written: {error.strerror}.") from error
+    return list(pages)
 
 
 def page_templates() -> Environment:
