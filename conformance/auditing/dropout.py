@@ -26,7 +26,7 @@ def chance(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[st
     """Return the probability with which a call of one of DROPPING drops: 0 where it is off."""
     if function is ATTENTION:
         return float(kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0))
-    on = kwargs.get("training", args[2] if len(args) > 2 else function not in (functional.alpha_dropout,))
+    on = kwargs.get("training", args[2] if len(args) > 2 else function is not functional.alpha_dropout)
     return float(kwargs.get("p", args[1] if len(args) > 1 else 0.5)) if on else 0.0
 
 

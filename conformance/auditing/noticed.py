@@ -2,16 +2,22 @@
 
 import contextlib
 import functools
+import hashlib
 import sys
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from conformance.recording.weights import local
+from conformance.recording.recorder import Recorder
+from conformance.recording.snapshot import find_ids
+from conformance.recording.weights import Sketch, local, norms
 
 COARSE = (torch.bfloat16, torch.float16)
 PHASES = ("cos", "sin", "rope", "rotary", "freqs")
@@ -45,6 +51,8 @@ class Read:
     """Tensors that its optimizers' states are of."""
     rates: list[float] = field(default_factory=list)
     """The last rates of its schedules."""
+    peaks: list[float] = field(default_factory=list)
+    """The rates that its schedules began with."""
     generators: list[int] = field(default_factory=list)
     """Digests of states of PyTorch's generator."""
     counted: bool = False
@@ -71,6 +79,8 @@ class Noticed:
     """A schedule-free optimizer was there while the model was evaluated."""
     recomputed: list[bool] = field(default_factory=list)
     """For each activation checkpoint, whether it keeps the generator's state."""
+    labels: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """Ids and labels, both (B, T), with which the model was called for training."""
     scheduled: dict[int, int] = field(default_factory=dict)
     """Steps of each learning-rate schedule since the first backward."""
     phases: dict[str, int] = field(default_factory=dict)
@@ -83,14 +93,16 @@ class Noticed:
     """Tensors of the model that were loaded and had another content at the first forward."""
     loaded: int = 0
     """Tensors of the model that were loaded."""
+    asked: bool = False
+    """An option of the command line says that the run resumes."""
+    promised: list[str] = field(default_factory=list)
+    """Tensors of the model that an optimizer was made for which is still there."""
     absent: list[str] = field(default_factory=list)
     """Files named on the command line to resume from, which are not there."""
 
 
 def digest_of(state: Tensor) -> int:
     """Return a number that stands for the content of a tensor of bytes."""
-    import hashlib
-
     return int.from_bytes(hashlib.blake2b(state.cpu().numpy().tobytes(), digest_size=7).digest(), "little")
 
 
@@ -106,7 +118,8 @@ def read_checkpoint(content: Any) -> Read:
 
     def look(value: Any, key: str, depth: int) -> None:
         if isinstance(value, Tensor):
-            if value.dtype == torch.uint8 and value.numel() == STATE_BYTES:
+            owned = any(word in key.lower() for word in ("generator", "data", "loader", "sampler"))
+            if value.dtype == torch.uint8 and value.numel() == STATE_BYTES and not owned:
                 found.generators.append(digest_of(value))
         elif isinstance(value, dict):
             if isinstance(value.get("state"), dict) and isinstance(value.get("param_groups"), list):
@@ -115,6 +128,7 @@ def read_checkpoint(content: Any) -> Read:
             rates = value.get("_last_lr")
             if "last_epoch" in value and isinstance(rates, list):
                 found.rates += [float(rate) for rate in rates]
+                found.peaks += [float(rate) for rate in value.get("base_lrs", [])]
                 return
             if depth < 4:
                 for name, item in value.items():
@@ -137,14 +151,8 @@ def named_but_absent(arguments: list[str]) -> list[str]:
         if not option.startswith("-") or not any(word in option.lower().replace("_", "-") for word in RESUMING):
             continue
         value = value if equals else next(iter(arguments[number + 1 : number + 2]), "")
-        looks_like_a_file = "." in Path(value).name or "/" in value
-        if (
-            value
-            and not value.startswith("-")
-            and looks_like_a_file
-            and "://" not in value
-            and not Path(value).exists()
-        ):
+        is_file = ("." in Path(value).name or "/" in value) and "://" not in value and not value.startswith("-")
+        if value and is_file and not Path(value).exists():
             found.append(value)
     return found
 
@@ -163,6 +171,11 @@ def repeated_phases(root: nn.Module) -> dict[str, int]:
     return found
 
 
+def averages(group: dict[str, Any]) -> bool:
+    """Return True for a parameter group of a schedule-free optimizer, which has a mode."""
+    return isinstance(group.get("train_mode"), bool)
+
+
 class Noticer:
     """Notes what passes the gates beside the recording's."""
 
@@ -170,11 +183,15 @@ class Noticer:
         self.noticed = noticed
         self.began = False
         """Whether the first backward has begun."""
+        self.promises: list[tuple[weakref.ref[Optimizer], weakref.ref[Tensor]]] = []
+        self.closures = 0
+        """Evaluations of a closure that had ended before the last backward."""
 
     def begin(self, root: nn.Module | None) -> None:
         """Note, at the first backward, how the model and the command line stand."""
         self.began = True
         self.noticed.absent = named_but_absent(sys.argv[1:])
+        self.noticed.asked = any(word.startswith("-") and "resume" in word.lower() for word in sys.argv[1:])
         if root is not None:
             self.noticed.phases = repeated_phases(root)
 
@@ -192,15 +209,67 @@ class Noticer:
             digests = {id(own[name]): bits_of(own[name]) for name in taken if not own[name].is_meta}
             self.noticed.loads.append(Load(type(module).__name__, count, len(taken), coarse, digests))
 
+    def evaluated(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+        """Note an outermost call, if it is one of a model in eval mode, and the mode of optimizers with averages."""
+        if torch.is_grad_enabled() or module.training:
+            return
+        self.noticed.evaluations += 1
+        modes = [group["train_mode"] for optimizer in optimizers for group in optimizer.param_groups if averages(group)]
+        self.noticed.averages |= bool(modes)
+        self.noticed.averages_unused |= any(modes)
+
+    def dropped(self, name: str, running: Sequence[nn.Module]) -> None:
+        """Note a call that drops something, if it is one of a model in eval mode."""
+        if running and not torch.is_grad_enabled() and not running[0].training:
+            words = f"{name} in {type(running[-1]).__name__}"
+            if words not in self.noticed.drops:
+                self.noticed.drops.append(words)
+
+    def called(self, args: Any, kwargs: Any, sketch: Sketch) -> None:
+        """Note the labels of a training call of the model, if it was given any."""
+        ids, labels = find_ids(args, kwargs), kwargs.get("labels")
+        if ids is not None and isinstance(labels, Tensor) and labels.shape == ids.shape and not labels.is_meta:
+            self.noticed.labels.append((sketch.keep_small(ids), sketch.keep_small(labels)))
+
+    def backward_begins(self, recorder: Recorder, backwards: Sequence[Any], fresh: bool) -> None:
+        """Note what became of gradients since the last backward, and where the generator stands.
+
+        Args:
+            recorder: of the run.
+            backwards: the backward passes before.
+            fresh: it is the first of an update.
+        """
+        tensors = recorder.calls.tensors()
+        if fresh:
+            self.noticed.states.append(digest_of(torch.get_rng_state()))
+        elif recorder.stepping and recorder.evaluations > self.closures:  # LBFGS evaluates its closure again
+            self.noticed.kept.update(norms({n: local(t.grad) for n, t in tensors.items() if t.grad is not None}))
+        elif backwards and backwards[-1].update == recorder.done:
+            gone = [name for name, t in tensors.items() if t.grad is None and name in backwards[-1].norms]
+            self.noticed.cleared += [(recorder.done, name) for name in gone[:1]]
+        self.closures = recorder.evaluations
+
+    def made_for(self, optimizer: Optimizer, group: Any) -> None:
+        """Note what an optimizer was made for."""
+        tensors = group.get("params") if isinstance(group, dict) else None
+        for tensor in tensors if isinstance(tensors, list | tuple) else ():
+            if isinstance(tensor, Tensor):
+                self.promises.append((weakref.ref(optimizer), weakref.ref(tensor)))
+
+    def keep_promises(self, tensors: dict[str, Tensor]) -> None:
+        """Note which of the model's tensors an optimizer was made for, if it is still there."""
+        held = [tensor() for optimizer, tensor in self.promises if optimizer() is not None]
+        kept = {id(tensor) for tensor in held if tensor is not None}
+        self.noticed.promised = [name for name, tensor in tensors.items() if id(tensor) in kept]
+        self.promises = []
+
     def compare_with_loads(self, tensors: dict[str, Tensor], at_start: dict[str, Tensor]) -> None:
         """Note which of the model's tensors had another content at the first forward than when they were loaded."""
         known: dict[int, Tensor] = {}
         for load in self.noticed.loads:
             known |= load.digests
             load.digests = {}
-        pairs = {
-            name: known[id(tensor)] for name, tensor in tensors.items() if id(tensor) in known and name in at_start
-        }
+        pairs = {name: known[id(t)] for name, t in tensors.items() if id(t) in known and name in at_start}
         self.noticed.loaded = len(pairs)
         self.noticed.overwritten = [name for name, bits in pairs.items() if not torch.equal(bits, at_start[name])]
 
@@ -222,6 +291,9 @@ def noticing(noticer: Noticer, careful: Callable[[Callable[[], None]], None]) ->
     def after_state(result: Any, args: Any, kwargs: Any) -> None:
         noticer.loaded(args[0], args[1] if len(args) > 1 else kwargs.get("state_dict"))
 
+    def after_group(result: Any, args: Any, kwargs: Any) -> None:
+        noticer.made_for(args[0], args[1] if len(args) > 1 else kwargs.get("param_group"))
+
     def after_schedule(result: Any, args: Any, kwargs: Any) -> None:
         if noticer.began:
             noticed.scheduled[id(args[0])] = noticed.scheduled.get(id(args[0]), 0) + 1
@@ -233,10 +305,9 @@ def noticing(noticer: Noticer, careful: Callable[[Callable[[], None]], None]) ->
     def after_checkpoint(result: Any, args: Any, kwargs: Any) -> None:
         noticed.recomputed.append(bool(kwargs.get("preserve_rng_state", True)))
 
-    import torch.utils.checkpoint
-
     places: list[tuple[Any, str, Callable[[Any, Any, Any], None]]] = [
         (torch, "load", after_load),
+        (Optimizer, "add_param_group", after_group),
         (nn.Module, "load_state_dict", after_state),
         (torch.optim.lr_scheduler.LRScheduler, "step", after_schedule),
         (torch, "set_rng_state", after_generator),

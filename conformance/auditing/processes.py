@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from conformance.auditing.entropies import weights
 from conformance.auditing.facts import Facts
 from conformance.auditing.traces import decoded, encoded
 from conformance.auditing.verdict import Finding
@@ -94,4 +95,4 @@ def slim(facts: Facts) -> Facts:
         for update in facts.updates
     ]
     trace = replace(facts.trace, updates=updates, initial=Named(), buffers={})
-    return replace(facts, trace=trace, said=[])
+    return replace(facts, trace=trace, said=[], weights=weights(facts))

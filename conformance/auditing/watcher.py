@@ -1,7 +1,6 @@
 """What an audit does at each gate of a run: record it, note what only an audit looks for, and end in time."""
 
 import functools
-import hashlib
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -16,7 +15,8 @@ from conformance.auditing.dropout import chances_of
 from conformance.auditing.entropies import describe_input
 from conformance.auditing.facts import Backward, Call, Clip, Facts, fetch
 from conformance.auditing.gates import Gates
-from conformance.auditing.noticed import Noticer, noticing
+from conformance.auditing.noticed import Noticer, digest_of, noticing
+from conformance.auditing.output import Loggers
 from conformance.auditing.probe import probe
 from conformance.recording.files import Files
 from conformance.recording.loggers import Loggers
@@ -70,7 +70,6 @@ class Auditor:
         self.broken = ""
         self.stopping = 0
         self.noticer = Noticer(self.facts.noticed)
-        self.evaluated = 0  # evaluations of a closure that ended before the last backward
         self.leaves: list[Tensor] = []
         self.registered: set[int] | None = None
         self.ended_step: float | None = None
@@ -115,6 +114,7 @@ class Auditor:
         tensors = named_tensors(root)
         if facts.trace.measured_initial is not None:
             self.noticer.compare_with_loads(tensors, facts.trace.measured_initial.bits)
+        self.noticer.keep_promises(tensors)
         facts.sharded = {name for name, tensor in tensors.items() if is_sharded(tensor)}
         facts.offsets = {
             name: offset_of(tensors[name]) for name in facts.sharded if hasattr(tensors[name], "placements")
@@ -163,7 +163,7 @@ class Auditor:
             return
         if not calls.running:
             self.look_at_device(module)
-            self.see_evaluation(module)
+            self.noticer.evaluated(module, self.stepped)
             watched = self.done == 0 and module.training and torch.is_grad_enabled()
             self.registered = {id(part) for part in module.modules()} if watched else None
         elif self.registered is not None and id(module) not in self.registered and torch.is_grad_enabled():
@@ -173,23 +173,9 @@ class Auditor:
                     break
         self.recorder.forward_begins(module, args)
 
-    def see_evaluation(self, module: nn.Module) -> None:
-        """Note the mode of an optimizer that keeps averages for evaluation."""
-        if torch.is_grad_enabled() or module.training:
-            return
-        noticed = self.facts.noticed
-        noticed.evaluations += 1
-        modes = [g["train_mode"] for o in self.stepped for g in o.param_groups if isinstance(g.get("train_mode"), bool)]
-        noticed.averages |= bool(modes)
-        noticed.averages_unused |= any(modes)
-
     @careful
     def dropped(self, name: str) -> None:
-        running = self.recorder.calls.running
-        if running and not torch.is_grad_enabled() and not running[0].training:
-            words = f"{name} in {type(running[-1]).__name__}"
-            if words not in self.facts.noticed.drops:
-                self.facts.noticed.drops.append(words)
+        self.noticer.dropped(name, self.recorder.calls.running)
 
     def beside(self) -> AbstractContextManager[None]:
         """Return the gates of what is noticed beside the recording."""
@@ -201,7 +187,11 @@ class Auditor:
 
     @careful
     def see_output(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        before = self.recorder.calls.last
         self.recorder.forward_ends(module, args, kwargs, output)
+        last = self.recorder.calls.last
+        if last is not None and last is not before:
+            self.noticer.called(last[1], last[2], self.sketch)
 
     @careful
     def entropy_computed(self, name: str, arguments: dict[str, Any], value: Tensor) -> None:
@@ -233,7 +223,7 @@ class Auditor:
         self.recorder.backward_begins(tensors)
         facts = self.facts
         self.look_at_device(None)
-        self.look_at_gradients(fresh)
+        self.noticer.backward_begins(self.recorder, facts.backwards, fresh)
         if fresh and self.done > 0:
             owned = {id(t) for update in self.last_owned() for t in update}
             left = {
@@ -246,22 +236,6 @@ class Auditor:
             self.look_at_model(given)
         losses = [self.sketch.keep_small(t) for t in given if isinstance(t, Tensor) and t.numel() == 1]
         facts.backwards.append(Backward(self.done, losses))
-
-    def look_at_gradients(self, fresh: bool) -> None:
-        """Note what became of gradients since the last backward, and where the generator stands."""
-        recorder, noticed = self.recorder, self.facts.noticed
-        if fresh:
-            noticed.states.append(digest(torch.get_rng_state()))
-        elif recorder.stepping:
-            if recorder.evaluations > self.evaluated:  # LBFGS evaluates its closure again
-                left = {n: t.grad for n, t in recorder.calls.tensors().items() if t.grad is not None}
-                noticed.kept.update(norms(plain(left)))
-        elif self.facts.backwards:
-            before = self.facts.backwards[-1]
-            gone = [n for n, t in recorder.calls.tensors().items() if t.grad is None and n in before.norms]
-            if before.update == self.done and gone:
-                noticed.cleared.append((self.done, gone[0]))
-        self.evaluated = recorder.evaluations
 
     def last_owned(self) -> Iterator[list[Tensor]]:
         """Yield the tensors of each optimizer that stepped in the update before."""
@@ -292,9 +266,9 @@ class Auditor:
         facts.wrappers = tuple(name for name in known if name in kinds)
         self.noticer.begin(module)
         facts.seed = torch.initial_seed()
-        facts.generators["cpu"] = digest(torch.get_rng_state())
+        facts.generators["cpu"] = digest_of(torch.get_rng_state())
         if torch.cuda.is_available() and torch.cuda.is_initialized():
-            facts.generators["cuda"] = digest(torch.cuda.get_rng_state())
+            facts.generators["cuda"] = digest_of(torch.cuda.get_rng_state())
 
     def look_at_device(self, module: nn.Module | None) -> None:
         """Ask whether the GPU has something to do; it never waits for it."""
@@ -374,8 +348,3 @@ def is_sharded(tensor: Tensor) -> bool:
     """Return True if this process holds a part of the tensor only."""
     placements = getattr(tensor, "placements", ())
     return type(tensor).__name__ == "FlatParameter" or any(place.is_shard() for place in placements)
-
-
-def digest(state: Tensor) -> int:
-    """Return a number that stands for the state of a generator."""
-    return int.from_bytes(hashlib.blake2b(state.cpu().numpy().tobytes(), digest_size=7).digest(), "little")

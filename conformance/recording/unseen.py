@@ -11,6 +11,7 @@ import gc
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -22,19 +23,25 @@ class Shadow:
     """What is kept of the model's tensors at the end of a backward, to see whether they have changed since."""
 
     def __init__(self, tensors: dict[str, Tensor], weights: Weights) -> None:
-        self.weights = weights
+        self.weights, self.tensors = weights, tensors
         self.values, self.measured = weights.keep(tensors), weights.measure(tensors)
         gradients = {name: tensor.grad for name, tensor in tensors.items() if tensor.grad is not None}
         self.gradients: Named[Tensor | None] = Named({**dict.fromkeys(tensors), **weights.keep(gradients)})
         self.measured_gradients = weights.measure(gradients)
 
     def differs(self, tensors: dict[str, Tensor]) -> bool:
-        """Return True if any tensor has changed."""
-        now = self.weights.keep({name: tensor for name, tensor in tensors.items() if name in self.values})
+        """Return True if any tensor has changed. Others in their place, as FSDP2 puts them there, show no step."""
+        same = {name: tensor for name, tensor in tensors.items() if self.tensors.get(name) is tensor}
+        now = self.weights.keep(same)
         return any(
-            self.values[name].shape == tensor.shape and bool((self.values[name] != tensor).any())
+            self.values[name].shape == tensor.shape and not torch.equal(sure(self.values[name]), sure(tensor))
             for name, tensor in now.items()
         )
+
+
+def sure(sample: Tensor) -> Tensor:
+    """Return a sample without NaN, which stands for what other processes hold, and is not equal to itself."""
+    return sample.nan_to_num() if sample.is_floating_point() else sample
 
 
 def find_unseen(tensors: Iterable[Tensor]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Run the audit's command on a script, in processes that are forked from this one: an import of PyTorch is paid once."""
+"""Run the audit's command on a script, in processes forked from this one: an import of PyTorch is paid once."""
 
 import contextlib
 import importlib.util
@@ -77,7 +77,9 @@ def start(folder: Path, ranks: int, command: list[str]) -> int:
     context = multiprocessing.get_context("fork")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # a fork beside threads: ours compute nothing
-        processes = [context.Process(target=in_child, args=(folder, rank, ranks, port, command)) for rank in range(ranks)]
+        processes = [
+            context.Process(target=in_child, args=(folder, rank, ranks, port, command)) for rank in range(ranks)
+        ]
         for process in processes:
             process.start()
     for process in processes:
@@ -94,12 +96,18 @@ def in_child(folder: Path, rank: int, ranks: int, port: int, command: list[str])
     os.chdir(folder)
     os.environ.pop("PYTEST_CURRENT_TEST", None)
     if ranks > 1:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+        }
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GROUP_RANK": "0"}
     terminal = os.open(folder / f"terminal-{command[0]}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(terminal, 1)
     os.dup2(terminal, 2)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 # as long as the process lives
+    sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
     warnings.resetwarnings()
     warnings.simplefilter("ignore")
     code = 1

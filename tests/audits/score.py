@@ -56,15 +56,26 @@ def new_findings(found: Audited, honest: Audited) -> list[dict[str, Any]]:
     return [f for f in found.found("fault", "advice") if (f["rule"], f["outcome"]) not in known]
 
 
+def names_the(fault: Fault, finding: dict[str, Any]) -> bool:
+    """Return True if a finding names a fault: its words are in what the letter says of it."""
+    said = " ".join(finding[key] for key in ("rule", "requirement", "expected", "seen"))
+    return re.search(fault.words, said, re.IGNORECASE) is not None
+
+
 def verdict_on(fault: Fault, found: Audited, honest: Audited) -> dict[str, Any]:
     """Return the row of a fault: as what it was named, by which findings, and what else was said."""
     new = new_findings(found, honest)
-    names_it = [f for f in new if re.search(fault.words, f"{f['rule']} {f['requirement']} {f['expected']} {f['seen']}", re.I)]
+    names_it = [finding for finding in new if names_the(fault, finding)]
     outcome = next((level for level in ("fault", "advice") if level in {f["outcome"] for f in names_it}), "missed")
     if not found.findings:
         outcome = "broken"
-    row: dict[str, Any] = {"script": fault.script, "title": fault.title, "source": fault.source, "processes": fault.ranks}
-    row |= {"resumed": bool(fault.arguments), "outcome": outcome, "named_by": [brief(f) for f in names_it]}
+    row: dict[str, Any] = {"script": fault.script, "title": fault.title, "source": fault.source}
+    row |= {
+        "processes": fault.ranks,
+        "resumed": bool(fault.arguments),
+        "outcome": outcome,
+        "named_by": [brief(f) for f in names_it],
+    }
     row["also_said"] = [brief(f) for f in new if f not in names_it]
     if outcome == "broken":
         row["output"] = found.output[-1500:]
@@ -83,18 +94,21 @@ def score(only: str) -> dict[str, Any]:
             continue
         for resumed in (False, True) if script == "resumable" else (False,):
             found = honest[script, resumed] = audit_honest(script, resumed)
-            row = {"script": script, "resumed": resumed, "findings": [brief(f) for f in found.found("fault", "advice")]}
+            row: dict[str, Any] = {"script": script, "resumed": resumed}
+            row["findings"] = [brief(f) for f in found.found("fault", "advice")]
             if not found.findings:
                 row["output"] = found.output[-1500:]
             row["not_looked_at"] = sorted(f["rule"] for f in found.found("not looked at"))
             record["honest"].append(row)
-            print(f"honest {script}: {[f['rule'] + ' ' + f['outcome'] for f in row['findings']] or 'nothing'}", file=sys.stderr)
+            said = [f"{finding['rule']} {finding['outcome']}" for finding in row["findings"]]
+            print(f"honest {script}: {said or 'nothing'}", file=sys.stderr)
     for fault in chosen:
         if missing(fault.script):
             continue
         row = verdict_on(fault, audit_fault(fault), honest[fault.script, bool(fault.arguments)])
         record["faults"].append(row)
-        print(f"{row['outcome']:7} {fault.id}: {[f['rule'] for f in row['named_by']]} / {[f['rule'] for f in row['also_said']]}", file=sys.stderr)
+        rules, others = ([finding["rule"] for finding in row[key]] for key in ("named_by", "also_said"))
+        print(f"{row['outcome']:7} {fault.id}: {rules} / {others}", file=sys.stderr)
     record["summary"] = summary(record)
     record["seconds"] = round(time.perf_counter() - began)
     return record

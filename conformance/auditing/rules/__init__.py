@@ -1,6 +1,7 @@
 """The rules of the audit, one file per topic. Importing this package fills :data:`conformance.auditing.rule.RULES`."""
 
 from conformance.auditing.rules import (
+    clipping,
     data,
     evaluation,
     expected,
@@ -18,6 +19,7 @@ from conformance.auditing.rules import (
 )
 
 __all__ = [
+    "clipping",
     "data",
     "evaluation",
     "expected",

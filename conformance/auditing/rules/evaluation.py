@@ -82,7 +82,6 @@ def evaluates_averages(seen: Seen) -> None:
     why="A loss on batches that are trained on says how well they are remembered.",
     mend="Keep a part of the data for evaluation, and fetch the next training batch after it.",
     source="SpeedrunningPLMs#5, transformers#8295",
-    advice=True,
 )
 def held_out(seen: Seen) -> None:
     """No sequence of an evaluation is trained on."""
@@ -92,6 +91,14 @@ def held_out(seen: Seen) -> None:
     rows = [tuple(row) for forward in held for row in forward.ids.tolist()]
     if not rows:
         raise NotApplicable("the sequences are too short to be told apart")
+    for update in sorted({forward.update for forward in held}):
+        evaluated = [forward.ids for forward in held if forward.update == update]
+        after = [forward.ids for forward in training(facts) if forward.update == update]
+        others = [tuple(row) for ids in evaluated[:-1] for row in ids.tolist()]
+        # The loss of one batch before it is trained on may be meant. The last of several, and only that one, is not.
+        if others and after and torch.equal(evaluated[-1], after[0]) and not trained & set(others):
+            words = f"the last of {len(evaluated)} batches evaluated before update {update + 1} is then trained on"
+            raise Violation("a training batch after the evaluation", words)
     both = sum(row in trained for row in rows)
     whole = [f.update for f in held for t in training(facts) if f.update <= t.update and torch.equal(f.ids, t.ids)]
     if both:

@@ -3,9 +3,9 @@
 import math
 import re
 
+from conformance.auditing.held import groups_of, steps
 from conformance.auditing.rule import Doubt, Seen, rule
 from conformance.auditing.rules.gradients import total_norm
-from conformance.auditing.rules.groups import groups_of, steps
 from conformance.auditing.rules.weights import default_init, first_loss, vocabulary
 from conformance.checks.initialization import LOSS_MARGIN
 from conformance.errors import NotApplicable, UsageError, Violation, quoted

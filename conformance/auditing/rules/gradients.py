@@ -4,16 +4,17 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from conformance.auditing.entropies import UNSEEN
-from conformance.auditing.facts import Clip, Facts
+from conformance.auditing.entropies import shares
+from conformance.auditing.facts import Facts
+from conformance.auditing.held import COARSE, float32_copies, groups_of, steps
 from conformance.auditing.rule import Doubt, Seen, rule
-from conformance.auditing.rules.groups import groups_of, steps
-from conformance.auditing.rules.weights import COARSE, updates
+from conformance.auditing.rules.weights import updates
 from conformance.checks.step import History, follows_closed_form
 from conformance.errors import NotApplicable, Violation, quoted
-from conformance.recording.trace import CrossEntropy, Update
+from conformance.recording.trace import Update
 
 CLOSE = 0.02
 """Relative: norms of 16-bit gradients, and of gradients that other processes change, agree this well."""
@@ -31,12 +32,15 @@ def has_gradient(seen: Seen) -> None:
     """Every trained tensor has a gradient in some update."""
     facts = seen.facts
     found, owned = updates(facts), groups_of(facts)
+    owned |= {name: owned[copy] for name, copy in float32_copies(facts).items()}
+    pushed = {name for backward in facts.backwards for name in backward.norms}
     if all(value is None for update in found for value in update.gradients.values()):
+        refuse_empty_steps(facts, pushed)
         raise NotApplicable("the step was seen after the gradients were gone")
     without = [
         name
         for name, info in facts.trace.tensors.items()
-        if info.trainable and all(update.gradients.get(name) is None for update in found)
+        if info.trainable and name not in pushed and all(update.gradients.get(name) is None for update in found)
     ]
     lost = [name for name in without if name in owned]
     if lost:
@@ -56,6 +60,21 @@ def has_gradient(seen: Seen) -> None:
         raise Doubt("gradients that are not zero", f"zero in all {len(found)} updates: {quoted(zero)}")
 
 
+def refuse_empty_steps(facts: Facts, pushed: set[str]) -> None:
+    """Raise Violation if backward gave gradients, the optimizer's own step found none, and nothing moved."""
+    for number, update in enumerate(facts.updates, start=1):
+        first, last = update.measured_before, update.measured_after
+        if any(step.in_backward or step.skipped for step in update.steps) or first is None or last is None:
+            return
+        if any(name in last.bits and not torch.equal(bits, last.bits[name]) for name, bits in first.bits.items()):
+            return
+        if pushed & set(first.bits):
+            raise Violation(
+                f"gradients at the step of update {number}",
+                "there are none, though the backward gave some: they are cleared before the step",
+            )
+
+
 def is_zero(update: Update, name: str) -> bool:
     """Return True if the whole gradient of a tensor is zero."""
     measured = update.measured_gradients
@@ -71,6 +90,11 @@ def is_zero(update: Update, name: str) -> bool:
 )
 def no_leftover(seen: Seen) -> None:
     """No gradient of an update is there when the backward of the next begins."""
+    kept = [name for name, norm in seen.facts.noticed.kept.items() if not bool(norm == 0)]
+    if kept:
+        raise Violation(
+            "a closure clears the gradients before its backward", f"evaluated again, it finds those of {quoted(kept)}"
+        )
     if not seen.facts.leftovers:
         raise NotApplicable("fewer than two updates were seen")
     for update, norms in seen.facts.leftovers.items():
@@ -80,6 +104,48 @@ def no_leftover(seen: Seen) -> None:
                 f"gradients of update {update} are gone before the backward of update {update + 1}",
                 f"still there: {quoted(left)}",
             )
+
+
+@rule(
+    "microbatch-lost",
+    "gradients",
+    why="An update that uses one of its microbatches only throws the others away: their forward and backward cost time "
+    "for nothing, and the batch is smaller than you think.",
+    mend="Clear gradients once per update. Let the last backward of an update reduce and add its gradients (no_sync, "
+    "set_requires_gradient_sync), as the ones before it do.",
+    source="build-nanogpt#30; hand-written loops",
+)
+def adds_all_microbatches(seen: Seen) -> None:
+    """Every microbatch of an update adds to its gradient."""
+    facts, owned = seen.facts, groups_of(seen.facts)
+    refuse_closures(facts)
+    several = False
+    for number in range(len(facts.updates)):
+        passes = [backward for backward in facts.backwards if backward.update == number]
+        if len(passes) < 2 or any(step.in_backward for step in facts.updates[number].steps):
+            continue
+        several = True
+        cleared = [name for update, name in facts.noticed.cleared if update == number and name in owned]
+        if cleared:
+            raise Violation(
+                f"the gradients of all {len(passes)} microbatches of update {number + 1}",
+                f"cleared between its backward passes: that of {quoted(cleared)} was gone {len(cleared)} times",
+            )
+        before, last = passes[-2].norms, passes[-1].norms
+        same = [name for name in before if name in last and before[name].item() == last[name].item()]
+        if before and len(same) == len(before) == len(last) and any(before[name].item() for name in same):
+            raise Violation(
+                f"the last backward of update {number + 1} adds to the gradients",
+                "it left every gradient as it was: its own went nowhere",
+            )
+    if not several:
+        raise NotApplicable("no update has more than one microbatch")
+
+
+def refuse_closures(facts: Facts) -> None:
+    """Raise NotApplicable where a step evaluates its closure several times: those are not microbatches."""
+    if any(step.evaluations > 1 for update in facts.updates for step in update.steps):
+        raise NotApplicable("the optimizer evaluates a closure several times")
 
 
 @rule(
@@ -106,43 +172,6 @@ def registered(seen: Seen) -> None:
         raise NotApplicable("the graph of the first loss could not be read")
 
 
-def entropies_by_backward(facts: Facts) -> list[list[CrossEntropy]]:
-    """Return the cross entropies that each backward pass was given, in order. Raises NotApplicable if unclear."""
-    found: list[list[CrossEntropy]] = [[] for _ in facts.backwards]
-    if not facts.trace.entropies:
-        raise NotApplicable(UNSEEN)
-    for entropy, given in zip(facts.trace.entropies, facts.given, strict=True):
-        if given is None:
-            raise NotApplicable("a cross entropy was computed from something else than a matrix of logits")
-        if entropy.grad_enabled and given.backward < len(found):
-            found[given.backward].append(entropy)
-    if not all(found):
-        raise NotApplicable("some backward passes begin without a cross entropy before them")
-    for entropies in found:
-        if len(entropies) > 1 and any(entropy.reduction != "sum" for entropy in entropies):
-            raise NotApplicable("several cross entropies belong to one backward pass")
-    if any(e.label_smoothing or e.reduction == "none" for entropies in found for e in entropies):
-        raise NotApplicable("the loss weighs or smooths its targets by itself")
-    return found
-
-
-def shares(facts: Facts) -> list[list[tuple[float, int]]]:
-    """Return, for each update and each of its backward passes, the weight of a target in the loss, and their number."""
-    found = entropies_by_backward(facts)
-    result: list[list[tuple[float, int]]] = [[] for _ in facts.updates]
-    for backward, entropies in zip(facts.backwards, found, strict=True):
-        counted = sum(entropy.counted for entropy in entropies)
-        total = sum(entropy.total for entropy in entropies)
-        loss = sum(loss.item() for loss in backward.losses)
-        if not counted or not total or not math.isfinite(loss):
-            raise NotApplicable("a loss is zero or not finite")
-        if backward.update < len(result):
-            result[backward.update].append((loss / total, counted))
-    if any(abs(weight * counted) > 64 for update in result for weight, counted in update):
-        raise NotApplicable("the loss is scaled, as for float16")
-    return [update for update in result if update]
-
-
 @rule(
     "loss-scale",
     "gradients",
@@ -155,15 +184,26 @@ def shares(facts: Facts) -> list[list[tuple[float, int]]]:
 def loss_scale(seen: Seen) -> None:
     """The losses of an update's microbatches add up to one mean over its targets."""
     facts = seen.facts
+    refuse_closures(facts)
     weights = shares(facts)
-    if max((len(update) for update in weights), default=0) < 2:
+    scaled = [abs(weight * counted) > SCALED for update in weights for weight, counted in update]
+    if max((len(update) for update in weights), default=0) < 2 and not any(scaled):
         raise NotApplicable("no update has more than one microbatch")
     for number, update in enumerate(weights):
         count, total = len(update), sum(weight * counted for weight, counted in update)
-        if count < 2:
+        if number >= len(facts.updates) or facts.updates[number].skipped:
             continue
         undone = rescaled(facts, number)
-        total *= undone
+        if total > SCALED * count and undone is not None and undone > 0.5:
+            raise Violation(
+                f"gradients that are unscaled before the step of update {number + 1}",
+                f"the loss is {total / count:.4g} times too large, as for float16; so are the gradients at the step",
+            )
+        if undone is None and total > SCALED * count:
+            raise NotApplicable("the loss is scaled, as for float16, and it was not seen how gradients are unscaled")
+        total *= undone or 1.0
+        if count < 2 and not any(scaled):
+            continue
         expected = f"the losses of the {count} microbatches of update {number + 1} weigh 1 together"
         if abs(total / count - 1) < 0.05:
             raise Violation(expected, f"they weigh {total:.3g}: each counts in full, none is divided by {count}")
@@ -173,20 +213,36 @@ def loss_scale(seen: Seen) -> None:
             raise Doubt(expected, f"they weigh {total:.3g}")
 
 
-def rescaled(facts: Facts, number: int) -> float:
-    """Return by how much the gradient was scaled between the last backward of an update and clipping, or the step."""
+SCALED = 64
+"""Weight of a microbatch above which its loss is scaled on purpose, as for float16."""
+
+
+def rescaled(facts: Facts, number: int) -> float | None:
+    """Return by how much the gradient was scaled between the last backward of an update and clipping, or the step.
+
+    None if that cannot be said: other processes take part in the gradient, or it changed otherwise than by a factor.
+    """
+    if facts.sharded or facts.world > 1:
+        return None
     last = [backward for backward in facts.backwards if backward.update == number][-1]
     ended = total_norm(last.norms)
     clips = [clip for clip in facts.clips if clip.update == number and clip.norm is not None and clip.kind == "norm"]
     measured = facts.updates[number].measured_gradients
     if len(clips) == 1 and clips[0].norm is not None and len(clips[0].tensors) >= len(last.norms):
         reached = clips[0].norm.item()
+        if "another tensor" in clips[0].tensors:  # a float32 copy, to which the gradients were added by hand
+            return None
     elif not clips and measured is not None:
         reached = total_norm({name: norm for name, norm in measured.norms.items() if name in last.norms})
     else:
-        return 1.0
+        return None
     factor = reached / ended if ended else 1.0
-    return 1.0 if abs(factor - 1) < CLOSE or not math.isfinite(factor) else factor
+    if not math.isfinite(factor) or factor <= 0:
+        return None
+    if abs(factor - 1) < CLOSE:
+        return 1.0
+    whole = max(factor, 1 / factor)
+    return factor if abs(whole - round(whole)) < CLOSE * whole else None
 
 
 def total_norm(norms: "dict[str, Tensor]") -> float:
@@ -218,70 +274,6 @@ def targets_weigh_alike(seen: Seen) -> None:
             )
     if not uneven:
         raise NotApplicable("all microbatches of an update have the same number of targets")
-
-
-@rule(
-    "clipping",
-    "gradients",
-    why="Clipping in the wrong place does nothing, or clips something else: before the backward there is no gradient, "
-    "per microbatch the limit holds for a part, before unscaling it compares with a scaled norm.",
-    mend="After the last backward of an update (and after scaler.unscale_), call clip_grad_norm_ once, with a list of "
-    "all trained parameters, and then step.",
-    source="pytorch: AMP examples, gradient clipping",
-)
-def clipped_rightly(seen: Seen) -> None:
-    """Clipping sees the whole gradient of an update, once, and the step gets the clipped one."""
-    facts = seen.facts
-    clips = [clip for clip in facts.clips if clip.update < len(facts.updates)]
-    if not clips:
-        raise NotApplicable("torch.nn.utils.clip_grad_norm_ and clip_grad_value_ were not called")
-    owned = {name for update in facts.updates for group in update.groups for name in group.tensors}
-    for number, update in enumerate(facts.updates):
-        own = [clip for clip in clips if clip.update == number]
-        passes = [backward for backward in facts.backwards if backward.update == number]
-        if not own or not passes:
-            continue
-        where = f"update {number + 1}"
-        if all(clip.backwards == 0 for clip in own):
-            raise Violation(
-                f"{where}: gradients are clipped after the backward passes and before the step",
-                "they are clipped when there is no gradient of this update: before its first backward",
-            )
-        if len({clip.backwards for clip in own if clip.backwards}) > 1:
-            raise Violation(
-                f"{where}: the sum of all microbatches' gradients is clipped once",
-                f"clipped after {quoted(sorted({clip.backwards for clip in own}))} of {len(passes)} microbatches",
-            )
-        if any(not clip.tensors for clip in own):
-            raise Violation(
-                f"{where}: clipping gets all trained tensors", "it gets none: a generator that is used up gives nothing"
-            )
-        single = [clip for clip in own if len(clip.tensors) == 1]
-        if len(single) > max(4, len(own) // 2):
-            raise Violation(f"{where}: one norm over all tensors", f"{len(single)} calls with one tensor each")
-        given = {name for clip in own for name in clip.tensors}
-        rest = sorted(name for name in owned - given if update.gradients.get(name) is not None)
-        if rest and "another tensor" not in given:
-            raise Doubt(f"{where}: all trained tensors are clipped", f"left out: {quoted(rest)}")
-        check_effect(facts, update, own, where)
-
-
-def check_effect(facts: Facts, update: Update, clips: list[Clip], where: str) -> None:
-    """Check that the step finds the gradient that one call of ``clip_grad_norm_`` left."""
-    clip, measured = clips[-1], update.measured_gradients
-    if len(clips) > 1 or clip.kind != "norm" or clip.norm is None or measured is None or facts.sharded:
-        return
-    seen = clip.norm.double().item()
-    step = total_norm({name: norm for name, norm in measured.norms.items() if name in clip.tensors})
-    wanted = min(seen, clip.limit)
-    if not math.isfinite(seen) or set(clip.tensors) - set(measured.norms) or clip.limit <= 0:
-        return
-    if abs(step - wanted) > CLOSE * wanted:
-        raise Violation(
-            f"{where}: clipping saw a gradient of norm {seen:.4g} with the limit {clip.limit:g}, so the step finds one "
-            f"of {wanted:.4g}",
-            f"the step finds a gradient of norm {step:.4g}",
-        )
 
 
 @rule(

@@ -2,39 +2,10 @@
 
 from collections import Counter
 
-from conformance.auditing.facts import Facts
+from conformance.auditing.held import first_steps, float32_copies, groups_of, steps
 from conformance.auditing.rule import Doubt, Seen, rule
 from conformance.auditing.rules.weights import sizes
 from conformance.errors import NotApplicable, Violation, quoted
-from conformance.recording.trace import Group, Step
-
-
-def steps(facts: Facts) -> list[Step]:
-    """Return the steps of all updates. Raises NotApplicable if the optimizers' groups were not seen."""
-    found = [step for update in facts.updates for step in update.steps]
-    if not found:
-        raise NotApplicable("no update was seen")
-    if not any(step.groups for step in found):
-        raise NotApplicable("the optimizer is not torch's and has no param_groups")
-    return found
-
-
-def groups_of(facts: Facts) -> dict[str, list[Group]]:
-    """Return the groups that hold each tensor, of all optimizers: each optimizer's first step."""
-    found: dict[str, list[Group]] = {}
-    for step in first_steps(facts):
-        for group in step.groups:
-            for name in group.tensors:
-                found.setdefault(name, []).append(group)
-    return found
-
-
-def first_steps(facts: Facts) -> list[Step]:
-    """Return one step of each optimizer, told apart by class and tensors."""
-    found: dict[tuple[object, ...], Step] = {}
-    for step in steps(facts):
-        found.setdefault((step.optimizer[:1], tuple(step.tensors)), step)
-    return list(found.values())
 
 
 @rule(
@@ -52,11 +23,17 @@ def held(seen: Seen) -> None:
     owned = groups_of(facts)
     if not trained:
         raise NotApplicable("the audit did not see the model")
-    lost = [name for name in trained if name not in owned]
+    copies = float32_copies(facts)
+    lost = [name for name in trained if name not in owned and name not in copies]
     if lost:
         size = sizes(facts)
         share = sum(size[name] for name in lost) / max(sum(size[name] for name in trained), 1)
         words = f"no optimizer holds {quoted(lost)}, {share:.1%} of the trainable weights"
+        idle = [name for name in lost if name in facts.noticed.promised]
+        if idle:
+            raise Violation(
+                "every optimizer that was made steps", f"one was made for {quoted(idle)}, and never stepped"
+            )
         if share > 0.5:
             raise Doubt("all trainable tensors are in a group, or frozen by requires_grad=False", words)
         raise Violation("all trainable tensors are in a group", words)

@@ -84,7 +84,8 @@ def finite_loss(seen: Seen) -> None:
     why="Whoever reads the curve reads another loss than the one that is trained, and compares runs by it.",
     mend="Report the mean over the update's targets: undo the division by the number of microbatches, add all "
     "microbatches up, and average over processes.",
-    source="nanoGPT: the loss of the last microbatch is printed",
+    source="nanoGPT: the loss of the last microbatch is printed; litgpt#1971",
+    together=True,
 )
 def told_loss(seen: Seen) -> None:
     """The training loss that the run prints is that of the update."""
@@ -92,14 +93,17 @@ def told_loss(seen: Seen) -> None:
     numbers = told(facts)
     if not numbers:
         raise NotApplicable("no line with a training loss was printed or logged")
-    own, others = values(facts), [value for other in seen.ranks for value in values(other)[0]]
-    means, parts = own
+    (means, parts), ranks = values(facts), [values(rank)[0] for rank in seen.ranks if rank.reported]
     if not means:
         raise NotApplicable("no loss was seen: there was no cross entropy and no backward")
     running = [sum(means[start:end]) / (end - start) for end in range(1, len(means) + 1) for start in range(end)]
-    across = [sum(group) / len(group) for group in zip(*(values(rank)[0] for rank in seen.ranks), strict=False)]
-    right = [number for number in numbers if any(is_rounded(number, value) for value in (*running, *across, *others))]
+    across = [sum(group) / len(group) for group in zip(*ranks, strict=False)]
+    evaluated = [*evaluation_means(facts), *(value for rank in ranks[1:] for value in rank)]
+    several = any(step.evaluations > 1 for update in facts.updates for step in update.steps)
+    known = (*running, *across, *evaluated, *(parts if several else ()))
+    right = [number for number in numbers if any(is_rounded(number, value) for value in known)]
     if len(right) == len(numbers):
+        check_all_processes(numbers, means, across, seen)
         return
     wrong = [number for number in numbers if number not in right]
     expected = f"printed losses that are the update's: {', '.join(f'{value:.4f}' for value in means)}"
@@ -110,6 +114,30 @@ def told_loss(seen: Seen) -> None:
     if len(ratios) == len(wrong) and len(wrong) >= 2 and max(ratios) - min(ratios) < 0.02 * max(ratios):
         raise Violation(expected, f"{said}, {ratios[0]:.3g} times as large")
     raise Doubt(expected, said)
+
+
+def check_all_processes(numbers: list[str], means: list[float], across: list[float], seen: Seen) -> None:
+    """Raise Doubt if each printed loss is that of process 0 alone, though the processes' losses differ."""
+    if len(seen.ranks) < 2 or not all(rank.reported for rank in seen.ranks):
+        return
+    if any(is_rounded(number, value) for number in numbers for value in across):
+        return
+    if all(any(is_rounded(number, value) for value in means) for number in numbers):
+        raise Doubt("printed losses that are the mean over all processes", "each is the loss of process 0 alone")
+
+
+def evaluation_means(facts: Facts) -> list[float]:
+    """Return the means over stretches of the losses that were computed without gradients, between two updates."""
+    found: list[float] = []
+    for number in range(len(facts.updates) + 1):
+        own = [e for e in facts.trace.entropies if not e.grad_enabled and e.update == number and e.counted]
+        losses = [e.total / e.counted for e in own][:256]
+        for start in range(len(losses)):
+            total = 0.0
+            for end in range(start, len(losses)):
+                total += losses[end]
+                found.append(total / (end + 1 - start))
+    return found
 
 
 def ratio_to(number: float, means: list[float]) -> float:

@@ -29,13 +29,18 @@ def in_training_mode(seen: Seen) -> None:
     why="A part in eval mode drops nothing while the rest does.",
     mend="Call train() on the whole model, or keep the part in eval mode on purpose (a frozen part).",
     source="torchtitan: modes of submodules",
-    advice=True,
 )
 def one_mode(seen: Seen) -> None:
     """All parts of the model are in the same mode."""
     other = {name for forward in training(seen.facts) for name in forward.other_mode}
-    if other:
-        raise Violation("one mode", f"in another mode than the model: {quoted(sorted(other))}")
+    if not other:
+        return
+    trained = {name for name, info in seen.facts.trace.tensors.items() if info.trainable}
+    silent = other & set(seen.facts.dropout)  # dropout that is off: it matters where what is around it is trained
+    around = {part for part in other if any(name.startswith(f"{part}.") for name in trained)}
+    off = sorted(name for name in silent if any(name.startswith(f"{part}.") or name == part for part in around))
+    words = f"in another mode than the model: {quoted(sorted(other))}"
+    raise (Violation if off else Doubt)("one mode", f"{words}; dropout is off in {quoted(off)}" if off else words)
 
 
 def probed(seen: Seen, value: object) -> None:
@@ -91,3 +96,21 @@ def uses_context(seen: Seen) -> None:
     probed(seen, used)
     if not used:
         raise Violation("logits that move with the tokens before", "no logit moves when the first half of them changes")
+
+
+@rule(
+    "phases-repeat",
+    "model",
+    why="Positions in 16 bits collide from 256 on: tokens far back cannot be told apart, and long contexts fail.",
+    mend="Compute positions, frequencies and their products in float32, and convert cosines and sines at the end.",
+    source="transformers#25681, gpt-neox#1003",
+)
+def phases_differ(seen: Seen) -> None:
+    """Each position has a rotary phase of its own."""
+    phases = seen.facts.noticed.phases
+    if not phases:
+        raise NotApplicable("the model has no buffer with rotary phases")
+    for name, repeated in phases.items():
+        if repeated:
+            words = f"{repeated} positions of {name} have those of the one before"
+            raise Violation("other phases at each position", words)

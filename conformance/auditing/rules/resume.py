@@ -1,8 +1,8 @@
 """A resume: what a checkpoint held, and what training began with."""
 
 from conformance.auditing.facts import Facts
+from conformance.auditing.held import steps
 from conformance.auditing.rule import Doubt, Seen, rule
-from conformance.auditing.rules.groups import steps
 from conformance.errors import NotApplicable, Violation, quoted
 
 
@@ -104,12 +104,14 @@ def moments_go_on(seen: Seen) -> None:
     now = sum(bool(entry) for entry in first.state_before.values())
     saved = sum(read.moments for read in facts.noticed.reads)
     if saved and not now:
-        raise Violation(
-            "the optimizer's state from the checkpoint", f"it holds that of {saved} tensors, the optimizer none"
-        )
+        words = f"it holds that of {saved} tensors, the optimizer begins with none"
+        raise Violation("the optimizer's state from the checkpoint", words)
     later = any(entry for entry in first.state_after.values())
     if not saved and is_resume(facts) and not now and later:
-        raise Doubt("a checkpoint with the optimizer's state", "it counts steps, and holds no state of an optimizer")
+        # Without a word of a resume it may be a pretrained model, whose checkpoint tells how long it was trained.
+        raise (Violation if facts.noticed.asked else Doubt)(
+            "a checkpoint with the optimizer's state", "it counts steps, and holds no state of an optimizer"
+        )
     if not saved:
         raise NotApplicable("what was read holds no state of an optimizer")
 
@@ -120,7 +122,6 @@ def moments_go_on(seen: Seen) -> None:
     why="A schedule that begins again warms up a second time, or trains at the peak rate for too long.",
     mend="Save and load scheduler.state_dict(); build the scheduler before the optimizer's state is loaded.",
     source="EvolvingLMMs-Lab/OneVision-Encoder#65, accelerate#963",
-    advice=True,
 )
 def schedule_goes_on(seen: Seen) -> None:
     """The first rate after a resume is the one that the checkpoint's schedule gives."""
@@ -133,7 +134,12 @@ def schedule_goes_on(seen: Seen) -> None:
     first = {float(group.settings["lr"]) for group in facts.updates[0].groups if "lr" in group.settings}
     if first and not any(abs(a - b) <= 1e-6 * max(abs(a), abs(b)) for a in first for b in saved):
         told = [", ".join(f"{rate:.4g}" for rate in sorted(rates)) for rates in (saved, first)]
-        raise Doubt(f"a first rate of {told[0]}, which the checkpoint's schedule has reached", told[1])
+        peaks = {peak for read in facts.noticed.reads for peak in read.peaks}
+        began = {float(g.settings["initial_lr"]) for g in facts.updates[0].groups if "initial_lr" in g.settings}
+        same = bool(began) and began <= peaks and facts.noticed.asked  # otherwise another schedule may be meant
+        raise (Violation if same else Doubt)(
+            f"a first rate of {told[0]}, which the checkpoint's schedule has reached", told[1]
+        )
 
 
 @rule(
@@ -142,7 +148,6 @@ def schedule_goes_on(seen: Seen) -> None:
     why="A generator that begins again repeats the dropout masks, and often the order of the data, of the first run.",
     mend="Set the generators to the states that were saved: torch.set_rng_state, torch.cuda.set_rng_state_all.",
     source="transformers#17032, fairseq2#1038",
-    advice=True,
 )
 def generator_goes_on(seen: Seen) -> None:
     """The generator is set to the state that the checkpoint holds."""
@@ -152,4 +157,6 @@ def generator_goes_on(seen: Seen) -> None:
     if not saved:
         raise NotApplicable("what was read holds no state of PyTorch's generator")
     if not saved & {*noticed.restored, *noticed.states[:1]}:
-        raise Violation("the generator's state from the checkpoint", "nobody set the generator to it")
+        raise (Violation if noticed.asked else Doubt)(
+            "the generator's state from the checkpoint", "nobody set the generator to it"
+        )

@@ -6,6 +6,7 @@ import torch
 
 from conformance.auditing.entropies import UNSEEN
 from conformance.auditing.facts import Facts
+from conformance.auditing.held import COARSE, float32_copies
 from conformance.auditing.rule import Doubt, Seen, rule
 from conformance.checks.initialization import LOSS_MARGIN
 from conformance.errors import NotApplicable, Violation, quoted
@@ -13,7 +14,6 @@ from conformance.recording.trace import Update
 
 ABSURD = 1e6
 """No initialisation draws weights whose mean square root is this large; memory read as floats often is."""
-COARSE = (torch.bfloat16, torch.float16)
 
 
 def sizes(facts: Facts) -> dict[str, int]:
@@ -157,6 +157,7 @@ def moves(seen: Seen) -> None:
     found = updates(facts)
     still: list[str] = []
     rounded: list[str] = []
+    copies = float32_copies(facts)
     for name, info in facts.trace.tensors.items():
         pushed = any(pushes(update, name) for update in found)
         if not info.trainable or not pushed:
@@ -164,8 +165,14 @@ def moves(seen: Seen) -> None:
         first, last = found[0].measured_before, found[-1].measured_after
         assert first is not None
         assert last is not None
-        if name in first.bits and name in last.bits and torch.equal(first.bits[name], last.bits[name]):
+        if name in first.bits and name in last.bits and not moved(found, name):
             (rounded if info.dtype in COARSE else still).append(name)
+    stale = [name for name, copy in copies.items() if not moved(found, name) and moved(found, copy)]
+    if copies and len(stale) == len(copies) and len(found) > 1:  # single ones may be hidden by rounding
+        raise Violation(
+            "the model's 16-bit tensors follow the float32 copies that the optimizer moves",
+            f"the copies move, and not one bit changed in {quoted(stale)}",
+        )
     if still:
         raise Violation(f"all tensors move within {len(found)} updates", f"not one bit changed in {quoted(still)}")
     if rounded:
@@ -174,6 +181,14 @@ def moves(seen: Seen) -> None:
             f"not one bit changed in {quoted(rounded)}, in 16 bits: the step is smaller than the dtype can add, or "
             "the optimizer skips them",
         )
+
+
+def moved(found: list[Update], name: str) -> bool:
+    """Return True if a tensor has other bits after the last of these updates than before the first, or is not known."""
+    first, last = found[0].measured_before, found[-1].measured_after
+    if first is None or last is None or name not in first.bits or name not in last.bits:
+        return True
+    return not torch.equal(first.bits[name], last.bits[name])
 
 
 def pushes(update: Update, name: str) -> bool:
@@ -199,11 +214,29 @@ def stays_tied(seen: Seen) -> None:
         raise NotApplicable("the audit did not see the model at the end")
     tied = [info.names for info in facts.trace.tensors.values() if len(info.names) > 1]
     if not tied:
+        alike = equal_matrices(facts)
+        if alike:
+            raise Doubt("a tied matrix is one tensor", f"two, which began equal: {quoted(alike)}")
         raise NotApplicable("no two names share a tensor")
     together = [set(names) for names in facts.tied_at_end.values()]
     for names in tied:
         if not any(set(names) <= others for others in together):
             raise Violation(f"{quoted(names)} stay one tensor", "they are several tensors at the end of the recording")
+
+
+def equal_matrices(facts: Facts) -> list[str]:
+    """Return two trained matrices of the same shape that had the same content at the start; empty if there are none."""
+    measured, found = facts.trace.measured_initial, dict[tuple[object, ...], str]()
+    for name, info in facts.trace.tensors.items():
+        if measured is None or name not in measured.bits or len(info.shape) != 2 or not measured.norms[name].item():
+            continue
+        key = (info.shape, measured.bits[name].item(), measured.norms[name].item())
+        spread = name in facts.trace.initial and len(facts.trace.initial[name].unique()) > 2
+        if info.trainable and spread and name not in facts.sharded:
+            if key in found:
+                return [found[key], name]
+            found[key] = name
+    return []
 
 
 @rule(
@@ -224,5 +257,6 @@ def float32_copy(seen: Seen) -> None:
         raise NotApplicable("the audit did not see the model")
     coarse = [name for name in trained if facts.trace.tensors[name].dtype in COARSE]
     masters = [key for u in facts.updates[:1] for entry in u.state_after.values() for key in entry if "master" in key]
+    coarse = [name for name in coarse if name not in float32_copies(facts)]
     if coarse and not masters:
         raise Violation("float32 weights, or a float32 copy of them", f"16-bit weights alone in {quoted(coarse)}")

@@ -34,6 +34,7 @@ def main():
         use_cpu=True,
         bf16=False,
         max_steps=6,
+        completion_only_loss=True,
         learning_rate=1e-3,
         per_device_train_batch_size=3,
         gradient_accumulation_steps=2,
