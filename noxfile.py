@@ -4,12 +4,16 @@ Most sessions share one environment, made by the session ``environment`` on firs
 With ``--no-venv`` they use the Python that runs nox, and install nothing.
 """
 
+import contextlib
 import hashlib
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import nox
@@ -56,6 +60,25 @@ def run_to_its_result(session: nox.Session, *arguments: str) -> None:
         sys.exit(code)
 
 
+@contextlib.contextmanager
+def installing(session: nox.Session, what: str) -> Iterator[None]:
+    """Say what is installed, and every ten seconds that it still is: pip says nothing where there is no terminal."""
+    session.log(f"Installing {what}: this takes minutes, and happens once.")
+    over, began = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        while not over.wait(10):
+            session.log(f"Installing: {time.monotonic() - began:.0f} s so far.")
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
 @nox.session(default=False)
 def environment(session: nox.Session) -> None:
     """Install the package and its tools once, for all other sessions (they call this by themselves)."""
@@ -90,15 +113,15 @@ def install(session: nox.Session, extras: list[str], alone: str = "") -> None:
     def pip(*arguments: str) -> None:
         session.run(_python, "-m", "pip", *arguments, silent=True, external=True)
 
-    session.log(f"Installing {', '.join(['PyTorch and the tools', *names])}: this takes minutes, and happens once.")
-    if names != installed[1:]:
-        pip("uninstall", "--quiet", "--yes", *sorted(EXTRAS), "accelerate", "peft")
-    pip("install", "--quiet", "--upgrade", "pip>=25.1")  # knows --group
-    groups = ("--group", "lint", "--group", "build", "--group", "test")
-    target = PACKAGE.format(",".join(extras)).replace(",]", "]")
-    pip("install", "--quiet", "--constraint", "constraints.txt", "--editable", target, *groups)
-    if alone:
-        pip("install", "--quiet", "--constraint", "constraints.txt", "--no-deps", alone)
+    with installing(session, ", ".join(["PyTorch and the tools", *names])):
+        if names != installed[1:]:
+            pip("uninstall", "--quiet", "--yes", *sorted(EXTRAS), "accelerate", "peft")
+        pip("install", "--quiet", "--upgrade", "pip>=25.1")  # knows --group
+        groups = ("--group", "lint", "--group", "build", "--group", "test")
+        target = PACKAGE.format(",".join(extras)).replace(",]", "]")
+        pip("install", "--quiet", "--constraint", "constraints.txt", "--editable", target, *groups)
+        if alone:
+            pip("install", "--quiet", "--constraint", "constraints.txt", "--no-deps", alone)
     stamp.write_text(" ".join([*wanted, *names]))
 
 
@@ -149,7 +172,8 @@ def parity(session: nox.Session) -> None:
     """Run the tests that need the real transformers, in an environment of its own: litgpt wants another release."""
     groups = ("--group", "test")
     target = PACKAGE.format("transformers,finetune")
-    session.install("--quiet", "--constraint", "constraints.txt", "--editable", target, *groups)
+    with installing(session, "PyTorch and transformers into an environment of their own"):
+        session.install("--quiet", "--constraint", "constraints.txt", "--editable", target, *groups)
     names = ["reference/test_huggingface_parity", "conformance/test_subject_transformers", "bench/test_training"]
     names += [f"reference/test_finetuning{part}" for part in ("", "_lora", "_export")]
     files = [f"tests/{name}.py" for name in names]
@@ -162,9 +186,10 @@ def peers(session: nox.Session, peer: str) -> None:
     """Judge each stack of the matrix in an environment of its own: they pin different releases."""
     subject, packages = PEERS[peer]
     target = PACKAGE.format("").replace(",]", "]")
-    session.install("--quiet", "--constraint", "constraints.txt", "--editable", target, *packages)
-    if peer == "litgpt-0.4.12":  # pins a Lightning and a numpy of its time; it runs with today's
-        session.install("--quiet", "--no-deps", "litgpt==0.4.12")
+    with installing(session, f"PyTorch and {peer} into an environment of their own"):
+        session.install("--quiet", "--constraint", "constraints.txt", "--editable", target, *packages)
+        if peer == "litgpt-0.4.12":  # pins a Lightning and a numpy of its time; it runs with today's
+            session.install("--quiet", "--no-deps", "litgpt==0.4.12")
     LATEST.mkdir(parents=True, exist_ok=True)
     command = ["python", *SUITES, "--subject", subject, "--report", os.path.relpath(LATEST / f"{peer}.json")]
     deviations = Path("reports/deviations") / f"{peer}.toml"
@@ -177,8 +202,8 @@ def peers(session: nox.Session, peer: str) -> None:
 @nox.parametrize("torch", TORCHES)
 def versions(session: nox.Session, torch: str) -> None:
     """Judge the reference under each supported Python that is installed, and each supported PyTorch."""
-    session.log(f"Installing PyTorch {torch} for Python {session.python}: this may take minutes and gigabytes.")
-    session.install("--quiet", f"torch=={torch}", PACKAGE.format("").replace(",]", "]"))
+    with installing(session, f"PyTorch {torch} for Python {session.python}, which may be gigabytes"):
+        session.install("--quiet", f"torch=={torch}", PACKAGE.format("").replace(",]", "]"))
     session.run("python", "-m", "conformance", "run", *session.posargs, env=VARIABLES)
 
 

@@ -10,12 +10,14 @@ FOLLOWS: Mapping[str, tuple[str, ...]] = {
     "INIT-2": ("INIT-1", "INIT-4", "INIT-11"),
     "INIT-5": ("INIT-1", "INIT-2"),
     "INIT-6": ("RESUME-6",),
-    "MODEL-1": ("PREC-4", "PREC-8", "CAUSAL-1", "CAUSAL-2", "CAUSAL-4", "DROP-4"),
+    "MODEL-1": ("PREC-4", "PREC-8", "CAUSAL-1", "CAUSAL-2", "CAUSAL-3", "CAUSAL-4", "DROP-4"),
     "MODEL-2": ("MODEL-1", "TIE-1"),
     "OPT-4": ("OPT-5", "OPT-7", "OPT-10", "LR-4"),
     "OPT-7": ("LR-4",),
+    "OPT-12": ("TIE-2",),
+    "OPT-14": ("EVAL-11",),
+    "DECAY-4": ("TIE-1",),
     "DECAY-6": ("DECAY-8",),
-    "LOSS-1": ("DATA-6",),
     "PREC-1": ("ACC-3",),
     "PREC-2": ("PREC-4",),
     "PREC-3": ("DATA-6",),
@@ -24,6 +26,8 @@ FOLLOWS: Mapping[str, tuple[str, ...]] = {
     "ACC-6": ("EVAL-1", "DIST-3"),
     "RESUME-1": ("RESUME-2", "DROP-1", "EVAL-8", "EVAL-7", "OPT-12", "INIT-6", "RESUME-7"),
     "RESUME-2": ("DATA-3",),
+    "DATA-6": ("LOSS-1",),
+    "CAUSAL-1": ("CAUSAL-2",),
 }
 """For a clause, those whose failure explains its own."""
 

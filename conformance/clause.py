@@ -4,7 +4,7 @@ import difflib
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -110,7 +110,7 @@ def clause(
         unknown = [name for name in needs if name not in CAPABILITIES] + [p for p in packages if p not in PACKAGES]
         if unknown:
             raise ValueError(f"{identity} needs {unknown}: not a capability of {list(CAPABILITIES)}, nor a package")
-        requirement = " ".join((inspect.getdoc(test) or "").split("\n\n")[0].split())
+        requirement = requirement_of(inspect.getdoc(test))
         if not requirement:
             raise ValueError(f"{identity} has no docstring, but a clause's docstring is its requirement")
         _CLAUSES[identity] = Clause(
@@ -120,6 +120,11 @@ def clause(
         return test
 
     return decorate
+
+
+def requirement_of(docstring: str | None) -> str:
+    """Return the first paragraph of a clause's docstring, as one line."""
+    return " ".join((docstring or "").split("\n\n")[0].split())
 
 
 def catalogue() -> dict[str, Clause]:
@@ -143,13 +148,17 @@ def chapter_and_number(identity: str) -> tuple[str, int]:
     return chapter, int(number)
 
 
-def find_clauses(ids: Iterable[str]) -> dict[str, Clause]:
+def find_clauses(ids: Iterable[str], everything: Mapping[str, Clause] | None = None) -> dict[str, Clause]:
     """Return clauses by id or chapter; all of them if ``ids`` is empty.
+
+    Args:
+        ids: of clauses or chapters, in capitals or not.
+        everything: the catalogue to look in; by default the one that can be judged.
 
     Raises:
         UsageError: for an id that does not exist.
     """
-    everything, ids = catalogue(), list(ids)
+    everything, ids = catalogue() if everything is None else everything, list(ids)
     chosen: set[str] = set()
     for wanted in ids:
         matching = {k for k, c in everything.items() if wanted.upper() in (k, c.chapter)}

@@ -21,7 +21,7 @@ examples:
   python -m conformance run --clause DECAY --clause OPT-7    judge a chapter and a clause
   python -m conformance run --format github                  print annotations for GitHub Actions
   python -m conformance list                                 list all clauses
-  python -m conformance explain DECAY-4                      explain one clause: why, source, mutants, bound
+  python -m conformance explain DECAY-4                      explain a clause or a chapter: why, source, mutants, bound
   python -m conformance report reports/conformance/*.json    turn result files into pages
   python -m conformance audit -- train.py --lr 3e-4          audit a training script, with no line changed
 
@@ -47,12 +47,12 @@ example, one device against two:
   torchrun --nproc-per-node 2 -m conformance audit --trace two -- train.py
   python -m conformance diff one two
 
-exit code: 0 the runs are equal within noise, 1 they part, 2 the command line or a record was wrong
+exit code: 0 the runs are equal within noise, 1 they differ, 2 the command line or a record was wrong
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code; for a mistake of the user's, print one sentence and return 2."""
+    """Run the command line and return the exit code; for a user's mistake, print one sentence and return 2."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     command: list[str] = []
     if given[:1] == ["audit"] and "--" in given:  # what follows is the script's own
@@ -103,14 +103,17 @@ def build_parser() -> argparse.ArgumentParser:
     for flag, settings in AUDIT_OPTIONS.items():
         audit.add_argument(flag, **settings)
     audit.add_argument(
-        "script", nargs="*", metavar="SCRIPT", help="after --: train.py and its arguments, or -m module and its own"
+        "script",
+        nargs="*",
+        metavar="SCRIPT",
+        help="after --: train.py and its arguments, or -m, a module and its arguments",
     )
     audit.set_defaults(command=audit_command)
 
     diff = commands.add_parser(
         "diff",
-        help="say where two audited runs part",
-        description="Compare two records of conformance audit --trace, and name the first place where the runs part.",
+        help="name the first place where two audited runs differ",
+        description="Compare two records of conformance audit --trace, and name the first place where the runs differ.",
         epilog=DIFF_EXAMPLES,
         formatter_class=plain,
     )
@@ -120,18 +123,20 @@ def build_parser() -> argparse.ArgumentParser:
         "--noise",
         type=Path,
         metavar="FOLDER",
-        help="a repeat of the first run, whose differences are noise",
+        help="the record of a repeat of the first run: differences as large as theirs count as noise",
     )
     diff.add_argument("--format", choices=("text", "json"), default="text", help="what to print (default: text)")
     diff.set_defaults(command=diff_command)
 
     listing = commands.add_parser("list", help="list all clauses, with requirement and source")
-    listing.add_argument("--format", choices=("text", "json"), default="text", help="what to print")
+    listing.add_argument("--format", choices=("text", "json"), default="text", help="what to print (default: text)")
     listing.set_defaults(command=list_command)
 
-    explain = commands.add_parser("explain", help="explain a clause: requirement, why, source, mutants, bound")
+    explain = commands.add_parser(
+        "explain", help="explain a clause or a chapter: requirement, why, source, mutants, bound"
+    )
     explain.add_argument("clause", metavar="CLAUSE", help="an id such as DECAY-4, or a chapter such as DECAY")
-    explain.add_argument("--format", choices=("text", "json"), default="text", help="what to print")
+    explain.add_argument("--format", choices=("text", "json"), default="text", help="what to print (default: text)")
     explain.set_defaults(command=explain_command)
 
     report = commands.add_parser("report", help="turn result files into pages, a Markdown table and badges")
@@ -150,12 +155,16 @@ def run_command(options: argparse.Namespace) -> int:
     """Judge a subject, with progress on stderr and the result on stdout."""
     from rich.console import Console
 
-    from conformance.engine import Sitting, shown
+    from conformance.engine import Sitting
     from conformance.options import Options
+    from conformance.progress import shown, waiting
+    from conformance.report.result import plain
 
     errors = Console(file=sys.stderr, highlight=False)  # as stderr is now: inside a recording it is the recorder's
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 100, highlight=False)
-    with Sitting(Options.of(options)) as sitting:
+    with waiting(f"Loading {plain(options.subject)} and PyTorch", errors):
+        sitting = Sitting(Options.of(options))
+    with sitting:
         try:
             for clause in shown(sitting.chosen.values(), errors, sitting.session.subject.name):
                 sitting.judge(clause)
@@ -174,7 +183,7 @@ def audit_command(options: argparse.Namespace) -> int:
 
 
 def diff_command(options: argparse.Namespace) -> int:
-    """Say where two runs part."""
+    """Name the first place where two runs differ."""
     from conformance.auditing.comparison import compare_records
 
     return compare_records(options.first, options.second, options.noise, options.format)
@@ -182,9 +191,9 @@ def diff_command(options: argparse.Namespace) -> int:
 
 def list_command(options: argparse.Namespace) -> int:
     """Print the catalogue."""
-    from conformance.clause import catalogue
+    from conformance.catalogue import read_catalogue
 
-    clauses = catalogue()
+    clauses = read_catalogue()
     if options.format == "json":
         print_json([describe(clause) for clause in clauses.values()])
         return 0
@@ -198,9 +207,10 @@ def explain_command(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.text import Text
 
+    from conformance.catalogue import read_catalogue
     from conformance.clause import find_clauses
 
-    chosen = find_clauses([options.clause])
+    chosen = find_clauses([options.clause], read_catalogue())
     facts = [describe(clause) | {"mutants": mutants_of(clause.id)} for clause in chosen.values()]
     if options.format == "json":
         print_json(facts[0] if len(facts) == 1 else facts)
@@ -251,9 +261,15 @@ def mutants_of(identity: str) -> list[dict[str, Any]]:
 
 def report_command(options: argparse.Namespace) -> int:
     """Render the pages."""
+    from rich.console import Console
+
+    from conformance.progress import waiting
     from conformance.report.page import read_columns, read_kill_matrix, render
 
-    kill_matrix = read_kill_matrix(options.kill_matrix) if options.kill_matrix else None
-    render(read_columns(options.results), kill_matrix, options.out)
-    print(f"Written: {options.out / 'index.html'}")
+    with waiting("Rendering the pages", Console(file=sys.stderr, highlight=False)):
+        kill_matrix = read_kill_matrix(options.kill_matrix) if options.kill_matrix else None
+        others = [
+            name for name in render(read_columns(options.results), kill_matrix, options.out) if "index" not in name
+        ]
+    print(f"Written: {options.out / 'index.html'}, and beside it {', '.join(others)}")
     return 0

@@ -2,16 +2,19 @@
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator
+import os
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from conformance.clause import CHAPTERS, Clause, catalogue, find_clauses
+from conformance.clause import Clause, catalogue, find_clauses
 from conformance.deviations import load_deviations
 from conformance.loading import load_subject
 from conformance.options import FAILED, PASSED, Format, Options
 from conformance.report.environment import environment
-from conformance.report.result import Report, plain, replace_json, report_of, require_writable, write_json
+from conformance.report.result import Report, replace_json, report_of, require_writable, write_json
 from conformance.session import Result, Session
+from conformance.supervision import JOURNAL
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,6 +30,7 @@ class Sitting:
     def __init__(self, options: Options) -> None:
         self.options = options
         self.report_file = None if options.report is None else require_writable(options.report)
+        self.journal = Path(os.environ.pop(JOURNAL)) if JOURNAL in os.environ else None
         self.everything = catalogue()
         self.chosen = find_clauses(options.clauses)
         deviations = load_deviations(options.deviations, self.everything) if options.deviations else {}
@@ -43,6 +47,8 @@ class Sitting:
 
     def judge(self, clause: Clause) -> Result:
         """Judge one clause."""
+        if self.journal is not None:
+            self.journal.with_suffix(".now").write_text(clause.id, encoding="utf-8")
         result = self.session.judge(clause)
         self.results.append(result)
         self.keep()
@@ -50,9 +56,9 @@ class Sitting:
 
     def keep(self) -> None:
         """Bring the report up to date, so that a crash leaves what was judged, and no report of an earlier run."""
-        if self.report_file is not None:
+        for path in filter(None, (self.report_file, self.journal)):
             with contextlib.suppress(OSError):  # told at the end
-                replace_json(self.report_file, self.report().as_json())
+                replace_json(path, self.report().as_json())
 
     def report(self) -> Report:
         """Return the report on what was judged so far."""
@@ -74,23 +80,8 @@ class Sitting:
                 console.out(line, highlight=False)
         else:
             print_letter(console, report, self.everything, verbose)
-            if written is not None:
-                elsewhere = "" if written == self.report_file else f" ({self.report_file} could not be written)"
-                console.out(f"Written: {written}{elsewhere}", highlight=False)
+        if written is not None:
+            elsewhere = "" if written == self.report_file else f" ({self.report_file} could not be written)"
+            # Not among output that a program reads.
+            print(f"Written: {written}{elsewhere}", file=console.file if form == "text" else sys.stderr)
         return FAILED if report.failed else PASSED
-
-
-def shown(clauses: Iterable[Clause], console: "Console", name: str) -> Iterator[Clause]:
-    """Yield clauses to judge, and show progress: a bar on a terminal, a line per chapter elsewhere."""
-    listed = list(clauses)
-    if console.is_terminal:
-        from rich.markup import escape
-        from rich.progress import track
-
-        yield from track(listed, f"Judging {escape(plain(name))}", console=console, transient=True)
-        return
-    for number, clause in enumerate(listed):
-        yield clause
-        if number + 1 == len(listed) or listed[number + 1].chapter != clause.chapter:
-            title = f"{clause.chapter:6}  {CHAPTERS[clause.chapter]}"
-            console.out(f"{title:40} judged: {number + 1} of {len(listed)}", highlight=False)

@@ -1,4 +1,4 @@
-"""What a user may ask for, at either door."""
+"""The options of both doors: the command line and pytest."""
 
 import math
 from dataclasses import dataclass
@@ -40,24 +40,40 @@ AUDIT_OPTIONS: dict[str, dict[str, Any]] = {
     "--then": {
         "choices": ("stop", "go-on"),
         "default": "stop",
-        "help": "what becomes of the run after them (default: stop); go-on leaves nothing behind in it",
+        "help": "after these updates, end the run, or let it go on unwatched (default: stop)",
     },
     "--expect": {
         "metavar": "WORDS",
         "default": "",
-        "help": "what you mean, to be judged with certainty: lr=3e-4,clip=1.0,tied,fresh,seed=1,"
+        "help": "what you expect; a run that differs has a fault: lr=3e-4,clip=1.0,tied,fresh,seed=1,"
         "no-weight-decay='norm|bias'",
     },
     "--allow": {
         "metavar": "RULE=REASON",
         "action": "append",
         "default": [],
-        "help": "let this rule find something, for a reason; may be repeated",
+        "help": "do not count what this rule finds, for the reason you give; may be repeated",
     },
     "--report": {"metavar": "FILE", "help": "write the verdict as JSON"},
-    "--format": {"choices": ("text", "json", "github"), "default": "text", "help": "form of the verdict on stderr"},
-    "--trace": {"metavar": "FOLDER", "help": "keep the record of the run, for conformance diff"},
-    "--strict": {"action": "store_true", "help": "advice counts: it makes the exit code 1"},
+    "--page": {
+        "metavar": "FILE",
+        "help": "write the verdict as an HTML page, with curves of the updates and tables of tensors",
+    },
+    "--format": {
+        "choices": ("text", "json", "github"),
+        "default": "text",
+        "help": "how to print the verdict on stderr (default: text)",
+    },
+    "--trace": {"metavar": "FOLDER", "help": "write the record of the run into this folder, for conformance diff"},
+    "--resume-with": {
+        "metavar": "COMMAND",
+        "help": "then run this command, which resumes from the checkpoint that the script left, and judge the resume",
+    },
+    "--quiet": {
+        "action": "store_true",
+        "help": "do not print the verdict: for --report, --trace and the exit code only",
+    },
+    "--strict": {"action": "store_true", "help": "count advice as a fault: it makes the exit code 1"},
 }
 """Options of the audit, as argparse takes them."""
 FORMATS: tuple[Format, ...] = get_args(Format)

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import conformance.auditing.rules  # noqa: F401  # fills RULES
+from conformance.auditing.rule import RULES, TOPICS
 from conformance.bench.summary import read_summary
 from conformance.bench.tables import tables
 from conformance.capabilities import CAPABILITIES
@@ -133,8 +135,8 @@ def bench_tables() -> str:
 
 
 def trainer_table() -> str:
-    """Return whole runs of ``Trainer.fit`` on a GPU."""
-    runs = json.loads((REPORTS / "trainer-h100.json").read_text(encoding="utf-8"))["runs"]
+    """Return whole runs of ``Trainer.fit`` on a GPU, and of what was tried in them."""
+    runs = json.loads((REPORTS / "trainer" / "nvidia-h200.json").read_text(encoding="utf-8"))["rows"]
     rows = ["| | microbatches | tokens/s | MFU | memory | the GPU waits for the host |", "|---|--:|--:|--:|--:|--:|"]
     for name, run in runs.items():
         settings = run["settings"]
@@ -143,6 +145,14 @@ def trainer_table() -> str:
             f"| {run['mfu']:.1%} | {run['peak_gigabytes']:.1f} GB "
             f"| {run['share_of_time_the_gpu_waits_for_the_host']:.2%} of the time |"
         )
+    return "\n".join(rows) + "\n"
+
+
+def scaling_table() -> str:
+    """Return what one of two GPUs reaches, as a share of what one alone does in the same minutes."""
+    found = json.loads((REPORTS / "trainer" / "nvidia-h200-x2.json").read_text(encoding="utf-8"))
+    rows = ["| two GPUs | share of one GPU alone |", "|---|--:|"]
+    rows += [f"| {name} | {share:.1%} |" for name, share in found["share of one GPU"].items()]
     return "\n".join(rows) + "\n"
 
 
@@ -156,6 +166,16 @@ def stable_embedding_table() -> str:
     return "\n".join(rows) + "\n"
 
 
+def audit_rules() -> str:
+    """Return all rules of the audit by topic."""
+    rows = ["| rule | finds | a healthy run |", "|---|---|---|"]
+    for topic, words in TOPICS.items():
+        rows.append(f"| **{words}** | | |")
+        own = [rule for rule in RULES.values() if rule.topic == topic]
+        rows += [f"| `{rule.name}` | {rule.kind} | {escaped(rule.requirement)} |" for rule in own]
+    return "\n".join(rows) + "\n"
+
+
 def escaped(text: str) -> str:
     """Return text in which Markdown sees no markup but `code`."""
     return re.sub(r"([*<>|\[\]])", r"\\\1", text)
@@ -163,11 +183,13 @@ def escaped(text: str) -> str:
 
 PAGES: dict[str, Callable[[], str]] = {"docs/clauses.md": clauses_page, "docs/results.md": results_page}
 BLOCKS: dict[str, Callable[[], str]] = {
+    "audit-rules": audit_rules,
     "bench": bench_tables,
     "capabilities": capability_table,
     "chapters": chapter_table,
     "commands": command_table,
     "stable-embedding": stable_embedding_table,
+    "scaling": scaling_table,
     "trainer": trainer_table,
 }
 

@@ -7,6 +7,8 @@ from .errors import CheckpointError as CheckpointError
 from .errors import ConfigurationError as ConfigurationError
 from .errors import DataError as DataError
 from .errors import TrainingError as TrainingError
+from .finetuning.config import FinetuneConfig as FinetuneConfig
+from .interchange.adapter import export_adapter as export_adapter
 from .interchange.huggingface import export_huggingface as export_huggingface
 from .interchange.huggingface import import_huggingface as import_huggingface
 from .model.embedding import restore_embeddings as restore_embeddings

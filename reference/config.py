@@ -213,6 +213,8 @@ class TrainConfig:
     """Updates between checkpoints; there is also one after the last update. None: never."""
     keep_last: int | None = None
     """Checkpoints to keep; older ones of this directory are removed once a newer one is complete. None: all."""
+    sample_every: int | None = None
+    """Updates between samples of text from the model; there is also one after the last update. None: never."""
     log_every: int = 10
     """Updates between log lines (the first and the last are always logged)."""
     capture_step: InitVar[bool] = False
@@ -233,7 +235,8 @@ class TrainConfig:
         for name in ("updates", "microbatches", "devices", "num_nodes", "log_every"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}, but must be at least 1.")
-        for name, none in (("evaluate_every", "never"), ("save_every", "never"), ("evaluate_batches", "all")):
+        every = dict.fromkeys(("evaluate_every", "save_every", "sample_every"), "never")
+        for name, none in (every | {"evaluate_batches": "all"}).items():
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigurationError(f"{name} is {value}: give a number of at least 1, or None for {none}.")

@@ -11,11 +11,11 @@ ROOT = Path(__file__).parent.parent
 # from its own room and from lower floors; rooms on one floor do not import each other.
 FLOORS = {
     "conformance": [
-        ["conformance.errors", "conformance.version"],
+        ["conformance.causes", "conformance.errors", "conformance.version"],
         ["conformance.capabilities", "conformance.recording.trace", "conformance.options"],
         ["conformance.recipe", *(f"conformance.recording.{n}" for n in ("snapshot", "isolation", "limits", "files"))],
         ["conformance.subject", *(f"conformance.recording.{n}" for n in ("gates", "metrics", "weights"))],
-        ["conformance.recording.unseen"],
+        ["conformance.recording.unseen", "conformance.recording.loggers"],
         ["conformance.recording.calls"],
         ["conformance.recording.recorder"],
         ["conformance.recording"],
@@ -23,8 +23,9 @@ FLOORS = {
         ["conformance.blame", "conformance.recording.ranks"],
         ["conformance.runs"],
         ["conformance.clause", "conformance.checks", "conformance.deviations", "conformance.causes"],
-        ["conformance.suites", "conformance.session"],
+        ["conformance.suites", "conformance.session", "conformance.catalogue"],
         ["conformance.report"],
+        ["conformance.supervision", "conformance.progress"],
         ["conformance.engine"],
         ["conformance.auditing"],
         ["conformance.cli"],
@@ -33,7 +34,7 @@ FLOORS = {
         ["conformance.subjects", "conformance.bench"],
     ],
     "reference": [
-        ["reference.errors"],
+        ["reference.errors", "reference.heartbeat"],
         ["reference.config", "reference.files"],
         ["reference.model", "reference.optimizers", "reference.data"],
         ["reference.finetuning"],

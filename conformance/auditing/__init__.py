@@ -26,19 +26,18 @@ def audit(
     >>> verdict.faults
     []
 
-    The verdict is complete when the block ends; ``print(verdict)`` shows it as a letter. Build model, optimizer and
-    data inside the block: what is built outside of it is trained all the same, but a skipped initialisation does not
-    show.
+    The verdict is complete when the block ends; ``print(verdict)`` shows it. Build model, optimizer and data inside the
+    block if you can: the audit notices a skipped initialisation only in a model that is built inside.
 
     Args:
         updates: how many updates to watch.
-        then: ``stop`` ends the block after them; ``go-on`` lets it run, with nothing watched any more.
-        expect: what you mean, as in ``lr=3e-4,clip=1.0,tied``; see ``--expect``.
+        then: ``stop`` ends the block after them; ``go-on`` lets it go on unwatched.
+        expect: what you expect of the run, as in ``lr=3e-4,clip=1.0,tied``; see ``--expect``.
         allow: rules that may find something, each as ``RULE=reason``.
-        strict: advice makes ``verdict.failed`` true.
+        strict: count advice as a fault: ``verdict.failed`` is then true.
 
     Raises:
-        UsageError: for an expectation or a rule that is not known, and for fewer updates than one.
+        UsageError: for an unknown expectation or rule, and for fewer than one update.
     """
     from conformance.auditing.judging import allowances
     from conformance.auditing.rules.expected import parse
@@ -46,5 +45,5 @@ def audit(
     from conformance.errors import UsageError
 
     if updates < 1:
-        raise UsageError(f"an audit watches one update or more, not {updates}.")
+        raise UsageError(f"updates is {updates}: an audit watches one update or more.")
     return audited(updates, then, parse(expect), allowances(allow), strict)

@@ -1,54 +1,98 @@
-"""The command ``python -m conformance audit``: what the user asked for, the run, and the exit code."""
+"""The command ``python -m conformance audit``: its options, the run, and the exit code."""
 
 import argparse
 import importlib.util
 import os
+import shlex
+import subprocess
 import sys
+import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TextIO
 
-from conformance.auditing.judging import allowances
+from conformance.auditing.facts import Facts
+from conformance.auditing.judging import allowances, judge_resumed, with_allowances
+from conformance.auditing.page import write_page
 from conformance.auditing.rules.expected import parse
 from conformance.auditing.run import audited, run_script
+from conformance.auditing.traces import load, save
 from conformance.auditing.verdict import Verdict, annotations, as_json, print_letter
 from conformance.errors import UsageError
 from conformance.options import FAILED, PASSED, USAGE
 from conformance.report.result import require_writable, write_json
 
 NOTHING_SEEN = """\
-The audit saw no update: the script ended before an optimizer stepped, or it trains in another process.
-Give it arguments with which it trains, and start several processes outside: torchrun ... -m conformance audit -- ..."""
+The audit saw no update: the script ended before an optimizer stepped, or it trains in a process that it starts itself.
+Give the script arguments with which it trains. To audit several processes, start them with torchrun:
+torchrun --nproc-per-node 2 -m conformance audit -- train.py"""
 
 
 def audit_script(options: argparse.Namespace) -> int:
-    """Audit a script and return the exit code. Raises UsageError for a mistake of the user's."""
+    """Audit a script and return the exit code. Raises UsageError for a user's mistake."""
     updates = whole_number(options.updates)
     expected, allowed = parse(options.expect), allowances(options.allow)
     command = check_command(options.script)
     stderr = sys.stderr  # as it is now: the run's own goes through the audit's ears
     report = require_writable(Path(options.report)) if options.report else None
+    page = require_writable(Path(options.page)) if options.page else None
     folder = check_folder(options.trace)
 
     def done(verdict: Verdict) -> None:
-        if verdict.facts is None or not verdict.facts.updates:
+        if verdict.facts is None or not verdict.facts.updates or options.quiet:
             return
         show(verdict, options.format, stderr)
         if report is not None:
             print(f"Written: {write_json(report, verdict.as_json())}", file=stderr)
+        if page is not None:
+            write_page(verdict, page)
+            print(f"Written: {page}", file=stderr)
 
+    second = check_command(resume_command(options.resume_with)) if options.resume_with else None
     start = partial(audited, updates, options.then, expected, allowed, options.strict, done)
     code, verdict = run_script(command, start)
     if folder is not None and verdict.facts is not None:
-        from conformance.auditing.traces import save
-
         save(verdict.facts, folder)
     if code:
         return code
     if verdict.facts is None or (not verdict.facts.updates and not verdict.broken):
         print(NOTHING_SEEN, file=stderr)
         return USAGE
+    if second is not None:
+        findings = with_allowances(judge_resumed(verdict.facts, resumed(second, updates)), allowed)
+        verdict.findings += findings
+        show(replace(verdict, findings=findings), options.format, stderr)
+        if report is not None:
+            write_json(report, verdict.as_json())
     return FAILED if verdict.failed else PASSED
+
+
+def resume_command(text: str) -> list[str]:
+    """Return the command that resumes, without the ``python`` that it may begin with."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UsageError(f"--resume-with is not a valid command: {str(error).lower()}.") from None
+    return words[1:] if words and Path(words[0]).name.startswith("python") else words
+
+
+def resumed(command: list[str], updates: int) -> Facts:
+    """Run the command that resumes, audited in a process of its own, and return its facts.
+
+    Raises:
+        UsageError: if it made no update.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        words = [sys.executable, "-m", "conformance", "audit", "--updates", str(updates), "--trace", folder, "--quiet"]
+        ended = subprocess.run([*words, "--", *command], check=False)
+        try:
+            return load(Path(folder))[0]
+        except UsageError:
+            raise UsageError(
+                f"the command of --resume-with left no record and ended with exit code {ended.returncode}: "
+                "run it by itself to see why."
+            ) from None
 
 
 def show(verdict: Verdict, form: str, stream: TextIO) -> None:
@@ -79,10 +123,12 @@ def whole_number(text: str) -> int:
 def check_command(command: list[str]) -> list[str]:
     """Return the script and its arguments. Raises UsageError if there is no such script."""
     if not command:
-        raise UsageError("no script to audit: python -m conformance audit -- train.py args ...")
+        raise UsageError("no script to audit: name it after --, as in python -m conformance audit -- train.py args ...")
     if command[0] == "-m":
         if len(command) < 2:
-            raise UsageError("-m needs a module: python -m conformance audit -- -m package.train args ...")
+            raise UsageError(
+                "-m needs the name of a module, as in python -m conformance audit -- -m package.train args ..."
+            )
         sys.path.insert(0, os.getcwd())
         try:
             found = importlib.util.find_spec(command[1])
@@ -91,12 +137,16 @@ def check_command(command: list[str]) -> list[str]:
         finally:
             sys.path.pop(0)
         if found is None:
-            raise UsageError(f"no module named {command[1]!r} in this environment or folder.")
+            raise UsageError(f"no module named {command[1]!r} in this environment or folder: check its name.")
         return command
     if command[0].startswith("python") and not Path(command[0]).exists():
-        raise UsageError("leave python out: python -m conformance audit -- train.py args ...")
+        raise UsageError(
+            "leave python out: the audit runs the script itself, as in python -m conformance audit -- train.py ..."
+        )
     if not Path(command[0]).is_file():
-        raise UsageError(f"no such script: {command[0]}")
+        raise UsageError(
+            f"no such script: {command[0]}. Give the path of a Python file, or -m and the name of a module."
+        )
     return command
 
 
@@ -108,5 +158,5 @@ def check_folder(name: str | None) -> Path | None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--trace {name} cannot be made: {error.strerror}.") from None
+        raise UsageError(f"the folder {name}, given to --trace, cannot be made: {error.strerror}.") from None
     return folder

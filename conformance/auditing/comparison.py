@@ -1,4 +1,4 @@
-"""The command ``python -m conformance diff``: two records, and where the runs part."""
+"""The command ``python -m conformance diff``: two records, and where the runs first differ."""
 
 import json
 import math
@@ -22,7 +22,7 @@ SCHEMA = 1
 
 
 def compare_records(first: Path, second: Path, noise: Path | None, form: str) -> int:
-    """Compare two records, print where the runs part, and return the exit code.
+    """Compare two records, print where the runs first differ, and return the exit code.
 
     Raises:
         UsageError: for a record that is missing, damaged, or without an update.
@@ -42,7 +42,7 @@ def read(folder: Path) -> WholeRun:
     """Return the run of a record."""
     run = whole_run(load(folder))
     if not run.updates:
-        raise UsageError(f"the record in {folder} has no update.")
+        raise UsageError(f"the record in {folder} has no update: audit a run that makes at least one.")
     return run
 
 
@@ -72,7 +72,7 @@ def as_json(found: Comparison) -> dict[str, Any]:
 
 
 def print_comparison(console: Console, found: Comparison, first: str, second: str, repeated: bool) -> None:
-    """Print a comparison: the parting first, then every phase that was compared."""
+    """Print a comparison: the first difference, then every phase that was compared."""
     console.print()
     parting = found.parting
     names = f"{plain(first)} and {plain(second)}"
@@ -82,7 +82,7 @@ def print_comparison(console: Console, found: Comparison, first: str, second: st
     else:
         number, entry = parting
         where = "at the start" if entry.phase == "start" else f"in update {number}, in the {entry.phase}"
-        console.print(Text(f"{names} part {where}", style="bold red"))
+        console.print(Text(f"{names} first differ {where}", style="bold red"))
         told = {"Looks like": found.cause, "Seen": entry.words, "Largest difference": amount(entry)}
         told["Tensors"] = f"{quoted(entry.tensors)}" if entry.tensors else ""
         for label, text in told.items():
@@ -91,14 +91,16 @@ def print_comparison(console: Console, found: Comparison, first: str, second: st
                 console.print(Padding(line, (0, 0, 0, 2)))
     for note in [*found.notes, *(f"Not compared: {words}" for words in found.unseen)]:
         console.print(Text(f"  {plain(note)}", style="dim"))
-    noise = "twice what the repeat shows, if that is more than the dtype's" if repeated else "by the dtype of the runs"
-    console.print(Text(f"\nLargest relative difference in each phase (in brackets the bound, {noise})", style="dim"))
+    noise = "twice what the repeat shows, or the bound of the dtype if that is more" if repeated else "by the dtype"
+    console.print(
+        Text(f"\nLargest relative difference in each phase; in brackets, what counts as noise ({noise})", style="dim")
+    )
     console.print(table(found))
 
 
 def amount(entry: Difference) -> str:
     """Return a difference in words."""
-    return f"{entry.value:.2g}, where noise is at most {entry.bound:.2g}" if math.isfinite(entry.value) else ""
+    return f"{entry.value:.2g}; noise is at most {entry.bound:.2g}" if math.isfinite(entry.value) else ""
 
 
 def table(found: Comparison) -> Table:

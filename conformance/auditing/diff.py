@@ -1,4 +1,4 @@
-"""Where two runs part: the first update, phase and tensor, by how much, beside the noise of such a pair."""
+"""Find where two runs first differ: the update, the phase, the tensors, and by how much more than noise."""
 
 import math
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from conformance.errors import quoted
 
 PHASES = ("start", "data", "forward", "gradient", "clipped gradient", "settings", "parameters")
 # Relative, by the dtype in which both runs compute. Pairs that should agree (a repeat, DDP, FSDP2, tensor parallelism,
-# another split into microbatches, compiled against eager) show at most a tenth of these; tests/audits/pairs.py.
+# another split into microbatches, compiled against eager) show at most a tenth of these.
 BOUNDS = {
     "forward": {torch.float32: 2e-5, torch.bfloat16: 5e-3, torch.float16: 2e-3},
     "gradient": {torch.float32: 2e-3, torch.bfloat16: 0.1, torch.float16: 0.05},
@@ -75,9 +75,9 @@ def compare(first: WholeRun, second: WholeRun, noise: "Comparison | None" = None
     describe_runs(first, second, result)
     lost, new = sorted(set(first.sizes) - set(second.sizes)), sorted(set(second.sizes) - set(first.sizes))
     if lost or new:
-        words = f"only in the first: {quoted(lost) or 'none'}; only in the second: {quoted(new) or 'none'}"
+        words = f"tensors only in the first run: {quoted(lost) or 'none'}; only in the second: {quoted(new) or 'none'}"
         result.seen.append((0, Difference("start", math.inf, 0.0, (*lost, *new), words)))
-        result.cause = "the models have other tensors"
+        result.cause = "the models have different tensors"
         return result
     steps: list[tuple[int, Difference]] = [(0, started(first, second, result))]
     for number in range(result.updates):
@@ -102,7 +102,7 @@ def describe_runs(first: WholeRun, second: WholeRun, result: Comparison) -> None
         result.notes.append(f"processes: {first.processes} and {second.processes}")
     if first.dtypes != second.dtypes:
         result.notes.append(
-            f"computed in {quoted(sorted(map(str, first.dtypes)))} and {quoted(map(str, second.dtypes))}"
+            f"dtypes of the computation: {quoted(sorted(map(str, first.dtypes)))} and {quoted(map(str, second.dtypes))}"
         )
     optimizers = [run.updates[0].optimizers if run.updates else () for run in (first, second)]
     if optimizers[0] != optimizers[1]:
@@ -119,7 +119,7 @@ def bound(first: WholeRun, second: WholeRun, phase: str, number: int = 0) -> flo
 def started(first: WholeRun, second: WholeRun, result: Comparison) -> Difference:
     """Compare the weights at the start."""
     if not first.initial.samples or not second.initial.samples:
-        result.unseen.append("start: the weights before the first update were not seen in both runs")
+        result.unseen.append("the start (a record lacks the weights before the first update)")
         return Difference("start", 0.0, 0.0)
     rounding = NORMS if first.weights == second.weights else 2.0**-8
     return vectors("start", first.initial, second.initial, first.sizes, rounding)
@@ -140,7 +140,7 @@ def update_phases(first: WholeRun, second: WholeRun, number: int, result: Compar
 def data(a: WholeUpdate, b: WholeUpdate, number: int, result: Comparison) -> Difference:
     """Compare the sequences of an update, in whatever order and split."""
     if not a.rows or not b.rows:
-        tell_once(result, "data: token ids were not seen in both runs")
+        tell_once(result, "the data (a record lacks the token ids)")
         return Difference("data", 0.0, 0.0)
     lengths = {len(row) for row in a.rows}, {len(row) for row in b.rows}
     if lengths[0] != lengths[1] and max(lengths[0]) - max(lengths[1]) in (-1, 1):  # one shifts inside the model
@@ -152,7 +152,7 @@ def data(a: WholeUpdate, b: WholeUpdate, number: int, result: Comparison) -> Dif
     share = different / (len(rows[0]) + len(rows[1]))
     if not different and len(rows[0]) != len(rows[1]):
         share = abs(len(rows[0]) - len(rows[1])) / len(rows[0])
-    words = f"{len(rows[0])} and {len(rows[1])} sequences, {different} of them in one run only"
+    words = f"{len(rows[0])} and {len(rows[1])} sequences, of which {different} are in one run only"
     return Difference("data", share, 0.0, words=words if share else "")
 
 
@@ -160,7 +160,7 @@ def forward(a: WholeUpdate, b: WholeUpdate, limit: float, number: int, result: C
     """Compare the losses: cross entropies where both are seen, and what backward began at otherwise."""
     pair = (a.entropy, b.entropy) if a.entropy is not None and b.entropy is not None else (a.loss, b.loss)
     if pair[0] is None or pair[1] is None:
-        tell_once(result, "forward: no loss was seen in both runs")
+        tell_once(result, "the forward (a record lacks the loss)")
         return Difference("forward", 0.0, limit)
     value = abs(pair[0] - pair[1]) / max(abs(pair[0]), 1e-12)
     return Difference("forward", value, limit, words=f"loss {pair[0]:.6f} and {pair[1]:.6f}")
@@ -170,7 +170,7 @@ def gradients(a: WholeUpdate, b: WholeUpdate, sizes: dict[str, int], limit: floa
     """Compare what the step found, and say whether clipping or the gradient itself differs."""
     one_sided = sorted((a.without ^ b.without) & set(sizes))
     if one_sided:
-        words = f"a gradient in one run only: {quoted(one_sided)}"
+        words = f"tensors with a gradient in one run only: {quoted(one_sided)}"
         yield Difference("gradient", math.inf, limit, tuple(one_sided), words)
         return
     found = vectors("gradient", a.gradients, b.gradients, sizes, limit)
@@ -179,7 +179,11 @@ def gradients(a: WholeUpdate, b: WholeUpdate, sizes: dict[str, int], limit: floa
     if seen_before and earlier.parts and not found.parts:
         # Clipping hides a factor. Anything else is a run that reduces its gradients after the last backward.
         factor = shared_factor(a.accumulated, b.accumulated)
-        yield replace(earlier, words=f"clipping hides a factor of {factor:.4g}") if factor else found
+        yield (
+            replace(earlier, words=f"the gradient differs by a factor of {factor:.4g}, which clipping hides")
+            if factor
+            else found
+        )
     elif seen_before and found.parts and not earlier.parts:
         yield replace(found, phase="clipped gradient")
     else:
@@ -253,7 +257,7 @@ def tell_once(result: Comparison, words: str) -> None:
 
 
 def cause_of(first: WholeRun, second: WholeRun, number: int, found: Difference) -> str:
-    """Return what kind of cause a parting looks like."""
+    """Return the kind of cause that a first difference looks like."""
     if found.phase == "start":
         return cause_of_start(first, second, found)
     a, b = first.updates[number - 1], second.updates[number - 1]
@@ -263,18 +267,20 @@ def cause_of(first: WholeRun, second: WholeRun, number: int, found: Difference) 
         if first.dtypes != second.dtypes:
             return "precision: the runs compute in different dtypes"
         if first.dropout or second.dropout:
-            return "dropout: the masks differ (other seeds, or another number of processes)"
+            return "dropout: the masks differ (different seeds, or different numbers of processes)"
         pair = (a.loss, b.loss)
         if a.entropy is not None and b.entropy is not None:
-            return "another function: the same weights and data give another loss"
-        return f"the loss is scaled by {pair[1] / pair[0]:.4g}" if pair[0] and pair[1] is not None else "another loss"
+            return "a different function: the same weights and data give a different loss"
+        if pair[0] and pair[1] is not None:
+            return f"the second run's loss is {pair[1] / pair[0]:.4g} times the first run's"
+        return "a different loss"
     if found.phase == "clipped gradient" and (a.clip != b.clip or first.dtypes == second.dtypes):
         if a.clip != b.clip:
             return f"clipping: limits {a.clip} and {b.clip}"
-        return f"{quoted(found.tensors)} changed between the last backward and the step, in one of the runs"
+        return f"{quoted(found.tensors)} changed between the last backward and the step in one of the runs"
     if found.phase == "settings":
         key = found.words.split(" ")[0]
-        return "learning rate" if key == "lr" else f"the optimizer's {key}"
+        return "different learning rates" if key == "lr" else f"different values of the optimizer's {key}"
     if "gradient" in found.phase:
         return cause_of_gradient(first, second, a, b, found)
     return "the step: equal gradients and settings move the weights differently"
@@ -284,20 +290,21 @@ def cause_of_start(first: WholeRun, second: WholeRun, found: Difference) -> str:
     """Return why the weights at the start differ."""
     for number, update in enumerate(first.updates, start=1):
         if not vectors("start", update.after, second.initial, first.sizes, 1e-6).parts:
-            return f"the second run starts from the first one's weights after update {number}"
+            return f"the second run starts from the weights that the first run had after update {number}"
     share = len(found.tensors) / max(len(first.sizes), 1)
-    return "other initial weights" if share > 0.2 else f"other initial weights of {quoted(found.tensors)} only"
+    return "different initial weights" if share > 0.2 else f"different initial weights of {quoted(found.tensors)} only"
 
 
 def cause_of_data(first: WholeRun, second: WholeRun, number: int) -> str:
     """Return why the batches differ."""
     a, b = first.updates[number], second.updates[number]
     if len(a.rows) != len(b.rows):
-        return f"another batch size: {len(a.rows)} and {len(b.rows)} sequences in an update"
+        return f"different batch sizes: {len(a.rows)} and {len(b.rows)} sequences in an update"
     for other in range(min(len(first.updates), len(second.updates))):
         if other != number and first.updates[other].rows == b.rows:
-            return f"the same batches in another order: update {number + 1} has what update {other + 1} had"
-    return "other data"
+            words = f"update {number + 1} has the batch of the first run's update {other + 1}"
+            return f"the same batches in a different order: {words}"
+    return "different data"
 
 
 def cause_of_gradient(first: WholeRun, second: WholeRun, a: WholeUpdate, b: WholeUpdate, found: Difference) -> str:
@@ -309,11 +316,11 @@ def cause_of_gradient(first: WholeRun, second: WholeRun, a: WholeUpdate, b: Whol
         b.accumulated if b.accumulated.norms else b.gradients,
     )
     if factor := shared_factor(*before):
-        return f"the gradient is scaled by {factor:.4g}"
+        return f"the second run's gradient is {factor:.4g} times the first run's"
     if first.dtypes != second.dtypes:
         return "precision: the runs compute in different dtypes"
     if first.processes != second.processes and len(found.tensors) < len(first.sizes) / 2:
-        return f"{quoted(found.tensors)} {'are' if len(found.tensors) > 1 else 'is'} not reduced over the processes"
+        return f"the gradients of {quoted(found.tensors)} are not reduced over the processes"
     if first.processes != second.processes:
-        return "gradients are not reduced over the processes, or weighed differently"
-    return "another backward: the same loss gives another gradient"
+        return "gradients are not reduced over the processes, or are weighted differently"
+    return "a different backward: the same loss gives a different gradient"

@@ -12,7 +12,7 @@ from conformance.errors import NotApplicable
 from conformance.recording.trace import CrossEntropy
 
 ROWS = 8
-UNSEEN = "no cross entropy was seen: it is computed in compiled code, or by another function"
+UNSEEN = "the audit saw no cross entropy: the run computes it in compiled code, or not by PyTorch's function"
 
 
 def describe_input(name: str, given: Any, backward: int) -> Given | None:

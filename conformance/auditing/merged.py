@@ -90,7 +90,10 @@ def whole_update(ranks: list[Facts], number: int) -> WholeUpdate:
         [f for f in facts.trace.forwards if f.grad_enabled and f.update == number and not f.evaluation]
         for facts in ranks
     ]
-    rows = sorted(tuple(row) for own in forwards for forward in own for row in forward.ids.tolist())
+    batches = [[tuple(row) for forward in own for row in forward.ids.tolist()] for own in forwards]
+    if first.sharded and "FSDPModule" not in first.wrappers:  # tensor parallelism: a batch is seen by several processes
+        batches = [list(batch) for batch in dict.fromkeys(map(tuple, batches))]
+    rows = sorted(row for batch in batches for row in batch)
     entropies = [e for facts in ranks for e in facts.trace.entropies if e.grad_enabled and e.update == number]
     entropies = [e for e in entropies if e.counted and e.value.ndim == 0]
     targets = sum(entropy.counted for entropy in entropies)

@@ -1,19 +1,16 @@
-"""What a run says, heard as it is said: printed lines, log records, and metrics that are given to loggers.
+"""What a run prints, logs and gives to loggers of metrics, heard as it happens.
 
-Nothing is held back: a line reaches the terminal at once, as it would without us.
+Nothing is held back: a line reaches the terminal at once, as it would without the audit.
 """
 
 import contextlib
-import functools
 import io
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, TextIO
 
-from conformance.recording.metrics import line
-
-Hear = Callable[[str], None]
+from conformance.recording.loggers import Hear, Loggers
 
 
 class Lent:
@@ -28,9 +25,12 @@ class Lent:
     def close(self) -> None:
         """Keep it open: it is not ours."""
 
+    def _dealloc_warn(self, source: object) -> None:
+        """Do not complain that it is open."""
+
 
 class Tee(io.TextIOWrapper):
-    """A text stream that also tells what is written to it, line by line."""
+    """A text stream that also hands on each line that is written to it."""
 
     hear: Hear
     pending = ""
@@ -46,7 +46,7 @@ class Tee(io.TextIOWrapper):
 
 @contextlib.contextmanager
 def heard(hear: Hear) -> "Iterator[Loggers]":
-    """Tell of every line that is printed, logged or given to a logger of metrics inside the block."""
+    """Hand on every line that is printed, logged or given to a logger of metrics inside the block."""
     with contextlib.ExitStack() as stack:
         for name in ("stdout", "stderr"):
             stack.enter_context(teed(name, hear))
@@ -91,7 +91,7 @@ def deaf(text: str) -> None:
 
 @contextlib.contextmanager
 def told_by_method(stream: Any, hear: Hear) -> Iterator[None]:
-    """Tell of what is written to a stream that is no wrapper of bytes."""
+    """Hand on what is written to a stream that does not wrap a stream of bytes."""
     write = stream.write
 
     def telling(text: str) -> Any:
@@ -113,7 +113,7 @@ def told_by_method(stream: Any, hear: Hear) -> Iterator[None]:
 
 @contextlib.contextmanager
 def logging_heard(hear: Hear) -> Iterator[None]:
-    """Tell of log records. No handler is added: with one, ``logging.basicConfig`` would do nothing."""
+    """Hand on log records. No handler is added: with one, ``logging.basicConfig`` would do nothing."""
     original = logging.Logger.callHandlers
 
     def call(self: logging.Logger, record: logging.LogRecord) -> None:
@@ -126,67 +126,3 @@ def logging_heard(hear: Hear) -> Iterator[None]:
         yield
     finally:
         logging.Logger.callHandlers = original  # type: ignore[method-assign] # as it was
-
-
-LOGGERS: dict[str, tuple[str, str, Callable[..., str]]] = {
-    "wandb.sdk.wandb_run": ("Run", "log", lambda data, step="", **_: line(data, "" if step is None else step)),
-    "torch.utils.tensorboard.writer": (
-        "SummaryWriter",
-        "add_scalar",
-        lambda tag, value, global_step="", **_: line({tag: number(value)}, global_step),
-    ),
-    "tensorboardX.writer": (
-        "SummaryWriter",
-        "add_scalar",
-        lambda tag, value, global_step="", **_: line({tag: number(value)}, global_step),
-    ),
-    "lightning.pytorch.trainer.connectors.logger_connector.logger_connector": (
-        "_LoggerConnector",
-        "log_metrics",
-        lambda metrics, step="", **_: line({k: number(v) for k, v in metrics.items()}, "" if step is None else step),
-    ),
-    "mlflow.tracking.fluent": ("", "log_metrics", lambda metrics, step="", **_: line(metrics, step or "")),
-}
-"""By module: class and method that take metrics, and what they say as a line."""
-
-
-def number(value: Any) -> Any:
-    """Return a plain number for a tensor with one element."""
-    return value.item() if hasattr(value, "item") else value
-
-
-class Loggers:
-    """Watches the common loggers. The run imports them when it likes, so they are looked for at every update."""
-
-    def __init__(self, hear: Hear) -> None:
-        self.hear = hear
-        self.waiting = dict(LOGGERS)
-        self.undo: list[Callable[[], None]] = []
-
-    def look(self) -> None:
-        """Watch those that have been imported since."""
-        for name in [name for name in self.waiting if name in sys.modules]:
-            kind, method, said = self.waiting[name]
-            owner: Any = getattr(sys.modules[name], kind, None) if kind else sys.modules[name]
-            original = getattr(owner, method, None)
-            if original is not None:
-                del self.waiting[name]
-                setattr(owner, method, self.telling(original, said, bound=bool(kind)))
-                self.undo.append(functools.partial(setattr, owner, method, original))
-
-    def telling(self, original: Callable[..., Any], said: Callable[..., str], bound: bool) -> Callable[..., Any]:
-        """Return a logger's method that also tells what it was given."""
-
-        @functools.wraps(original)
-        def log(*args: Any, **kwargs: Any) -> Any:
-            with contextlib.suppress(Exception):  # other arguments than we know: nothing is heard
-                if text := said(*args[bound:], **kwargs):
-                    self.hear(text)
-            return original(*args, **kwargs)
-
-        return log
-
-    def leave(self) -> None:
-        """Put the loggers' methods back."""
-        for action in self.undo:
-            action()

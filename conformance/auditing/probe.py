@@ -33,17 +33,17 @@ def probe(root: nn.Module, call: Call, facts: Facts) -> Probed:
     if facts.sharded or "FullyShardedDataParallel" in facts.wrappers:
         return Probed(unseen="the model is sharded over several processes")
     if "DeepSpeedEngine" in facts.wrappers:
-        return Probed(unseen="DeepSpeed runs the model")
+        return Probed(unseen="the audit cannot run a model that DeepSpeed runs")
     ids = find_ids(call.args, call.kwargs)
     if ids is None or ids.size(1) < 4:
-        return Probed(unseen="no token ids were seen among the arguments of the model")
+        return Probed(unseen="the audit saw no token ids among the arguments of the model")
     last = facts.trace.all_training_forwards()
     kind = last[-1].autocast if last else None
     try:
         with surroundings(root, ids.device.type, kind):
             return altered_runs(call, ids)
     except torch.OutOfMemoryError:
-        return Probed(unseen="there was no memory left for another forward")
+        return Probed(unseen="there was too little memory for another forward")
     except Exception as error:
         return Probed(unseen=f"the model raised {type(error).__name__} when the audit called it with two sequences")
 
@@ -85,7 +85,7 @@ def altered_runs(call: Call, ids: Tensor) -> Probed:
     first = logits(batch)
     entropies = tuple((entropy, given, batch) for entropy, given in inputs.found)
     if first is None or first.size(0) != rows:
-        unseen = "no logits leave the model, and no cross entropy was computed inside it"
+        unseen = "the model returns no logits, and computes no cross entropy inside"
         return Probed(entropies=entropies, unseen=unseen)
     try:
         return replace(compared(logits, batch, first), entropies=entropies)
@@ -102,7 +102,7 @@ def compared(logits: Callable[[Tensor], Any], batch: Tensor, before: Tensor) -> 
     half = batch.size(1) // 2
     other = (batch + 1) % (int(batch.max()) + 1)
     if bool((other == batch).all()):
-        raise Unseen("the batch holds one token only")
+        raise Unseen("all tokens of the batch are the same")
     later = batch.clone()
     later[:, half:] = other[:, half:]
     moved = moves(before, logits(later), scale)[:, :half].any(0).nonzero().flatten()

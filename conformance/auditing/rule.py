@@ -17,11 +17,13 @@ class Doubt(Violation):
 
 @dataclass(frozen=True)
 class Seen:
-    """What a rule judges: one process's facts, those of all processes, and what the user said is meant."""
+    """What a rule judges: one process's facts, those of all processes, and what the user expects."""
 
     facts: Facts
     ranks: list[Facts] = field(default_factory=list)
     expected: Mapping[str, str] = field(default_factory=dict)
+    earlier: Facts | None = None
+    """Of the run that left the checkpoint from which this one goes on."""
 
 
 @dataclass(frozen=True)
@@ -44,19 +46,20 @@ class Rule:
 
 RULES: dict[str, Rule] = {}
 TOPICS = {
-    "weights": "the weights, at the start and later",
-    "groups": "what the optimizers hold, and how",
+    "weights": "weights, at the start and later",
+    "groups": "parameter groups of the optimizers",
     "gradients": "gradients, clipping and the step",
-    "steps": "when optimizers and schedules act, and how they are set",
+    "steps": "when optimizers and schedules step, and with which settings",
     "data": "batches and targets",
-    "targets": "what of a sequence is predicted",
-    "loss": "the loss, as computed and as told",
-    "model": "modes, and what a logit depends on",
-    "evaluation": "evaluation beside training",
-    "resume": "what a checkpoint gave back",
-    "ranks": "the processes, side by side",
+    "targets": "which tokens of a sequence are targets",
+    "loss": "how the loss is computed and reported",
+    "model": "training mode, and what a logit depends on",
+    "evaluation": "evaluation during training",
+    "resume": "loading a checkpoint to resume from",
+    "ranks": "several processes, compared with each other",
+    "resumed": "the run that --resume-with starts",
     "speed": "speed",
-    "expected": "what you said with --expect",
+    "expected": "what you expect, given by --expect",
 }
 
 

@@ -30,12 +30,12 @@ def audited(
     """Record the training inside the block and judge it; see :func:`conformance.audit`.
 
     Args:
-        updates: how many to record.
-        then: what becomes of the run.
-        expect: what the user means.
+        updates: how many updates to record.
+        then: ``stop`` ends the run after them; ``go-on`` lets it go on unwatched.
+        expect: what the user expects of the run.
         allow: rules that may find something, with reasons.
-        strict: advice counts.
-        done: is called with the verdict as soon as it is complete, on process 0.
+        strict: count advice as a fault.
+        done: is called on process 0 with the verdict, as soon as it is complete.
     """
     verdict = Verdict(strict=strict)
     tell_done = done or (lambda _: None)
@@ -116,7 +116,7 @@ def exit_code(end: SystemExit) -> int:
 
 
 def tell(error: BaseException) -> None:
-    """Print a script's error as Python would, without the lines of those who started it."""
+    """Print a script's error as Python would, without the lines of the audit and of runpy."""
     ours = str(Path(__file__).parent)
     first = error.__traceback__
     while first is not None and (

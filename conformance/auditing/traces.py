@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from conformance.auditing.facts import Backward, Clip, Facts
-from conformance.errors import UsageError
+from conformance.errors import UsageError, describe_error
 from conformance.recording.trace import (
     CrossEntropy,
     EmbeddingInfo,
@@ -53,7 +53,7 @@ def load(folder: Path) -> list[Facts]:
     files = sorted(folder.glob("process-*.pt"), key=lambda path: (len(path.name), path.name))
     if not files:
         raise UsageError(
-            f"there is no record of a run in {folder}: make one with conformance audit --trace {folder} -- ..."
+            f"there is no record of a run in {folder}: make one with python -m conformance audit --trace {folder} -- ..."
         )
     return [read(path) for path in files]
 
@@ -63,15 +63,17 @@ def read(path: Path) -> Facts:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged file makes torch raise
-        raise UsageError(f"the record {path} cannot be read: {str(error).splitlines()[0][:200]}") from None
+        raise UsageError(f"the record {path} cannot be read: {describe_error(error)}") from None
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
-        raise UsageError(f"the record {path} has another schema than {SCHEMA}, which this version reads.")
+        raise UsageError(
+            f"the record {path} does not have schema {SCHEMA}, which this version reads: record the run again."
+        )
     try:
         facts = decoded(content["facts"])
     except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"the record {path} is damaged: {error!r}") from None
+        raise UsageError(f"the record {path} is damaged ({error!r}): record the run again.") from None
     if not isinstance(facts, Facts):
-        raise UsageError(f"the record {path} is damaged: it holds no facts.")
+        raise UsageError(f"the record {path} is damaged (it holds no facts): record the run again.")
     return facts
 
 

@@ -1,4 +1,4 @@
-"""What an audit found, and how it is told: as a doctor's letter, as annotations, and as JSON."""
+"""What an audit found, and how it is printed: as a letter, as annotations, and as JSON."""
 
 import io
 import json
@@ -98,11 +98,13 @@ def print_letter(console: Console, verdict: Verdict) -> None:
     console.print()
     console.print(Text("Audit", style="bold").append(f" of {subject(verdict)}", style="not bold"))
     if verdict.broken:
-        console.print(Text("The audit itself failed, and looked at nothing after that:", style="bold magenta"))
+        console.print(
+            Text("The audit itself failed, and checked nothing after that. Please report this:", style="bold magenta")
+        )
         console.print(Text(verdict.broken, style="dim"))
     facts = verdict.facts
     if facts is not None and facts.compiled:
-        words = "Compiled code was left alone: inside it nothing was watched, and nothing is compiled again."
+        words = "The audit did not look inside compiled code, so that nothing was compiled a second time."
         console.print(Text(words, style="dim"))
     for finding in verdict.of("fault", "advice", "allowed"):
         print_finding(console, finding)
@@ -125,10 +127,10 @@ def print_letter(console: Console, verdict: Verdict) -> None:
 
 
 def subject(verdict: Verdict) -> str:
-    """Return in words what was looked at."""
+    """Return in words what the audit watched."""
     facts = verdict.facts
     if facts is None:
-        return "a run whose facts were not complete"
+        return "a run that ended before its record was complete"
     count, processes = len(facts.updates), max(len(verdict.ranks), 1)
     words = f"{count} update{'s' * (count != 1)}"
     words += f" on {processes} processes" if processes > 1 else ""
@@ -181,7 +183,7 @@ def as_text(verdict: Verdict) -> str:
 
 
 def annotations(verdict: Verdict) -> Iterator[str]:
-    """Yield workflow commands for GitHub Actions, and at last a line that counts the outcomes."""
+    """Yield workflow commands for GitHub Actions, and a last line that counts the outcomes."""
     for finding in verdict.of("fault", "advice"):
         kind = "error" if finding.outcome == "fault" else "warning"
         lines = [finding.requirement, f"expected: {finding.expected}", f"seen: {finding.seen}", f"mend: {finding.mend}"]
@@ -190,5 +192,5 @@ def annotations(verdict: Verdict) -> Iterator[str]:
 
 
 def as_json(verdict: Verdict) -> str:
-    """Return the verdict as JSON. What a file cannot hold is written as an escape."""
+    """Return the verdict as JSON, with characters beyond ASCII as escapes."""
     return json.dumps(verdict.as_json(), indent=2)

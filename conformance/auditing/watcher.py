@@ -19,6 +19,7 @@ from conformance.auditing.noticed import Noticer, digest_of, noticing
 from conformance.auditing.output import Loggers
 from conformance.auditing.probe import probe
 from conformance.recording.files import Files
+from conformance.recording.loggers import Loggers
 from conformance.recording.recorder import Recorder
 from conformance.recording.snapshot import describe_tensors, named_tensors
 from conformance.recording.weights import Sketch, local, norms, offset_of

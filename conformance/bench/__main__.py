@@ -25,6 +25,8 @@ exit code: 0 all is well, 1 a row is slower than before or broke, 2 the command 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code. A mistake of the user's is one sentence on stderr and 2."""
     options = build_parser().parse_args(arguments)
+    if sys.stderr.isatty():
+        print("Loading PyTorch ...", file=sys.stderr, flush=True)  # which takes seconds
     from conformance.bench import session  # imports torch, which --help does not need
 
     try:

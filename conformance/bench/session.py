@@ -160,7 +160,8 @@ def measure_all(
     if unwritten:
         print(unwritten, file=sys.stderr)
         return 1
-    run.say(f"Written: {folder_for(options, run)}/summary.json, after {in_minutes(took)}", style="dim")
+    named = f"{folder_for(options, run)}/summary.json and pytest-benchmark.json beside it"
+    run.say(f"Written: {named}, after {in_minutes(took)}", style="dim")
     if run.interrupted:
         rows = f"{len(run.rows)} {'row' if len(run.rows) == 1 else 'rows'}"
         print(f"Interrupted: the results of {rows} are kept.", file=sys.stderr)

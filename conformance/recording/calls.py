@@ -116,7 +116,8 @@ class Calls:
     def see_autocast(self, module: nn.Module) -> None:
         """Note the dtype of autocast."""
         assert self.call is not None
-        if torch.is_autocast_enabled(device := device_type(module)):
+        # Asking for any autocast first is quick; the device of each module is not.
+        if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device := device_type(module)):
             self.call.autocast = torch.get_autocast_dtype(device)
 
     def returned(self, module: nn.Module, inputs: dict[str, Any], output: Any) -> None:

@@ -1,7 +1,8 @@
 """The gates that every PyTorch run passes, and how each is watched.
 
     forward         torch.nn.modules.module.register_module_forward_pre_hook / forward_hook (of all modules)
-    cross entropy   a TorchFunctionMode, which sees torch.nn.functional.cross_entropy
+    cross entropy   torch._C._nn.cross_entropy_loss and nll_loss_nd, which torch.nn.functional calls; a mode of
+                    functions would be asked for every operation and every attribute of a tensor
     backward        torch.autograd.backward, which Tensor.backward calls, and torch.autograd.grad
     step            torch.optim.optimizer.register_optimizer_step_pre_hook / post_hook (of all optimizers)
     optimizers      torch.optim.Optimizer.__init__
@@ -72,7 +73,7 @@ def watched(watcher: Watcher) -> Iterator[None]:
         stack.enter_context(backward_watched(watcher))
         stack.enter_context(making_watched(watcher))
         stack.enter_context(scaler_watched(watcher))
-        stack.enter_context(EntropyGate(watcher))
+        stack.enter_context(entropies_watched(watcher))
         yield
 
 
@@ -104,6 +105,38 @@ class EntropyGate(TorchFunctionMode):
             bound.apply_defaults()
             self.watcher.entropy_computed(func.__name__, bound.arguments, result)
         return result
+
+
+NATIVE = {"cross_entropy_loss": "cross_entropy", "nll_loss_nd": "nll_loss"}
+"""Functions of torch._C._nn, and those of torch.nn.functional that call them."""
+ARGUMENTS = ("input", "target", "weight", "reduction", "ignore_index", "label_smoothing")
+REDUCTIONS = ("none", "mean", "sum")
+
+
+@contextlib.contextmanager
+def entropies_watched(watcher: Watcher) -> Iterator[None]:
+    """Tell of every cross entropy that torch.nn.functional computes."""
+    natives: Any = torch._C._nn
+    originals = {native: getattr(natives, native) for native in NATIVE}
+
+    def telling(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            # By position, as torch.nn.functional calls it; a call of somebody else's that is otherwise is not seen.
+            if isinstance(result, Tensor) and len(args) >= 5 and args[3] in range(3):
+                arguments = dict(zip(ARGUMENTS, args, strict=False))
+                watcher.entropy_computed(name, arguments | {"reduction": REDUCTIONS[args[3]]}, result)
+            return result
+
+        return call
+
+    for native, name in NATIVE.items():
+        setattr(natives, native, telling(name, originals[native]))
+    try:
+        yield
+    finally:
+        for native, original in originals.items():
+            setattr(natives, native, original)
 
 
 @contextlib.contextmanager

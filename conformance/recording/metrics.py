@@ -1,8 +1,8 @@
 """Metrics that a run gave to a logger instead of printing them, as lines like those that other runs print.
 
-CSV files are read from the run's directory (Lightning's CSVLogger and many scripts write them), and TensorBoard's event
-files if ``tensorboard`` is installed. Calls of ``wandb.log`` are not seen: an adapter may hand over what its logger got
-by ``recipe.report({"loss": 2.1}, step=3)``.
+CSV files are read from the run's directory (Lightning's CSVLogger and many scripts write them), and TensorBoard's
+event files if ``tensorboard`` is installed. Calls of common loggers are seen, too (conformance.recording.loggers). What
+another one got, an adapter may hand over by ``recipe.report({"loss": 2.1}, step=3)``.
 """
 
 import csv

@@ -21,6 +21,7 @@ from conformance.recording.calls import Calls
 from conformance.recording.files import Files
 from conformance.recording.gates import watched
 from conformance.recording.isolation import collected_messages, quiet_and_deterministic
+from conformance.recording.loggers import Loggers
 from conformance.recording.snapshot import (
     class_path,
     describe_group,
@@ -43,6 +44,8 @@ def recording(
         reports = stack.enter_context(collect_reports())
         stack.enter_context(quiet_and_deterministic())
         stack.enter_context(collected_messages(recorder.trace.messages))
+        recorder.loggers = Loggers(recorder.trace.messages.append)
+        stack.callback(recorder.loggers.leave)
         stack.enter_context(watched(recorder))
         try:
             yield recorder.trace
@@ -83,6 +86,7 @@ class Recorder:
     ) -> None:
         self.trace, self.files, self.weights, self.calls = trace, files, weights, Calls(trace, weights)
         self.zero_gradients, self.nan_gradient = zero_gradients, nan_gradient
+        self.loggers: Loggers | None = None
         self.in_backward = False
         self.backwards = 0  # since an optimizer stepped
         self.open: Open | None = None
@@ -141,6 +145,8 @@ class Recorder:
     def backward_begins(self, tensors: Any) -> None:
         if not self.stepping:
             self.close()
+        if self.loggers is not None:
+            self.loggers.look()
         self.backwards += 1
         for tensor in [tensors] if isinstance(tensors, Tensor) else tensors:
             if isinstance(tensor, Tensor) and tensor.numel() == 1 and not tensor.is_meta:

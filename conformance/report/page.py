@@ -91,10 +91,10 @@ def chapters_of(columns: Sequence[Column]) -> dict[str, list[Clause]]:
     return chapters
 
 
-def render(columns: Sequence[Column], kill_matrix: Mapping[str, Any] | None, folder: Path) -> None:
+def render(columns: Sequence[Column], kill_matrix: Mapping[str, Any] | None, folder: Path) -> list[str]:
     """Write index.html, matrix.md, and for each column its page and, unless it is partial, its badge.
 
-    Pages and badges of an earlier call are removed: no badge may outlive its result.
+    Returns the names of these files. Pages and badges of an earlier call are removed: no badge may outlive its result.
 
     Raises:
         UsageError: if the folder cannot be written.
@@ -106,15 +106,9 @@ def render(columns: Sequence[Column], kill_matrix: Mapping[str, Any] | None, fol
         mutants.setdefault("".join(row["named"][:1]).partition("-")[0], []).append(row)
     killed = Counter(identity for rows in mutants.values() for row in rows for identity in row["killed_by"])
 
-    templates = Environment(loader=PackageLoader("conformance.report"), autoescape=True, undefined=StrictUndefined)
-    templates.trim_blocks = templates.lstrip_blocks = True
-    templates.filters["prose"] = prose
+    templates = page_templates()
     templates.globals |= {"chapters": chapters, "titles": CHAPTERS, "clauses": clauses, "known": catalogue()}
     templates.globals |= {"signs": SIGNS, "findings": FINDINGS, "columns": columns}
-    for kind in ("css", "js"):  # inlined; the page's content policy allows these two texts and nothing else
-        source = templates.get_template(f"page.{kind}").render()
-        digest = base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
-        templates.globals |= {kind: Markup(source), f"{kind}_hash": digest}
 
     index = {"kills": kill_matrix, "mutants": mutants, "killed": killed}
     index["total"] = sum((column.report.count(clauses) for column in columns), Counter())
@@ -134,6 +128,22 @@ def render(columns: Sequence[Column], kill_matrix: Mapping[str, Any] | None, fol
             (folder / name).write_text(text, encoding="utf-8")
     except OSError as error:
         raise UsageError(f"the folder {folder} cannot be written: {error.strerror}.") from error
+    return list(pages)
+
+
+def page_templates() -> Environment:
+    """Return the templates of all pages, with style and script inlined.
+
+    The pages' content policy allows these two texts and nothing else.
+    """
+    templates = Environment(loader=PackageLoader("conformance.report"), autoescape=True, undefined=StrictUndefined)
+    templates.trim_blocks = templates.lstrip_blocks = True
+    templates.filters["prose"] = prose
+    for kind in ("css", "js"):
+        source = templates.get_template(f"page.{kind}").render()
+        digest = base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
+        templates.globals |= {kind: Markup(source), f"{kind}_hash": digest}
+    return templates
 
 
 def prose(text: str) -> Markup:

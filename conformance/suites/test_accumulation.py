@@ -217,14 +217,16 @@ COARSE_BOUND = 5e-2
     "ACC-8",
     since="0.2",
     needs=("microbatches",),
-    why="A gradient that is right in float32 may be divided twice, or not at all, where a scaler or another code path "
-    "takes over.",
+    why="A gradient that is right in float32 may still be divided twice, or not at all, where a scaler or another code "
+    "path takes over in 16 bits.",
     mend="Scale the loss in one place for all precisions.",
     source="deepspeedai/DeepSpeed#2768, ISEEKYAN/Megatron-LM#149, linkedin/Liger-Kernel#830",
     bound="5e-2 of the gradient vector (healthy: 5e-3; the last microbatch only: 0.87)",
 )
 def test_split_in_16_bits(runs: Runs) -> None:
-    """In every 16-bit precision, accumulating k microbatches gives the same gradient as one batch, up to rounding."""
+    """In every 16-bit precision, accumulating k microbatches gives the same gradient as one batch of the same
+    sequences, up to rounding.
+    """
     for split in in_16_bits(runs, everyday(runs)):
         gradients_agree(
             runs.trace(in_one_batch(split)).update(0).gradients,
@@ -238,7 +240,7 @@ def test_split_in_16_bits(runs: Runs) -> None:
     "ACC-9",
     since="0.2",
     needs=("activation-checkpointing",),
-    why="Blocks computed again outside autocast, or in another precision, give the gradient of another forward.",
+    why="If blocks are recomputed outside autocast, or in another precision, the gradient is that of another forward.",
     mend="Restore autocast and the random state for the second forward, as torch.utils.checkpoint does.",
     source="NVIDIA/Megatron-LM#7538, pytorch#148831, facebookresearch/fairscale#1199",
     bound="as ACC-7 (healthy: 0; recomputed in float32: 3e-3)",
@@ -257,14 +259,14 @@ def test_activations_computed_again_in_16_bits(runs: Runs) -> None:
     "ACC-10",
     since="0.2",
     needs=("microbatches",),
-    why="The sequences of a small microbatch weigh more than others, at the end of every epoch.",
-    mend="Weigh each microbatch by its number of targets, or make no smaller ones and say so in the policy.",
+    why="The sequences of a small microbatch weigh more than others at the end of every epoch.",
+    mend="Weight each microbatch by its number of targets, or make no smaller ones and declare that in the policy.",
     source="huggingface/transformers#34191, meta-pytorch/torchtune#1878",
     bound="as ACC-1 (healthy: 1.4e-7; every microbatch weighs the same: 0.2)",
 )
 def test_smaller_microbatch(runs: Runs) -> None:
-    """If the last microbatch of an update is smaller, each of its tokens still weighs as much as any other, unless the
-    policy declares something else.
+    """If the last microbatch of an update is smaller than the others, each of its target tokens still weighs the same
+    as any other, unless the policy declares something else.
     """
     split = replace(everyday(runs), microbatch_size=2, microbatches=3, updates=2, uneven=True)
     split = replace(split, warmup=0, minimum_lr=None, evaluate=False, evaluate_every=None)

@@ -113,13 +113,14 @@ def test_whole_context(runs: Runs) -> None:
 @clause(
     "CAUSAL-4",
     since="0.2",
-    why="A model that knows which tokens came before, but not where, is a bag of words with a mask.",
-    mend="Check that positions reach the attention (rotary) or the embeddings (learned), and are not all the same.",
+    why="A model that knows which tokens came before, but not in which order, is a bag of words with a causal mask.",
+    mend="Check that positions reach the attention (rotary) or the embeddings (learned), and that they are not all the "
+    "same.",
     source="MakazhanAlpamys/Soup#793, NVIDIA/Megatron-LM#6305 (an option of positions that nobody reads)",
     bound="1e-4 of the logits' size (healthy: 1e-3 and more; without positions: 1e-7)",
 )
 def test_order_of_the_context(runs: Runs) -> None:
-    """The last logit depends on the order of the tokens before it, already in a model of one layer."""
+    """The last logit depends on the order of the tokens before it, even in a model with one layer."""
     for recipe in shapes(runs, Recipe(n_layer=1, updates=1)):
         context, end = runs.policy.context(recipe), runs.policy.document_end(recipe)
         if context is not None and context < 3:

@@ -101,15 +101,17 @@ def test_clipped_on_two_ranks(runs: Runs) -> None:
     "CLIP-5",
     since="0.2",
     needs=("clip",),
-    why="A limit that holds in float32 only, or is applied to gradients that a scaler has multiplied, clips another "
-    "gradient than the one that is stepped on.",
-    mend="Unscale before clipping, and clip in every precision.",
+    why="A limit that holds only in float32, or that is compared with gradients that a scaler has multiplied, clips "
+    "another gradient than the one that the optimizer uses.",
+    mend="Unscale the gradients before clipping, and clip in every precision.",
     source="pytorch.org/docs/stable/notes/amp_examples.html (gradient clipping), huggingface/accelerate#641",
     bound="1e-4 of the gradient vector where gradients are float32 (healthy: 1e-6), 1e-2 where they are rounded to 16 "
     "bits (healthy: 2e-3); not clipped: 9",
 )
 def test_clipped_in_16_bits(runs: Runs) -> None:
-    """In every 16-bit precision, the stack scales the whole gradient to the limit."""
+    """In every 16-bit precision, if the gradient's norm exceeds the limit, the stack scales the whole gradient to the
+    limit.
+    """
     free = runs.trace(everyday(runs)).update(0).gradients
     for recipe in in_16_bits(runs, everyday(runs)):
         limited = clipped(recipe, total_norm(free), 0.1)
@@ -122,13 +124,15 @@ def test_clipped_in_16_bits(runs: Runs) -> None:
     "CLIP-6",
     since="0.2",
     level="should",
-    why="Gradients that are repaired element by element step along a direction that no loss has.",
-    mend="Leave the update out, or end the run; do not replace NaN by zero.",
+    why="A gradient whose NaN elements are replaced is the gradient of no loss, and the weights follow it.",
+    mend="Leave the update out, or end the run; do not replace NaN with zero.",
     source="Lightning-AI/pytorch-lightning#21928; torch.nan_to_num_ on gradients, as many recipes have it",
     bound="bit equality of the weights before and after the update with the NaN",
 )
 def test_not_finite_is_left_out(runs: Runs) -> None:
-    """An update whose gradient holds a NaN is left out, with all weights as they were before it, or ends the run."""
+    """If the gradient of an update holds a NaN, the stack leaves the update out and all weights as they were, or ends
+    the run.
+    """
     recipe = Recipe(updates=3, clip=1.0 if runs.has("clip") else None)
     runs.trace(recipe)  # a stack that always raises would raise here too
     tried = runs.attempt(replace(recipe, nan_gradient=1))

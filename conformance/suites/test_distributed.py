@@ -1,4 +1,4 @@
-"""DIST: two ranks make the same run as one process, on their shares of its data, and each other's equal."""
+"""DIST: two ranks train as one process does, each on its share of the data, and stay equal to each other."""
 
 from dataclasses import replace
 
@@ -34,13 +34,13 @@ DRIFT = 1e-3
     "DIST-1",
     since="0.2",
     needs=("two-ranks",),
-    why="Replicas that drift apart are two models; only one of them is evaluated and saved.",
-    mend="Reduce every gradient, clip by the same norm and step with the same settings on all ranks; broadcast what is "
-    "drawn at random.",
+    why="Replicas that drift apart are two models, and only one of them is evaluated and saved.",
+    mend="Reduce every gradient; clip by the same norm and step with the same settings on all ranks; broadcast random "
+    "values that all ranks must share.",
     source="deepspeedai/DeepSpeed#1801 (clipped on one rank), pytorch#104336 (hooks lost after a conversion)",
 )
 def test_replicas_stay_equal(runs: Runs) -> None:
-    """After every update both ranks have the same parameters and the same optimizer state, bit for bit, with dropout
+    """After every update, both ranks have the same parameters and the same optimizer state, bit for bit, with dropout
     and weight decay on.
     """
     recipe = interrupted(runs) if runs.has("resume") else everyday(runs, DECAYING)
@@ -56,13 +56,13 @@ def test_replicas_stay_equal(runs: Runs) -> None:
     "DIST-2",
     since="0.2",
     needs=("two-ranks",),
-    why="A loop that is right in its first update only trains another model from the second on.",
-    mend="Compare gradients of a later update with those of one process, tensor by tensor.",
+    why="A loop that is right only in its first update trains another model from the second on.",
+    mend="Compare the gradients of a later update with those of one process, tensor by tensor.",
     source="pytorch#104336, TTrace (arXiv:2506.09280), Lightning-AI/litgpt 9892d1b8",
     bound="1e-3 of the gradient vector (healthy: 2e-6; weakest mutant, not exchanged from the second update on: 0.7)",
 )
 def test_later_updates_of_two_ranks(runs: Runs) -> None:
-    """In every update two ranks have the same gradient as one process has."""
+    """In every update, two ranks have the same gradient as one process on all of the sequences, up to rounding."""
     split = everyday(runs)
     one, (first, _) = runs.trace(split), runs.ranks(on_two_ranks(split))
     for number, update, other in paired(one.updates, first.updates, "two ranks make as many updates as one process"):
@@ -76,12 +76,14 @@ def test_later_updates_of_two_ranks(runs: Runs) -> None:
     since="0.2",
     needs=("two-ranks",),
     why="A rank that trains on another rank's data wastes its share, and some sequences are never seen.",
-    mend="Give each rank its own part of every update, and take nothing ahead on one rank only.",
+    mend="Give each rank its own part of every update, and let no rank take data ahead of the others.",
     source="TinyLlama#67, #69, NVlabs/LongLive#71, openspeech#149",
     bound="the sequences themselves",
 )
 def test_ranks_split_each_update(runs: Runs) -> None:
-    """In every update each rank trains on its own share, and together they train on all sequences of the update."""
+    """In every update, each rank trains on its own share of the sequences, and together the ranks train on all
+    sequences of the update.
+    """
     recipe = on_two_ranks(everyday(runs))
     rows = torch.cat([torch.cat(recipe.batches(rank)) for rank in range(2)])
     first, second = (by_update(run, rows) for run in runs.ranks(recipe))
@@ -101,14 +103,16 @@ def test_ranks_split_each_update(runs: Runs) -> None:
 @clause(
     "DIST-4",
     since="0.2",
+    level="should",
     needs=("two-ranks", "dropout"),
-    why="Ranks that share their dropout masks train as one does with a mask for half of the batch, and it is noisier.",
-    mend="Seed the random state by seed and rank, after the model is built.",
+    why="Ranks that share their dropout masks use each mask for several parts of the batch, and the gradient is "
+    "noisier.",
+    mend="Seed the random state of each rank from the seed and the rank, after the model is built.",
     source="mlcommons/training#844",
     bound="different bits",
 )
 def test_another_mask_on_each_rank(runs: Runs) -> None:
-    """In training, dropout draws another mask on each rank."""
+    """In training, dropout draws a different mask on each rank."""
     recipe = replace(repeated(runs, 0.5), world_size=2)
     first, second = (run.training_forwards(0) for run in runs.ranks(recipe))
     row = recipe.batches()[0]
@@ -122,14 +126,12 @@ def test_another_mask_on_each_rank(runs: Runs) -> None:
     "DIST-5",
     since="0.2",
     needs=("two-ranks", "resume"),
-    why="A run that moves to a smaller machine starts its moments again, and only later weights show it.",
-    mend="Gather the whole state before saving, under the names that a run in one process has.",
+    why="A run that moves to a smaller machine starts with moments of zero, and only later weights show it.",
+    mend="Gather the whole state before saving, and save it under the names that a run in one process uses.",
     source="DeepSpeed#7786, pytorch#101107; torch.distributed.checkpoint",
 )
 def test_one_process_takes_up_two_ranks(runs: Runs) -> None:
-    """One process goes on from the checkpoint of two ranks, with the same parameters and optimizer state, bit for
-    bit.
-    """
+    """One process resumes from a checkpoint of two ranks with the same parameters and optimizer state, bit for bit."""
     plain = Recipe(save_every=2, updates=2)
     two = shuffled_on_two_ranks() if runs.has("sampler") else on_two_ranks(plain)
     run = runs.ranks(two)[0]
@@ -144,11 +146,11 @@ def test_one_process_takes_up_two_ranks(runs: Runs) -> None:
     since="0.2",
     needs=("two-ranks", "resume"),
     why="If a checkpoint reaches one rank only, the others go on from fresh weights or moments.",
-    mend="Load on every rank, or broadcast what one rank has loaded, weights and state.",
+    mend="Load weights and state on every rank, or broadcast them from the rank that has loaded them.",
     source="pytorch#104336; DDP broadcasts when it wraps, not when a checkpoint is loaded later",
 )
 def test_two_ranks_take_up_one_process(runs: Runs) -> None:
-    """Two ranks go on from the checkpoint of one process, both with the same parameters and optimizer state, bit for
+    """Two ranks resume from a checkpoint of one process, each with the same parameters and optimizer state, bit for
     bit.
     """
     recipe = Recipe(updates=4, save_every=2)
@@ -164,15 +166,13 @@ def test_two_ranks_take_up_one_process(runs: Runs) -> None:
     "DIST-7",
     since="0.2",
     needs=("two-ranks", "sampler"),
-    why="Where ranks and batches do not divide an epoch, samplers repeat samples or lose them, in every epoch.",
-    mend="Decide what happens to what is left over, and say so.",
+    why="If ranks and batches do not divide an epoch evenly, samplers repeat or lose samples in every epoch.",
+    mend="Decide what happens to the samples that are left over, and declare it.",
     source="huggingface/accelerate#2316, torch.utils.data.DistributedSampler (repeats)",
     bound="number of times that each sample is seen",
 )
 def test_samples_left_over_on_two_ranks(runs: Runs) -> None:
-    """At the end of an epoch, the samples that do not divide by ranks and batches are treated as the policy
-    declares.
-    """
+    """On two ranks, the stack treats the samples that are left over at the end of an epoch as the policy declares."""
     recipe = Recipe(samples=7, microbatch_size=2, updates=7, world_size=2)
     word = runs.policy.leftovers(recipe, "ranks")
     require_in_epoch(word)

@@ -1,4 +1,4 @@
-"""DROP: dropout acts in training, and draws another mask each time."""
+"""DROP: dropout acts in training, and draws a different mask each time."""
 
 from dataclasses import replace
 
@@ -48,15 +48,15 @@ def first_logits(forward: Forward) -> Tensor:
     "DROP-1",
     since="0.2",
     needs=("dropout",),
-    why="A model that is trained without the dropout that was configured overfits; with one fixed mask only a part of "
-    "it is trained.",
-    mend="Hand the probability on to every layer, call model.train(), and seed once per run or per update, not before "
-    "each.",
+    why="A model that is trained without the configured dropout overfits; with one fixed mask, only a part of it is "
+    "trained.",
+    mend="Pass the probability on to every layer, call model.train(), and do not set the same seed again before each "
+    "update.",
     source="fairseq2#1038, litgpt finetune (left in eval mode), pytorch.org/docs: torch.manual_seed inside a loop",
     bound="different bits",
 )
 def test_another_mask_each_update(runs: Runs) -> None:
-    """In training, dropout draws another mask for each update."""
+    """In training, dropout draws a different mask for each update."""
     first, second = forwards(runs, repeated(runs, 0.5))[:2]
     masks_differ(first_logits(first[0]), first_logits(second[0]), "each update")
 
@@ -65,13 +65,13 @@ def test_another_mask_each_update(runs: Runs) -> None:
     "DROP-2",
     since="0.2",
     needs=("dropout", "microbatches"),
-    why="Microbatches that share a mask make the gradient noisier than dropout of one large batch does.",
+    why="Microbatches that share a mask make the gradient noisier than dropout on one large batch does.",
     mend="Do not seed or restore the random state between the microbatches of an update.",
     source="allenai/OLMo-core#828 (random state around recomputation), mlcommons/training#844",
     bound="different bits",
 )
 def test_another_mask_each_microbatch(runs: Runs) -> None:
-    """In training, dropout draws another mask for each microbatch of an update."""
+    """In training, dropout draws a different mask for each microbatch of an update."""
     for first, second in (update[:2] for update in forwards(runs, repeated(runs, 0.5))):
         masks_differ(first_logits(first), first_logits(second), "each microbatch")
 
@@ -80,13 +80,13 @@ def test_another_mask_each_microbatch(runs: Runs) -> None:
     "DROP-3",
     since="0.2",
     needs=("dropout",),
-    why="A mask that all sequences of a batch share removes the same units for all of them.",
-    mend="Draw the mask in the shape of the activations, batch included.",
+    why="A mask that all sequences of a batch share removes the same units from all of them.",
+    mend="Draw the mask in the shape of the activations, including the batch dimension.",
     source="Gal and Ghahramani, https://arxiv.org/abs/1512.05287: one mask over time is for each sequence, not for all",
     bound="different bits",
 )
 def test_another_mask_each_sequence(runs: Runs) -> None:
-    """In training, dropout draws another mask for each sequence of a batch."""
+    """In training, dropout draws a different mask for each sequence of a batch."""
     for update in forwards(runs, repeated(runs, 0.5)):
         for forward in update:
             if len(forward.ids) > 1:
@@ -98,12 +98,12 @@ def test_another_mask_each_sequence(runs: Runs) -> None:
     since="0.2",
     needs=("dropout",),
     why="A user who switches dropout off still trains with it, and compares with runs that have none.",
-    mend="Hand the configured probability on to every layer; leave no default in a constructor or a kernel's call.",
+    mend="Pass the configured probability on to every layer; leave no default in a constructor or a kernel call.",
     source="huggingface/transformers GPT2Config (attn_pdrop, embd_pdrop, resid_pdrop default to 0.1)",
     bound="1e-4 of the logits' size (healthy: 0; 0.1 on one residual branch: 0.1)",
 )
 def test_none_where_none_is_asked_for(runs: Runs) -> None:
-    """With a dropout probability of zero, training on equal tokens with equal weights gives equal logits."""
+    """With a dropout probability of 0, the model in training gives equal logits for equal tokens and equal weights."""
     found = [forward for update in forwards(runs, repeated(runs, 0.0)) for forward in update]
     for logits in (row for forward in found for row in forward.scores):
         same_function(first_logits(found[0]), logits, "training without dropout, on equal tokens")

@@ -69,13 +69,14 @@ def variants(runs: Runs, recipe: Recipe) -> Iterator[tuple[Recipe, Trace]]:
     since="0.2",
     needs=("finetune", "quantised"),
     packages=("bitsandbytes",),
-    why="Adapters are trained beside weights that nobody has: the tuned model is another than the one that is served.",
-    mend="Freeze the packed weights, and keep them out of what evaluation or saving may pack anew.",
+    why="If quantised weights change, adapters are trained beside weights that nobody keeps: the model that is served "
+    "is not the one that was tuned.",
+    mend="Freeze the packed weights, and keep evaluation and saving from packing them again.",
     source="QLoRA (arXiv:2305.14314); bitsandbytes 0.50.2 packs weights anew in evaluation on some processors",
 )
 def test_quantised_weights_stay(runs: Runs) -> None:
-    """Quantised weights are frozen, and are the same bits after training and evaluation, in every kind of quantisation
-    that the recipe asks for.
+    """Fine-tuning keeps quantised weights frozen: training and evaluation leave them unchanged, bit for bit, in every
+    kind of quantisation that the recipe asks for.
     """
     more = replace(TUNED, evaluate_every=2) if runs.has("evaluate-every") else TUNED
     for kind in QUANTISATIONS:
@@ -88,14 +89,14 @@ def test_quantised_weights_stay(runs: Runs) -> None:
     "EMB-10",
     since="0.2",
     needs=("finetune",),
-    why="What is trainable and in no group is never trained, and nothing says so.",
-    mend="Swap, quantise and add adapters first; build the optimizer last.",
+    why="A trainable tensor that is in no group is never trained, and nothing says so.",
+    mend="First swap the embedding, quantise and add adapters; build the optimizer last.",
     source="litgpt finetune/lora.py builds the optimizer, then swaps the embedding in",
     bound="exactly once; bit inequality after four updates",
 )
 def test_trainable_tensors_are_owned(runs: Runs) -> None:
-    """In fine-tuning, each trainable tensor (of the adapters, and of a swapped embedding) is in one parameter group,
-    once, and moves.
+    """In fine-tuning, each trainable tensor (of the adapters, and of a swapped embedding) is in exactly one parameter
+    group, exactly once, and moves.
     """
     for start in starts(runs):
         for _, run in variants(runs, start):
@@ -109,8 +110,8 @@ def test_trainable_tensors_are_owned(runs: Runs) -> None:
     since="0.2",
     needs=("finetune",),
     level="should",
-    why="An optimizer that owns frozen weights keeps them from being freed, and moves them if it decays all it owns.",
-    mend="Give the optimizer the parameters that require a gradient.",
+    why="An optimizer that owns frozen weights keeps them in memory, and moves them if it decays everything it owns.",
+    mend="Give the optimizer only the parameters that require a gradient.",
     source="litgpt finetune/lora.py passes model.parameters()",
     bound="membership",
 )
@@ -126,14 +127,14 @@ def test_frozen_tensors_are_not_owned(runs: Runs) -> None:
     since="0.2",
     needs=("finetune", "stable-embedding"),
     packages=("bitsandbytes",),
-    why="A swap that thaws frozen weights trains another model than the one that was asked for.",
-    mend="Hand requires_grad of the old embedding on to the new one, and touch nothing else.",
+    why="A swap that unfreezes weights trains another model than the one that the user asked for.",
+    mend="Copy requires_grad from the old embedding to the new one, and change it nowhere else.",
     source="litgpt finetune/lora.py: the new module is trainable whatever was frozen",
     bound="membership; bit equality of frozen tensors",
 )
 def test_frozen_stays_frozen_across_the_swap(runs: Runs) -> None:
-    """With StableEmbedding, the same tensors are trained as without it, but for the embedding and its norm; all others
-    stay as they are.
+    """With StableEmbedding, fine-tuning trains the same tensors as without it, apart from the embedding and its norm,
+    and leaves all other tensors unchanged.
     """
     for start in starts(runs, replace(TUNED, optimizer=EIGHT_BIT, stable_embedding=True)):
         for recipe, stable in variants(runs, start):
@@ -148,13 +149,14 @@ def test_frozen_stays_frozen_across_the_swap(runs: Runs) -> None:
     since="0.2",
     needs=("finetune", "stable-embedding"),
     packages=("bitsandbytes",),
-    why="8-bit state for the embedding is what StableEmbedding is to avoid, and 32 bits for adapters cost memory.",
-    mend="Register the override for the live weight of the swapped embedding only, before the first step.",
+    why="StableEmbedding exists to avoid 8-bit state for the embedding, and 32-bit state for adapters costs memory.",
+    mend="Before the first step, register the 32-bit override for the live weight of the swapped embedding, and for no "
+    "other.",
     source="bitsandbytes#1269; litgpt finetune/lora.py: the swapped table has no state at all",
     bound="dtype of the state",
 )
 def test_state_of_the_swapped_table_only_is_wide(runs: Runs) -> None:
-    """In fine-tuning under an 8-bit optimizer, the swapped embedding has 32-bit state and large adapters have 8-bit
+    """In fine-tuning under an 8-bit optimizer, the swapped embedding has 32-bit state, and large adapters have 8-bit
     state.
     """
     wide = replace(TUNED, lora_rank=64, optimizer=EIGHT_BIT, stable_embedding=True)  # 64 x 64: the smallest in 8 bits
@@ -170,12 +172,15 @@ def test_state_of_the_swapped_table_only_is_wide(runs: Runs) -> None:
     "EMB-14",
     since="0.2",
     needs=("finetune", "resume"),
-    why="A run that goes on from other adapters, other scales or a new norm is another run.",
-    mend="Save adapters, swapped embedding, packed weights with their scales, and optimizer state, and how they fit.",
+    why="A run that goes on with other adapters, other scales or a new norm is not the run that was interrupted.",
+    mend="Save the adapters, the swapped embedding, the packed weights with their scales, the optimizer state, and how "
+    "they fit together.",
     source="litgpt save_lora_checkpoint keeps only lora_ keys",
 )
 def test_fine_tuning_resumes(runs: Runs) -> None:
-    """A fine-tuning run that is interrupted and resumed from its checkpoint is bit-equal to one that was not."""
+    """A fine-tuning run that is interrupted and resumed from its checkpoint is equal, bit for bit, to one that was
+    never interrupted.
+    """
     for start in starts(runs, replace(TUNED, save_every=2)):
         for recipe, whole in variants(runs, start):
             resumed = tuned(runs, replace(recipe, resume=saved(whole, 2)))
@@ -183,21 +188,40 @@ def test_fine_tuning_resumes(runs: Runs) -> None:
                 raise Violation("2 updates after a resume from update 2 of 4", f"{len(resumed.updates)} updates")
             tensors_equal(whole.update(2).before, resumed.update(0).before, "weights at the resume")
             states_equal(whole.update(2).state_before, resumed.update(0).state_before, "optimizer state at the resume")
+            same_function(whole, resumed)
             tensors_equal(whole.update(-1).after, resumed.update(-1).after, "weights at the end")
+
+
+def same_function(whole: Trace, resumed: Trace) -> None:
+    """Check that the first logits after a resume are those of the run that went on; the named tensors are equal.
+
+    Raises:
+        Violation: if not: then something that has no name among the tensors was lost.
+    """
+    before, after = whole.training_forwards(2), resumed.training_forwards(0)
+    if not before or not after or before[0].logits is None or after[0].logits is None:
+        return
+    if error := finetuning.relative_difference(before[0].logits, after[0].logits):
+        raise Violation(
+            "the same logits after the resume as in the run that went on",
+            f"they differ by {error:.2g} although all tensors of the model are equal: the scales of quantised weights, "
+            "or something else beside the tensors, were not restored",
+        )
 
 
 @clause(
     "EMB-15",
     since="0.2",
     needs=("finetune", "load"),
-    why="Whoever starts from a model that is silently another one tunes away the damage before anything is learned.",
-    mend="Start adapters at zero; set a new norm so that the table changes least; say how the first loss moves.",
+    why="A run that silently starts from a damaged model spends its first updates on repairing the damage.",
+    mend="Start adapters at zero; set a new norm so that it changes the table least; print how far the first loss "
+    "moves.",
     source="bitsandbytes StableEmbedding before a pretrained table; litgpt finetune/lora.py",
     bound="1e-4 nats per token, unless a message says how the loss moves; healthy 0, weakest mutant 0.16",
 )
 def test_first_loss_is_that_of_the_base(runs: Runs) -> None:
-    """The first loss of a fine-tuning run is that of the model it starts from, or, if StableEmbedding moves it, a
-    message says by how much.
+    """The first loss of a fine-tuning run equals that of the model it starts from; if StableEmbedding changes it, the
+    stack says by how much.
     """
     for start in starts(runs):
         base = base_loss(runs, start)
@@ -241,13 +265,14 @@ def loss_of(logits: torch.Tensor, recipe: Recipe) -> float:
     "EMB-16",
     since="0.2",
     needs=("finetune", "load", "evaluate"),
-    why="What was tuned is not what is served if adapters, scales or the norm behind the lookup are lost on the way.",
+    why="If adapters, scales or the norm behind the lookup are lost on the way, the model that is served is not the "
+    "one that was tuned.",
     mend="Merge the adapters into the weights that they were trained beside, and fold the norm into the table.",
     source="litgpt save_lora_checkpoint keeps only lora_ keys; merge_lora merges into weights that were not quantised",
     bound="1e-4 of the norm of float32 logits; healthy 7.4e-7 (sums in another order), weakest mutant 0.48",
 )
 def test_tuned_model_loads_as_trained(runs: Runs) -> None:
-    """A fine-tuned model loaded for inference has plain embeddings and gives the logits of the trained model."""
+    """A fine-tuned model loaded for inference has plain embeddings and gives the same logits as the trained model."""
     for start in starts(runs, replace(TUNED, save_every=4, evaluate=True)):
         for _, run in variants(runs, start):
             evaluated = [f for f in run.forwards if f.update == 4 and not f.training]
@@ -270,13 +295,13 @@ def test_tuned_model_loads_as_trained(runs: Runs) -> None:
     since="0.2",
     needs=("finetune",),
     why="Adapters in 16 bits under a precision that promises float32 weights lose small updates to rounding.",
-    mend="Cast the adapters to the dtype of the precision; libraries give them the dtype that a layer computes in.",
+    mend="Cast the adapters to the dtype of the precision: libraries give them the dtype that a layer computes in.",
     source="peft 0.21 takes the dtype that a quantised layer computes in",
     bound="dtypes",
 )
 def test_dtypes_in_fine_tuning(runs: Runs) -> None:
-    """In every precision that the stack offers, trained tensors are stored in the dtype of that precision or in
-    float32, and logits leave a model with float32 weights in float32.
+    """In every precision that the stack offers for fine-tuning, trained tensors are stored in the dtype of that
+    precision or in float32, and a model with float32 weights gives logits in float32.
     """
     for precision in runs.precisions():
         optimizer = OptimizerChoice() if precision != "16-mixed" else OptimizerChoice.of("torch.optim.SGD", lr=0.1)
@@ -296,14 +321,15 @@ def test_dtypes_in_fine_tuning(runs: Runs) -> None:
     needs=("finetune", "quantised", "load"),
     packages=("bitsandbytes",),
     level="should",
-    why="Four bits change a model by an amount that depends on it: who is not told takes the damage for the start.",
-    mend="Compute the first loss with and without quantised weights, and say both.",
+    why="Four bits damage some models more than others; a user who is not told takes the damaged loss for the model's "
+    "own.",
+    mend="Compute the first loss with and without quantised weights, and print both.",
     source="QLoRA (arXiv:2305.14314); reports/findings/bitsandbytes-cpu-4bit-columns.py",
     bound="1e-4 nats per token, unless a message says how the loss moves; healthy 1.7e-3, and said",
 )
 def test_what_quantised_weights_change_is_told(runs: Runs) -> None:
-    """If quantised weights move the first loss of a fine-tuning run from that of the model it starts from, a message
-    says by how much.
+    """If quantised weights change the first loss of a fine-tuning run, the stack says how far it is from that of the
+    model the run starts from.
     """
     for start in starts(runs, replace(TUNED, quantised="nf4")):
         run = tuned(runs, start)

@@ -256,14 +256,14 @@ def logits_of(forwards: list[Forward], rows: torch.Tensor) -> dict[int, torch.Te
     "EVAL-8",
     since="0.2",
     needs=("evaluate",),
-    why="A block that stays in eval mode trains without dropout from the first evaluation on, and one that stays in "
-    "training mode makes the validation loss that of another model; the flag of the whole model shows neither.",
-    mend="Call train() and eval() on the outermost module, or put back the mode that each submodule had before.",
+    why="A block that stays in eval mode trains without dropout from the first evaluation on; one that stays in "
+    "training mode makes the validation loss that of another model. The flag of the whole model shows neither.",
+    mend="Call train() and eval() on the outermost module, or restore the mode that each submodule had before.",
     source="litgpt finetune/full.py (an early return), huggingface/peft adapters",
     bound="flags of all submodules",
 )
 def test_modes_of_submodules(runs: Runs) -> None:
-    """Every submodule is in eval mode during evaluation, and has the same mode in training before and after it."""
+    """Every submodule is in eval mode during evaluation, and is back in its own training mode afterwards."""
     recipe = dropping(runs, everyday(runs))
     run, rows = runs.trace(recipe), validation(recipe)
     evaluations(recipe, run)
@@ -278,13 +278,13 @@ def test_modes_of_submodules(runs: Runs) -> None:
     "EVAL-9",
     since="0.2",
     needs=("evaluate",),
-    why="The validation loss is that of a function that nobody trains.",
-    mend="Branch on training mode for dropout only; compare the logits of both modes without dropout.",
+    why="If the two differ, the validation loss is that of a function that nobody trains.",
+    mend="Let nothing but dropout depend on the training mode; compare the logits of both modes without dropout.",
     source="pytorch#124464, wenet-e2e/wenet#2699 (kernels with settings of their own in one of the modes)",
     bound="1e-4 of the logits' size (healthy: 0; weakest mutant, another eps of the norms: 2e-2)",
 )
 def test_evaluation_is_the_trained_function(runs: Runs) -> None:
-    """Without dropout, evaluation gives the same logits as training does on the same tokens and weights."""
+    """Without dropout, evaluation gives the same logits as training for the same tokens and weights."""
     recipe = replace(still(runs), validate_on_training=True)
     run, rows = runs.trace(recipe), torch.cat(recipe.batches())
     require_still(run)
@@ -303,13 +303,14 @@ def test_evaluation_is_the_trained_function(runs: Runs) -> None:
     "EVAL-10",
     since="0.2",
     needs=("evaluate", "dropout"),
-    why="Dropout that acts in evaluation, or scales there, measures another model than the one that will be used.",
-    mend="Read the training flag in every place that drops, kernels and functional calls included.",
+    why="If dropout drops or scales during evaluation, the result is that of another model than the one that will be "
+    "used.",
+    mend="Check the training flag in every place that drops, including kernels and functional calls.",
     source="nanoGPT 7399dfe3, pytorch#124464, pytorch-image-models#1978",
     bound="1e-4 of the logits' size (healthy: 0; weakest mutant, activations scaled by the share that is kept: 0.6)",
 )
 def test_dropout_off_in_evaluation(runs: Runs) -> None:
-    """Evaluation gives the same logits whatever the probability of dropout is, at the same weights."""
+    """With the same weights, evaluation gives the same logits whatever the probability of dropout is."""
     recipe = still(runs)
     rows, found = validation(recipe), []
     for changed in (recipe, dropping(runs, recipe, 0.5)):
@@ -325,8 +326,9 @@ def test_dropout_off_in_evaluation(runs: Runs) -> None:
     "EVAL-11",
     since="0.2",
     needs=("evaluate-every",),
-    why="Moments that an evaluation clears or averages away start again, and only an optimizer with state shows it.",
-    mend="Leave the optimizer alone while evaluating; if its weights are swapped for averages, swap them back exactly.",
+    why="If an evaluation clears or averages the moments, they start over, and only an optimizer with state shows it.",
+    mend="Leave the optimizer alone during evaluation; if its weights are swapped for averages, swap them back "
+    "exactly.",
     source="facebookresearch/schedule_free#22, kohya-ss/sd-scripts#1250",
 )
 def test_state_outlives_evaluation(runs: Runs) -> None:
@@ -343,13 +345,13 @@ def test_state_outlives_evaluation(runs: Runs) -> None:
     "EVAL-12",
     since="0.2",
     needs=("evaluate",),
-    why="Sequences of a small last batch weigh more than others, so the number changes with the batch size.",
+    why="The sequences of a small last batch weigh more than others, so the reported loss changes with the batch size.",
     mend="Add up losses and token counts over all batches, and divide once.",
     source="huggingface/transformers#34191 (the same fault in training)",
     bound="all digits of the number reported (mean of means over batches of 2 and 1: 4e-3)",
 )
 def test_uneven_validation(runs: Runs) -> None:
-    """If the last validation batch is smaller than the others, every sequence still weighs the same in the reported
+    """If the last validation batch is smaller than the others, every sequence still has the same weight in the reported
     loss, unless the policy declares something else.
     """
     if runs.policy.leftovers(everyday(runs), "validation") != "weighed":

@@ -233,13 +233,14 @@ def test_ranks_start_equal(runs: Runs) -> None:
     "INIT-12",
     since="0.2",
     needs=("tied",),
-    why="A tied tensor is initialised twice, and what comes last wins: often the head's larger scale.",
-    mend="Tie before initialising, and skip a tensor that has been drawn already.",
+    why="A tied tensor may be initialised twice, once under each name: the last draw wins, often with the head's "
+    "larger scale.",
+    mend="Tie before initialising, and skip a tensor that has already been drawn.",
     source="huggingface/transformers#46620 (init over tensors that have their values), facebookresearch/lingua#75",
     bound="as INIT-2",
 )
 def test_declared_distribution_tied(runs: Runs) -> None:
-    """Where embedding and head are tied, every parameter still starts from the distribution that the stack declares."""
+    """If embedding and head are tied, every parameter still starts from the distribution that the stack declares."""
     starts_as_declared(runs, shapes(runs, Recipe(n_layer=4, updates=1, tied=True)))
 
 
@@ -247,12 +248,12 @@ def test_declared_distribution_tied(runs: Runs) -> None:
     "INIT-13",
     since="0.2",
     needs=("foreign-module",),
-    why="A module that was built with weights of its own, pretrained or designed, is overwritten without a word.",
-    mend="Initialise your own model only; leave what another constructor has set.",
+    why="The stack silently overwrites a module that was built with weights of its own, pretrained or designed.",
+    mend="Initialise only your own model; keep what another library's constructor has set.",
     source="huggingface/transformers#46620 (init over loaded tensors), litgpt initialize_weights (every nn.Linear)",
 )
 def test_foreign_module_keeps_its_start(runs: Runs) -> None:
-    """A module from another library starts from the values that its own constructor gave it."""
+    """The stack leaves a module from another library with the initial values that the module's own constructor set."""
     run = runs.start(Recipe(module="conformance.probes:OwnStart"))
     wrong = []
     for ending, value in OWN_START.items():

@@ -37,14 +37,14 @@ def entropies_of(recipe: Recipe, run: Trace) -> list[float]:
 @clause(
     "LOSS-1",
     since="0.2",
-    why="A term that nobody asked for changes every gradient, and such a loss cannot be compared with others.",
-    mend="Look for a z-loss, a balance of experts, a penalty on weights or label smoothing that is on by default; if "
-    "it is meant, declare policy.auxiliary_loss().",
+    why="A term that nobody asked for changes every gradient, and makes the loss incomparable with that of other runs.",
+    mend="Look for a z-loss, a loss that balances experts, a penalty on weights or label smoothing that is on by "
+    "default. If you mean it, declare it in policy.auxiliary_loss().",
     source="allenai/OLMo-core#702 (a z-loss though switched off), NVIDIA/Megatron-LM#1652",
     bound="1e-5 of the cross entropy, in the mean over six updates (healthy: 1e-7; a z-loss of 1e-5: 5e-5)",
 )
 def test_cross_entropy_and_nothing_else(runs: Runs) -> None:
-    """The loss that is minimised is the cross entropy of the next tokens, and has no other term."""
+    """The training loss is the cross entropy of the next tokens, and has no other term."""
     recipe = everyday(runs)
     if runs.policy.auxiliary_loss(recipe):
         raise NotApplicable("the policy declares that the loss has terms besides the cross entropy")

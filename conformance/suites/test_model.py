@@ -33,13 +33,14 @@ def is_as_declared(runs: Runs, recipe: Recipe) -> None:
 @clause(
     "MODEL-1",
     since="0.2",
-    why="With an activation, an epsilon or a scale of its own, the weights mean something else in any other program.",
-    mend="Compare the model's forward with the declared one, layer by layer, from the embedding on.",
+    why="If the model uses an activation, an epsilon or a scale other than the declared one, its weights mean "
+    "something else in every other program.",
+    mend="Compare the model's forward with the declared one, layer by layer, starting at the embedding.",
     source="KellerJordan/modded-nanogpt#39 (positions); GELU by tanh and by erf, which frameworks call alike",
     bound="1e-5 of the logits' size (healthy: 1.1e-6; weakest mutant, GELU by erf for GELU by tanh: 8e-5)",
 )
 def test_declared_forward(runs: Runs) -> None:
-    """The logits are those of the forward that the stack declares, computed in float64 from the same weights."""
+    """The logits equal those of the forward that the stack declares, computed in float64 from the same weights."""
     for recipe in shapes(runs):
         is_as_declared(runs, recipe)
 
@@ -48,12 +49,14 @@ def test_declared_forward(runs: Runs) -> None:
     "MODEL-2",
     since="0.2",
     needs=("tied",),
-    why="A head that is tied may be scaled or transposed on the way, and nothing but its logits shows it.",
-    mend="Multiply by the embedding's own weight, as it is.",
+    why="A tied head may be scaled or transposed by mistake, and only its logits show it.",
+    mend="Multiply by the embedding's own weight, unchanged.",
     source="T5 and Gemma scale a tied head or table; huggingface/transformers has both conventions",
     bound="as MODEL-1",
 )
 def test_declared_forward_tied(runs: Runs) -> None:
-    """Where embedding and head are tied, the logits are those of the declared forward, too."""
+    """If embedding and head are tied, the model's logits still equal those of the forward that the stack declares,
+    computed in float64 from the same weights.
+    """
     for recipe in shapes(runs):
         is_as_declared(runs, replace(recipe, tied=True))

@@ -351,16 +351,16 @@ def named(step: Step) -> str:
 @clause(
     "OPT-14",
     since="0.2",
-    why="Whatever comes between gradient and weights (another epsilon, a second clipping, coupled decay, a step that "
-    "no longer acts) trains another model than the optimizer that is named, and no gradient shows it.",
-    mend="Compare the step with the closed form in the optimizer's paper, from the first update on.",
+    why="If anything comes between gradient and weights (another epsilon, a second clipping, coupled decay, a step "
+    "that no longer acts), the run trains with an optimizer other than the one it names, and no gradient shows it.",
+    mend="Compare the step with the formula in the optimizer's paper, from the first update on.",
     source="pytorch#115607, #191763, joennlae/tensorli#1, DeepSpeed#7641",
     bound="1e-3 of the movement of each tensor, and one rounding of its weights (healthy: 2e-6; weakest mutant, eps of "
     "1e-6 in place of 1e-8: 1e-2)",
 )
 def test_step_is_the_closed_form(runs: Runs) -> None:
-    """In every update each tensor moves by the closed form of its optimizer, computed from its recorded gradients, its
-    learning rate and its settings.
+    """In every update, each tensor moves by the closed form (the published formula) of its optimizer, computed from its
+    recorded gradients, learning rate and settings.
     """
     recipe = interrupted(runs) if runs.has("resume") else everyday(runs, DECAYING)
     steps_follow(seen(runs.trace(recipe)))
@@ -370,14 +370,15 @@ def test_step_is_the_closed_form(runs: Runs) -> None:
     "OPT-15",
     since="0.2",
     needs=("any-optimizer", "keywords"),
-    why="A stack that handles AdamW only turns another optimizer into something that its name does not say.",
-    mend="Hand gradients and settings on to the class that the user named, and leave the step to it.",
+    why="A stack that handles only AdamW correctly turns every other optimizer into something that its name does not "
+    "say.",
+    mend="Pass gradients and settings on to the class that the user named, and leave the step to it.",
     source="pytorch#191763 (SGD), meta-pytorch/torchtune#2152",
     bound="as OPT-14",
 )
 def test_other_steps_are_closed_forms(runs: Runs) -> None:
-    """Also SGD with momentum, RMSprop, Adam and NAdam receive their settings, and each tensor moves by the closed form
-    of that optimizer.
+    """SGD with momentum, RMSprop, Adam and NAdam receive their settings as the user gave them, and each tensor moves by
+    the closed form of that optimizer.
     """
     for choice in OTHERS:
         run = seen(runs.trace(Recipe(updates=6, save_every=3 if runs.has("resume") else None, optimizer=choice)))
@@ -398,14 +399,14 @@ COARSE = (
     "OPT-16",
     since="0.2",
     needs=("any-optimizer", "keywords", "bf16-true"),
-    why="Fused SGD of torch 2.12 and 2.13 leaves 16-bit weights on the CPU as they are, and raises no error.",
+    why="Fused SGD of torch 2.12 and 2.13 does not change 16-bit weights on the CPU, and raises no error.",
     mend="Do not ask for a kernel that skips 16-bit weights; compare the weights before and after a step.",
     source="pytorch#191763",
     bound="6e-2 of the movement of each tensor, and one rounding of its weights, where that is below a quarter of the "
     "movement (healthy: 2e-2; skipped: 1)",
 )
 def test_every_optimizer_trains_16_bit_weights(runs: Runs) -> None:
-    """Under bf16-true every optimizer moves the weights by its closed form, up to the rounding of bfloat16."""
+    """Under bf16-true, every optimizer moves the weights by its closed form, up to the rounding of bfloat16."""
     for choice in COARSE:
         steps_follow(seen(runs.trace(Recipe(precision="bf16-true", updates=4, optimizer=choice))))
 
@@ -413,14 +414,14 @@ def test_every_optimizer_trains_16_bit_weights(runs: Runs) -> None:
 @clause(
     "OPT-17",
     since="0.2",
-    why="A step that stops acting, for all tensors or some, ends the training there, while the loss of new data goes "
-    "on to vary.",
-    mend="Compare weights before and after a later step; a compiled or captured step may act on copies.",
+    why="If the step stops acting on a tensor, that tensor's training ends, but the loss still varies with the data "
+    "and does not show it.",
+    mend="Compare the weights before and after a later step; a compiled or captured step may act on copies of them.",
     source="pytorch#115607 (a compiled optimizer that no longer steps)",
     bound="bit inequality in each of six updates",
 )
 def test_later_updates_act(runs: Runs) -> None:
-    """Every later update moves each tensor that the first one moved, if the tensor has a gradient."""
+    """Every later update moves each tensor that the first update moved, provided that the tensor has a gradient."""
     recipe = everyday(runs)
     run = runs.trace(recipe)
     first = run.update(0)
@@ -437,13 +438,14 @@ def test_later_updates_act(runs: Runs) -> None:
     since="0.2",
     packages=("bitsandbytes",),
     needs=("any-optimizer",),
-    why="The memory that the 8-bit optimizer was chosen for is not saved, and nothing says so.",
-    mend="Hand the class on as it is; override its width for embeddings only.",
+    why="If the state is 32 bits wide, the run does not save the memory that the 8-bit optimizer was chosen for, and "
+    "nothing says so.",
+    mend="Pass the optimizer class on unchanged; override the width of its state for embeddings only.",
     source="bitsandbytes 0.50.2 (tensors below 4096 elements keep 32 bits), huggingface/transformers trainer.py",
     bound="dtype of the state, of tensors of 4096 elements and more that belong to no embedding",
 )
 def test_state_in_8_bits(runs: Runs) -> None:
-    """Under an 8-bit optimizer every large tensor has 8-bit state, unless it belongs to an embedding."""
+    """Under an 8-bit optimizer, every large tensor has 8-bit state, unless it belongs to an embedding."""
     for recipe in shapes(runs, Recipe(optimizer=EIGHT_BIT)):
         run = runs.trace(recipe)
         tables = {f"{info.name}.weight" for info in run.embeddings}

@@ -240,14 +240,14 @@ def test_rotary_tables(runs: Runs) -> None:
     "PREC-8",
     since="0.2",
     level="should",
-    why="A part of the model that computes in float32 costs twice the time and memory, and one in 16 bits under "
-    "32-true loses two of three decimal digits.",
-    mend="Look for an autocast that is switched off around some modules, and for weights or inputs that are cast.",
+    why="A part of the model that computes in float32 costs twice the time and memory; one that computes in 16 bits "
+    "under 32-true loses more than half of its decimal digits.",
+    mend="Look for an autocast that is switched off around some modules, and for casts of weights or inputs.",
     source="Lightning-AI/lightning-thunder#725 (autocast not applied to some operations)",
     bound="dtype of the output of each nn.Linear but the head",
 )
 def test_linears_compute_as_asked(runs: Runs) -> None:
-    """In training every linear layer but the head computes in the precision asked for."""
+    """In training, every linear layer except the head computes in the precision that the user asked for."""
     seen_any = False
     for name in runs.precisions():
         run = runs.trace(Recipe(precision=name))

@@ -251,9 +251,9 @@ def same_from(runs: Runs, recipe: Recipe, update: int, what: str) -> None:
     "RESUME-6",
     since="0.2",
     needs=("resume",),
-    why="A run that saves more often is another run: saving has rounded the weights, moved state or used up random "
-    "numbers.",
-    mend="Save copies; put back whatever is cast, gathered or averaged for the file.",
+    why="If saving rounds the weights, moves state or uses up random numbers, the result depends on how often the run "
+    "saves.",
+    mend="Save copies; restore whatever you cast, gather or average for the file.",
     source="huggingface/diffusers#1864 (averages left in place), kohya-ss/sd-scripts#1250",
 )
 def test_saving_changes_nothing(runs: Runs) -> None:
@@ -273,15 +273,16 @@ OTHER = OptimizerChoice.of(ADAMW, lr=3e-3, weight_decay=0.03)
     "RESUME-7",
     since="0.2",
     needs=("resume", "keywords"),
-    why="Whoever resumes with a smaller rate or another decay trains on with the old one, or with the new one where "
-    "the old one was expected.",
-    mend="Decide which value wins, from the first update on, and say so; load_state_dict() takes the saved groups.",
+    why="A user who resumes with a smaller rate or another decay may train with the old values, or with the new ones "
+    "where the old ones were expected.",
+    mend="Decide whether the saved or the new values win, apply them from the first update on, and declare it; "
+    "load_state_dict() restores the saved ones.",
     source="pytorch.org/docs: Optimizer.load_state_dict replaces the settings of the groups",
     bound="as LR-1 for the rate; equality for weight_decay",
 )
 def test_other_settings(runs: Runs) -> None:
-    """A run that is resumed with another learning rate and weight decay uses those that the policy declares, from its
-    first update on.
+    """A run that is resumed with another learning rate and weight decay uses the values that the policy declares, from
+    its first update on.
     """
     old = Recipe(updates=4, save_every=2, optimizer=DECAYING)
     new = replace(old, optimizer=OTHER)
@@ -300,12 +301,12 @@ def test_other_settings(runs: Runs) -> None:
     "RESUME-8",
     since="0.2",
     needs=("resume", "foreign-module", "seed"),
-    why="Frozen tensors that are left out of the checkpoint come from another start after the resume.",
-    mend="Save every tensor, whether it is trained or not.",
+    why="Frozen tensors that the checkpoint leaves out are drawn again at the resume, with other values.",
+    mend="Save every tensor, trained or frozen.",
     source="deepspeedai/DeepSpeed#6771, #5489, litgpt save_lora_checkpoint",
 )
 def test_frozen_parts_are_saved(runs: Runs) -> None:
-    """A run that is resumed under another seed starts from all of the saved parameters, frozen ones included."""
+    """A run that is resumed under another seed starts from all of the saved parameters, including frozen ones."""
     recipe = Recipe(module="conformance.probes:MemoryTransformer", optimizer=DECAYING, updates=4, save_every=2)
     whole = runs.trace(recipe)
     later = runs.start(replace(recipe, resume=saved(whole, 2), seed=2))
@@ -316,14 +317,14 @@ def test_frozen_parts_are_saved(runs: Runs) -> None:
     "RESUME-9",
     since="0.2",
     needs=("resume", "sampler"),
-    why="The place in the data is off by the samples that were left over in each epoch before.",
-    mend="Count samples, not batches, or save epoch and place; begin amid the epoch in the order of that epoch.",
+    why="The position in the data is off by the samples that were left over in each earlier epoch.",
+    mend="Count samples, not batches, or save the epoch and the position; go on in the order of that epoch.",
     source="Lightning-AI/litgpt#1712, allenai/OLMo#650, huggingface/accelerate#2316",
     bound="the sequences themselves, in order",
 )
 def test_resumed_in_a_later_epoch(runs: Runs) -> None:
-    """A run that is resumed amid a later epoch goes on with the sequences that come next, also if batches do not divide
-    the epoch.
+    """A run that is resumed in the middle of a later epoch goes on with the sequences that come next, even if batches
+    do not divide the epoch evenly.
     """
     recipe = odd_epochs()
     goes_on(runs, recipe, recipe.dataset(), 5)
@@ -333,8 +334,8 @@ def test_resumed_in_a_later_epoch(runs: Runs) -> None:
     "RESUME-10",
     since="0.2",
     needs=("resume", "bf16-true"),
-    why="What is saved in another dtype than it was trained in is rounded on the way.",
-    mend="Save weights and state in their own dtypes, and load them into the same.",
+    why="A tensor that is saved in another dtype than it is trained in is rounded on the way.",
+    mend="Save weights and optimizer state in their own dtypes, and load them into the same dtypes.",
     source="TensorAuto/OpenTau#185, huggingface/nanotron#245",
 )
 def test_resume_in_16_bits(runs: Runs) -> None:
@@ -347,12 +348,14 @@ def test_resume_in_16_bits(runs: Runs) -> None:
     "RESUME-11",
     since="0.2",
     needs=("resume", "any-optimizer", "keywords"),
-    why="State under another name than AdamW's is lost, or rounded where the weights are 16 bits wide.",
-    mend="Save optimizer.state_dict() whole; put back scalars that load_state_dict() casts to the weights' dtype.",
+    why="A stack that knows only the names of AdamW's state loses that of other optimizers, or rounds it where the "
+    "weights have 16 bits.",
+    mend="Save the whole optimizer.state_dict(); restore scalars that load_state_dict() casts to the dtype of the "
+    "weights.",
     source="OneVision-Encoder#65; torch's load_state_dict rounds NAdam's mu_product under bf16-true",
 )
 def test_resume_with_other_optimizers(runs: Runs) -> None:
-    """With SGD with momentum, RMSprop, Adam and NAdam, a resumed run has the same parameters as a run that was never
+    """Under SGD with momentum, RMSprop, Adam and NAdam, a resumed run has the same parameters as a run that was never
     interrupted, bit for bit.
     """
     for choice in OTHERS:

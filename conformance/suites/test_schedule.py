@@ -78,14 +78,14 @@ EDGES = {
     "LR-4",
     since="0.2",
     needs=("schedule",),
-    why="A short run, or one without a warm-up, meets divisions by zero and rates beyond the declared ones.",
-    mend="Try a schedule with no warm-up, with one update, and with a warm-up as long as the run.",
+    why="In a short run, or one without a warm-up, a schedule may divide by zero or leave the declared range.",
+    mend="Try your schedule with no warm-up, with one update, and with a warm-up as long as the run.",
     source="karpathy/nanoGPT get_lr (divides by the length of the decay), nanoGPT dc81cb36",
     bound="as LR-1; or an error before the first update",
 )
 def test_rates_at_the_edges(runs: Runs) -> None:
-    """With no warm-up, a single update, or a warm-up as long as the run, every update has the declared learning rate,
-    or the stack refuses.
+    """With no warm-up, with a single update, and with a warm-up as long as the run, every update has the declared
+    learning rate, or the stack refuses the settings.
     """
     judged = 0
     for what, recipe in EDGES.items():

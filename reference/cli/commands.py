@@ -9,6 +9,7 @@ from typing import Literal
 
 from reference.cli.options import read
 from reference.cli.presets import fine_tuning
+from reference.cli.progress import waiting
 from reference.cli.settings import Settings
 from reference.cli.starting import checkpoint_folder
 from reference.cli.train import logged
@@ -25,6 +26,9 @@ class PrepareOptions:
 
     text: list[str] = field(default_factory=list)
     """files, folders or patterns to read; if none is given, the sources of Python's standard library"""
+    record_field: str | None = field(default=None, metadata={"option": "field"})
+    """the field, or column, that holds the text of records: each record of JSON lines, CSV or Parquet files is then a
+    document; null: each file is one"""
     tokenizer: str = "bytes"
     """how to make tokens: bytes, bpe:SIZE (trained on the text), or the path of a tokenizer.json"""
     end_of_document: str | None = None
@@ -45,6 +49,7 @@ def prepare_command(words: Sequence[str]) -> int:
         "  python -m reference prepare                                            this Python's standard library\n"
         "  python -m reference prepare --text notes.txt letters/ --out data/mine  files, and all below a folder\n"
         "  python -m reference prepare --text 'books/**/*.txt' --tokenizer bpe:8192 --out data/books\n"
+        "  python -m reference prepare --text stories.jsonl --field text --tokenizer bpe:8192 --out data/stories\n"
         "  python -m reference prepare --text books/ --tokenizer path/to/tokenizer.json --out data/books"
     )
     options = read("prepare", PrepareOptions, examples, words)
@@ -61,7 +66,8 @@ def prepare_command(words: Sequence[str]) -> int:
             seed=options.seed,
             end_of_document=options.end_of_document,
             overwrite=options.overwrite,
-            progress=sys.stderr.isatty(),
+            progress=True,
+            field=options.record_field,
         )
     print(written.describe())
     return 0
@@ -95,16 +101,18 @@ def generate_command(words: Sequence[str]) -> int:
         "  python -m reference generate --checkpoint out/tiny/step-00000200 --prompt 'import ' --temperature 0"
     )
     options = read("generate", GenerateOptions, examples, words)
-    import torch
+    with waiting("Loading PyTorch"):
+        import torch
 
-    from reference.checkpoint import load_for_inference
-    from reference.data.tokenizer import load_tokenizer
-    from reference.model.generation import generate
+        from reference.checkpoint import load_for_inference
+        from reference.data.tokenizer import load_tokenizer
+        from reference.model.generation import generate
 
     with logged():
-        checkpoint = checkpoint_folder(options.checkpoint)
-        model = load_for_inference(checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
-        tokenizer = load_tokenizer(checkpoint)  # after it: damage of the checkpoint is told as such
+        with waiting("Loading"):
+            checkpoint = checkpoint_folder(options.checkpoint)
+            model = load_for_inference(checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
+            tokenizer = load_tokenizer(checkpoint)  # after it: damage of the checkpoint is told as such
         ids = generate(
             model,
             tokenizer.encode(options.prompt) or [tokenizer.end_of_document],
@@ -125,7 +133,7 @@ def generate_command(words: Sequence[str]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
-    """Measure the loss of a checkpoint over all of a split."""
+    """Measure the loss of a checkpoint over a split, or over its first batches."""
 
     checkpoint: Path
     """the folder of a checkpoint, or of a run, whose newest checkpoint is then used"""
@@ -135,6 +143,8 @@ class EvaluateOptions:
     """the part of the data to measure"""
     microbatch_size: int = 8
     """the number of sequences to compute at a time"""
+    batches: int | None = None
+    """evaluate only this many of the first batches; null: all of the split"""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     """the precision to compute in"""
 
@@ -143,15 +153,19 @@ def evaluate_command(words: Sequence[str]) -> int:
     """Print the loss of a checkpoint on data; return the exit code."""
     examples = (
         "  python -m reference evaluate --checkpoint out/tiny --data data/standard-library\n"
-        "  python -m reference evaluate --checkpoint out/books --data data/books --precision bf16-mixed"
+        "  python -m reference evaluate --checkpoint out/books --data data/books --batches 20 --precision bf16-mixed"
     )
     options = read("evaluate", EvaluateOptions, examples, words)
-    from reference.cli.evaluation import evaluate_checkpoint
+    with waiting("Loading PyTorch"):
+        from reference.cli.evaluation import evaluate_checkpoint
 
     with logged():
         checkpoint = checkpoint_folder(options.checkpoint)
         config = TrainConfig(precision=options.precision)
-        print(evaluate_checkpoint(checkpoint, options.data, options.split, options.microbatch_size, config).describe())
+        size, batches = options.microbatch_size, options.batches
+        with waiting("Evaluating"):
+            found = evaluate_checkpoint(checkpoint, options.data, options.split, size, config, batches)
+        print(found.describe())
     return 0
 
 
@@ -174,12 +188,14 @@ def export_command(words: Sequence[str]) -> int:
         "  python -m reference export --format peft --checkpoint out/gpt2-tuned --out adapter"
     )
     options = read("export", ExportOptions, examples, words)
-    from reference.interchange.adapter import export_adapter
-    from reference.interchange.huggingface import export_huggingface
+    with waiting("Loading PyTorch"):
+        from reference.interchange.adapter import export_adapter
+        from reference.interchange.huggingface import export_huggingface
 
     export = export_adapter if options.format == "peft" else export_huggingface
-    with logged():
-        print(f"Written: {export(checkpoint_folder(options.checkpoint), options.out)}")
+    with logged(), waiting("Exporting"):
+        written = export(checkpoint_folder(options.checkpoint), options.out)
+    print(f"Written: {written}")
     return 0
 
 
@@ -203,10 +219,12 @@ def import_command(words: Sequence[str]) -> int:
         "  python -m reference train --init_from out/gpt2 --data.path data/mine             fine-tune it"
     )
     options = read("import", ImportOptions, examples, words)
-    from reference.interchange.huggingface import import_huggingface
+    with waiting("Loading PyTorch"):
+        from reference.interchange.huggingface import import_huggingface
 
     with logged():
-        folder = import_huggingface(options.source, options.out)
+        with waiting("Importing"):
+            folder = import_huggingface(options.source, options.out)
         print(f"Written: {folder}")
         write_settings(folder)
     return 0
@@ -225,6 +243,7 @@ def write_settings(folder: Path) -> None:
     shape = "gpt2-124m" if run.model.position == "learned" else "llama-1.2b"
     settings = Settings(shape, run.model, run.train, run.data, str(folder.parent), resume="auto")
     write_file(path, settings.yaml().encode())
+    print(f"Written: {path}", file=sys.stderr)
     tokenizer = {"bytes": "bytes", None: "TOKENIZER.json"}.get(saved["tokenizer"], folder)
     again = f"python -m reference prepare --text YOUR-TEXT --tokenizer {tokenizer} --out {data}"
     print(f"To fine-tune it: {again}, then python -m reference train --config {path}", file=sys.stderr)

@@ -1,13 +1,17 @@
 """The loss of a checkpoint over a split, in the units that others use: ``python -m reference evaluate``."""
 
+import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from reference.checkpoint import load_for_inference
 from reference.config import TrainConfig
 from reference.data import TokenData
 from reference.data.tokenizer import ByteTokenizer
+from reference.errors import ConfigurationError
 from reference.training.batches import require_tokenizer, require_vocabulary
 from reference.training.evaluation import evaluate
 from reference.training.launch import launch
@@ -18,7 +22,8 @@ class Evaluation:
     """What a checkpoint reached on a split."""
 
     loss: float
-    """Mean cross entropy in nats per token; every token of the split but its first is a target."""
+    """Mean cross entropy in nats per token; every token of the split but its first is a target, unless only a part
+    of it was evaluated."""
     tokens: int
     """Targets."""
     size: int | None
@@ -41,9 +46,14 @@ class Evaluation:
 
 
 def evaluate_checkpoint(
-    folder: Path, data: Path, split: str = "validation", microbatch_size: int = 8, config: TrainConfig | None = None
+    folder: Path,
+    data: Path,
+    split: str = "validation",
+    microbatch_size: int = 8,
+    config: TrainConfig | None = None,
+    batches: int | None = None,
 ) -> Evaluation:
-    """Evaluate a checkpoint over all of a split, in sequences of its block_size, and return what it reached.
+    """Evaluate a checkpoint over a split, in sequences of its block_size, and return what it reached.
 
     Args:
         folder: the checkpoint.
@@ -51,12 +61,15 @@ def evaluate_checkpoint(
         split: ``train`` or ``validation``.
         microbatch_size: sequences at a time.
         config: its accelerator and precision are used.
+        batches: evaluate only so many of the first batches. None: all of the split.
 
     Raises:
         CheckpointError: if the checkpoint is missing or damaged.
         DataError: if the data is.
         ConfigurationError: if the model was trained on another tokenizer's ids.
     """
+    if batches is not None and batches < 1:
+        raise ConfigurationError(f"batches is {batches}: give a number of at least 1, or None for all.")
     model = load_for_inference(folder)
     tokens = TokenData(data, split, block_size=model.config.block_size, microbatch_size=microbatch_size, seed=0)
     # No more than there are, however many were asked for: batches of evaluation are filled up to their size.
@@ -64,8 +77,12 @@ def evaluate_checkpoint(
     require_tokenizer(folder, tokens)
     require_vocabulary(model, tokens)
     fabric = launch(config or TrainConfig())
-    loss = evaluate(fabric, fabric.setup_module(model), tokens.once())
+    loss = evaluate(fabric, fabric.setup_module(model), itertools.islice(tokens.once(), batches))
     targets = tokens.tokens - 1
-    # The first token is not a target; it is a byte unless the first document is empty.
-    size = targets - tokens.documents + int(tokens.ids[0] == ByteTokenizer.end_of_document)
+    if batches is not None:
+        targets = min(targets, batches * tokens.microbatch_size * tokens.block_size)
+    if targets < tokens.tokens - 1:
+        size = int(np.count_nonzero(tokens.ids[1 : targets + 1] != ByteTokenizer.end_of_document))
+    else:  # without reading all of it again; the first token, which is not a target, may be the end of a document
+        size = targets - tokens.documents + int(tokens.ids[0] == ByteTokenizer.end_of_document)
     return Evaluation(loss, targets, size if tokens.tokenizer == ByteTokenizer.name else None)

@@ -1,13 +1,13 @@
-"""Metrics on disk, as callbacks of the Trainer, written by Fabric's loggers: CSV always, TensorBoard if wanted.
+"""Metrics, as callbacks of the Trainer, written by Fabric's loggers: CSV always, TensorBoard and wandb if wanted.
 
-Both go on where a resumed run goes on: rows of updates that are done again are not kept twice.
+Those on disk go on where a resumed run goes on: rows of updates that are done again are not kept twice.
 """
 
 import contextlib
 import csv
 import importlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,6 +111,53 @@ def tensorboard(directory: Path) -> Iterator[Callable[["Record"], None]]:
     finally:
         if logger is not None:
             logger.finalize("finished")
+
+
+@contextlib.contextmanager
+def wandb(project: str, directory: Path, settings: Mapping[str, Any]) -> Iterator[Callable[["Record"], None]]:
+    """Yield a callback that logs to a project of Weights & Biases, on rank 0; ``WANDB_MODE=offline`` keeps it local.
+
+    Args:
+        project: its name.
+        directory: of the run; wandb keeps its files there.
+        settings: shown beside the run's curves.
+
+    Raises:
+        ConfigurationError: if the package wandb is missing, or cannot start a run.
+    """
+    from lightning.fabric.utilities import rank_zero_only
+
+    try:
+        module = importlib.import_module("wandb.integration.lightning.fabric")
+    except ImportError as error:
+        raise ConfigurationError(
+            "--wandb needs the package wandb: run pip install 'gpt-conformance[wandb]', or leave it out; metrics are "
+            "written as CSV in any case."
+        ) from error
+    logger = None
+    if getattr(rank_zero_only, "rank", 0) == 0:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            logger = module.WandbLogger(project=project, name=directory.name, save_dir=str(directory))
+            logger.log_hyperparams(dict(settings))  # starts the run: what is wrong is told before training
+        except Exception as error:  # wandb has many of its own, and they are no common class
+            raise ConfigurationError(
+                f"wandb cannot start a run in the project {project!r} ({first_line(error).rstrip('.')}): log in with "
+                "'wandb login', set WANDB_MODE=offline, or leave --wandb out."
+            ) from error
+
+    def write(record: "Record") -> None:
+        present = {key: value for key, value in metrics(record).items() if value is not None}
+        assert logger is not None  # on rank 0
+        logger.log_metrics(present, record.update)
+
+    status = "failed"
+    try:
+        yield rank_zero_only(tolerant(write, "the log of wandb"))
+        status = "success"
+    finally:
+        if logger is not None:
+            logger.experiment.finish(exit_code=int(status != "success"))
 
 
 def metrics(record: "Record") -> dict[str, Any]:

@@ -48,9 +48,9 @@ def add_options(
         prefix: before the names, such as ``train.``.
         defaults: in place of those of the dataclass.
     """
-    documented = docstring_parser.parse_from_object(options)
-    about = {entry.arg_name: " ".join((entry.description or "").split()) for entry in documented.params}
-    target = parser.add_argument_group((documented.short_description or "").rstrip(".")) if prefix else parser
+    about = described(options)
+    title = docstring_parser.parse_from_object(options).short_description or ""
+    target = parser.add_argument_group(title.rstrip(".")) if prefix else parser
     names = []
     for entry in fields(options):
         if is_dataclass(entry.type):
@@ -62,11 +62,17 @@ def add_options(
             target.add_argument(name, action="store_true", default=default, help=about[entry.name])
             continue
         told = "required" if default is MISSING else f"default: {json.dumps(default, default=str)}"
-        text = f"{about[entry.name]} ({in_words(entry.type)}; {told})".replace("``", "").replace("%", "%%")
+        text = f"{about[entry.name]} ({in_words(entry.type)}; {told})".replace("%", "%%")
         kind = {"nargs": "+"} if get_origin(entry.type) is list else {"type": value_type(entry.type)}
         default = None if default is MISSING else default
         target.add_argument(name, **kind, default=default, metavar="VALUE", help=text)
     return names
+
+
+def described(options: type) -> dict[str, str]:
+    """Return what the docstring under each field of a dataclass says, as one line."""
+    params = docstring_parser.parse_from_object(options).params
+    return {entry.arg_name: " ".join((entry.description or "").split()).replace("``", "") for entry in params}
 
 
 def value_type(annotation: Any) -> Any:

@@ -2,13 +2,35 @@
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
+
+from reference.heartbeat import heartbeat
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from reference.training.trainer import Record
+
+
+@contextlib.contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Say on stderr what is waited for: with a moving sign on a terminal, with a line every few seconds elsewhere."""
+    from rich.console import Console
+
+    console, began = Console(stderr=True), time.monotonic()
+    if console.is_terminal:
+        with console.status(f"{what} ..."):
+            yield
+        return
+
+    def tell() -> None:
+        seconds = time.monotonic() - began
+        console.print(f"{what}: {seconds:.0f} s so far", markup=False, highlight=False, soft_wrap=True)
+
+    with heartbeat(tell):
+        yield
 
 
 @contextlib.contextmanager
@@ -27,10 +49,11 @@ def live_line(updates: int, console: "Console") -> Iterator[Callable[["Record"],
     text = TextColumn("{task.description}", markup=False)
     columns = (BarColumn(bar_width=12), MofNCompleteColumn(), TimeRemainingColumn(), text)
     live = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    task = live.add_task("", total=updates)
+    task = live.add_task("starting", total=updates)
+    if getattr(rank_zero_only, "rank", 0) == 0:
+        live.start()
 
     def show(record: "Record") -> None:
-        live.start()  # with the first update: before it, nothing moves
         rate = f"{record.tokens / record.seconds:,.0f} tokens/s" if record.seconds else ""
         live.update(task, completed=record.update, description=f"loss {record.loss:.4f}, {rate}")
 

@@ -9,6 +9,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from reference import files
+from reference.cli.everyday import everyday_help, spelt_out, take_help
 from reference.cli.options import add_options, build, hint, new_parser, parse
 from reference.cli.presets import PRESETS, find_preset
 from reference.cli.starting import preset_of, run_name, start_of, value_of
@@ -26,15 +27,15 @@ presets:
 
 examples:
   python -m reference train                                       the preset tiny, on this Python's standard library
-  python -m reference train --train.updates 2000 --model.n_layer 6
-  python -m reference train --train.optimizer_args.lr 1e-3        one keyword of the optimizer
+  python -m reference train --updates 2000 --lr 1e-3 --model.n_layer 6
+  python -m reference train --train.optimizer_args.eps 1e-6       one keyword of the optimizer
   python -m reference train --train.optimizer torch.optim.SGD --train.optimizer_args '{{lr: 0.1, momentum: 0.9}}'
-  python -m reference train --preset gpt2-124m --data.path data/mine --train.devices 8 --train.microbatches 1
+  python -m reference train --preset gpt2-124m --data data/mine --devices 8 --microbatches 1
   python -m reference train --preset gpt2-124m --print_config > run.yaml
   python -m reference train --config run.yaml --directory out/run
   python -m reference train --config out/run/config.yaml --resume auto
-  python -m reference train --init_from out/gpt2 --data.path data/mine            fine-tune; the shape is the folder's
-  python -m reference train --init_from out/gpt2 --finetune.lora_rank 8 --finetune.quantize nf4
+  python -m reference train --init_from out/gpt2 --data data/mine                 fine-tune; the shape is the folder's
+  python -m reference train --init_from out/gpt2 --lora_rank 8 --finetune.quantize nf4
 
 The command line wins over files, a later file over an earlier one, and files over the preset. A mapping
 (optimizer_args) in a file replaces the preset's as a whole. Write numbers as 0.0003 or 3e-4, and None as null.
@@ -62,6 +63,10 @@ class Settings:
     """start from the weights of this checkpoint, or of the newest in a run's directory, with a fresh optimizer; the
     model's shape is theirs"""
     finetune: FinetuneConfig = dataclasses.field(default_factory=FinetuneConfig)
+    wandb: str | None = None
+    """also log the metrics to this project of Weights & Biases"""
+    sample_prompt: str = ""
+    """the text that samples continue; if it is empty, they begin a new document"""
 
     def plain(self) -> dict[str, Any]:
         """Return the settings as a mapping of plain values."""
@@ -82,19 +87,30 @@ def read_settings(arguments: Sequence[str]) -> Settings:
         ConfigurationError: if something is unknown, of a wrong type or out of range. Names the nearest accepted one.
         SystemExit: after printing the help, if that was asked for.
     """
-    paths, others = take(arguments, "--config")
+    words, topic = take_help(arguments)
+    paths, others = take(spelt_out(words), "--config")
     contents = [read_file(Path(name)) for name in paths]
     for value in (removed := take(others, "--train.capture_step"))[0]:
         TrainConfig(capture_step=load_yaml(value, "--train.capture_step"))
     others = removed[1]
     for group in GROUPS:  # a group as a whole, by a file or as a mapping
         values, others = take(others, f"--{group}")
+        if group == "data":  # a folder is short for its path
+            others += [word for value in values if is_folder(value) for word in ("--data.path", value)]
+            values = [value for value in values if not is_folder(value)]
         contents += [checked({group: read_mapping(value, group)}, f"--{group}") for value in values]
     named = [str(content["preset"]) for content in contents if "preset" in content] + take(others, "--preset")[0]
-    start, lora = start_of(contents, others), value_of(others, "--finetune.lora_rank")
-    adapters = any("lora_rank" in content.get("finetune", {}) for content in contents) if lora is None else True
-    parser, known = build_parser(named[-1] if named else "tiny", contents, start, adapters)
+    ranks = [content.get("finetune", {}).get("lora_rank") for content in contents]
+    rank = value_of(others, "--finetune.lora_rank") or next(filter(None, reversed(ranks)), None)
+    start, adapters = start_of(contents, others), rank not in (None, "null")
+    preset = named[-1] if named else "tiny"
+    parser, known, defaults = build_parser(preset, contents, start, adapters)
+    if topic is not None:
+        print_help(topic, parser, defaults)
+        raise SystemExit(0)
     found = parse(parser, others, known)
+    if not is_given("warmup", contents, others):
+        found["train"]["warmup"] = fitting_warmup(found["train"])
     if not found["directory"]:
         raise ConfigurationError(f"--directory is empty: give a folder, for example out/{found['preset']}.")
     return build(Settings, found | {group: config(**found[group]) for group, config in GROUPS.items()})
@@ -102,8 +118,8 @@ def read_settings(arguments: Sequence[str]) -> Settings:
 
 def build_parser(
     preset_name: str, contents: Sequence[dict[str, Any]], start: Path | None = None, adapters: bool = False
-) -> tuple[ArgumentParser, list[str]]:
-    """Return the parser, with the values of a preset and of files as its defaults, and the names of its options.
+) -> tuple[ArgumentParser, list[str], dict[str, Any]]:
+    """Return the parser, the names of its options, and their defaults: the values of a preset and of files.
 
     Args:
         preset_name: gives every setting its first value.
@@ -121,14 +137,54 @@ def build_parser(
     values["finetune"] = as_plain(FinetuneConfig())
     for content in contents:
         values |= {key: values[key] | value if key in GROUPS else value for key, value in content.items()}
-    presets = "\n".join(f"  {name:12}{preset.about}" for name, preset in PRESETS.items())
-    parser = new_parser("train", "Train a GPT.", EXAMPLES.format(presets=presets))
+    parser = new_parser("train", "Train a GPT.", examples())
     parser.add_argument("--config", metavar="FILE", help="a YAML file with settings; repeatable")
     parser.add_argument("--print_config", action="store_true", help="print the settings as such a file, and end")
     known = ["--config", "--print_config", *add_options(parser, Settings, defaults=values | {"preset": preset_name})]
     for group, config in GROUPS.items():
         known += add_options(parser, config, f"{group}.", values[group])
-    return parser, [*known, *(f"--train.optimizer_args.{keyword}" for keyword in KEYWORDS)]
+    return parser, [*known, *(f"--train.optimizer_args.{keyword}" for keyword in KEYWORDS)], values
+
+
+def examples() -> str:
+    """Return the end of the help: presets, examples and exit codes."""
+    return EXAMPLES.format(presets="\n".join(f"  {name:12}{preset.about}" for name, preset in PRESETS.items()))
+
+
+def print_help(topic: str, parser: ArgumentParser, values: dict[str, Any]) -> None:
+    """Print the help: what everybody sets, one group of settings, or all.
+
+    Raises:
+        ConfigurationError: for an unknown topic.
+    """
+    if topic and topic not in ("all", *GROUPS):
+        raise ConfigurationError(f"--help has no topic {shown(topic)}: choose one of all, {', '.join(GROUPS)}.")
+    if topic in GROUPS:
+        group = new_parser("train", f"The settings of the group {topic}. --help all shows every setting.", "")
+        add_options(group, GROUPS[topic], f"{topic}.", values[topic])
+        group.print_help()
+    elif topic == "all":
+        parser.print_help()
+    else:
+        print(everyday_help(GROUPS, values, examples()), end="")
+
+
+def is_given(name: str, contents: Sequence[dict[str, Any]], words: Sequence[str]) -> bool:
+    """Return whether a setting of the group ``train`` stands in a file or on the command line."""
+    return value_of(words, f"--train.{name}") is not None or any(name in found.get("train", {}) for found in contents)
+
+
+def fitting_warmup(train: dict[str, Any]) -> Any:
+    """Return the warm-up of a preset, or, for a run of few updates, a fifth of them."""
+    warmup, updates = train["warmup"], train["updates"]
+    if not isinstance(updates, int) or updates < 1:  # told later
+        return warmup
+    return min(warmup, updates // 5)
+
+
+def is_folder(value: str) -> bool:
+    """Return whether the value of ``--data`` names a folder, rather than a file or a mapping of settings."""
+    return not value.lstrip().startswith("{") and not Path(value).is_file()
 
 
 def take(arguments: Sequence[str], option: str) -> tuple[list[str], list[str]]:

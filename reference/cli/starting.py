@@ -11,6 +11,7 @@ from reference.errors import CheckpointError, ConfigurationError, first_line
 from reference.files import read_json
 
 STEP = "step-"
+SHAPE = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "norm", "position", "mlp", "bias")
 
 
 def start_of(contents: Sequence[dict[str, Any]], words: Sequence[str]) -> Path | None:
@@ -95,6 +96,20 @@ def require_ours(start: Path) -> None:
             f"{start} is a folder of transformers: make a checkpoint of it with 'python -m reference import --from "
             f"{start} --out out/imported', and start from out/imported."
         )
+
+
+def require_shape(folder: Path, model: GPTConfig) -> None:
+    """Raise ConfigurationError if the checkpoint that a run is to go on from is of a model of another shape."""
+    from reference.checkpoint import load_config
+
+    saved = load_config(folder).get("model") or {}
+    for name in SHAPE:
+        if name in saved and saved[name] != getattr(model, name):
+            raise ConfigurationError(
+                f"{name} is {getattr(model, name)!r}, but {folder} was trained with {saved[name]!r}: to start from its "
+                f"weights, give --init_from {folder} in place of --resume; to go on with its run, give its config.yaml "
+                "with --config."
+            )
 
 
 def tokenizer_of(start: Path) -> str:

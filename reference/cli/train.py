@@ -5,20 +5,23 @@ import dataclasses
 import logging
 import os
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reference.cli.presets import PRESETS
 from reference.cli.settings import Settings, read_settings
-from reference.cli.starting import checkpoint_to_resume, run_name, tokenizer_of
+from reference.cli.starting import checkpoint_to_resume, require_shape, run_name, tokenizer_of
 from reference.config import DataConfig
 from reference.errors import CheckpointError, ConfigurationError, ExplainedError
 from reference.files import write_file
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from reference.data.tokens import TokenData
-    from reference.training.trainer import Callback, Record
+    from reference.training.trainer import Callback, Record, Sampler
 
 logger = logging.getLogger("reference")
 
@@ -52,14 +55,18 @@ def train_command(arguments: Sequence[str]) -> int:
 
 def train(settings: Settings) -> int:
     """Run what the settings describe and return the exit code."""
-    import torch
-    from lightning.fabric.utilities import rank_zero_only
     from rich.console import Console
 
-    from reference.cli.boundary import explain
-    from reference.cli.loggers import csv_metrics, tensorboard, tolerant
-    from reference.cli.progress import live_line, logging_to
-    from reference.training.trainer import Trainer
+    from reference.cli.progress import live_line, logging_to, waiting
+
+    with waiting("Loading PyTorch"):
+        import torch
+        from lightning.fabric.utilities import rank_zero_only
+
+        from reference.checkpoint import checkpoints
+        from reference.cli.boundary import explain
+        from reference.cli.loggers import csv_metrics, metrics_file, tensorboard, tolerant, wandb
+        from reference.training.trainer import Trainer
 
     console = Console(stderr=True)
     require_processors(settings)
@@ -70,6 +77,8 @@ def train(settings: Settings) -> int:
         stack.enter_context(logging_to(console, first_rank))
         settings, training, validation = open_data(settings)
         warn_of_rate(folder, settings)
+        if folder is not None and settings.resume not in (True, "auto"):  # a path: of a run or an import elsewhere
+            require_shape(folder, settings.model)
         if first_rank:
             require_directory(directory)
         run = settings.train
@@ -78,7 +87,10 @@ def train(settings: Settings) -> int:
         callbacks = [shown, rank_zero_only(writes), csv_metrics(directory)]
         if settings.tensorboard:
             callbacks.append(stack.enter_context(tensorboard(directory)))
-        trainer = Trainer(settings.model, run, directory, callbacks, settings.finetune)
+        if settings.wandb is not None:
+            callbacks.append(stack.enter_context(wandb(settings.wandb, directory, settings.plain())))
+        sample = sampler(settings) if run.sample_every is not None else None
+        trainer = Trainer(settings.model, run, directory, callbacks, settings.finetune, sample)
         try:
             result = trainer.fit(training, validation, folder or False, settings.init_from)
         except torch.OutOfMemoryError as error:
@@ -94,6 +106,8 @@ def train(settings: Settings) -> int:
                 raise  # a fault of the program
             raise told from error
     if first_rank:
+        files = [directory / "config.yaml", metrics_file(directory), *checkpoints(directory)[-1:]]
+        print(f"Written: {', '.join(str(file) for file in files if file.exists())}", file=sys.stderr)
         again = f"python -m reference train --config {directory / 'config.yaml'} --resume auto"
         if result.stopped is not None:
             print(f"Go on with: {again}", file=sys.stderr)
@@ -120,7 +134,7 @@ def open_data(settings: Settings) -> "tuple[Settings, TokenData, TokenData | Non
     if settings.data.path == DataConfig().path:
         if not (folder / "train.json").exists():
             logger.info("data: preparing %s from this Python's standard library, as bytes", folder)
-        prepare_default(folder, progress=sys.stderr.isatty())  # does nothing where it is there
+        prepare_default(folder, progress=True)  # does nothing where it is there
     shape = {
         "block_size": model.block_size,
         "microbatch_size": settings.data.microbatch_size,
@@ -137,13 +151,44 @@ def open_data(settings: Settings) -> "tuple[Settings, TokenData, TokenData | Non
     return settings, training, validation
 
 
+def sampler(settings: Settings) -> "Sampler":
+    """Return what logs a sample of text: up to 100 tokens, drawn with the run's seed.
+
+    Raises:
+        ConfigurationError: if the data has no tokenizer that gives text, or the prompt is too long.
+    """
+    from reference.data.tokenizer import load_tokenizer
+    from reference.model.generation import check_prompt, generate
+
+    tokenizer = load_tokenizer(settings.data.path)
+    prompt = tokenizer.encode(settings.sample_prompt) or [tokenizer.end_of_document]
+    check_prompt(prompt, tokenizer.vocab_size, settings.model.block_size)
+
+    def sample(model: "nn.Module", update: int) -> None:
+        ids = generate(
+            model,
+            prompt,
+            tokens=100,
+            temperature=0.8,
+            top_p=0.95,
+            seed=settings.train.seed,
+            end=tokenizer.end_of_document,
+            vocab_size=tokenizer.vocab_size,
+        )
+        text = settings.sample_prompt + "".join(tokenizer.stream(ids))
+        told = "".join(letter if letter.isprintable() or letter == "\n" else " " for letter in text)
+        logger.info("sample after update %d:\n%s", update, textwrap.indent(told, "    ", lambda _: True))
+
+    return sample
+
+
 def prepare_for_weights(start: Path, folder: Path) -> None:
     """Prepare Python's standard library with the tokenizer of trained weights, if ``folder`` is the place for that."""
     from reference.data.prepare import prepare
 
     if str(folder) == f"{DataConfig().path}-{run_name(start)}" and not (folder / "train.json").exists():
         logger.info("data: preparing %s from this Python's standard library, with the tokenizer of %s", folder, start)
-        prepare([], tokenizer_of(start), folder, progress=sys.stderr.isatty())
+        prepare([], tokenizer_of(start), folder, progress=True)
 
 
 def warn_of_rate(folder: Path | None, settings: Settings) -> None:

@@ -12,7 +12,7 @@ import re
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,11 +41,18 @@ class Document:
     """Byte behind the last."""
     ends: bool = True
     """Whether the file ends here too, and with it the document."""
+    origin: Path | None = None
+    """What messages name in place of the path: the record that the text is from."""
 
     @property
     def size(self) -> int:
         """Bytes."""
         return self.stop - self.start
+
+    @property
+    def named(self) -> Path:
+        """What messages call it."""
+        return self.origin or self.path
 
 
 def find_files(text: Sequence[str], out: Path) -> list[Path]:
@@ -110,7 +117,7 @@ def examine(paths: list[Path], seed: int, shown: "Progress") -> tuple[list[Docum
     skipped: list[tuple[Path, str]] = []
     task = shown.add_task("reading", total=len(paths))
     for path in shown.track(paths, task_id=task):
-        digest = hashlib.blake2b(digest_size=16, key=hashlib.blake2b(str(seed).encode(), digest_size=16).digest())
+        digest = keyed_digest(seed)
         decoder = codecs.getincrementaldecoder("utf-8")()
         size = start = 0
         try:
@@ -147,6 +154,18 @@ def examine(paths: list[Path], seed: int, shown: "Progress") -> tuple[list[Docum
     return [documents[key] for key in sorted(documents)], skipped
 
 
+def keyed_digest(seed: int) -> "hashlib.blake2b":
+    """Return the hash, of nothing yet, that chooses a document's split and place."""
+    return hashlib.blake2b(digest_size=16, key=hashlib.blake2b(str(seed).encode(), digest_size=16).digest())
+
+
+def document_key(content: bytes, seed: int) -> bytes:
+    """Return the digest of a document's content."""
+    digest = keyed_digest(seed)
+    digest.update(content)
+    return digest.digest()
+
+
 def divide(documents: list[Document], share: float) -> tuple[list[Document], list[Document], str]:
     """Divide documents: return those for training, those for validation, and how they were told apart.
 
@@ -164,8 +183,8 @@ def divide(documents: list[Document], share: float) -> tuple[list[Document], lis
     for index, document in enumerate(documents):
         if before + document.size > total * (1.0 - share):
             cut = place_to_cut(document, document.start + int(total * (1.0 - share)) - before)
-            head = Document(document.path, document.digest, document.start, cut, ends=False)
-            tail = Document(document.path, document.digest, cut, document.stop)
+            head = replace(document, stop=cut, ends=False)
+            tail = replace(document, start=cut)
             train = documents[:index] + ([head] if head.size else [])
             if not train:
                 break

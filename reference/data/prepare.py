@@ -2,16 +2,18 @@
 
 import contextlib
 import logging
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast
 
 import numpy.typing as npt
 
 from reference.data.documents import SPLITS, Document, divide, examine, find_files, read, standard_library, total_size
 from reference.data.readback import Readback
+from reference.data.records import SUFFIXES, examine_records
 from reference.data.tokenfile import TokenWriter, open_sidecar, publish
 from reference.data.tokenizer import (
     FILE,
@@ -24,7 +26,8 @@ from reference.data.tokenizer import (
     train_tokenizer,
 )
 from reference.errors import ConfigurationError, DataError
-from reference.files import write_file
+from reference.files import SUMS, write_file
+from reference.heartbeat import heartbeat
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -33,7 +36,7 @@ logger = logging.getLogger("reference")
 
 PIECE = 1 << 18  # characters of one document encoded as one text
 BATCH = 1 << 22  # characters encoded together
-RECORDS = {".jsonl", ".ndjson", ".json", ".csv", ".tsv"}
+RECORDS = {*SUFFIXES, ".json"}
 CONTEXT = 500  # characters on either side by which a cut is judged
 
 
@@ -46,7 +49,7 @@ class Prepared:
     """``bytes`` or ``tokenizer.json``."""
     vocab_size: int
     files: int
-    """Text files used."""
+    """Text files, or records, used."""
     size: int
     """Their bytes."""
     tokens: dict[str, int]
@@ -59,11 +62,13 @@ class Prepared:
     """Files that were left out, each with the reason."""
     readback: dict[str, Readback]
     """What came back when a sample of each split was decoded again."""
+    what: Literal["text file", "record"] = "text file"
+    """What each document comes from."""
 
     def describe(self) -> str:
         """Return some lines: what was written, and what was left out."""
         lines = [
-            f"{self.folder}: {self.files:,} text file{'s' * (self.files != 1)}, {self.size:,} bytes, "
+            f"{self.folder}: {self.files:,} {self.what}{'s' * (self.files != 1)}, {self.size:,} bytes, "
             f"split {self.divided}; {self.tokenizer}, vocabulary {self.vocab_size:,}"
         ]
         lines += [
@@ -74,8 +79,12 @@ class Prepared:
         reasons = Counter(reason for _, reason in self.skipped)
         for reason, number in reasons.most_common():
             example = next(path for path, why in self.skipped if why == reason)
-            lines.append(f"left out: {number:,} {'file' if number == 1 else 'files'} ({reason}), e.g. {example}")
-        return "\n".join(lines)
+            lines.append(
+                f"left out: {number:,} {self.what.split()[-1]}{'s' * (number != 1)} ({reason}), e.g. {example}"
+            )
+        files = [f"{split}.{kind}" for split in SPLITS for kind in ("bin", "json")]
+        files += [SUMS, *([FILE] if self.tokenizer == FILE else [])]
+        return "\n".join([*lines, f"Written: {self.folder / files[0]}, and beside it {', '.join(files[1:])}"])
 
 
 def prepare(
@@ -88,8 +97,9 @@ def prepare(
     end_of_document: str | None = None,
     overwrite: bool = False,
     progress: bool = True,
+    field: str | None = None,
 ) -> Prepared:
-    """Write the token files of both splits, and tokenizer.json, from text files.
+    """Write the token files of both splits, and tokenizer.json, from text files or from records.
 
     Files that are not UTF-8, hold NUL bytes, are empty, hidden or copies of others are left out, and the result says
     so. The split is by file. Where that cannot come near the share asked for (few files, or one that outweighs the
@@ -106,7 +116,8 @@ def prepare(
         seed: chooses which.
         end_of_document: the token of a tokenizer.json that ends a document. None: one of the usual names.
         overwrite: also replace data of another tokenizer.
-        progress: draw bars on standard error.
+        progress: show on standard error how far it is: bars on a terminal, elsewhere a line every few seconds.
+        field: the files hold records (JSON lines, CSV, Parquet), and this field of each is a document.
 
     Raises:
         ConfigurationError: for settings that cannot work.
@@ -121,10 +132,19 @@ def prepare(
     size = 0 if given is not None else bpe_size(tokenizer)
     if given is not None:
         check_folder(out, given, overwrite)  # before the work rather than after it
+    if field is not None and not text:
+        raise ConfigurationError("field names a part of records: give the files of records, too.")
     paths = find_files(text, out) if text else standard_library()
-    with bars(progress) as shown:
-        documents, skipped = examine(paths, seed, shown)
-        warn_of_records(documents)
+    with bars(progress) as shown, contextlib.ExitStack() as held:
+        if field is None:
+            documents, skipped = examine(paths, seed, shown)
+            warn_of_records(documents)
+        else:
+            spool = held.enter_context(tempfile.NamedTemporaryFile(prefix="reference-records-"))
+            with told_if_full(spool.name):
+                documents, skipped = examine_records(
+                    list(shown.track(paths, description="reading")), field, seed, cast("BinaryIO", spool)
+                )
         train, validation, divided = divide(documents, validation_share)
         chosen = given if given is not None else train_tokenizer(read_all(train, shown), size)
         if chosen.vocab_size < size:
@@ -154,6 +174,7 @@ def prepare(
         tokenizer=chosen.name,
         vocab_size=chosen.vocab_size,
         files=len(documents),
+        what="text file" if field is None else "record",
         size=total_size(documents),
         tokens={writer.split: writer.tokens for writer in writers},
         documents={writer.split: writer.documents for writer in writers},
@@ -169,7 +190,7 @@ def warn_of_records(documents: Sequence[Document]) -> None:
     if found:
         logger.warning(
             "%d of %d files hold records rather than text (%s): each file becomes one document, with its keys and "
-            "quotes. If each record should be a document, write its text into a file of its own.",
+            "quotes. If each record should be a document, name the field that holds its text with --field.",
             *(len(found), len(documents), found[0]),
         )
 
@@ -286,7 +307,7 @@ def write(
     for document in documents:
         for piece, last in pieces(read(document), tokenizer):
             texts.append(piece)
-            paths.append(document.path)
+            paths.append(document.named)
             ends.append(last and document.ends)
             characters += len(piece)
             if characters > BATCH:
@@ -311,9 +332,33 @@ def encoded(tokenizer: Tokenizer, texts: list[str], paths: list[Path]) -> list[n
         raise
 
 
-def bars(progress: bool) -> "Progress":
-    """Return progress bars on standard error, or none."""
+@contextlib.contextmanager
+def told_if_full(name: str) -> Iterator[None]:
+    """Turn what the system refuses while records are copied into DataError."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"the text of the records could not be copied to {name} ({error.strerror or error}): make room, or set "
+            "TMPDIR to a folder with more."
+        ) from error
+
+
+@contextlib.contextmanager
+def bars(progress: bool) -> Iterator["Progress"]:
+    """Yield progress bars on standard error; without a terminal, lines in their place; or nothing that shows."""
     from rich.console import Console
     from rich.progress import Progress
 
-    return Progress(console=Console(stderr=True), disable=not progress)
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not (progress and console.is_terminal)) as shown:
+        if not progress or console.is_terminal:
+            yield shown
+            return
+
+        def tell() -> None:
+            for task in shown.tasks[-1:]:
+                logger.info("prepare: %s, %.0f%%", task.description, task.percentage)
+
+        with heartbeat(tell):
+            yield shown

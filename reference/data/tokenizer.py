@@ -6,6 +6,7 @@ Text is data, never a command: the end of a document is an id that no text encod
 import codecs
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from reference.files import read_file, read_json
 
 END_OF_DOCUMENT = ("<|endoftext|>", "</s>", "<|end_of_text|>")  # GPT-2 and NeoX; Llama 1 and 2, T5; Llama 3
 FILE = "tokenizer.json"
+MODEL_NAME = re.compile(r"(?!.*\.json$)\w[\w.-]*(/\w[\w.-]*)?")  # as the Hugging Face Hub names models
 
 
 class Tokenizer(Protocol):
@@ -259,6 +261,12 @@ def load_tokenizer(source: str | Path, end: str | None = None) -> Tokenizer:
     try:
         return FileTokenizer(read_file(path), str(path), end or (ending if isinstance(ending, int) else None))
     except OSError as error:
+        if MODEL_NAME.fullmatch(str(source)) and not path.exists():
+            raise ConfigurationError(
+                f"there is no file or folder {source}. If it is a model of the Hugging Face Hub, get its tokenizer "
+                f"with 'hf download {source} {FILE} --local-dir {path.name}' (from pip install huggingface-hub), and "
+                f"give {path.name}/{FILE}."
+            ) from error
         raise ConfigurationError(
             f"there is no tokenizer at {source} ({path}: {error.strerror}): give 'bytes', a tokenizer.json, or a "
             "folder of data or a checkpoint."

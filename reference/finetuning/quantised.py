@@ -4,6 +4,7 @@ A layer's packed weight alone says nothing: bitsandbytes keeps scales and codes 
 under names of their own, which its 4-bit layer writes and does not read (bitsandbytes 0.50.2).
 """
 
+import copy
 import logging
 import re
 from collections.abc import Mapping
@@ -131,8 +132,12 @@ def unpacked(weight: Tensor, parts: Mapping[str, Tensor], layer: str) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
     state = quant_state(parts, weight, layer)
-    whole: Tensor = dequantize_4bit(weight, state)
-    return whole.float()
+    # NOTE a footgun: as one long row. On the CPU, bitsandbytes 0.50.2 takes the scales of other blocks if a row is not
+    # a whole number of blocks, and such a layer may come from a GPU.
+    flat = copy.copy(state)
+    flat.shape = torch.Size((1, state.shape.numel()))
+    whole: Tensor = dequantize_4bit(weight, flat)
+    return whole.float().view(state.shape)
 
 
 def quant_state(parts: Mapping[str, Tensor], weight: Tensor, layer: str) -> Any:

@@ -30,14 +30,8 @@ def load_base(folder: str | Path) -> GPT:
         CheckpointError: if there is none, or it is damaged or of a module that is not a reference.GPT.
     """
     path = Path(folder)
-    if not (path / "state.pt").is_file() and (found := checkpoint.checkpoints(path)):
-        path = found[-1]
-    if (path / "config.json").is_file() and not (path / "state.pt").is_file() and not path.name.startswith("step-"):
-        raise ConfigurationError(
-            f"init_from={str(folder)!r} looks like a folder of transformers: make a checkpoint of it with "
-            f"'python -m reference import --from {folder} --out out/imported', and start from that."
-        )
-    return checkpoint.load_for_inference(path)
+    newest = checkpoint.checkpoints(path)[-1:]
+    return checkpoint.load_for_inference(newest[0] if newest else path)
 
 
 def started_from(model: ModelSource | None, base: GPT, folder: str | Path) -> GPTConfig:

@@ -22,6 +22,7 @@ from reference.model.gpt import GPT
 from reference.training.batches import Batch, TokenSource, require_tokenizer, require_vocabulary
 from reference.training.evaluation import validate
 from reference.training.float8 import plain_linears, require_tokens
+from reference.training.launch import is_sharded
 from reference.training.run import Run
 from reference.training.saving import on_rank_zero, restore, save, warn_about_order
 from reference.training.setup import ModelSource, set_up
@@ -32,6 +33,8 @@ from reference.training.throughput import device_peak, flops_per_token
 logger = logging.getLogger("reference")
 
 Callback = Callable[["Record"], None]
+Sampler = Callable[[nn.Module, int], None]
+"""Shows what a model generates: takes the module, as it is trained, and the number of updates done."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,8 @@ class Trainer:
         directory: where checkpoints go.
         callbacks: functions called with the Record of every update, on every rank.
         finetune: what to freeze, quantise and add; nothing by default. A resumed run has it from its checkpoint.
+        sample: called every ``sample_every`` updates on rank 0, with plain linear layers. It must leave the random
+            state, the modes and the gradients as they are, as reference.model.generation does.
     """
 
     def __init__(
@@ -92,12 +97,14 @@ class Trainer:
         directory: str | Path = "out",
         callbacks: Iterable[Callback] = (),
         finetune: FinetuneConfig | None = None,
+        sample: Sampler | None = None,
     ) -> None:
         self.model = model
         self.config = config or TrainConfig()
         self.directory = Path(directory)
         self.callbacks = tuple(callbacks)
         self.finetune = finetune or FinetuneConfig()
+        self.sample = sample
 
     def fit(
         self,
@@ -145,6 +152,12 @@ class Trainer:
             on_rank_zero(run, lambda: checkpoint.require_alone(self.directory, held))
             if validation is not None and config.evaluate_every is None:
                 logger.info("validation: batches were given, but evaluate_every is None: they are not evaluated")
+            samples_at_all = self.sample is not None and config.sample_every is not None
+            if samples_at_all and is_sharded(run.fabric):
+                raise ConfigurationError(
+                    "sample_every cannot be used with the strategy fsdp, where no rank has a whole model: leave it "
+                    "out, and use 'python -m reference generate' on a checkpoint."
+                )
             result = FitResult(run.module, run.bare)
             batches, device = run.batches(train, done), run.fabric.device
             upcoming = run.fetch(batches) if done < config.updates else []
@@ -160,7 +173,8 @@ class Trainer:
                 last = update + 1 == config.updates
                 validates = validation is not None and is_due(update, config.evaluate_every, last)
                 saves = is_due(update, config.save_every, last)
-                did = run.update_once(update, upcoming, None if last else batches, not (validates or saves))
+                samples = samples_at_all and is_due(update, config.sample_every, last)
+                did = run.update_once(update, upcoming, None if last else batches, not (validates or saves or samples))
                 upcoming = did.following
                 now = time.perf_counter()
                 validation_loss = None
@@ -182,6 +196,9 @@ class Trainer:
                 if is_due(update, config.log_every, last) or update == done:
                     passed = time.perf_counter() - began
                     log(record, run, passed / (update + 1 - done) * (config.updates - update - 1))
+                if samples and self.sample is not None and run.fabric.global_rank == 0:
+                    # generate() reads one token at a time, which float8 layers cannot: they need multiples of 16.
+                    self.sample(result.for_inference() if config.float8 != "none" else run.module, update + 1)
                 alone = run.fabric.world_size == 1  # other ranks know of a signal when the next update has begun
                 stopped = (run.stopping or (alone and stop.signal is not None)) and not last
                 saves = saves or stopped
@@ -191,7 +208,7 @@ class Trainer:
                     result.stopped = stop.signal or signal.SIGTERM  # another rank got it
                     logger.warning("stopped by %s; %s", result.stopped.name, run.saved)
                     break
-                started = time.perf_counter() if saves or validation_loss is not None else now
+                started = time.perf_counter() if saves or samples or validates else now
         return result
 
     def setup(

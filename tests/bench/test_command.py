@@ -42,7 +42,9 @@ def test_a_small_version_runs_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureF
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["label"], summary["schema"], summary["complete"]) == (LABEL, 2, True)
     assert summary["seconds"] > 0
-    assert re.search(r"reports/latest/bench-cpu/summary.json, after \d+:\d\d\n", progress)
+    assert re.search(
+        r"reports/latest/bench-cpu/summary.json and pytest-benchmark.json beside it, after \d+:\d\d\n", progress
+    )
     assert summary["card"]["noise"]["low"] <= summary["card"]["noise"]["ratio"]
     assert {row["name"] for row in summary["rows"] if row["unavailable"] is None} == {
         "AdamW fused, fp32, against itself",

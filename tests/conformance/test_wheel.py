@@ -94,7 +94,7 @@ def test_the_wheel_declares_commands_and_no_plugin(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt"))
         declared.read_string(archive.read(name).decode())
-    commands = {"gpt-conformance": "conformance.cli:main", "gpt-reference": "reference.__main__:main"}
+    commands = {"gpt-conformance": "conformance.__main__:entry", "gpt-reference": "reference.__main__:main"}
     assert {section: dict(declared[section]) for section in declared.sections()} == {"console_scripts": commands}
 
 

@@ -4,6 +4,7 @@ FORWARD = "declared forward"  # what the forward does otherwise, logits alone ca
 SHAPES = r"proj\.weight .*std"
 RANKS = "rank 0 against rank 1"
 AGAIN = "computed again"
+TIED = "one tensor"
 GAP = "another gradient from the same parameters"
 
 CAUSES: dict[str, str] = {
@@ -42,6 +43,9 @@ CAUSES: dict[str, str] = {
     "bnb-override-leaks": "8-bit state.*has float32",
     "stableemb-unties": "two tensors after",
     "stableemb-not-exported": "loaded model",
+    "scales-not-restored": "scales of quantised weights",
+    "merged-without-scale": "loaded model",
+    "norm-lost-after-tuning": "loaded model",
     "accum-mean-of-means": "different numbers of targets",
     "no-sync-order": RANKS,
     "no-sync-always": RANKS,
@@ -82,6 +86,20 @@ CAUSES: dict[str, str] = {
     "leftovers-dropped": "at the end of an epoch",
     "leftovers-repeated": "at the end of an epoch",
     "val-subset-drifts": "the same sequences in each evaluation",
+    "last-target-of-odd-lengths-left-out": "sequences of 13 tokens",
+    "ids-clamped": "an error about the token id",
+    "val-unshifted": "cross entropy of the next tokens",
+    "replicas-average-their-weights-late": RANKS,
+    "not-causal": "later ones change",
+    "mask-one-too-wide": "later ones change",
+    "rotary-not-applied": "positions reach nothing",
+    "tie-by-memory": TIED,
+    "tie-by-copy": TIED,
+    "tie-broken-by-load": TIED,
+    "eval-clears-state": "without evaluation and with it",
+    "eval-restarts-momentum": "without evaluation and with it",
+    "batch-and-time-exchanged": "another sequence of the batch",
+    "window-of-zero": "if the first token changes",
     "labels-unshifted": "the token itself",
 }
 """A regular expression for the requirement, or what is expected or seen."""

@@ -141,4 +141,25 @@ MUTANTS = [
         ("reference.model.gpt:GPT.forward", "ids.long()", "ids.long().clamp(max=self.config.vocab_size - 1)"),
         ("reference.model.loss:token_loss", "targets.flatten()", "targets.flatten().clamp(max=logits.size(-1) - 1)"),
     ),
+    mutant(
+        "sequences-cut-to-a-round-length",
+        "DATA-10",
+        "lengths of whole tiles for a kernel",
+        (
+            "reference.training.batches:split_targets",
+            PLAIN,
+            "return (lambda n: (batch[:, :n], batch[:, 1 : n + 1]))((batch.size(1) - 1) // 4 * 4)",
+        ),
+    ),
+    mutant(
+        "last-target-of-odd-lengths-left-out",
+        "DATA-10",
+        "sequences filled up to a round length, and one target too many ignored",
+        (
+            "reference.training.batches:split_targets",
+            PLAIN,
+            "return batch[:, :-1], (batch[:, 1:] if batch.size(1) % 2 else "
+            "nn.functional.pad(batch[:, 1:-1], (0, 1), value=IGNORE))",
+        ),
+    ),
 ]

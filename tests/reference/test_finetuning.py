@@ -11,6 +11,7 @@ from torch import nn
 
 from reference.__main__ import main
 from reference.checkpoint import load_for_inference
+from reference.cli.settings import read_settings
 from reference.config import GPTConfig
 from reference.errors import CheckpointError, ConfigurationError
 from reference.finetuning import FinetuneConfig
@@ -158,6 +159,16 @@ def test_the_command_takes_shape_and_gentle_rates_from_the_folder(
     assert "resume: from out/base-tuned/step-00000002" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "rate"),
+    [([], 2e-5), (["--finetune.lora_rank", "4"], 2e-4), (["--finetune.lora_rank=null"], 2e-5)],
+)
+def test_adapters_learn_faster(started: Path, words: list[str], rate: float) -> None:
+    settings = read_settings(["--init_from", "out/base", *words])
+    assert settings.train.optimizer_args["lr"] == pytest.approx(rate)
+    assert (settings.directory, settings.model.n_embd) == ("out/base-tuned", 64)
+
+
 def test_a_rate_of_pretraining_is_told(started: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--init_from", "out/base", *SHORT, "--train.optimizer_args.lr", "3e-3"]) == 0
     assert "a learning rate of 0.003 is for pretraining" in capsys.readouterr().err
@@ -184,6 +195,13 @@ def test_mistakes_are_one_sentence(
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert errors[0].startswith(f"error: {problem}")
+
+
+def test_a_resume_with_another_shape_names_the_other_way(started: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--resume", "out/base", "--directory", "out/b", *SHORT, "--train.warmup", "0"]) == 2
+    told = capsys.readouterr().err
+    assert "error: block_size is 128, but out/base/step-00000001 was trained with 16: to start from its weights" in told
+    assert "give --init_from out/base/step-00000001 in place of --resume" in told
 
 
 def test_an_adapter_of_a_run_without_adapters_cannot_be_exported(

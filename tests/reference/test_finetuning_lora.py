@@ -13,7 +13,7 @@ from reference import checkpoint
 from reference.checkpoint import load_for_inference
 from reference.config import GPTConfig
 from reference.errors import CheckpointError, ConfigurationError
-from reference.finetuning.quantised import dense, is_quantised, quantised
+from reference.finetuning.quantised import dense, dense_weights, is_quantised, quantised
 from reference.model.embedding import is_stable
 from reference.training.trainer import Trainer
 from tests.reference.checkpoints import sum_up
@@ -145,6 +145,17 @@ def test_a_quantised_layer_is_near_its_weight(kind: Any, most: float) -> None:
         one = torch.eye(128)
         seen = layer(one) - layer.bias
         assert torch.allclose(seen.T, dense(layer), rtol=1e-2 if kind == "int8" else 1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("inputs", [32, 96, 160])
+def test_layers_of_a_gpu_are_unpacked_right_on_the_cpu(inputs: int) -> None:
+    from bitsandbytes.functional import quantize_4bit
+
+    weight = torch.randn(48, inputs, generator=torch.Generator().manual_seed(0))
+    packed, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    parts = {f"layer.weight.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
+    found = dense_weights({"layer.weight": packed, **parts})["layer.weight"]
+    assert float((found - weight).norm() / weight.norm()) < 0.1  # 0.25 if the scales are those of other blocks
 
 
 def test_only_a_gpt_of_ours_gets_adapters(tmp_path: Path) -> None:

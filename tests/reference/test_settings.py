@@ -1,6 +1,8 @@
 """The settings of python -m reference: presets, files and options, and what is wrong with them."""
 
+import contextlib
 import dataclasses
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 from reference.__main__ import COMMANDS, main
+from reference.cli.everyday import SHORT
 from reference.cli.presets import PRESETS
 from reference.cli.settings import Settings, read_settings
 from reference.config import DataConfig, GPTConfig, TrainConfig
@@ -70,8 +73,11 @@ def test_print_config_of_settings_that_cannot_work_is_an_error(capsys: pytest.Ca
     ("arguments", "message"),
     [
         ("trian", "there is no command 'trian': did you mean train?"),
-        ("train --lr 3", "there is no option '--lr': did you mean --train.optimizer_args.lr?"),
-        ("train --updates 3", "there is no option '--updates': did you mean --train.updates?"),
+        ("train --beta 3", "there is no option '--beta': did you mean --train.optimizer_args.betas?"),
+        ("train --min_lr 3", "there is no option '--min_lr': did you mean --train.min_lr?"),
+        ("train --updates many", "updates is 'many', but must be a whole number."),
+        ("train --updates 3 --warmup 20", "warmup is 20, but must lie between 0 and updates (3)."),
+        ("train --help optimizer", "--help has no topic 'optimizer': choose one of all, model, train, data, finetune."),
         ("train --train.updats=3", "there is no option '--train.updats': did you mean --train.updates?"),
         ("train --model.n_layr 3", "there is no option '--model.n_layr': did you mean --model.n_layer?"),
         ("train --train.upd 3", "there is no option '--train.upd': did you mean --train.updates?"),  # no abbreviations
@@ -183,11 +189,61 @@ def test_help_needs_no_torch() -> None:
 
 def test_help_of_train_shows_the_docstrings_and_the_presets_values(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
-        main(["train", "--preset", "llama-1.2b", "--help"])
+        main(["train", "--preset", "llama-1.2b", "--help", "all"])
     printed = " ".join(capsys.readouterr().out.split())
     assert "Longest sequence, in tokens, that the model can see. (a whole number; default: 2048)" in printed
     assert "e.g. bitsandbytes.optim.AdamW8bit" in printed
     assert all(preset.about in printed for preset in PRESETS.values())
+
+
+def printed_help(*words: str) -> str:
+    """Standard output of ``train --help``, as one line."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit, match="0"):
+        main(["train", *words])
+    return " ".join(out.getvalue().split())
+
+
+def test_help_of_train_begins_with_what_everybody_sets() -> None:
+    printed = printed_help("--preset", "llama-1.2b", "--help")
+    assert "--lr VALUE Peak learning rate (default: 0.0002)" in printed
+    assert "e.g. bitsandbytes.optim.AdamW8bit or" in printed
+    assert all(f"--{short} " in printed for short in SHORT)
+    assert "--model.norm_eps" not in printed
+    assert all(preset.about in printed for preset in PRESETS.values())
+
+
+def test_help_of_a_group() -> None:
+    printed = printed_help("--help", "model", "--block_size", "7")
+    assert "--model.norm_eps" in printed
+    assert "--train.updates" not in printed
+
+
+@pytest.mark.parametrize("short", SHORT)
+def test_a_short_name_is_the_long_one(short: str) -> None:
+    value = {"precision": "bf16-mixed", "optimizer": "torch.optim.SGD", "compile": "true"}.get(short, "2")
+    given = read_settings([f"--{short.replace('_', '-')}", value])
+    assert given == read_settings([f"--{SHORT[short]}={value}"])
+    assert given != read_settings([])
+
+
+def test_data_is_a_folder_or_a_group(tmp_path: Path) -> None:
+    file = tmp_path / "data.yaml"
+    file.write_text("{microbatch_size: 3}")
+    assert read_settings(["--data", "data/mine"]).data == DataConfig(path="data/mine", microbatch_size=16)
+    assert read_settings([f"--data={tmp_path}"]).data.path == str(tmp_path)
+    assert read_settings(["--data", str(file)]).data.microbatch_size == 3
+    assert read_settings(["--data", "{microbatch_size: 4}", "--data", "there"]).data == DataConfig(
+        path="there", microbatch_size=4
+    )
+
+
+@pytest.mark.parametrize(("updates", "warmup"), [(3, 0), (10, 2), (100, 20), (600, 20), (5000, 20)])
+def test_a_warm_up_that_was_not_given_fits_the_run(updates: int, warmup: int, tmp_path: Path) -> None:
+    assert read_settings(["--updates", str(updates)]).train.warmup == warmup
+    file = tmp_path / "run.yaml"
+    file.write_text("train: {warmup: 3}")
+    assert read_settings(["--updates", str(updates), "--config", str(file)]).train.warmup == 3
+    assert read_settings(["--updates", str(updates), "--warmup", "1"]).train.warmup == 1
 
 
 def test_no_command_is_the_overview(capsys: pytest.CaptureFixture[str]) -> None:
