@@ -137,6 +137,15 @@ def run(command: list[str]) -> int:
             sys.argv[:] = command[1:]
             runpy.run_path(command[1], run_name="__main__")
             return 0
+        if command[0] == "torch-audit":
+            import runpy
+
+            from tests.audits.torch_audit import watching
+
+            sys.argv[:] = command[1:]
+            with watching(Path(f"torch-audit-{os.environ.get('RANK', '0')}.json").resolve()):
+                runpy.run_path(command[1], run_name="__main__")
+            return 0
         from conformance.cli import main
 
         return main(command)

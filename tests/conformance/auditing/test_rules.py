@@ -32,7 +32,6 @@ from tests.conformance.auditing.made_up import (
 
 Change = Callable[[Facts], None]
 ADAM = ("torch.optim.adam.Adam", "torch.optim.optimizer.Optimizer")
-ON_A_GPU = {"not-fused", "gpu-waits", "mfu"}
 
 
 def nothing(facts: Facts) -> None:
@@ -55,6 +54,16 @@ class Case:
 def field(name: str, value: Any) -> Change:
     """Return a change of one field of the facts."""
     return lambda facts: setattr(facts, name, value)
+
+
+def both(*changes: Change) -> Change:
+    """Return a change that makes all of these."""
+
+    def change(facts: Facts) -> None:
+        for one in changes:
+            one(facts)
+
+    return change
 
 
 def noticed(name: str, value: Any) -> Change:
@@ -355,9 +364,7 @@ CASES: dict[str, list[Case]] = {
     "frozen-in-optimizer": [Case(lambda f: set_info(f, "norm.weight", trainable=False), "advice")],
     "decay-of-vectors": [Case(steps(weight_decay=0.1), "advice")],
     "first-rate-0": [Case(steps(lr=0.0), "advice")],
-    "not-fused": [
-        Case(steps(fused=False), "advice", ready=lambda f: (field("device", "cuda")(f), steps(fused=True)(f)))
-    ],
+    "not-fused": [Case(steps(fused=False), "advice", ready=both(field("device", "cuda"), steps(fused=True)))],
     "no-gradient": [Case(without_gradient), Case(gone_before_step, words="cleared before the step")],
     "leftover-gradient": [
         Case(lambda f: f.leftovers.update({2: {"wte.weight": torch.tensor(1.0)}})),
@@ -436,7 +443,7 @@ CASES: dict[str, list[Case]] = {
     "evaluation-drops": [Case(noticed("drops", ["dropout in Block"]))],
     "evaluation-averages": [Case(noticed("averages_unused", True), ready=noticed("averages", True))],
     "evaluated-and-trained": [Case(held_out_again, "advice"), Case(last_one_trained)],
-    "resume-found": [Case(lambda f: (noticed("absent", ["a.pt"])(f), noticed("reads", [])(f)), "advice", make=resumed)],
+    "resume-found": [Case(both(noticed("absent", ["a.pt"]), noticed("reads", [])), "advice", make=resumed)],
     "resume-names": [Case(noticed("loads", [Load("GPT", 4, 0, 0)]), make=resumed)],
     "resume-weights": [
         Case(noticed("overwritten", ["wte.weight", "h.0.weight", "norm.weight"]), make=resumed),
@@ -446,7 +453,7 @@ CASES: dict[str, list[Case]] = {
     "resume-optimizer": [
         Case(no_moments, make=resumed),
         Case(not_saved, "advice", make=resumed),
-        Case(lambda f: (not_saved(f), noticed("asked", True)(f)), make=resumed),
+        Case(both(not_saved, noticed("asked", True)), make=resumed),
     ],
     "resume-schedule": [
         Case(steps(lr=0.1), "advice", make=resumed),
