@@ -53,7 +53,8 @@ def load(folder: Path) -> list[Facts]:
     files = sorted(folder.glob("process-*.pt"), key=lambda path: (len(path.name), path.name))
     if not files:
         raise UsageError(
-            f"there is no record of a run in {folder}: make one with python -m conformance audit --trace {folder} -- ..."
+            f"there is no record of a run in {folder}: make one with "
+            f"python -m conformance audit --trace {folder} -- ..."
         )
     return [read(path) for path in files]
 

@@ -16,7 +16,6 @@ from conformance.auditing.entropies import describe_input
 from conformance.auditing.facts import Backward, Call, Clip, Facts, fetch
 from conformance.auditing.gates import Gates
 from conformance.auditing.noticed import Noticer, digest_of, noticing
-from conformance.auditing.output import Loggers
 from conformance.auditing.probe import probe
 from conformance.recording.files import Files
 from conformance.recording.loggers import Loggers

@@ -288,6 +288,16 @@ def not_saved(facts: Facts) -> None:
     facts.noticed.reads[0].moments = 0
 
 
+def both(first: Callable[[Facts], None], second: Callable[[Facts], None]) -> Callable[[Facts], None]:
+    """Return a change that makes two changes."""
+
+    def change(facts: Facts) -> None:
+        first(facts)
+        second(facts)
+
+    return change
+
+
 def held_out_again(facts: Facts) -> None:
     facts.trace.forwards[-1] = replace(facts.trace.forwards[-1], ids=facts.trace.forwards[0].ids)
 
@@ -355,9 +365,7 @@ CASES: dict[str, list[Case]] = {
     "frozen-in-optimizer": [Case(lambda f: set_info(f, "norm.weight", trainable=False), "advice")],
     "decay-of-vectors": [Case(steps(weight_decay=0.1), "advice")],
     "first-rate-0": [Case(steps(lr=0.0), "advice")],
-    "not-fused": [
-        Case(steps(fused=False), "advice", ready=lambda f: (field("device", "cuda")(f), steps(fused=True)(f)))
-    ],
+    "not-fused": [Case(steps(fused=False), "advice", ready=both(field("device", "cuda"), steps(fused=True)))],
     "no-gradient": [Case(without_gradient), Case(gone_before_step, words="cleared before the step")],
     "leftover-gradient": [
         Case(lambda f: f.leftovers.update({2: {"wte.weight": torch.tensor(1.0)}})),
@@ -436,7 +444,7 @@ CASES: dict[str, list[Case]] = {
     "evaluation-drops": [Case(noticed("drops", ["dropout in Block"]))],
     "evaluation-averages": [Case(noticed("averages_unused", True), ready=noticed("averages", True))],
     "evaluated-and-trained": [Case(held_out_again, "advice"), Case(last_one_trained)],
-    "resume-found": [Case(lambda f: (noticed("absent", ["a.pt"])(f), noticed("reads", [])(f)), "advice", make=resumed)],
+    "resume-found": [Case(both(noticed("absent", ["a.pt"]), noticed("reads", [])), "advice", make=resumed)],
     "resume-names": [Case(noticed("loads", [Load("GPT", 4, 0, 0)]), make=resumed)],
     "resume-weights": [
         Case(noticed("overwritten", ["wte.weight", "h.0.weight", "norm.weight"]), make=resumed),
@@ -446,7 +454,7 @@ CASES: dict[str, list[Case]] = {
     "resume-optimizer": [
         Case(no_moments, make=resumed),
         Case(not_saved, "advice", make=resumed),
-        Case(lambda f: (not_saved(f), noticed("asked", True)(f)), make=resumed),
+        Case(both(not_saved, noticed("asked", True)), make=resumed),
     ],
     "resume-schedule": [
         Case(steps(lr=0.1), "advice", make=resumed),
