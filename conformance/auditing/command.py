@@ -40,9 +40,12 @@ def audit_script(options: argparse.Namespace) -> int:
     folder = check_folder(options.trace)
 
     def done(verdict: Verdict) -> None:
-        if verdict.facts is None or not verdict.facts.updates or options.quiet:
-            return
-        show(verdict, options.format, stderr)
+        if verdict.broken or (verdict.facts is not None and verdict.facts.updates):
+            if not options.quiet:
+                show(verdict, options.format, stderr)
+            write(verdict)
+
+    def write(verdict: Verdict) -> None:
         if report is not None:
             print(f"Written: {write_json(report, verdict.as_json())}", file=stderr)
         if page is not None:
@@ -62,9 +65,9 @@ def audit_script(options: argparse.Namespace) -> int:
     if second is not None:
         findings = with_allowances(judge_resumed(verdict.facts, resumed(second, updates)), allowed)
         verdict.findings += findings
-        show(replace(verdict, findings=findings), options.format, stderr)
-        if report is not None:
-            write_json(report, verdict.as_json())
+        if not options.quiet:
+            show(replace(verdict, findings=findings), options.format, stderr)
+        write(verdict)
     return FAILED if verdict.failed else PASSED
 
 

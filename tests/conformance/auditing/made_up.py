@@ -1,4 +1,4 @@
-"""A small healthy run as an audit would have seen it, for tests to spoil: four updates of two microbatches each."""
+"""A small healthy run as an audit would have seen it, for tests to spoil: four updates of SGD with two microbatches."""
 
 import math
 
