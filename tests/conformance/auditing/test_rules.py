@@ -297,16 +297,6 @@ def not_saved(facts: Facts) -> None:
     facts.noticed.reads[0].moments = 0
 
 
-def both(first: Callable[[Facts], None], second: Callable[[Facts], None]) -> Callable[[Facts], None]:
-    """Return a change that makes two changes."""
-
-    def change(facts: Facts) -> None:
-        first(facts)
-        second(facts)
-
-    return change
-
-
 def held_out_again(facts: Facts) -> None:
     facts.trace.forwards[-1] = replace(facts.trace.forwards[-1], ids=facts.trace.forwards[0].ids)
 
