@@ -191,7 +191,7 @@ class Noticer:
         """Note, at the first backward, how the model and the command line stand."""
         self.began = True
         self.noticed.absent = named_but_absent(sys.argv[1:])
-        self.noticed.asked = any(word.startswith("-") and "resume" in word.lower() for word in sys.argv[1:])
+        self.noticed.asked = any("resume" in word.lower() for word in sys.argv[1:])
         if root is not None:
             self.noticed.phases = repeated_phases(root)
 

@@ -106,6 +106,8 @@ def refuse_full_batch(facts: Facts) -> None:
     """Raise NotApplicable where an optimizer evaluates its closure several times, as LBFGS does on all data at once."""
     if any(step.evaluations > 1 for update in facts.updates for step in update.steps):
         raise NotApplicable("the optimizer evaluates a closure several times: it is made for one batch")
+    if any(step.optimizer and step.optimizer[0].endswith(".Rprop") for u in facts.updates for step in u.steps):
+        raise NotApplicable("Rprop compares gradients of the same batch")
 
 
 @rule(
@@ -149,7 +151,7 @@ def few_repeats(seen: Seen) -> None:
         raise NotApplicable("the sequences are too short to be told apart")
     total = sum(rows.values())
     again = total - len(rows)
-    if again > 0.02 * total:
+    if again > max(1, 0.02 * total):
         few = total >= 16 and total >= 4 * len(rows)
         words = f"{again} of {total} sequences were seen before"
         raise (Violation if few else Doubt)("each sequence once", f"{words}: there are {len(rows)}" if few else words)

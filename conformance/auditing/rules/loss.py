@@ -166,6 +166,9 @@ def values(facts: Facts) -> tuple[list[float], list[float]]:
             means.append(sum(e.total for e in own) / sum(e.counted for e in own))
             means.append(sum(e.total / e.counted for e in own) / len(own))
             parts += [e.total / e.counted for e in own]
+            trained = sum(loss.item() for b in facts.backwards if b.update == number for loss in b.losses)
+            if abs(trained - means[-1]) < 0.2 * abs(means[-1]):  # with what else is in the loss, such as a z-loss
+                means += [trained, trained]
         else:
             losses = [loss.item() for b in facts.backwards if b.update == number for loss in b.losses]
             means += [sum(losses), sum(losses) / max(len(losses), 1)]

@@ -12,6 +12,13 @@ def read_something(facts: Facts) -> None:
         raise NotApplicable("torch.load read no dictionary before training began")
 
 
+def goes_on(facts: Facts) -> None:
+    """Raise NotApplicable if the run takes no more than weights from what it read."""
+    begun = any(bool(entry) for update in facts.updates[:1] for entry in update.state_before.values())
+    if not facts.noticed.asked and not begun:
+        raise NotApplicable("the run does not say that it resumes, and does not load an optimizer's state")
+
+
 def is_resume(facts: Facts) -> bool:
     """Return True if a checkpoint that was read is of a run that is to go on."""
     return any(read.moments or read.counted for read in facts.noticed.reads)
@@ -105,7 +112,8 @@ def moments_go_on(seen: Seen) -> None:
     saved = sum(read.moments for read in facts.noticed.reads)
     if saved and not now:
         words = f"it holds that of {saved} tensors, the optimizer begins with none"
-        raise Violation("the optimizer's state from the checkpoint", words)
+        # A checkpoint of training may also be what a new run, such as fine-tuning, takes its weights from.
+        raise (Violation if facts.noticed.asked else Doubt)("the optimizer's state from the checkpoint", words)
     later = any(entry for entry in first.state_after.values())
     if not saved and is_resume(facts) and not now and later:
         # Without a word of a resume it may be a pretrained model, whose checkpoint tells how long it was trained.
@@ -130,6 +138,7 @@ def schedule_goes_on(seen: Seen) -> None:
     saved = {rate for read in facts.noticed.reads for rate in read.rates}
     if not saved:
         raise NotApplicable("what was read holds no state of a schedule of torch.optim")
+    goes_on(facts)
     steps(facts)
     first = {float(group.settings["lr"]) for group in facts.updates[0].groups if "lr" in group.settings}
     if first and not any(abs(a - b) <= 1e-6 * max(abs(a), abs(b)) for a in first for b in saved):
@@ -156,6 +165,7 @@ def generator_goes_on(seen: Seen) -> None:
     saved = {state for read in noticed.reads for state in read.generators}
     if not saved:
         raise NotApplicable("what was read holds no state of PyTorch's generator")
+    goes_on(seen.facts)
     if not saved & {*noticed.restored, *noticed.states[:1]}:
         raise (Violation if noticed.asked else Doubt)(
             "the generator's state from the checkpoint", "nobody set the generator to it"

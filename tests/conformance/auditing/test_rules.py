@@ -84,12 +84,14 @@ def without_gradient(facts: Facts) -> None:
 
 
 def still(facts: Facts) -> None:
+    begun = facts.updates[0].measured_before
+    assert begun is not None
     for number, update in enumerate(facts.updates):
-        first = facts.updates[0].measured_before
-        assert first is not None
         assert update.measured_after is not None
-        bits = Named({**update.measured_after.bits, "h.0.weight": first.bits["h.0.weight"]})
-        set_update(facts, number, measured_after=Measures(update.measured_after.norms, bits))
+        norms = Named({**update.measured_after.norms, "h.0.weight": begun.norms["h.0.weight"]})
+        bits = Named({**update.measured_after.bits, "h.0.weight": begun.bits["h.0.weight"]})
+        after = Named({**update.after, "h.0.weight": facts.updates[0].before["h.0.weight"]})
+        set_update(facts, number, measured_after=Measures(norms, bits), after=after)
 
 
 def weights_of_nan(facts: Facts) -> None:
@@ -451,7 +453,8 @@ CASES: dict[str, list[Case]] = {
     ],
     "resume-precision": [Case(noticed("loads", [Load("GPT", 4, 4, 4)]), make=resumed)],
     "resume-optimizer": [
-        Case(no_moments, make=resumed),
+        Case(no_moments, "advice", make=resumed),
+        Case(both(no_moments, noticed("asked", True)), make=resumed),
         Case(not_saved, "advice", make=resumed),
         Case(both(not_saved, noticed("asked", True)), make=resumed),
     ],
