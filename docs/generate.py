@@ -176,6 +176,40 @@ def audit_rules() -> str:
     return "\n".join(rows) + "\n"
 
 
+def audit_score_table() -> str:
+    """Return how many planted faults the audit names, by script, beside torch-audit on the same scripts."""
+    last, first = (read_json(REPORTS / "audit" / name, "score") for name in ("score.json", "first-score.json"))
+    other = read_json(REPORTS / "audit" / "torch-audit.json", "score of torch-audit")
+    theirs = {(row["script"], row["title"]): bool(row["found"]) for row in other["faults"]}
+    rows = [
+        f"| script | faults | named as fault | named as advice | not named | torch-audit {other['version']} warns |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    scripts = sorted({row["script"] for row in last["faults"]})
+    for script in (*scripts, "all"):
+        own = [row for row in last["faults"] if script in (row["script"], "all")]
+        count = [sum(row["outcome"] == outcome for row in own) for outcome in ("fault", "advice", "missed")]
+        warned = sum(theirs.get((row["script"], row["title"]), False) for row in own)
+        name = "**all**" if script == "all" else f"`{script}`"
+        rows.append(f"| {name} | {len(own)} | {count[0]} | {count[1]} | {count[2]} | {warned} |")
+    now, before, count = last["summary"], first["summary"], len(last["honest"])
+    said = [f"`{row['script']}`: {f['rule']}" for row in last["honest"] for f in row["findings"]]
+    warned = sum(bool(found) for found in other["honest"].values())
+    rows += [
+        "",
+        f"The audit names {now['named_percent']} % of the faults, {now['as_fault_percent']} % as a fault. Before its rules "
+        f"met these scripts it named {before['named_percent']} %, {before['as_fault_percent']} % as a fault.",
+        "",
+        f"In {count} runs of the honest scripts it finds {now['faults_on_honest']} faults and gives "
+        f"{now['advice_on_honest']} pieces of advice{' (' + ', '.join(said) + ')' if said else ''}. torch-audit warns of "
+        f"{warned} of the {len(other['honest'])} honest scripts.",
+    ]
+    missed = [f"`{row['script']}`: {row['title']}" for row in last["faults"] if row["outcome"] == "missed"]
+    if missed:
+        rows += ["", "Not named:", "", *(f"- {escaped(title)}" for title in missed)]
+    return "\n".join(rows) + "\n"
+
+
 def escaped(text: str) -> str:
     """Return text in which Markdown sees no markup but `code`."""
     return re.sub(r"([*<>|\[\]])", r"\\\1", text)
@@ -183,6 +217,7 @@ def escaped(text: str) -> str:
 
 PAGES: dict[str, Callable[[], str]] = {"docs/clauses.md": clauses_page, "docs/results.md": results_page}
 BLOCKS: dict[str, Callable[[], str]] = {
+    "audit-score": audit_score_table,
     "audit-rules": audit_rules,
     "bench": bench_tables,
     "capabilities": capability_table,

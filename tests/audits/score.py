@@ -151,8 +151,6 @@ def main() -> int:
 
 def import_first() -> None:
     """Import what the scripts will: the forked processes then have it already."""
-    import conformance.auditing.command  # noqa: F401
-
     for package in sorted(set(NEEDS.values())):
         if package != "trl" and not missing(next(s for s, p in NEEDS.items() if p == package)):
             importlib.import_module(package)

@@ -32,7 +32,6 @@ from tests.conformance.auditing.made_up import (
 
 Change = Callable[[Facts], None]
 ADAM = ("torch.optim.adam.Adam", "torch.optim.optimizer.Optimizer")
-ON_A_GPU = {"not-fused", "gpu-waits", "mfu"}
 
 
 def nothing(facts: Facts) -> None:
@@ -55,6 +54,16 @@ class Case:
 def field(name: str, value: Any) -> Change:
     """Return a change of one field of the facts."""
     return lambda facts: setattr(facts, name, value)
+
+
+def both(*changes: Change) -> Change:
+    """Return a change that makes all of these."""
+
+    def change(facts: Facts) -> None:
+        for one in changes:
+            one(facts)
+
+    return change
 
 
 def noticed(name: str, value: Any) -> Change:
@@ -286,16 +295,6 @@ def of_tags(facts: Facts) -> None:
 def not_saved(facts: Facts) -> None:
     no_moments(facts)
     facts.noticed.reads[0].moments = 0
-
-
-def both(first: Callable[[Facts], None], second: Callable[[Facts], None]) -> Callable[[Facts], None]:
-    """Return a change that makes two changes."""
-
-    def change(facts: Facts) -> None:
-        first(facts)
-        second(facts)
-
-    return change
 
 
 def held_out_again(facts: Facts) -> None:
