@@ -65,7 +65,9 @@ def found_in(
             start(folder, ranks, ["plain", str(file), *before])
         start(folder, ranks, ["torch-audit", str(file), *arguments])
         report = folder / "torch-audit-0.json"
-        content = json.loads(report.read_text(encoding="utf-8")) if report.exists() else {"watched": False}
+        content: dict[str, Any] = {"watched": False}
+        if report.exists():
+            content = json.loads(report.read_text(encoding="utf-8"))
     if not content["watched"]:
         return None
     return {row["rule"] for row in content["findings"] if row["severity"] not in ("INFO", "DEBUG")}
