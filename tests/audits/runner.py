@@ -53,20 +53,36 @@ def missing(script: str) -> str:
 
 def audit(
     text: str, name: str, arguments: Sequence[str] = (), ranks: int = 1, updates: int = 4, before: Sequence[str] = (),
-    text_before: str = "",
+    text_before: str = "", both_watched: bool = False,
 ) -> Audited:  # fmt: skip
-    """Audit the text of a script in a folder of its own, after an unrecorded run with the arguments ``before``."""
+    """Audit the text of a script in a folder of its own.
+
+    Args:
+        text: of the script.
+        name: of its file, without the ending.
+        arguments: of the audited run.
+        ranks: processes.
+        updates: to record.
+        before: arguments of a run before it, which leaves a checkpoint; that run is not recorded.
+        text_before: of the script in that run, if it is another one.
+        both_watched: audit a run without arguments, too, and resume from what it leaves.
+    """
     with tempfile.TemporaryDirectory(prefix="audit-") as place:
         folder = Path(place).resolve()
         script = folder / f"{name}.py"
-        if before:
+        if before and not both_watched:
             script.write_text(text_before or text, encoding="utf-8")
             start(folder, ranks, ["plain", str(script), *before])
         script.write_text(text, encoding="utf-8")
         options = ["--updates", str(updates), "--report", str(folder / "report.json")]
-        code = start(folder, ranks, ["audit", *options, "--", str(script), *arguments])
-        report = folder / "report.json"
-        findings = json.loads(report.read_text(encoding="utf-8"))["findings"] if report.exists() else []
+        if both_watched:
+            options += ["--resume-with", " ".join([script.name, *arguments])]
+        code = start(folder, ranks, ["audit", *options, "--", str(script), *(() if both_watched else arguments)])
+        findings = [
+            finding
+            for report in sorted(folder.glob("report*.json"))
+            for finding in json.loads(report.read_text(encoding="utf-8"))["findings"]
+        ]
         output = "".join(path.read_text(errors="replace") for path in sorted(folder.glob("terminal-*")))
     return Audited(code, findings, output)
 

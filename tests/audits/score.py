@@ -46,7 +46,7 @@ def audit_fault(fault: Fault) -> Audited:
     text = fault.planted(read(fault.script))
     return audit(
         text, fault.script, fault.arguments, fault.ranks, fault.updates, fault.before,
-        text if fault.broken_before else read(fault.script),
+        text if fault.broken_before else read(fault.script), fault.both_watched,
     )  # fmt: skip
 
 

@@ -14,7 +14,6 @@ TRUE = {
 CHEAP = ("resumable: the optimizer's state is not loaded", "masked_sft: a mean per microbatch, then their mean")
 BEYOND = {
     "fsdp2_by_hand: is not causal": "the audit runs no sharded model by itself",
-    "resumable: the data starts again": "one run does not show which data another one has seen",
 }
 """Faults that are not named, and why."""
 

@@ -24,6 +24,8 @@ class Fault:
     before: tuple[str, ...] = ()
     broken_before: bool = True
     updates: int = 4
+    both_watched: bool = False
+    """The run that leaves the checkpoint is audited, too: by ``--resume-with``."""
 
     @property
     def id(self) -> str:

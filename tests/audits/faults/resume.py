@@ -38,6 +38,7 @@ FAULTS = [
     ),
     Fault(
         title="the data starts again",
+        both_watched=True,
         old='        data.position, start = state["position"], state["step"]\n',
         new='        start = state["step"]\n',
         source="KempnerForge#51",
