@@ -20,7 +20,7 @@ examples:
   python -m reference train                                            a minute on two CPU cores
   python -m reference generate --checkpoint out/tiny --prompt 'def '
   python -m reference prepare --text 'books/**/*.txt' --tokenizer bpe:8192 --out data/books
-  python -m reference train --preset gpt2-124m --data.path data/books --model.vocab_size 8192
+  python -m reference train --preset gpt2-124m --data data/books --vocab_size 8192
 
 python -m reference COMMAND --help shows the options of a command, and more examples.
 """
@@ -37,7 +37,7 @@ def command(name: str, module: str = "reference.cli.commands") -> Callable[[Sequ
 
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
-    "prepare": (command("prepare"), "turn text files into token files"),
+    "prepare": (command("prepare"), "turn text files or records into token files"),
     "train": (
         command("train", "reference.cli.train"),
         "train a GPT: presets, configuration files, any setting by name",

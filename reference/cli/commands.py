@@ -55,7 +55,8 @@ def prepare_command(words: Sequence[str]) -> int:
     options = read("prepare", PrepareOptions, examples, words)
     if options.out is None and options.text:
         raise ConfigurationError("--text needs --out, the folder to write to, for example --out data/mine.")
-    from reference.data.prepare import prepare
+    with waiting("Loading"):
+        from reference.data.prepare import prepare
 
     with logged():
         written = prepare(

@@ -36,12 +36,13 @@ def examine_records(
     documents: dict[bytes, Document] = {}
     skipped: list[tuple[Path, str]] = []
     names: dict[str, None] = {}  # of fields, for a message
-    number = 0
+    lists = 0
     for path in paths:
         for number, record in enumerate(records_of(path), start=1):
             origin, text = Path(f"{path}:{number}"), record.get(field)
             if not isinstance(text, str):
                 names |= dict.fromkeys(map(str, record))
+                lists += isinstance(text, list)
                 skipped.append((origin, f"no text in the field {field}"))
                 continue
             try:
@@ -57,6 +58,12 @@ def examine_records(
             spool.write(content)
             documents[key] = Document(Path(spool.name), key, start, start + len(content), origin=origin)
     spool.flush()
+    if not documents and lists:
+        raise DataError(
+            f"the field {field!r} holds lists, as chat messages do, and not text: token files hold ids only, so the "
+            "targets of the user's turns could not be left out. Write each conversation as one text, or give "
+            "Trainer.fit pairs of ids and targets, in which -100 is ignored."
+        )
     if not documents:
         there = f"their fields are: {', '.join(list(names)[:10])}" if names else "they hold no other record"
         raise DataError(f"no record has text in the field {field!r} ({there}): name one of them with --field.")

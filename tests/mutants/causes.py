@@ -86,7 +86,7 @@ CAUSES: dict[str, str] = {
     "leftovers-dropped": "at the end of an epoch",
     "leftovers-repeated": "at the end of an epoch",
     "val-subset-drifts": "the same sequences in each evaluation",
-    "last-target-of-odd-lengths-left-out": "sequences of 13 tokens",
+    "last-target-of-odd-lengths-left-out": "odd length",
     "ids-clamped": "an error about the token id",
     "val-unshifted": "cross entropy of the next tokens",
     "replicas-average-their-weights-late": RANKS,
