@@ -1,14 +1,16 @@
 """The audit on honest scripts and on planted faults: a handful always, all of them with ``-m slow``."""
 
+import re
+
 import pytest
 
 from tests.audits.faults import Fault
+from tests.audits.faults.harmless import HARMLESS
 from tests.audits.runner import missing, names
 from tests.audits.score import audit_fault, audit_honest, faults, names_the, new_findings, read
 
 TRUE = {
-    # Its loss is a sum divided by the number of labels, of which the first of each row is not a target: 23 of 24.
-    "hf_trainer": {"first-rate-0", "told-loss"},
+    "hf_trainer": {"first-rate-0"},  # its warm-up begins at 0
 }
 """What an audit rightly says of an honest script."""
 CHEAP = ("resumable: the optimizer's state is not loaded", "masked_sft: a mean per microbatch, then their mean")
@@ -65,6 +67,17 @@ def test_some_faults_are_named(fault: Fault) -> None:
 @pytest.mark.parametrize("script", names())
 def test_honest_scripts_are_left_alone(script: str) -> None:
     check_honest(script)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", HARMLESS, ids=lambda change: change.id)
+def test_harmless_changes_are_left_alone(change: Fault) -> None:
+    needs(change.script)
+    found = audit_fault(change)
+    assert found.findings, found.output
+    accused = [f["rule"] for f in found.found("fault")]
+    advised = [f["rule"] for f in found.found("advice") if not re.fullmatch(change.words, f["rule"])]
+    assert not accused + advised, found.output
 
 
 @pytest.mark.slow
