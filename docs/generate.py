@@ -200,8 +200,10 @@ def audit_score_table() -> str:
         f"The audit names {now['named_percent']} % of the faults, {now['as_fault_percent']} % as a fault. Before its "
         f"rules met these scripts, it named {before['named_percent']} %, {before['as_fault_percent']} % as a fault.",
         "",
-        f"In {count} runs of the honest scripts, the faults it finds are {now['faults_on_honest']}, and its advice is: "
-        f"{', '.join(said) or 'none'}. torch-audit gives warnings on {warned} of the {len(other['honest'])} honest scripts.",
+        f"In {count} runs of the honest scripts, the audit finds {now['faults_on_honest'] or 'no'} faults. "
+        f"Its advice there: {', '.join(said) or 'none'}.",
+        "",
+        f"torch-audit gives warnings on {warned} of the {len(other['honest'])} honest scripts.",
     ]
     missed = [f"`{row['script']}`: {row['title']}" for row in last["faults"] if row["outcome"] == "missed"]
     if missed:
