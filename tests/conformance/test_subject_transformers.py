@@ -14,8 +14,9 @@ from conformance.session import Session
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'gpt-conformance[transformers]'")
 pytest.importorskip("accelerate", reason="the Trainer needs accelerate: pip install accelerate")
 
-# reports/findings/transformers.md; PREC-1: reports/deviations
-FAILS = {"OPT-11", "OPT-13", "PREC-1", "PREC-6", "ACC-5", "CLIP-3", "LR-3", "EVAL-5", "EVAL-7", "REPORT-1"}
+# reports/findings/transformers.md; PREC-1: reports/deviations. RESUME-11: load_state_dict rounds NAdam's mu_product.
+FAILS = {"OPT-11", "OPT-13", "PREC-1", "PREC-6", "ACC-5", "CLIP-3", "LR-3", "RESUME-11", "EVAL-5", "EVAL-7", "REPORT-1"}
+FAILS |= {"DIST-4"}  # both ranks draw the same dropout masks
 WITHOUT_TABLES = {"PREC-7", "EVAL-6"}  # Llama keeps frequencies, and computes positions anew in each forward
 ADAPTER = Path(__file__).parents[2] / "conformance" / "subjects" / "transformers.py"
 
