@@ -91,7 +91,7 @@ def start(folder: Path, ranks: int, command: list[str]) -> int:
     """Run a command on each rank and return the first exit code that is not 0."""
 
     import conformance.auditing.command
-    import conformance.cli  # noqa: F401
+    import conformance.cli  # noqa: F401  # imported before the fork, for all children
 
     port = free_port()
     context = multiprocessing.get_context("fork")
@@ -127,7 +127,7 @@ def in_child(folder: Path, rank: int, ranks: int, port: int, command: list[str])
     os.dup2(terminal, 1)
     os.dup2(terminal, 2)
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 # as long as the process lives
-    sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115  # it is the stream of this process until it ends
     warnings.resetwarnings()
     warnings.simplefilter("ignore")
     code = 1

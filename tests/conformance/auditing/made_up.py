@@ -127,7 +127,7 @@ def resumed() -> Facts:
 
 def set_update(facts: Facts, number: int, **changes: object) -> None:
     """Change fields of one update."""
-    facts.trace.updates[number] = Update(**{**vars(facts.trace.updates[number]), **changes})  # type: ignore[arg-type]
+    facts.trace.updates[number] = Update(**{**vars(facts.trace.updates[number]), **changes})  # type: ignore[arg-type]  # the fields are those of an Update
 
 
 def set_all(facts: Facts, **changes: object) -> None:
