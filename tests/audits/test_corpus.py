@@ -69,7 +69,7 @@ def test_honest_scripts_are_left_alone(script: str) -> None:
     check_honest(script)
 
 
-@pytest.mark.corpus
+@pytest.mark.planted
 @pytest.mark.parametrize("change", HARMLESS, ids=lambda change: change.id)
 def test_harmless_changes_are_left_alone(change: Fault) -> None:
     needs(change.script)
@@ -80,7 +80,7 @@ def test_harmless_changes_are_left_alone(change: Fault) -> None:
     assert not accused + advised, found.output
 
 
-@pytest.mark.corpus
+@pytest.mark.planted
 @pytest.mark.parametrize("fault", [f for f in faults() if f.id not in BEYOND], ids=lambda fault: fault.id)
 def test_faults_are_named(fault: Fault) -> None:
     check_fault(fault)

@@ -28,7 +28,7 @@ def quick() -> set[str]:
 
 @pytest.mark.parametrize(
     "mutant",
-    [pytest.param(m, marks=[] if m.name in quick() else [pytest.mark.slow], id=m.name) for m in MUTANTS],
+    [pytest.param(m, marks=[] if m.name in quick() else [pytest.mark.planted], id=m.name) for m in MUTANTS],
 )
 def test_mutant_is_killed(mutant: Mutant) -> None:
     needed = {need for identity in mutant.killers for need in CLAUSES[identity].needs} & {"finetune"}
