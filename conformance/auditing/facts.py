@@ -136,8 +136,6 @@ class Facts:
     """Of PyTorch's generator, at the first backward."""
     made_with: tuple[float, ...] = ()
     """Learning rates that the optimizers were made with."""
-    gone_on: str = ""
-    """Why the run could not be stopped."""
     probed: Probed = field(default_factory=lambda: Probed(unseen="the run ended before the audit could run the model"))
     noticed: Noticed = field(default_factory=Noticed)
     weights: list[list[tuple[float, int]]] = field(default_factory=list)

@@ -21,9 +21,9 @@ from torch.utils.hooks import RemovableHandle
 
 from conformance.auditing.dropout import DROPPING, chance
 from conformance.recording.gates import (
-    EntropyGate,
     Watcher,
     backward_watched,
+    entropies_watched,
     forget,
     making_watched,
     scaler_watched,
@@ -74,6 +74,7 @@ class Gates:
             self.stack.callback(forget, handle)
         for gate in (backward_watched, making_watched, scaler_watched, clipping_watched):
             self.stack.enter_context(gate(self.watcher))
+        self.stack.enter_context(entropies_watched(self.watcher.entropy_computed))
         self.stack.enter_context(self.watcher.beside())
         self.stack.enter_context(compiling_watched(self))
         self.mode.__enter__()
@@ -163,8 +164,8 @@ def lift(mode: TorchFunctionMode) -> bool:
     return found
 
 
-class FunctionGate(EntropyGate):
-    """Sees cross entropies, and fills fresh memory of modules with NaN, so that a skipped initialisation shows.
+class FunctionGate(TorchFunctionMode):
+    """Sees functional dropout, and fills fresh memory of modules with NaN, so that a skipped initialisation shows.
 
     Uninitialised memory holds whatever was there, often zeros: a run that reads it may look healthy on one machine.
     Only memory that a module takes in its constructor or in ``to_empty`` is filled: what a correct program writes
@@ -172,6 +173,10 @@ class FunctionGate(EntropyGate):
     """
 
     FRESH = (torch.empty, torch.empty_like, torch.Tensor.new_empty)
+
+    def __init__(self, watcher: AuditWatcher) -> None:
+        super().__init__()
+        self.watcher = watcher
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.compiler.is_compiling():  # code that was compiled before the audit began is traced with its modes
@@ -183,8 +188,8 @@ class FunctionGate(EntropyGate):
                     fresh.fill_(torch.nan)
             return fresh
         if func in DROPPING and chance(func, args, kwargs or {}) > 0:
-            self.watcher.dropped(func.__name__)  # type: ignore[attr-defined] # an AuditWatcher's
-        return super().__torch_function__(func, types, args, kwargs)
+            self.watcher.dropped(func.__name__)
+        return func(*args, **(kwargs or {}))
 
 
 def for_a_module() -> bool:

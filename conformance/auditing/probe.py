@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from conformance.auditing.dropout import DROPPING, dropout_off, without_chance
 from conformance.auditing.entropies import describe_input
 from conformance.auditing.facts import Call, Facts, Given, Probed
-from conformance.auditing.gates import FunctionGate
+from conformance.recording.gates import entropies_watched
 from conformance.recording.recorder import describe_entropy
 from conformance.recording.snapshot import find_ids, find_logits
 from conformance.recording.trace import CrossEntropy
@@ -138,19 +139,19 @@ class Inputs:
             self.found.append((entropy, describe_input(name, arguments["input"], 0)))
 
 
-class DryGate(FunctionGate):
-    """Sees cross entropies, and lets no function of torch's drop anything."""
+class DryGate(TorchFunctionMode):
+    """Lets no function of torch's drop anything."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in DROPPING:
             args, kwargs = without_chance(func, args, kwargs or {})
-        return super().__torch_function__(func, types, args, kwargs)
+        return func(*args, **(kwargs or {}))
 
 
 def run(module: Callable[..., Any], args: Any, kwargs: Any, inputs: Inputs) -> Tensor | None:
     """Return the logits of a call, in float32; of a model that gives only its loss, what cross entropy was given."""
     inputs.seen.clear()
-    with DryGate(inputs):  # type: ignore[arg-type] # it asks for entropies only
+    with DryGate(), entropies_watched(inputs.entropy_computed):
         output = module(*args, **kwargs)
     found = find_logits(output)
     if found is not None:

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import time
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -62,9 +63,10 @@ def exchanged(facts: Facts, findings: list[Finding]) -> tuple[list[Facts], list[
                 store.wait(["heard"], PATIENCE)  # a store that this process holds must outlive the exchange
         return None
     ranks, found = [facts], [findings]
+    deadline = time.monotonic() + PATIENCE.total_seconds()  # for all of them: a dead node must not cost minutes
     for rank in range(1, facts.world):
         try:
-            store.wait([str(rank)], PATIENCE)
+            store.wait([str(rank)], timedelta(seconds=max(deadline - time.monotonic(), 0.1)))
             other, own = unpacked(store.get(str(rank)))
             ranks.append(other)
             found.append(own)
@@ -91,8 +93,7 @@ def unpacked(content: bytes) -> tuple[Facts, list[Finding]]:
 def slim(facts: Facts) -> Facts:
     """Return what the rules on several processes need: figures of whole tensors, batches and losses."""
     updates = [
-        replace(update, gradients=Named(), before=Named(), after=Named(), state_before={}, state_after={})
-        for update in facts.updates
+        replace(update, gradients=Named(), before=Named(), state_before={}, state_after={}) for update in facts.updates
     ]
-    trace = replace(facts.trace, updates=updates, initial=Named(), buffers={})
+    trace = replace(facts.trace, updates=updates, buffers={})
     return replace(facts, trace=trace, said=[], weights=weights(facts))

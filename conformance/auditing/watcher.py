@@ -67,7 +67,6 @@ class Auditor:
         self.loggers: Loggers | None = None
         self.over = False
         self.broken = ""
-        self.stopping = 0
         self.noticer = Noticer(self.facts.noticed)
         self.leaves: list[Tensor] = []
         self.registered: set[int] | None = None
@@ -136,7 +135,6 @@ class Auditor:
         if self.enough(module):
             self.finish()
             if self.stops:
-                self.stopping += 1
                 raise Stopped
         self.see_forward(module, args)
 
@@ -161,7 +159,7 @@ class Auditor:
         if self.recorder.in_backward:
             return
         if not calls.running:
-            self.look_at_device(module)
+            self.look_at_device()
             self.noticer.evaluated(module, self.stepped)
             watched = self.done == 0 and module.training and torch.is_grad_enabled()
             self.registered = {id(part) for part in module.modules()} if watched else None
@@ -221,7 +219,7 @@ class Auditor:
         fresh = self.recorder.backwards == 0 and not self.recorder.stepping
         self.recorder.backward_begins(tensors)
         facts = self.facts
-        self.look_at_device(None)
+        self.look_at_device()
         self.noticer.backward_begins(self.recorder, facts.backwards, fresh)
         if fresh and self.done > 0:
             owned = {id(t) for update in self.last_owned() for t in update}
@@ -269,7 +267,7 @@ class Auditor:
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             facts.generators["cuda"] = digest_of(torch.cuda.get_rng_state())
 
-    def look_at_device(self, module: nn.Module | None) -> None:
+    def look_at_device(self) -> None:
         """Ask whether the GPU has something to do; it never waits for it."""
         if self.done > 0 and torch.cuda.is_available() and torch.cuda.is_initialized():
             self.idle[0] += torch.cuda.current_stream().query()
@@ -297,7 +295,7 @@ class Auditor:
 
     @careful
     def step_begins(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        self.look_at_device(None)
+        self.look_at_device()
         self.sketch.states = self.done in (0, self.facts.asked - 1)
         return self.recorder.step_begins(optimizer, args, kwargs)
 

@@ -13,7 +13,6 @@ No line of the stack is changed, and everything is put back when a recording end
 
 import contextlib
 import functools
-import inspect
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -24,7 +23,6 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 
@@ -73,7 +71,7 @@ def watched(watcher: Watcher) -> Iterator[None]:
         stack.enter_context(backward_watched(watcher))
         stack.enter_context(making_watched(watcher))
         stack.enter_context(scaler_watched(watcher))
-        stack.enter_context(entropies_watched(watcher))
+        stack.enter_context(entropies_watched(watcher.entropy_computed))
         yield
 
 
@@ -86,27 +84,6 @@ def forget(handle: RemovableHandle) -> None:
     torch.nn.modules.module._global_forward_hooks_with_kwargs.pop(handle.id, None)
 
 
-class EntropyGate(TorchFunctionMode):
-    """Sees each cross entropy that is computed: its targets, what it ignores, how it is reduced."""
-
-    NAMES = (torch.nn.functional.cross_entropy, torch.nn.functional.nll_loss)
-
-    def __init__(self, watcher: Watcher) -> None:
-        super().__init__()
-        self.watcher = watcher
-        self.signatures = {function: inspect.signature(function) for function in self.NAMES}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func not in self.signatures:
-            return result
-        if isinstance(result, Tensor):
-            bound = self.signatures[func].bind(*args, **(kwargs or {}))
-            bound.apply_defaults()
-            self.watcher.entropy_computed(func.__name__, bound.arguments, result)
-        return result
-
-
 NATIVE = {"cross_entropy_loss": "cross_entropy", "nll_loss_nd": "nll_loss"}
 """Functions of torch._C._nn, and those of torch.nn.functional that call them."""
 ARGUMENTS = ("input", "target", "weight", "reduction", "ignore_index", "label_smoothing")
@@ -114,7 +91,7 @@ REDUCTIONS = ("none", "mean", "sum")
 
 
 @contextlib.contextmanager
-def entropies_watched(watcher: Watcher) -> Iterator[None]:
+def entropies_watched(tell: Callable[[str, dict[str, Any], Tensor], None]) -> Iterator[None]:
     """Tell of every cross entropy that torch.nn.functional computes."""
     natives: Any = torch._C._nn
     originals = {native: getattr(natives, native) for native in NATIVE}
@@ -125,7 +102,7 @@ def entropies_watched(watcher: Watcher) -> Iterator[None]:
             # By position, as torch.nn.functional calls it; a call of somebody else's that is otherwise is not seen.
             if isinstance(result, Tensor) and len(args) >= 5 and args[3] in range(3):
                 arguments = dict(zip(ARGUMENTS, args, strict=False))
-                watcher.entropy_computed(name, arguments | {"reduction": REDUCTIONS[args[3]]}, result)
+                tell(name, arguments | {"reduction": REDUCTIONS[args[3]]}, result)
             return result
 
         return call

@@ -5,12 +5,14 @@ processes see different batches. A tensor that processes hold parts of is left o
 """
 
 import torch
+from torch import Tensor
 
 from conformance.auditing.entropies import weights
 from conformance.auditing.facts import Facts
 from conformance.auditing.rule import Doubt, Seen, rule
 from conformance.errors import NotApplicable, Violation, quoted
-from conformance.recording.trace import Measures
+from conformance.recording.snapshot import equal_values
+from conformance.recording.trace import Measures, Named
 
 DATA_PARALLEL = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine")
 
@@ -41,8 +43,11 @@ def batches_differ(ranks: list[Facts]) -> bool:
     )  # fmt: skip
 
 
-def apart(measures: list[Measures | None], names: list[str]) -> list[str]:
-    """Return the tensors whose bits are not the same on all processes."""
+def apart(measures: list[Measures | None], samples: list[Named[Tensor]], names: list[str]) -> list[str]:
+    """Return the tensors that are not the same on all processes, by the digest of their bits or by their samples.
+
+    A digest is an XOR: equal changes of two elements cancel, as in the first steps of a bias, which all have one size.
+    """
     found = [measure for measure in measures if measure is not None]
     if len(found) < len(measures):
         raise NotApplicable("the weights were not seen on all processes")
@@ -50,7 +55,10 @@ def apart(measures: list[Measures | None], names: list[str]) -> list[str]:
         name
         for name in names
         if all(name in measure.bits for measure in found)
-        and any(not torch.equal(found[0].bits[name], other.bits[name]) for other in found[1:])
+        and (
+            any(not torch.equal(found[0].bits[name], other.bits[name]) for other in found[1:])
+            or any(not equal_values(samples[0].get(name), other.get(name)) for other in samples[1:])
+        )
     ]
 
 
@@ -100,7 +108,7 @@ def same_start(seen: Seen) -> None:
     names = replicated(ranks)
     if not batches_differ(ranks):
         raise NotApplicable("processes that share a batch may hold parts of one model")
-    bad = apart([facts.trace.measured_initial for facts in ranks], names)
+    bad = apart([f.trace.measured_initial for f in ranks], [f.trace.initial for f in ranks], names)
     if bad:
         raise Violation("the same weights on all processes at the start", f"they differ in {quoted(bad)}")
 
@@ -122,12 +130,13 @@ def same_weights(seen: Seen) -> None:
     count = min(len(facts.updates) for facts in ranks)
     if not count:
         raise NotApplicable("not every process made an update")
-    started = set(apart([facts.trace.measured_initial for facts in ranks], names))
+    started = set(apart([f.trace.measured_initial for f in ranks], [f.trace.initial for f in ranks], names))
     names = [name for name in names if name not in started]
     if not names:
         raise NotApplicable("the processes began with different weights")
     for number in range(count):
-        bad = apart([facts.updates[number].measured_after for facts in ranks], names)
+        updates = [facts.updates[number] for facts in ranks]
+        bad = apart([update.measured_after for update in updates], [update.after for update in updates], names)
         if bad:
             gradients = [name for name in bad if not one_norm(ranks, number, name)]
             cause = f"; the gradients of {quoted(gradients)} are not reduced" if gradients else ""

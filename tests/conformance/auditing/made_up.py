@@ -138,13 +138,13 @@ def set_all(facts: Facts, **changes: object) -> None:
 
 def set_info(facts: Facts, name: str, **changes: object) -> None:
     """Change what is known of one tensor."""
-    facts.trace.tensors[name] = TensorInfo(**{**vars(facts.trace.tensors[name]), **changes})  # type: ignore[arg-type]
+    facts.trace.tensors[name] = TensorInfo(**{**vars(facts.trace.tensors[name]), **changes})  # type: ignore[arg-type]  # the fields are its own
 
 
 def set_entropies(facts: Facts, grad: bool = True, **changes: object) -> None:
     """Change fields of all cross entropies of training, or of evaluation."""
     facts.trace.entropies = [
-        CrossEntropy(**{**vars(e), **changes}) if e.grad_enabled == grad else e  # type: ignore[arg-type]
+        CrossEntropy(**{**vars(e), **changes}) if e.grad_enabled == grad else e  # type: ignore[arg-type]  # the fields are its own
         for e in facts.trace.entropies
     ]
 
@@ -152,7 +152,7 @@ def set_entropies(facts: Facts, grad: bool = True, **changes: object) -> None:
 def set_forwards(facts: Facts, grad: bool = True, **changes: object) -> None:
     """Change fields of all forwards of training, or of evaluation."""
     facts.trace.forwards = [
-        Forward(**{**vars(f), **changes}) if f.grad_enabled == grad else f  # type: ignore[arg-type]
+        Forward(**{**vars(f), **changes}) if f.grad_enabled == grad else f  # type: ignore[arg-type]  # the fields are its own
         for f in facts.trace.forwards
     ]
 

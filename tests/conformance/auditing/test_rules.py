@@ -210,6 +210,13 @@ def replica_moves(facts: Facts) -> None:
         set_update(facts, 1, measured_after=measures({name: torch.ones(shape) for name, shape in SHAPES.items()}))
 
 
+def replica_moves_in_pairs(facts: Facts) -> None:
+    """Change two elements alike: the digest of the tensor, an XOR, stays as it is."""
+    if facts.rank:
+        moved = {name: sample + 1 for name, sample in facts.updates[1].after.items()}
+        set_update(facts, 1, after=Named(moved))
+
+
 def own_factor(facts: Facts) -> None:
     if facts.rank:
         for number, update in enumerate(facts.updates):
@@ -470,7 +477,7 @@ CASES: dict[str, list[Case]] = {
     "starts-differ": [
         Case(lambda f: setattr(f.trace, "measured_initial", healthy(seed=f.rank).trace.measured_initial), ranks=2)
     ],
-    "replicas-apart": [Case(replica_moves, ranks=2)],
+    "replicas-apart": [Case(replica_moves, ranks=2), Case(replica_moves_in_pairs, ranks=2)],
     "same-masks": [Case(field("generators", {"cpu": 3}), ranks=2)],
     "one-factor": [Case(own_factor, ranks=2)],
     "summed-gradients": [Case(sums, ranks=2, ready=field("wrappers", ()))],
