@@ -289,7 +289,7 @@ class Auditor:
         names = {id(tensor): name for name, tensor in self.recorder.calls.tensors().items()}
         given = tuple(names.get(id(tensor), "another tensor") for tensor in parameters)
         norm = self.sketch.keep_small(result) if isinstance(result, Tensor) else None
-        self.facts.clips.append(Clip(self.done, self.recorder.backwards, given, limit, kind, norm))
+        self.facts.clips.append(Clip(self.done, self.recorder.backwards, given, float(limit), kind, norm))
 
     # step ------------------------------------------------------------------------------------------------------
 

@@ -122,15 +122,16 @@ def backward_watched(watcher: Watcher) -> Iterator[None]:
     originals: tuple[Any, Any] = torch.autograd.backward, torch.autograd.grad
     inside = False
 
-    def telling(original: Callable[..., Any]) -> Callable[..., Any]:
-        def call(tensors: Any, *args: Any, **kwargs: Any) -> Any:
+    def telling(original: Callable[..., Any], first: str) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def call(*args: Any, **kwargs: Any) -> Any:
             # Activation checkpointing computes forwards again inside, and may call backward there: not the stack's own.
             nonlocal inside
             outermost, inside = not inside, True
             try:
                 if outermost:
-                    watcher.backward_begins(tensors)
-                result = original(tensors, *args, **kwargs)
+                    watcher.backward_begins(args[0] if args else kwargs.get(first, ()))
+                result = original(*args, **kwargs)
                 if outermost:
                     watcher.backward_ends()
                 return result
@@ -139,7 +140,8 @@ def backward_watched(watcher: Watcher) -> Iterator[None]:
 
         return call
 
-    torch.autograd.backward, torch.autograd.grad = telling(originals[0]), telling(originals[1])
+    torch.autograd.backward = telling(originals[0], "tensors")
+    torch.autograd.grad = telling(originals[1], "outputs")
     try:
         yield
     finally:
