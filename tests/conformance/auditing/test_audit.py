@@ -109,6 +109,7 @@ KEYWORDS = {  # calls as a script may write them, each of a function that the au
     "(loss / 2).backward()": (
         "torch.autograd.backward(tensors=loss / 2)",
         "torch.autograd.backward(tensors=[loss / 2])",
+        "torch.autograd.backward(part / 2 for part in [loss])",
         "for p, g in zip(model.parameters(), torch.autograd.grad(outputs=loss / 2, inputs=list(model.parameters()))):"
         " p.grad = g if p.grad is None else p.grad + g",
     ),
@@ -123,6 +124,19 @@ KEYWORDS = {  # calls as a script may write them, each of a function that the au
 def test_a_script_may_name_the_arguments_of_any_function_that_is_watched(audit: Audit, old: str, new: str) -> None:
     assert old in SCRIPT
     code, out, letter = audit(script=SCRIPT.replace(old, new))
+    assert code == 0, letter
+    assert len(numbered(out)) == 4
+    assert "FAULT" not in letter
+
+
+def test_a_pass_on_the_meta_device_is_not_an_update(audit: Audit) -> None:
+    """LitGPT counts its FLOPs with a model of the same shape on the meta device, forward and backward."""
+    counted = """with torch.device("meta"):
+    shape = GPT()
+    ids = torch.zeros(B, T, dtype=torch.long)
+    shape(ids, ids)[1].backward()
+optimizer = """
+    code, out, letter = audit(script=SCRIPT.replace("optimizer = ", counted))
     assert code == 0, letter
     assert len(numbered(out)) == 4
     assert "FAULT" not in letter
