@@ -156,7 +156,8 @@ class Recorder:
 
     def backward_ends(self) -> None:
         self.in_backward = False
-        self.spoil(self.calls.tensors().values())
+        if self.nan_gradient == self.done:
+            self.spoil(self.calls.tensors().values())
         if not self.step_seen and not self.stepping:
             self.watch_unseen()
             self.shadow = Shadow(self.calls.tensors(), self.weights)
