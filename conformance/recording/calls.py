@@ -144,7 +144,7 @@ class Calls:
         if ids is not None:
             if self.call.ids is None:
                 self.call.ids = ids
-            logits = find_logits(output)
+            logits = find_logits(output, self.weights.keeps_logits)
             if logits is not None:
                 self.call.inner = Inner(module, ids, logits)
 
@@ -153,7 +153,7 @@ class Calls:
         call, self.call = self.call, None
         assert call is not None
         ids = find_ids(args, kwargs)
-        logits = find_logits(output)
+        logits = find_logits(output, self.weights.keeps_logits)
         prefix, inside, model = "", False, module
         if logits is None and call.inner is not None and same_parameters(call.inner.module, module):
             # A wrapper that computes the loss too.

@@ -58,8 +58,13 @@ def find_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     return None
 
 
-def find_logits(output: Any) -> Tensor | None:
-    """Return the logits in a model's output: its first floating tensor of three dimensions, with chunks joined."""
+def find_logits(output: Any, whole: bool = True) -> Tensor | None:
+    """Return the logits in a model's output: its first floating tensor of three dimensions, with chunks joined.
+
+    Args:
+        output: of the model.
+        whole: False if the first chunk will do: joining them takes as much memory as the logits themselves.
+    """
     if isinstance(output, Tensor):
         return output if output.ndim == 3 and output.is_floating_point() else None
     if dataclasses.is_dataclass(output) and not isinstance(output, dict | type):
@@ -68,7 +73,7 @@ def find_logits(output: Any) -> Tensor | None:
         output = [output["logits"]] if "logits" in output else list(output.values())
     if isinstance(output, list | tuple):
         tensors = [t for t in output if isinstance(t, Tensor) and t.ndim == 3 and t.is_floating_point()]
-        if tensors and len(tensors) == len(output):
+        if whole and len(tensors) > 1 and len(tensors) == len(output):
             return torch.cat(tensors, dim=1)
         return tensors[0] if tensors else None
     return None

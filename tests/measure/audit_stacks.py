@@ -6,6 +6,7 @@ and once under an audit that lets the run go on. The time of an update is from s
 
 import argparse
 import contextlib
+import itertools
 import json
 import statistics
 import sys
@@ -26,7 +27,11 @@ RECORDED, UPDATES, WARMUP, MICROBATCHES = 8, 24, 4, 4
 ON_GPU = torch.cuda.is_available()
 ROWS, LENGTH, VOCABULARY = (32, 1024, 50304) if ON_GPU else (2, 32, 512)
 ALL = ROWS * MICROBATCHES * UPDATES
-SHAPE = {"n_layer": 12, "n_head": 12, "n_embd": 768} if ON_GPU else {"n_layer": int(__import__("os").environ.get("LAYERS", 2)), "n_head": 2, "n_embd": 32}
+SHAPE = (
+    {"n_layer": 12, "n_head": 12, "n_embd": 768}
+    if ON_GPU
+    else {"n_layer": 2, "n_head": 2, "n_embd": 32}
+)
 
 
 def tokens(rows: int) -> torch.Tensor:
@@ -95,7 +100,7 @@ def timed() -> Iterator[list[float]]:
         if ON_GPU:
             torch.cuda.synchronize()
         ends.append(time.perf_counter())
-        seconds[:] = [after - before for before, after in zip(ends, ends[1:], strict=False)]
+        seconds[:] = [after - before for before, after in itertools.pairwise(ends)]
 
     handle = register_optimizer_step_post_hook(stepped)
     try:
