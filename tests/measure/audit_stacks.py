@@ -27,11 +27,7 @@ RECORDED, UPDATES, WARMUP, MICROBATCHES = 8, 24, 4, 4
 ON_GPU = torch.cuda.is_available()
 ROWS, LENGTH, VOCABULARY = (32, 1024, 50304) if ON_GPU else (2, 32, 512)
 ALL = ROWS * MICROBATCHES * UPDATES
-SHAPE = (
-    {"n_layer": 12, "n_head": 12, "n_embd": 768}
-    if ON_GPU
-    else {"n_layer": 2, "n_head": 2, "n_embd": 32}
-)
+SHAPE = {"n_layer": 12, "n_head": 12, "n_embd": 768} if ON_GPU else {"n_layer": 2, "n_head": 2, "n_embd": 32}
 
 
 def tokens(rows: int) -> torch.Tensor:
