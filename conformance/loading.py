@@ -15,6 +15,7 @@ BUILT_IN = {
     "reference": "conformance.subjects.reference:Reference",
     "litgpt": "conformance.subjects.litgpt:LitGPT",
     "litgpt-lora": "conformance.subjects.litgpt_lora:LitGPTLora",
+    "nanogpt": "conformance.subjects.nanogpt:NanoGPT",
     "transformers": "conformance.subjects.transformers:Transformers",
     "transformers-peft": "conformance.subjects.transformers_peft:TransformersPeft",
     "x-transformers": "conformance.subjects.x_transformers:XTransformers",
@@ -52,6 +53,8 @@ def load_subject(spec: str) -> Subject:
         )
     try:
         subject = found() if isinstance(found, type) else found
+    except UsageError:
+        raise
     except (Exception, SystemExit) as error:
         raise UsageError(f"making the subject {spec!r} raised {describe_error(error)}.") from error
     check_subject(subject, spec)
