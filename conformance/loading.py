@@ -15,12 +15,13 @@ BUILT_IN = {
     "reference": "conformance.subjects.reference:Reference",
     "litgpt": "conformance.subjects.litgpt:LitGPT",
     "litgpt-lora": "conformance.subjects.litgpt_lora:LitGPTLora",
+    "nanochat": "conformance.subjects.nanochat:Nanochat",
     "nanogpt": "conformance.subjects.nanogpt:NanoGPT",
     "transformers": "conformance.subjects.transformers:Transformers",
     "transformers-peft": "conformance.subjects.transformers_peft:TransformersPeft",
     "x-transformers": "conformance.subjects.x_transformers:XTransformers",
 }
-"""Subjects that come with the suite. Each is installed by an extra of the same name."""
+"""Subjects that come with the suite. Each is installed by an extra of the same name; nanogpt needs none."""
 POLICY_METHODS = ("initial", "decays", "learning_rate")
 
 

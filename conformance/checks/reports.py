@@ -39,9 +39,21 @@ def is_progress(line: str) -> bool:
 
 def is_rounded(text: str, value: float) -> bool:
     """Return True if a printed number is this value, rounded to as many digits as were printed."""
+    return abs(float(text) - value) <= slack(text, value)
+
+
+def slack(text: str, value: float) -> float:
+    """Return by how much a printed number may differ from the value that it stands for."""
     digits, _, exponent = text.lower().partition("e")
     unit = 10.0 ** (int(exponent or 0) - len(digits.partition(".")[2]))
-    return abs(float(text) - value) <= 0.5 * unit + 1e-6 * abs(value)
+    return 0.5 * unit + 1e-6 * abs(value)
+
+
+def matches_by_chance(numbers: Sequence[str], values: Sequence[float]) -> float:
+    """Return how many numbers one would expect to equal one of the values if they only lay among them."""
+    spread = max(values) - min(values)
+    covered = sum(2 * slack(number, values[0]) * len(values) for number in numbers)
+    return covered / spread if spread else float("inf")
 
 
 def one_is_among(numbers: Sequence[str], values: Iterable[float], what: str) -> None:

@@ -1,8 +1,13 @@
 """Stacks that no package index has: an environment variable says where their checkout is."""
 
+import gc
 import os
 import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 from conformance.errors import UsageError
 
@@ -34,3 +39,21 @@ def commit(root: Path) -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+@contextmanager
+def own_modules(root: Path, *packages: str) -> Iterator[None]:
+    """Import packages of a checkout inside the block, and forget them after it: some read the environment only once.
+
+    The garbage collector is put back as well: a script may have frozen and stopped it.
+    """
+    enabled = gc.isenabled()
+    with patch.object(sys, "path", [str(root), *sys.path]):
+        try:
+            yield
+        finally:
+            for name in [name for name in sys.modules if name.partition(".")[0] in packages]:
+                del sys.modules[name]
+            gc.unfreeze()
+            if enabled:
+                gc.enable()
