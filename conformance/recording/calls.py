@@ -160,6 +160,7 @@ class Calls:
             model, ids, logits, inside = call.inner.module, call.inner.ids, call.inner.logits, True
             prefix = next((f"{name}." for name, part in module.named_modules() if part is model), "")
             prefix = "" if model is module else prefix
+        call.inner = None  # its output would stay in memory as long as the call does
         ids = call.ids if ids is None else ids
         if ids is None or ids.is_meta or (logits is not None and (logits.is_meta or len(logits) != len(ids))):
             return

@@ -1,6 +1,7 @@
 """Live modules, optimizers and values as plain data: names without the prefixes of wrappers, copies on the CPU."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -75,9 +76,15 @@ def find_logits(output: Any) -> Tensor | None:
 
 def named_tensors(module: nn.Module, buffers: bool = False) -> dict[str, Tensor]:
     """Return parameters (or buffers) by their names without the prefixes of wrappers; tied ones under the first."""
-    pairs = module.named_buffers() if buffers else module.named_parameters()
-    wrappers = wrapper_prefixes(module)
-    return {clean_name(name, wrappers): tensor for name, tensor in pairs}
+    # One walk, where named_parameters and wrapper_prefixes take two: a recording asks for this several times an update.
+    parts = list(module.named_modules())
+    wrappers = tuple(f"{name}." if name else "" for name, part in parts if type(part).__name__ in WRAPPER_CLASSES)
+    found: dict[int, tuple[str, Tensor]] = {}
+    for prefix, part in parts:
+        for name, tensor in (part._buffers if buffers else part._parameters).items():
+            if tensor is not None and id(tensor) not in found:
+                found[id(tensor)] = f"{prefix}.{name}" if prefix else name, tensor
+    return {clean_name(name, wrappers): tensor for name, tensor in found.values()}
 
 
 def wrapper_prefixes(module: nn.Module) -> tuple[str, ...]:
@@ -87,6 +94,7 @@ def wrapper_prefixes(module: nn.Module) -> tuple[str, ...]:
     )
 
 
+@functools.lru_cache(maxsize=65536)
 def clean_name(name: str, wrappers: tuple[str, ...]) -> str:
     """Return a dotted name without the parts that Fabric, torch.compile, DDP, FSDP and checkpointing add."""
     for prefix in sorted(wrappers, key=len, reverse=True):

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from conformance.capabilities import CAPABILITIES
 from conformance.clause import Clause, catalogue
 from conformance.deviations import load_deviations
+from conformance.engine import in_order_for_this_machine
 from conformance.errors import AdapterFailed, NotApplicable, RunFailed, UsageError, Violation
 from conformance.loading import load_subject
 from conformance.recipe import Recipe
@@ -361,3 +362,23 @@ def test_a_stack_that_never_trains_is_neither_blamed_nor_praised_for_refusing() 
     with Session(subject) as session:
         outcomes = {key: session.judge(clauses[key]).outcome for key in OUTCOMES_WITHOUT_TRAINING}
     assert outcomes == OUTCOMES_WITHOUT_TRAINING
+
+
+def test_a_lost_gpu_is_told_in_every_clause_after_it() -> None:
+    """A device-side assert leaves CUDA useless for the process: what comes then says nothing about the stack."""
+    message = "CUDA error: device-side assert triggered"
+    with Session(Fake()) as session:
+        first = session.judge(rule(raising(RuntimeError(message))))
+        after = session.judge(rule(traces))
+    assert (first.outcome, after.outcome) == ("error", "error")
+    assert message in first.reason
+    assert "a device-side assert in DECAY-999 left the GPU useless for this process" in after.reason
+
+
+def test_the_clause_that_may_cost_the_gpu_is_judged_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    everything = catalogue()
+    assert [identity for identity, clause in everything.items() if clause.last] == ["DATA-9"]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert list(in_order_for_this_machine(everything)) == list(everything)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert list(in_order_for_this_machine(everything)) == [i for i in everything if i != "DATA-9"] + ["DATA-9"]

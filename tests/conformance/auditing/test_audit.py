@@ -99,6 +99,56 @@ def global_state() -> tuple[object, ...]:
     )
 
 
+KEYWORDS = {  # calls as a script may write them, each of a function that the audit watches
+    "torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)": (
+        "torch.nn.utils.clip_grad_norm_(parameters=model.parameters(), max_norm=1.0)",
+        "torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=torch.tensor(1.0))",
+        "torch.nn.utils.clip_grad_value_(parameters=model.parameters(), clip_value=1e3)",
+        "torch.nn.utils.clip_grad_norm_(next(model.parameters()), max_norm=1e3)",
+    ),
+    "(loss / 2).backward()": (
+        "torch.autograd.backward(tensors=loss / 2)",
+        "torch.autograd.backward(tensors=[loss / 2])",
+        "torch.autograd.backward(part / 2 for part in [loss])",
+        "for p, g in zip(model.parameters(), torch.autograd.grad(outputs=loss / 2, inputs=list(model.parameters()))):"
+        " p.grad = g if p.grad is None else p.grad + g",
+    ),
+    "torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)": (
+        "torch.optim.AdamW(params=model.parameters(), lr=1e-3, weight_decay=0.0)",
+        "torch.optim.AdamW(lr=1e-3, weight_decay=0.0, params=list(model.parameters()))",
+    ),
+}
+
+
+@pytest.mark.parametrize(("old", "new"), [(old, new) for old, calls in KEYWORDS.items() for new in calls])
+def test_a_script_may_name_the_arguments_of_any_function_that_is_watched(audit: Audit, old: str, new: str) -> None:
+    assert old in SCRIPT
+    code, out, letter = audit(script=SCRIPT.replace(old, new))
+    assert code == 0, letter
+    assert len(numbered(out)) == 4
+    assert "FAULT" not in letter
+
+
+def test_a_pass_on_the_meta_device_is_not_an_update(audit: Audit) -> None:
+    """LitGPT counts its FLOPs with a model of the same shape on the meta device, forward and backward."""
+    counted = """with torch.device("meta"):
+    shape = GPT()
+    ids = torch.zeros(B, T, dtype=torch.long)
+    shape(ids, ids)[1].backward()
+optimizer = """
+    code, out, letter = audit(script=SCRIPT.replace("optimizer = ", counted))
+    assert code == 0, letter
+    assert len(numbered(out)) == 4
+    assert "FAULT" not in letter
+
+
+def test_a_wrong_call_of_a_watched_function_fails_as_without_the_audit(audit: Audit) -> None:
+    old = "torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)"
+    code, _, letter = audit(script=SCRIPT.replace(old, "torch.nn.utils.clip_grad_norm_(model.parameters())"))
+    assert code == 1
+    assert "missing 1 required positional argument: 'max_norm'" in letter
+
+
 def test_the_script_sees_its_own_arguments(audit: Audit) -> None:
     _, out, _ = audit(script="import sys\nprint(__name__, sys.argv[1:])\n" + SCRIPT)
     assert out.splitlines()[0] == "__main__ ['--its-own', 'x']"
