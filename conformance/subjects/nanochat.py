@@ -1,7 +1,6 @@
 """Adapter of nanochat: Recipe -> scripts.base_train, from a checkout that the environment variable NANOCHAT names.
 
-Installed by the extra ``nanochat``. The recipe's sequences are documents in Parquet files, of a tokenizer whose words
-are token ids. nanochat has one shape of model: RMSNorm, squared ReLU, no biases; it is judged as llama-shape.
+Installed by the extra ``nanochat``. Its one shape of model (RMSNorm, squared ReLU, no biases) is judged as llama-shape.
 """
 
 import runpy
@@ -74,7 +73,7 @@ class Nanochat:
         reason="base_train has no such setting",
     ) | {
         "any-optimizer": "setup_optimizer builds a MuonAdamW",
-        "keywords": "setup_optimizer writes betas and eps down",
+        "keywords": "setup_optimizer writes betas down",
         "seed": "compute_init seeds with 42",
         "compile": "base_train always compiles",
         "bf16-mixed": "under NANOCHAT_DTYPE=bfloat16 the embeddings are kept in bfloat16, the other weights in float32",
@@ -89,9 +88,9 @@ class Nanochat:
         if recipe.n_embd < 24:
             raise NotApplicable("smear_gate in gpt.py reads 24 channels")
         write_base_folder(recipe)
-        base, rate, low = recipe.directory, recipe.optimizer.rate, recipe.minimum_lr
+        rate, low = recipe.optimizer.rate, recipe.minimum_lr
         for path in recipe.resume.places() if recipe.resume else ():
-            shutil.copy(path, base / "base_checkpoints/run")
+            shutil.copy(path, recipe.directory / "base_checkpoints/run")
         every = recipe.evaluate_every or (recipe.updates if recipe.evaluate else -1)
         settings = f"""base_train --device-type=cpu --run=dummy --model-tag=run --core-metric-every=-1 --sample-every=-1
             --depth={recipe.n_layer} --aspect-ratio={recipe.n_embd // recipe.n_layer}
@@ -102,10 +101,8 @@ class Nanochat:
             --matrix-lr={rate} --embedding-lr={rate} --unembedding-lr={rate} --scalar-lr={rate}
             --eval-every={every} --eval-tokens={sum(map(len, recipe.validation_batches())) * recipe.block_size}
             --save-every={recipe.save_every or -1} --resume-from-step={recipe.resume.update if recipe.resume else -1}"""
-        environment, command = (
-            patch.dict("os.environ", NANOCHAT_BASE_DIR=str(base)),
-            patch.object(sys, "argv", settings.split()),
-        )
+        environment = patch.dict("os.environ", NANOCHAT_BASE_DIR=str(recipe.directory))
+        command = patch.object(sys, "argv", settings.split())
         with own_modules(self.root, *PACKAGES), chdir(self.root), environment, command:
             runpy.run_module("scripts.base_train", run_name="__main__")
 
@@ -113,8 +110,8 @@ class Nanochat:
         with own_modules(self.root, *PACKAGES):
             from nanochat.checkpoint_manager import GPT, GPTConfig, load_checkpoint
 
-            folder = checkpoint.find("model_*.pt").parent
-            weights, _, meta = load_checkpoint(folder, checkpoint.update, torch.device("cpu"))
+            folder, cpu = checkpoint.find("model_*.pt").parent, torch.device("cpu")
+            weights, _, meta = load_checkpoint(folder, checkpoint.update, cpu)
             model: Any = GPT(GPTConfig(**meta["model_config"]))
             model.init_weights()
             model.load_state_dict(weights)

@@ -30,6 +30,8 @@ def train(config: Config, resume: Any, fault: str) -> None:
                 saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "done": done}
                 torch.save(saved, config.folder / "ckpt.pt")
         rate = config.arguments["lr"] if done == config.updates else config.rate(done)
+        if fault == "the schedule has no end" and done == config.updates == config.warmup:
+            raise ValueError("the cosine has a length of zero")
         for group in optimizer.param_groups:
             group["lr"] = rate * (2 if fault == "twice the rate" else 1)
         microbatches: list[Tensor] = [*config.batches, *config.batches[: config.accumulate]]

@@ -183,6 +183,10 @@ STACKS = {
         faults={
             "one loss for both splits": ("EVAL-4", ["batches of training data evaluated"]),
             "twice the rate": ("LR-1", ["differ from update 1 on"]),
+            "the schedule has no end": (
+                "LR-4",
+                ["or an error before the first", "a length of zero", "after 3 updates"],
+            ),
         },
     ),
     "refusing": Case(
