@@ -50,10 +50,11 @@ def slack(text: str, value: float) -> float:
 
 
 def matches_by_chance(numbers: Sequence[str], values: Sequence[float]) -> float:
-    """Return how many numbers one would expect to equal one of the values if they only lay among them."""
-    spread = max(values) - min(values)
-    covered = sum(2 * slack(number, values[0]) * len(values) for number in numbers)
-    return covered / spread if spread else float("inf")
+    """Return how many numbers one would expect to equal some value by chance: of those that lie among the values."""
+    low, high = min(values), max(values)
+    among = [number for number in numbers if low - slack(number, low) <= float(number) <= high + slack(number, high)]
+    covered = sum(2 * slack(number, low) * len(values) for number in among)
+    return covered / (high - low) if high > low else float(len(among))
 
 
 def one_is_among(numbers: Sequence[str], values: Iterable[float], what: str) -> None:

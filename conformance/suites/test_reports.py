@@ -84,7 +84,8 @@ def test_reported_loss(runs: Runs) -> None:
         losses += whole_losses(run)
     windows = [losses[first:last] for last in range(1, len(losses) + 1) for first in range(last)]
     means = [fmean(window) for window in windows]
-    if matches_by_chance(found, means) > 1:
+    right = [text for text in found if any(is_rounded(text, mean) for mean in means)]
+    if 0 < 2 * len(right) < len(found) and matches_by_chance(found, means) > 0.1:  # those few may be right by chance
         raise NotApplicable("the losses of the updates are too close to each other to tell which one is reported")
     one_is_among(
         found,
