@@ -15,11 +15,13 @@ BUILT_IN = {
     "reference": "conformance.subjects.reference:Reference",
     "litgpt": "conformance.subjects.litgpt:LitGPT",
     "litgpt-lora": "conformance.subjects.litgpt_lora:LitGPTLora",
+    "nanochat": "conformance.subjects.nanochat:Nanochat",
+    "nanogpt": "conformance.subjects.nanogpt:NanoGPT",
     "transformers": "conformance.subjects.transformers:Transformers",
     "transformers-peft": "conformance.subjects.transformers_peft:TransformersPeft",
     "x-transformers": "conformance.subjects.x_transformers:XTransformers",
 }
-"""Subjects that come with the suite. Each is installed by an extra of the same name."""
+"""Subjects that come with the suite. Each is installed by an extra of the same name; nanogpt needs none."""
 POLICY_METHODS = ("initial", "decays", "learning_rate")
 
 
@@ -52,6 +54,8 @@ def load_subject(spec: str) -> Subject:
         )
     try:
         subject = found() if isinstance(found, type) else found
+    except UsageError:
+        raise
     except (Exception, SystemExit) as error:
         raise UsageError(f"making the subject {spec!r} raised {describe_error(error)}.") from error
     check_subject(subject, spec)
