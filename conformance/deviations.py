@@ -10,6 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from conformance.errors import UsageError
+from conformance.reading import read_text
+
+MOST = 1 << 16  # bytes: a clause has a line or two
 
 
 def load_deviations(path: Path, known: Iterable[str]) -> dict[str, str]:
@@ -18,11 +21,10 @@ def load_deviations(path: Path, known: Iterable[str]) -> dict[str, str]:
     Raises:
         UsageError: if the file cannot be read, names a clause that does not exist, or gives no reason.
     """
+    text = read_text(path, "deviations file", MOST)
     try:
-        entries = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"the deviations file {path} cannot be read: {error.strerror or error}.") from error
-    except ValueError as error:  # not TOML, not UTF-8, or NUL in the path
+        entries = tomllib.loads(text)
+    except ValueError as error:
         raise UsageError(f"the deviations file {path} is not TOML: {error}.") from error
     except RecursionError as error:
         raise UsageError(f"the deviations file {path} cannot be read: it is nested too deeply.") from error

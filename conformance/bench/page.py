@@ -3,7 +3,6 @@
 The page is one file that fetches nothing and has no scripts.
 """
 
-import argparse
 import base64
 import hashlib
 import os
@@ -28,14 +27,13 @@ from conformance.bench.columns import (
 )
 from conformance.bench.summary import Row, Summary, grouped, read_summary
 from conformance.bench.terminal import describe_card
-from conformance.errors import UsageError
+from conformance.errors import UsageError, sentence
+from conformance.options import Parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code. A mistake of the user's is one sentence on stderr and 2."""
-    parser = argparse.ArgumentParser(
-        "python -m conformance.bench.page", description="Write one page about runs of the bench."
-    )
+    parser = Parser("python -m conformance.bench.page", description="Write one page about runs of the bench.")
     parser.add_argument(
         "summaries", nargs="+", type=Path, metavar="FILE", help="a summary.json, or the folder of a run"
     )
@@ -44,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         print(f"Written: {os.path.relpath(bench_page(options.summaries, options.out))}")
     except UsageError as error:
-        print(f"{str(error)[:1].upper()}{str(error)[1:]}", file=sys.stderr)
+        print(sentence(error), file=sys.stderr)
         return 2
     return 0
 

@@ -25,6 +25,8 @@ FINDINGS = ("fail", "fixed", "error", "deviates")  # told first
 BADGE_COLORS = {"fail": "#b3261e", "fixed": "#b3261e", "error": "#7a3e9d", "deviates": "#8a5a00", "pass": "#2b7035"}
 KILL_FIELDS = {"mutants": "mutant published named killed_by errors diff", "harmless": "variant killed_by"}
 
+LISTS = ("named", "killed_by", "errors", "diff")  # the other fields are texts
+
 
 @dataclass(frozen=True)
 class Column:
@@ -73,6 +75,12 @@ def read_kill_matrix(path: Path) -> dict[str, Any]:
         rows = found.get(part)
         good = isinstance(rows, list) and all(isinstance(row, dict) and {*fields.split()} <= {*row} for row in rows)
         demand(good, f"the kill matrix {path} has no list {part!r} with {fields} in each row.")
+        for row in rows or ():
+            for field in fields.split():
+                right = isinstance(row[field], list) and all(isinstance(text, str) for text in row[field])
+                right = right if field in LISTS else isinstance(row[field], str)
+                kind = "list of texts" if field in LISTS else "text"
+                demand(right, f"the kill matrix {path} has a row in {part!r} whose {field!r} is not a {kind}.")
     return found
 
 
