@@ -5,6 +5,7 @@ reason = "the class's own error message is passed on"
 link = "https://github.com/..."
 """
 
+import re
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +14,8 @@ from conformance.errors import UsageError
 from conformance.reading import read_text
 
 MOST = 1 << 16  # bytes: a clause has a line or two
+# tomllib takes the square of its length for a key of many parts: 20 s for 30,000 of them.
+LONG_KEY = re.compile(r"""(?<![\w-])(?:(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*){32}""")
 
 
 def load_deviations(path: Path, known: Iterable[str]) -> dict[str, str]:
@@ -22,6 +25,8 @@ def load_deviations(path: Path, known: Iterable[str]) -> dict[str, str]:
         UsageError: if the file cannot be read, names a clause that does not exist, or gives no reason.
     """
     text = read_text(path, "deviations file", MOST)
+    if LONG_KEY.search(text):
+        raise UsageError(f"the deviations file {path} cannot be read: it is nested too deeply.")
     try:
         entries = tomllib.loads(text)
     except ValueError as error:

@@ -49,6 +49,20 @@ def read_text(path: Path, kind: str, most: int = MOST) -> str:
         raise UsageError(f"the {kind} {path} is not UTF-8 text: {error.reason} at byte {error.start:,}.") from error
 
 
+def make_folder(folder: Path, option: str) -> Path:
+    """Make the folder that a user gave to an option, unless it is there, and return it.
+
+    Raises:
+        UsageError: if it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError, RecursionError) as error:  # a NUL or half a character; thousands of levels
+        reason = getattr(error, "strerror", None) or "no folder can have this name"
+        raise UsageError(f"the folder {folder}, given to {option}, cannot be made: {reason}.") from error
+    return folder
+
+
 def read_json(path: Path, kind: str) -> Any:
     """Return what a JSON file holds. Raises UsageError if it cannot be read, or holds something else."""
     try:

@@ -29,6 +29,7 @@ from conformance.bench.summary import Row, Summary, grouped, read_summary
 from conformance.bench.terminal import describe_card
 from conformance.errors import UsageError, sentence
 from conformance.options import Parser
+from conformance.reading import make_folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,7 +61,7 @@ def bench_page(paths: Sequence[Path], out: Path) -> Path:
     runs: dict[str, dict[str, object]] = {}
     for path in paths:
         summary = read_summary(path)
-        folder, name = (path if path.is_dir() else path.parent).resolve().name, summary.card.name
+        folder, name = (path if os.path.isdir(path) else path.parent).resolve().name, summary.card.name
         runs[name if name not in runs else f"{name}: {folder} ({len(runs) + 1})"] = describe(summary)
     environment = Environment(
         loader=PackageLoader("conformance.bench"),
@@ -75,8 +76,8 @@ def bench_page(paths: Sequence[Path], out: Path) -> Path:
     template = environment.get_template("bench.html")
     text = template.render(runs=runs, css=Markup(css), css_hash=digest, columns=COLUMNS.values())
     page = out / "index.html"
+    make_folder(out, "--out")
     try:
-        out.mkdir(parents=True, exist_ok=True)
         page.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UsageError(f"the page {page} cannot be written: {error.strerror}.") from error

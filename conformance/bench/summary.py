@@ -1,5 +1,6 @@
 """The results of a run: a row for each case, the card, and the file ``summary.json`` that holds them."""
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -177,7 +178,7 @@ def read_summary(path: Path) -> Summary:
     Raises:
         UsageError: if the file cannot be read, is not a summary, or is damaged.
     """
-    path = path / "summary.json" if path.is_dir() else path
+    path = path / "summary.json" if os.path.isdir(path) else path
     found = read_json(path, "summary")
     if not isinstance(found, dict) or not {"schema", "environment", "card", "rows"} <= found.keys():
         raise UsageError(f"the file {path} is not a summary of the bench: give the summary.json of an earlier run.")

@@ -17,6 +17,7 @@ from markupsafe import Markup, escape
 
 from conformance.clause import CHAPTERS, Clause, catalogue, in_order
 from conformance.errors import UsageError
+from conformance.reading import make_folder
 from conformance.report.markdown import SIGNS, matrix
 from conformance.report.result import Report, demand, read_json, read_report, repeat_command
 from conformance.session import OUTCOMES
@@ -128,8 +129,8 @@ def render(columns: Sequence[Column], kill_matrix: Mapping[str, Any] | None, fol
         pages[f"subject-{column.slug}.html"] = templates.get_template("subject.html").render(subject)
         if not report.partial:
             pages[f"badge-{column.slug}.svg"] = templates.get_template("badge.svg").render(badge(report))
+    make_folder(folder, "--out")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         for stale in (*folder.glob("subject-*.html"), *folder.glob("badge-*.svg")):
             stale.unlink()
         for name, text in pages.items():
