@@ -73,7 +73,7 @@ def noticed(name: str, value: Any) -> Change:
 
 def steps(*names: str, **settings: object) -> Change:
     """Return a change of all steps: other tensors, or other settings."""
-    return lambda facts: set_all(facts, steps=(step(names or tuple(SHAPES), **settings),))  # type: ignore[arg-type]
+    return lambda facts: set_all(facts, steps=(step(names or tuple(SHAPES), **settings),))  # type: ignore[arg-type] # any setting
 
 
 def without_gradient(facts: Facts) -> None:
