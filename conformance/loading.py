@@ -13,6 +13,8 @@ from conformance.subject import Subject
 
 BUILT_IN = {
     "reference": "conformance.subjects.reference:Reference",
+    "accelerate": "conformance.subjects.accelerate:Accelerate",
+    "lightning-trainer": "conformance.subjects.lightning_trainer:LightningTrainer",
     "litgpt": "conformance.subjects.litgpt:LitGPT",
     "litgpt-lora": "conformance.subjects.litgpt_lora:LitGPTLora",
     "transformers": "conformance.subjects.transformers:Transformers",
