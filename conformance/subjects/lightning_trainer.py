@@ -15,19 +15,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 from conformance import Checkpoint, Recipe
-from conformance.subject import Leftovers, Place, Setting, Winner
 from conformance.subjects import user_code
 from conformance.subjects.user_code import UserPolicy, cross_entropy, microbatches
-
-
-class LightningPolicy(UserPolicy):
-    """What the user's code declares, and what the Trainer and torch's loaders do with leftovers."""
-
-    def leftovers(self, recipe: Recipe, place: Place) -> Leftovers | None:
-        return {"epoch": "short", "window": "short", "ranks": "repeated", "validation": "weighed"}.get(place)
-
-    def wins_on_resume(self, recipe: Recipe, setting: Setting) -> Winner:
-        return "checkpoint"
 
 
 class Module(lightning.LightningModule):
@@ -76,7 +65,7 @@ def loader(recipe: Recipe) -> StatefulDataLoader[Any]:
 class LightningTrainer:
     """lightning.Trainer.fit."""
 
-    name, version, policy = "Lightning Trainer", lightning.__version__, LightningPolicy()
+    name, version, policy = "Lightning Trainer", lightning.__version__, UserPolicy()
     lacks = {
         "batch-total": "accumulate_grad_batches counts the microbatches",
         "activation-checkpointing": "on one device it is up to the user's module; only FSDPStrategy has an option",

@@ -17,19 +17,20 @@ from conformance.subject import Leftovers, Place, Setting, Winner
 from conformance.subjects.reference import ReferencePolicy
 
 Part = Literal["train", "validation"]
+LEFTOVERS: dict[Place, Leftovers] = {"epoch": "short", "window": "short", "ranks": "repeated", "validation": "weighed"}
 
 
 class UserPolicy(ReferencePolicy):
-    """The initial weights and the function of reference.GPT; the groups and the schedule below."""
+    """The weights and the function of reference.GPT; the groups and the schedule below; torch's own loaders."""
 
     def decays(self, recipe: Recipe, tensor: TensorInfo) -> bool:
         return len(tensor.shape) >= 2
 
     def leftovers(self, recipe: Recipe, place: Place) -> Leftovers | None:
-        return None
+        return LEFTOVERS.get(place)
 
-    def wins_on_resume(self, recipe: Recipe, setting: Setting) -> Winner | None:
-        return None
+    def wins_on_resume(self, recipe: Recipe, setting: Setting) -> Winner:
+        return "checkpoint"  # as Optimizer.load_state_dict has it
 
 
 def shape_of(recipe: Recipe) -> dict[str, Any]:
