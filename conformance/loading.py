@@ -19,6 +19,7 @@ BUILT_IN = {
     "litgpt-lora": "conformance.subjects.litgpt_lora:LitGPTLora",
     "transformers": "conformance.subjects.transformers:Transformers",
     "transformers-peft": "conformance.subjects.transformers_peft:TransformersPeft",
+    "trl": "conformance.subjects.trl:Trl",
     "x-transformers": "conformance.subjects.x_transformers:XTransformers",
 }
 """Subjects that come with the suite. Each is installed by an extra of the same name."""

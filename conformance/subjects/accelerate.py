@@ -16,7 +16,6 @@ from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from safetensors.torch import load_model
-from torch import nn
 from torch.utils.data import DataLoader
 
 from conformance import Checkpoint, Recipe
@@ -106,7 +105,7 @@ class Accelerate:
                 yield window
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, loader: Any) -> float:
+    def evaluate(self, model: torch.nn.Module, loader: Any) -> float:
         """Return the mean loss of all validation sequences."""
         gather: Any = self.accelerator.gather_for_metrics
         model.eval()
@@ -114,7 +113,7 @@ class Accelerate:
         model.train()
         return torch.cat(losses).mean().item()
 
-    def load(self, checkpoint: Checkpoint) -> nn.Module:
+    def load(self, checkpoint: Checkpoint) -> torch.nn.Module:
         folder = checkpoint.find("model.safetensors").parent
         model = user_code.build_model(**torch.load(folder / "shape.pt"))
         load_model(model, folder / "model.safetensors")
