@@ -22,7 +22,7 @@ from conformance.subjects.user_code import UserPolicy, cross_entropy, microbatch
 class Module(lightning.LightningModule):
     """The user's code, as Lightning's documentation has it."""
 
-    def __init__(self, shape: dict[str, Any], recipe: Recipe | None = None) -> None:
+    def __init__(self, shape: dict[str, Any], recipe: Any = None) -> None:
         super().__init__()
         self.save_hyperparameters("shape")
         self.recipe, self.model = recipe, user_code.build_model(**shape)
@@ -100,8 +100,10 @@ class LightningTrainer:
         )
         module: Any = Module(user_code.shape_of(recipe), recipe)
         validation: Any = DataLoader(microbatches(recipe, "validation"), batch_size=None, generator=torch.Generator())
-        resume = recipe.resume and recipe.resume.find("*.ckpt")
-        trainer.fit(torch.compile(module) if recipe.compile else module, loader(recipe), validation, ckpt_path=resume)
+        resume = recipe.resume.find("*.ckpt") if recipe.resume else None
+        if recipe.compile:
+            module = torch.compile(module)
+        trainer.fit(module, loader(recipe), validation, ckpt_path=resume)
 
     def load(self, checkpoint: Checkpoint) -> nn.Module:
         module: Any = Module.load_from_checkpoint(checkpoint.find("*.ckpt"))

@@ -73,20 +73,18 @@ def build_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer) -> LambdaLR
     return LambdaLR(optimizer, lambda update: UserPolicy().learning_rate(recipe, update) / peak)
 
 
-def microbatches(recipe: Recipe, part: Part = "train") -> list[tuple[Tensor, Tensor]]:
-    """Return the microbatches of all ranks, in order, as (ids, labels), each (B, T + 1).
+def microbatches(recipe: Recipe, part: Part = "train") -> Any:
+    """Return the microbatches of all ranks, in order, as a list of (ids, labels), each (B, T + 1).
 
     A sampler that deals them out in turn gives each rank those that the recipe means it to have.
     """
-    parts: Any = (recipe.batches, recipe.labels)
-    if part == "validation":
-        parts = (recipe.validation_batches, recipe.validation_batches)
-    ids, labels = ([part(rank) for rank in range(recipe.world_size)] for part in parts)
+    sources: tuple[Any, ...] = (recipe.batches, recipe.labels) if part == "train" else (recipe.validation_batches,) * 2
+    ids, labels = ([source(rank) for rank in range(recipe.world_size)] for source in sources)
     return [pair for step in zip(zip(*ids), zip(*labels)) for pair in zip(*step)]
 
 
-def samples(recipe: Recipe) -> list[tuple[Tensor, Tensor]]:
-    """Return the data set that the stack shuffles by itself, as (ids, labels), each (T + 1)."""
+def samples(recipe: Recipe) -> Any:
+    """Return the data set that the stack shuffles by itself, as a list of (ids, labels), each (T + 1)."""
     return [(row, row) for row in recipe.dataset()]
 
 

@@ -83,7 +83,7 @@ def row(stack: Stack) -> dict[str, Any]:
     if not found.findings:
         raise SystemExit(f"{stack.script} was not audited:\n{found.output[-2000:]}")
     findings = {finding["rule"]: finding["outcome"] for finding in found.findings}
-    failed = fails(read_report(sorted((REPORTS / "conformance").glob(stack.report))[-1]))
+    failed = fails(read_report(max((REPORTS / "conformance").glob(stack.report))))
     by_clause = {clause: compared(clause, findings) for clause in failed}
     shared = {rule for clause, said in by_clause.items() if said == "named" for rule in SAME[clause]}
     said = [brief(finding) for finding in found.found("fault", "advice")]
