@@ -67,6 +67,8 @@ class Clause:
     """Packages that the clause trains with."""
     test: Test
     """The pytest test."""
+    last: bool = False
+    """Judged after all others where there is a GPU: a device-side assert leaves it useless for the whole process."""
 
     @property
     def chapter(self) -> str:
@@ -93,6 +95,7 @@ def clause(
     level: Literal["must", "should"] = "must",
     needs: tuple[str, ...] = (),
     packages: tuple[str, ...] = (),
+    last: bool = False,
 ) -> Callable[[Test], Test]:
     """Make a test function a clause.
 
@@ -114,7 +117,7 @@ def clause(
         if not requirement:
             raise ValueError(f"{identity} has no docstring, but a clause's docstring is its requirement")
         _CLAUSES[identity] = Clause(
-            identity, requirement, why, mend, source, bound, level, since, needs, packages, test
+            identity, requirement, why, mend, source, bound, level, since, needs, packages, test, last
         )
         test.conformance_clause = identity  # type: ignore[attr-defined] # how the plugin knows a clause
         return test

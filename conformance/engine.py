@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from conformance.clause import Clause, catalogue, find_clauses
 from conformance.deviations import load_deviations
 from conformance.loading import load_subject
@@ -18,6 +20,13 @@ from conformance.supervision import JOURNAL
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+def in_order_for_this_machine(chosen: dict[str, Clause]) -> dict[str, Clause]:
+    """Return the clauses as they are judged: one that may cost the process its GPU comes last where there is one."""
+    if not torch.cuda.is_available():
+        return chosen
+    return dict(sorted(chosen.items(), key=lambda item: item[1].last))
 
 
 class Sitting:
@@ -32,7 +41,7 @@ class Sitting:
         self.report_file = None if options.report is None else require_writable(options.report)
         self.journal = Path(os.environ.pop(JOURNAL)) if JOURNAL in os.environ else None
         self.everything = catalogue()
-        self.chosen = find_clauses(options.clauses)
+        self.chosen = in_order_for_this_machine(find_clauses(options.clauses))
         deviations = load_deviations(options.deviations, self.everything) if options.deviations else {}
         self.session = Session(load_subject(options.subject), deviations, options.timeout)
         self.results: list[Result] = []

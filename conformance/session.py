@@ -42,6 +42,8 @@ class Session:
         self.subject = subject
         self.runs = Runs(subject, timeout)
         self.deviations = dict(deviations or {})
+        self.lost_gpu_in = ""
+        """The clause in whose run a device-side assert left the GPU useless for this process."""
 
     def __enter__(self) -> "Session":
         return self
@@ -57,6 +59,9 @@ class Session:
         """Return the outcome of one clause. Whatever the stack, the adapter or the clause raises becomes one."""
         if reason := self.not_asked(clause):
             return Result(clause, "n/a", reason=reason)
+        if self.lost_gpu_in:
+            reason = f"a device-side assert in {self.lost_gpu_in} left the GPU useless for this process: judge this "
+            return Result(clause, "error", reason=f"{reason}clause in a run of its own, with --clause {clause.id}")
         declared = self.deviations.get(clause.id)
         started = time.perf_counter()
         outcome: Outcome
@@ -84,6 +89,8 @@ class Session:
             # Not a run but load(), or the policy: the adapter's, if the exception passed through it.
             line = line_in_adapter(error, self.subject)
             reason = f"{reason} [adapter: {line}]" if line else f"the suite itself broke: {reason}"
+        if "device-side assert" in trail:
+            self.lost_gpu_in = clause.id
         return Result(clause, outcome, expected, seen, reason, time.perf_counter() - started, trail)
 
     def not_asked(self, clause: Clause) -> str:

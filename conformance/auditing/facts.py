@@ -1,7 +1,7 @@
 """What an audit knows of one process's run, as plain data: the trace, and what only an audit looks for."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -49,10 +49,11 @@ class Given:
     name: str
     """``cross_entropy``, which wants logits, or ``nll_loss``, which wants log-probabilities."""
     dtype: torch.dtype
-    lowest: Tensor
-    sums: Tensor
+    lowest: Tensor | None = None
+    """None, as the other two: not looked at, for there are many like it in one backward pass."""
+    sums: Tensor | None = None
     """Of each of the first rows."""
-    exponential_sums: Tensor
+    exponential_sums: Tensor | None = None
     """Log of the sum of the exponentials of each of the first rows: 0 for log-probabilities."""
 
 
@@ -153,16 +154,28 @@ def fetch(facts: Facts) -> None:
     trace = facts.trace
     trace.initial, trace.buffers = fetched(trace.initial), dict(fetched(trace.buffers))
     trace.measured_initial = brought(trace.measured_initial)
-    trace.forwards = [with_cpu(entry) for entry in trace.forwards]
-    trace.entropies = [with_cpu(entry) for entry in trace.entropies]
-    trace.losses = [with_cpu(entry) for entry in trace.losses]
+    trace.forwards, trace.entropies = all_with_cpu(trace.forwards), all_with_cpu(trace.entropies)
+    trace.losses, facts.given, facts.clips = (all_with_cpu(each) for each in (trace.losses, facts.given, facts.clips))
     trace.updates = [with_cpu(entry) for entry in trace.updates]
-    facts.given = [given and with_cpu(given) for given in facts.given]
-    facts.clips = [with_cpu(entry) for entry in facts.clips]
     for backward in facts.backwards:
         backward.losses = [loss.cpu() for loss in backward.losses]
         backward.norms = fetched(backward.norms)
     facts.leftovers = {update: dict(fetched(norms)) for update, norms in facts.leftovers.items()}
+
+
+def all_with_cpu(entries: list[Any]) -> list[Any]:
+    """Return small frozen records with their tensors on the CPU: one copy for all, as there may be thousands."""
+    tensors = {
+        f"{number} {name}": value
+        for number, entry in enumerate(entries)
+        for name, value in ({} if entry is None else vars(entry)).items()
+        if isinstance(value, Tensor)
+    }
+    found = fetched(tensors)
+    return [
+        entry and replace(entry, **{name: found[f"{n} {name}"] for name in vars(entry) if f"{n} {name}" in found})
+        for n, entry in enumerate(entries)
+    ]
 
 
 def with_cpu(entry: Any) -> Any:

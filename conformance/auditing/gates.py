@@ -7,6 +7,7 @@ long as compiled code runs. What happens inside compiled code is therefore not s
 
 import contextlib
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -212,12 +213,20 @@ def clipping_watched(watcher: Watcher) -> Iterator[None]:
     def telling(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         kind = "norm" if "norm" in name else "value"
 
+        signature = inspect.signature(original)
+
         @functools.wraps(original)
-        def clip(parameters: Any, limit: Any, *args: Any, **kwargs: Any) -> Any:
+        def clip(*args: Any, **kwargs: Any) -> Any:
+            try:
+                call = signature.bind(*args, **kwargs)
+            except TypeError:
+                return original(*args, **kwargs)  # PyTorch's own error is the right one
+            parameters, limit = list(call.arguments.values())[:2]
             # A generator that was used up already clips nothing: it stays one, and we see what it gives.
             given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-            result = original(given, limit, *args, **kwargs)
-            watcher.clipped(kind, given, float(limit), result)  # type: ignore[attr-defined] # an AuditWatcher's
+            call.arguments["parameters"] = given
+            result = original(*call.args, **call.kwargs)
+            watcher.clipped(kind, given, limit, result)  # type: ignore[attr-defined] # an AuditWatcher's
             return result
 
         return clip

@@ -23,8 +23,9 @@ from conformance.recording.recorder import Recorder
 from conformance.recording.snapshot import describe_tensors, named_tensors
 from conformance.recording.weights import Sketch, local, norms, offset_of
 
-WITHOUT_CONTENT = ("FakeTensor", "FunctionalTensor")
 MANY_NODES = 500_000
+DESCRIBED = 4
+"""Cross entropies of one backward pass whose input is looked at."""
 
 
 class Stopped(BaseException):
@@ -39,7 +40,8 @@ def careful(gate: Callable[..., Any]) -> Callable[..., Any]:
         if self.over or self.gates.inside:  # torch.compile itself calls autograd, on tensors without content
             return None
         try:
-            return gate(self, *args, **kwargs)
+            with torch._C.DisableTorchFunction():  # the audit's own mode would be asked for each attribute of a tensor
+                return gate(self, *args, **kwargs)
         except Exception:
             self.broken, self.over = traceback.format_exc(), True
             return None
@@ -195,7 +197,10 @@ class Auditor:
         before = len(self.recorder.trace.entropies)
         self.recorder.entropy_computed(name, arguments, value)
         if len(self.recorder.trace.entropies) > before:
-            self.facts.given.append(describe_input(name, arguments["input"], len(self.facts.backwards)))
+            given, backward = self.facts.given, len(self.facts.backwards)
+            # LitGPT computes a thousand of them in an update, in chunks of 128 tokens.
+            many = len(given) >= DESCRIBED and getattr(given[-DESCRIBED], "backward", None) == backward
+            given.append(describe_input(name, arguments["input"], backward, not many))
 
     def compiled_call(self) -> None:
         self.facts.compiled = True
@@ -211,8 +216,6 @@ class Auditor:
     @careful
     def backward_begins(self, tensors: Any) -> None:
         given = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-        if any(type(tensor).__name__ in WITHOUT_CONTENT for tensor in given):
-            return  # torch.compile traces a backward
         if not any(isinstance(tensor, Tensor) and tensor.numel() == 1 for tensor in given):
             self.recorder.in_backward = True
             return
@@ -289,7 +292,7 @@ class Auditor:
         names = {id(tensor): name for name, tensor in self.recorder.calls.tensors().items()}
         given = tuple(names.get(id(tensor), "another tensor") for tensor in parameters)
         norm = self.sketch.keep_small(result) if isinstance(result, Tensor) else None
-        self.facts.clips.append(Clip(self.done, self.recorder.backwards, given, limit, kind, norm))
+        self.facts.clips.append(Clip(self.done, self.recorder.backwards, given, float(limit), kind, norm))
 
     # step ------------------------------------------------------------------------------------------------------
 

@@ -144,7 +144,7 @@ class Calls:
         if ids is not None:
             if self.call.ids is None:
                 self.call.ids = ids
-            logits = find_logits(output)
+            logits = find_logits(output, self.weights.keeps_logits)
             if logits is not None:
                 self.call.inner = Inner(module, ids, logits)
 
@@ -153,13 +153,14 @@ class Calls:
         call, self.call = self.call, None
         assert call is not None
         ids = find_ids(args, kwargs)
-        logits = find_logits(output)
+        logits = find_logits(output, self.weights.keeps_logits)
         prefix, inside, model = "", False, module
         if logits is None and call.inner is not None and same_parameters(call.inner.module, module):
             # A wrapper that computes the loss too.
             model, ids, logits, inside = call.inner.module, call.inner.ids, call.inner.logits, True
             prefix = next((f"{name}." for name, part in module.named_modules() if part is model), "")
             prefix = "" if model is module else prefix
+        call.inner = None  # its output would stay in memory as long as the call does
         ids = call.ids if ids is None else ids
         if ids is None or ids.is_meta or (logits is not None and (logits.is_meta or len(logits) != len(ids))):
             return

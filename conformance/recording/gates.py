@@ -116,21 +116,40 @@ def entropies_watched(tell: Callable[[str, dict[str, Any], Tensor], None]) -> It
             setattr(natives, native, original)
 
 
+WITHOUT_CONTENT = ("FakeTensor", "FunctionalTensor")
+"""Classes of the tensors with which torch.compile traces a backward."""
+
+
+def has_content(tensors: Any) -> bool:
+    """Return False for a backward that trains nothing: LitGPT counts its FLOPs by one on the meta device."""
+    given = [tensors] if isinstance(tensors, Tensor) else tensors
+    return not any(
+        isinstance(tensor, Tensor) and (tensor.is_meta or type(tensor).__name__ in WITHOUT_CONTENT) for tensor in given
+    )
+
+
 @contextlib.contextmanager
 def backward_watched(watcher: Watcher) -> Iterator[None]:
     """Tell of every outermost call of torch.autograd.backward and torch.autograd.grad."""
     originals: tuple[Any, Any] = torch.autograd.backward, torch.autograd.grad
     inside = False
 
-    def telling(original: Callable[..., Any]) -> Callable[..., Any]:
-        def call(tensors: Any, *args: Any, **kwargs: Any) -> Any:
+    def telling(original: Callable[..., Any], first: str) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def call(*args: Any, **kwargs: Any) -> Any:
             # Activation checkpointing computes forwards again inside, and may call backward there: not the stack's own.
             nonlocal inside
+            tensors = args[0] if args else kwargs.get(first, ())
+            if isinstance(tensors, Iterator):  # it gives them once, and PyTorch needs them, too
+                tensors = list(tensors)
+                args, kwargs = ((tensors, *args[1:]), kwargs) if args else (args, {**kwargs, first: tensors})
+            if not inside and not has_content(tensors):
+                return original(*args, **kwargs)
             outermost, inside = not inside, True
             try:
                 if outermost:
                     watcher.backward_begins(tensors)
-                result = original(tensors, *args, **kwargs)
+                result = original(*args, **kwargs)
                 if outermost:
                     watcher.backward_ends()
                 return result
@@ -139,7 +158,8 @@ def backward_watched(watcher: Watcher) -> Iterator[None]:
 
         return call
 
-    torch.autograd.backward, torch.autograd.grad = telling(originals[0]), telling(originals[1])
+    torch.autograd.backward = telling(originals[0], "tensors")
+    torch.autograd.grad = telling(originals[1], "outputs")
     try:
         yield
     finally:

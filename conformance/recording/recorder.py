@@ -149,14 +149,15 @@ class Recorder:
             self.loggers.look()
         self.backwards += 1
         for tensor in [tensors] if isinstance(tensors, Tensor) else tensors:
-            if isinstance(tensor, Tensor) and tensor.numel() == 1 and not tensor.is_meta:
+            if isinstance(tensor, Tensor) and tensor.numel() == 1:
                 on = torch.is_autocast_enabled(tensor.device.type)
                 self.trace.losses.append(Loss(self.done, self.weights.keep_small(tensor), on))
         self.in_backward = True
 
     def backward_ends(self) -> None:
         self.in_backward = False
-        self.spoil(self.calls.tensors().values())
+        if self.nan_gradient == self.done:
+            self.spoil(self.calls.tensors().values())
         if not self.step_seen and not self.stepping:
             self.watch_unseen()
             self.shadow = Shadow(self.calls.tensors(), self.weights)

@@ -1,6 +1,7 @@
 """Live modules, optimizers and values as plain data: names without the prefixes of wrappers, copies on the CPU."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -57,8 +58,13 @@ def find_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     return None
 
 
-def find_logits(output: Any) -> Tensor | None:
-    """Return the logits in a model's output: its first floating tensor of three dimensions, with chunks joined."""
+def find_logits(output: Any, whole: bool = True) -> Tensor | None:
+    """Return the logits in a model's output: its first floating tensor of three dimensions, with chunks joined.
+
+    Args:
+        output: of the model.
+        whole: False if the first chunk will do: joining them takes as much memory as the logits themselves.
+    """
     if isinstance(output, Tensor):
         return output if output.ndim == 3 and output.is_floating_point() else None
     if dataclasses.is_dataclass(output) and not isinstance(output, dict | type):
@@ -67,7 +73,7 @@ def find_logits(output: Any) -> Tensor | None:
         output = [output["logits"]] if "logits" in output else list(output.values())
     if isinstance(output, list | tuple):
         tensors = [t for t in output if isinstance(t, Tensor) and t.ndim == 3 and t.is_floating_point()]
-        if tensors and len(tensors) == len(output):
+        if whole and len(tensors) > 1 and len(tensors) == len(output):
             return torch.cat(tensors, dim=1)
         return tensors[0] if tensors else None
     return None
@@ -75,9 +81,15 @@ def find_logits(output: Any) -> Tensor | None:
 
 def named_tensors(module: nn.Module, buffers: bool = False) -> dict[str, Tensor]:
     """Return parameters (or buffers) by their names without the prefixes of wrappers; tied ones under the first."""
-    pairs = module.named_buffers() if buffers else module.named_parameters()
-    wrappers = wrapper_prefixes(module)
-    return {clean_name(name, wrappers): tensor for name, tensor in pairs}
+    # One walk, where named_parameters and wrapper_prefixes take two: a recording asks for this several times an update.
+    parts = list(module.named_modules())
+    wrappers = tuple(f"{name}." if name else "" for name, part in parts if type(part).__name__ in WRAPPER_CLASSES)
+    found: dict[int, tuple[str, Tensor]] = {}
+    for prefix, part in parts:
+        for name, tensor in (part._buffers if buffers else part._parameters).items():
+            if tensor is not None and id(tensor) not in found:
+                found[id(tensor)] = f"{prefix}.{name}" if prefix else name, tensor
+    return {clean_name(name, wrappers): tensor for name, tensor in found.values()}
 
 
 def wrapper_prefixes(module: nn.Module) -> tuple[str, ...]:
@@ -87,6 +99,7 @@ def wrapper_prefixes(module: nn.Module) -> tuple[str, ...]:
     )
 
 
+@functools.lru_cache(maxsize=65536)
 def clean_name(name: str, wrappers: tuple[str, ...]) -> str:
     """Return a dotted name without the parts that Fabric, torch.compile, DDP, FSDP and checkpointing add."""
     for prefix in sorted(wrappers, key=len, reverse=True):

@@ -24,6 +24,8 @@ SAMPLES = 64
 class Weights(Protocol):
     """How a recording keeps tensors."""
 
+    keeps_logits: bool
+
     def keep(self, tensors: Mapping[str, Tensor]) -> Named[Tensor]:
         """Return what is kept of the content of named parameters, gradients or buffers."""
 
@@ -43,6 +45,8 @@ class Weights(Protocol):
 class Whole:
     """Copies of everything, on the CPU."""
 
+    keeps_logits = True
+
     def keep(self, tensors: Mapping[str, Tensor]) -> Named[Tensor]:
         return copied(dict(tensors))
 
@@ -61,6 +65,8 @@ class Whole:
 
 class Sketch:
     """Samples and figures, on the device of each tensor."""
+
+    keeps_logits = False
 
     def __init__(self) -> None:
         self.states = False  # whether optimizer state is kept: it doubles what a step costs

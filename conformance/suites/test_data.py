@@ -218,6 +218,7 @@ def test_microbatches_left_over(runs: Runs) -> None:
     mend="Compare the largest id with the size of the vocabulary, or let the lookup raise.",
     source="a token file with a flipped bit, or of another tokenizer; JAX clamps such indices, torch's CPU raises",
     bound="an error before the first update",
+    last=True,
 )
 def test_ids_outside_the_vocabulary(runs: Runs) -> None:
     """The stack raises an error for a token id that is outside the vocabulary."""

@@ -17,9 +17,10 @@ from torch.nn import functional as F
 from conformance.capabilities import CAPABILITIES
 from conformance.clause import Clause, catalogue
 from conformance.deviations import load_deviations
+from conformance.engine import in_order_for_this_machine
 from conformance.errors import AdapterFailed, NotApplicable, RunFailed, UsageError, Violation
 from conformance.loading import load_subject
-from conformance.recipe import Recipe
+from conformance.recipe import OptimizerChoice, Recipe
 from conformance.recording.ranks import works_in_a_fork
 from conformance.recording.trace import Checkpoint, TensorInfo
 from conformance.runs import Runs
@@ -361,3 +362,61 @@ def test_a_stack_that_never_trains_is_neither_blamed_nor_praised_for_refusing() 
     with Session(subject) as session:
         outcomes = {key: session.judge(clauses[key]).outcome for key in OUTCOMES_WITHOUT_TRAINING}
     assert outcomes == OUTCOMES_WITHOUT_TRAINING
+
+
+def test_a_lost_gpu_is_told_in_every_clause_after_it() -> None:
+    """A device-side assert leaves CUDA useless for the process: what comes then says nothing about the stack."""
+    message = "CUDA error: device-side assert triggered"
+    with Session(Fake()) as session:
+        first = session.judge(rule(raising(RuntimeError(message))))
+        after = session.judge(rule(traces))
+    assert (first.outcome, after.outcome) == ("error", "error")
+    assert message in first.reason
+    assert "a device-side assert in DECAY-999 left the GPU useless for this process" in after.reason
+
+
+def test_the_clause_that_may_cost_the_gpu_is_judged_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    everything = catalogue()
+    assert [identity for identity, clause in everything.items() if clause.last] == ["DATA-9"]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert list(in_order_for_this_machine(everything)) == list(everything)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert list(in_order_for_this_machine(everything)) == [i for i in everything if i != "DATA-9"] + ["DATA-9"]
+
+
+@pytest.mark.parametrize(("used", "outcome"), [("SGD", "pass"), ("PagedSGD", "pass"), ("GrokSGD", "n/a")])
+def test_a_run_with_another_optimizer_than_the_one_asked_for_is_not_judged(used: str, outcome: str) -> None:
+    """A class of another name may have other arithmetic; a paged one keeps its state elsewhere, and no more."""
+
+    class Own(Fake):
+        lacks: Mapping[str, str] = {"load": "it has none"}
+
+        def train(self, recipe: Recipe) -> None:
+            model = nn.Sequential(nn.Embedding(recipe.vocab_size, 4), nn.Linear(4, recipe.vocab_size))
+            kind = type(used, (torch.optim.SGD,), {}) if used == "SGD" else type(used, (Plain,), {})
+            optimizer = kind(model.parameters(), lr=0.1)
+            for batch in recipe.batches():
+                F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten()).backward()
+                optimizer.step()
+
+    def asks(runs: Runs) -> None:
+        runs.trace(Recipe(optimizer=OptimizerChoice.of("torch.optim.SGD", lr=0.1)))
+
+    with Session(Own()) as session:
+        found = session.judge(rule(asks))
+    assert found.outcome == outcome, found.reason
+    if outcome == "n/a":
+        assert "the run used GrokSGD, although the recipe asked for SGD" in found.reason
+
+
+class Plain(torch.optim.Optimizer):
+    """Gradient descent that does not derive from torch's."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override] # as simple as can be
+        for group in self.param_groups:
+            for tensor in group["params"]:
+                tensor -= group["lr"] * tensor.grad

@@ -12,6 +12,7 @@ from torch import nn
 import conformance
 from conformance.cli import main
 from conformance.errors import UsageError
+from conformance.recording.snapshot import find_logits
 from tests.conformance.auditing.loop import SCRIPT
 
 Audit = Callable[..., tuple[int, str, str]]
@@ -97,6 +98,56 @@ def global_state() -> tuple[object, ...]:
         sys.stdout,
         sys.argv[:],
     )
+
+
+KEYWORDS = {  # calls as a script may write them, each of a function that the audit watches
+    "torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)": (
+        "torch.nn.utils.clip_grad_norm_(parameters=model.parameters(), max_norm=1.0)",
+        "torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=torch.tensor(1.0))",
+        "torch.nn.utils.clip_grad_value_(parameters=model.parameters(), clip_value=1e3)",
+        "torch.nn.utils.clip_grad_norm_(next(model.parameters()), max_norm=1e3)",
+    ),
+    "(loss / 2).backward()": (
+        "torch.autograd.backward(tensors=loss / 2)",
+        "torch.autograd.backward(tensors=[loss / 2])",
+        "torch.autograd.backward(part / 2 for part in [loss])",
+        "for p, g in zip(model.parameters(), torch.autograd.grad(outputs=loss / 2, inputs=list(model.parameters()))):"
+        " p.grad = g if p.grad is None else p.grad + g",
+    ),
+    "torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)": (
+        "torch.optim.AdamW(params=model.parameters(), lr=1e-3, weight_decay=0.0)",
+        "torch.optim.AdamW(lr=1e-3, weight_decay=0.0, params=list(model.parameters()))",
+    ),
+}
+
+
+@pytest.mark.parametrize(("old", "new"), [(old, new) for old, calls in KEYWORDS.items() for new in calls])
+def test_a_script_may_name_the_arguments_of_any_function_that_is_watched(audit: Audit, old: str, new: str) -> None:
+    assert old in SCRIPT
+    code, out, letter = audit(script=SCRIPT.replace(old, new))
+    assert code == 0, letter
+    assert len(numbered(out)) == 4
+    assert "FAULT" not in letter
+
+
+def test_a_pass_on_the_meta_device_is_not_an_update(audit: Audit) -> None:
+    """LitGPT counts its FLOPs with a model of the same shape on the meta device, forward and backward."""
+    counted = """with torch.device("meta"):
+    shape = GPT()
+    ids = torch.zeros(B, T, dtype=torch.long)
+    shape(ids, ids)[1].backward()
+optimizer = """
+    code, out, letter = audit(script=SCRIPT.replace("optimizer = ", counted))
+    assert code == 0, letter
+    assert len(numbered(out)) == 4
+    assert "FAULT" not in letter
+
+
+def test_a_wrong_call_of_a_watched_function_fails_as_without_the_audit(audit: Audit) -> None:
+    old = "torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)"
+    code, _, letter = audit(script=SCRIPT.replace(old, "torch.nn.utils.clip_grad_norm_(model.parameters())"))
+    assert code == 1
+    assert "missing 1 required positional argument: 'max_norm'" in letter
 
 
 def test_the_script_sees_its_own_arguments(audit: Audit) -> None:
@@ -255,3 +306,39 @@ def test_compiled_code_is_compiled_once(early: bool) -> None:
     assert verdict.facts.compiled
     assert not verdict.faults
     assert "shift" in [finding.rule for finding in verdict.of("ok")]  # seen by a forward of the audit's own
+
+
+def test_of_a_loss_in_many_chunks_the_first_are_looked_at(audit: Audit) -> None:
+    """LitGPT computes a thousand cross entropies in an update: figures of each would double its time."""
+    old = "F.cross_entropy(logits.view(-1, V), targets.reshape(-1))"
+    new = "sum(F.cross_entropy(a, b, reduction='sum') for a, b in zip(logits.view(-1, V).split(4), " + (
+        "targets.reshape(-1).split(4))) / targets.numel()"
+    )
+    code, _, letter = audit(script=SCRIPT.replace(old, new))
+    assert code == 0, letter
+    assert "✓loss-input" in letter
+    code, _, letter = audit(script=SCRIPT.replace(old, new.replace("(a, b,", "(a.softmax(-1), b,")))
+    assert code == 1
+    assert "loss-input" in letter
+
+
+def test_the_recording_holds_no_output_of_a_module(audit: Audit) -> None:
+    """Held outputs of the first update took 15 GB with LitGPT at 124M."""
+    old = "        x = self.wte(ids) + self.wpe(torch.arange(ids.size(1)))\n"
+    new = "        x = self.wte(ids)\n        refs.append(weakref.ref(x))\n" + old.replace("self.wte(ids)", "x")
+    script = "import weakref\nrefs = []\n" + SCRIPT.replace(old, new)
+    script = script.replace(
+        "    optimizer.step()\n",
+        "    del loss, _\n    print(sum(r() is not None for r in refs))\n" * 1 + ("    optimizer.step()\n"),
+    )
+    code, out, letter = audit(script=script)
+    assert code == 0, letter
+    assert [line for line in out.splitlines() if line.isdigit()] == ["0"] * 4
+
+
+def test_logits_are_not_copied_to_be_found() -> None:
+    logits = torch.zeros(2, 3, 4)
+    assert find_logits((logits,)) is logits
+    assert find_logits({"logits": logits, "loss": logits.sum()}) is logits
+    assert find_logits([logits, logits], whole=False) is logits
+    assert find_logits([logits, logits]) is not logits
