@@ -61,7 +61,7 @@ def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     """Return the recipe's optimizer. Matrices decay; vectors do not."""
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = recipe.optimizer.config()
     kind: Any = pydoc.locate(optimizer["class_path"])
     return kind([group for group in groups if group["params"]], **optimizer["init_args"])
@@ -78,9 +78,10 @@ def microbatches(recipe: Recipe, part: Part = "train") -> Any:
 
     A sampler that deals them out in turn gives each rank those that the recipe means it to have.
     """
-    sources: tuple[Any, ...] = (recipe.batches, recipe.labels) if part == "train" else (recipe.validation_batches,) * 2
+    sources: Any = (recipe.batches, recipe.labels) if part == "train" else (recipe.validation_batches,) * 2
     ids, labels = ([source(rank) for rank in range(recipe.world_size)] for source in sources)
-    return [pair for step in zip(zip(*ids), zip(*labels)) for pair in zip(*step)]
+    steps = zip(zip(*ids), zip(*labels))  # in each, the microbatches of all ranks
+    return [pair for ids_of_ranks, labels_of_ranks in steps for pair in zip(ids_of_ranks, labels_of_ranks)]
 
 
 def samples(recipe: Recipe) -> Any:
