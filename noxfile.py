@@ -38,9 +38,12 @@ PEERS = {  # the stacks of the matrix: subject, and what pip installs for it bes
     "lightning-trainer": ("lightning-trainer", ["torchdata"]),
     "accelerate": ("accelerate", ["accelerate"]),
     "trl": ("trl", ["trl", "datasets"]),
+    "nanogpt": ("nanogpt", []),
+    "nanochat": ("nanochat", ["filelock", "kernels", "psutil", "pyarrow", "requests", "rustbpe", "tiktoken", "wandb"]),
     "plain-loop": ("examples.plain_loop_adapter:PlainLoop", []),
     "reference": ("reference", ["peft"]),
 }
+CHECKOUTS = {"nanogpt": "NANOGPT", "nanochat": "NANOCHAT"}  # peers that no package index has: where their checkout is
 PYTHONS, TORCHES = ("3.11", "3.12", "3.13"), ("2.11.0", "2.12.1", "2.13.0", "2.14.1")
 
 # One thread: the models are tiny, and threads only wait for each other. Warnings and progress need no buffering.
@@ -189,6 +192,8 @@ def parity(session: nox.Session) -> None:
 def peers(session: nox.Session, peer: str) -> None:
     """Judge each stack of the matrix in an environment of its own: they pin different releases."""
     subject, packages = PEERS[peer]
+    if peer in CHECKOUTS and not os.environ.get(CHECKOUTS[peer]):
+        session.skip(f"set the environment variable {CHECKOUTS[peer]} to the path of a checkout")
     target = PACKAGE.format("").replace(",]", "]")
     with installing(session, f"PyTorch and {peer} into an environment of their own"):
         session.install("--quiet", "--constraint", "constraints.txt", "--editable", target, *packages)

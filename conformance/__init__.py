@@ -9,6 +9,8 @@ To judge a stack, write a class with ``name``, ``version``, ``lacks``, ``policy`
 (conformance.subject.Subject) and run ``python -m conformance run --subject your.module:Class``.
 """
 
+import conformance.interrupts  # isort: skip # noqa: F401 # first of all: Ctrl-C may come while the rest is imported
+
 from conformance.auditing import audit
 from conformance.capabilities import everything_but
 from conformance.errors import ConformanceError, NotApplicable

@@ -1,5 +1,6 @@
 """What a stack may lack: the names that an adapter's ``lacks`` uses, and what each of them means."""
 
+import difflib
 from dataclasses import dataclass
 
 from conformance.errors import UnknownCapability
@@ -83,10 +84,12 @@ def everything_but(*claimed: str, reason: str) -> dict[str, str]:
     """
     unknown = set(claimed) - set(CAPABILITIES)
     if unknown:
-        raise UnknownCapability(f"unknown capability {', '.join(map(repr, sorted(unknown)))}: {choices()}")
+        names = ", ".join(map(repr, sorted(unknown)))
+        raise UnknownCapability(f"unknown capability {names}: {nearest(min(unknown))}")
     return {name: reason for name, it in CAPABILITIES.items() if name not in claimed and not it.implied}
 
 
-def choices() -> str:
-    """Return a clause for messages that lists all capabilities."""
-    return f"choose from {', '.join(CAPABILITIES)}."
+def nearest(wanted: object) -> str:
+    """Return a clause for messages that names the capabilities most like one that does not exist."""
+    found = difflib.get_close_matches(str(wanted)[:80], CAPABILITIES, n=3, cutoff=0.0)
+    return f"the nearest are {', '.join(found)}; docs/adapters.md names all."

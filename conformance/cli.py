@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conformance.errors import UsageError
-from conformance.options import AUDIT_OPTIONS, FORMATS, INTERRUPTED, OPTIONS, USAGE
+from conformance.errors import UsageError, sentence
+from conformance.options import AUDIT_OPTIONS, FAILED, FORMATS, INTERRUPTED, OPTIONS, USAGE, Parser
 
 if TYPE_CHECKING:
     from conformance.clause import Clause
@@ -70,20 +70,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(sentence(error), file=sys.stderr)
         return USAGE
-
-
-def sentence(error: UsageError) -> str:
-    """Return a message with a capital letter, safe to print."""
-    text = str(error).encode(errors="backslashreplace").decode()
-    return f"{text[:1].upper()}{text[1:]}"
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return INTERRUPTED
+    except OSError as error:  # what no other message tells, such as a disk that is full
+        where = f"{error.filename}: " if error.filename else ""
+        print(sentence(UsageError(f"{where}{error.strerror or error}.")), file=sys.stderr)
+        return FAILED
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the commands and their options."""
     plain = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "python -m conformance", description=__doc__, epilog=EXAMPLES, formatter_class=plain
-    )
+    parser = Parser("python -m conformance", description=__doc__, epilog=EXAMPLES, formatter_class=plain)
     commands = parser.add_subparsers(required=True, metavar="run|audit|diff|list|explain|report")
 
     run = commands.add_parser("run", help="judge a training stack", epilog=EXAMPLES, formatter_class=plain)
@@ -166,7 +165,7 @@ def run_command(options: argparse.Namespace) -> int:
         sitting = Sitting(Options.of(options))
     with sitting:
         try:
-            for clause in shown(sitting.chosen.values(), errors, sitting.session.subject.name):
+            for clause in shown(sitting.chosen.values(), errors, sitting.named.name):
                 sitting.judge(clause)
         except KeyboardInterrupt:
             sitting.finish(console, options.verbose, options.format)

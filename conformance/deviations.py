@@ -5,11 +5,17 @@ reason = "the class's own error message is passed on"
 link = "https://github.com/..."
 """
 
+import re
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 
 from conformance.errors import UsageError
+from conformance.reading import read_text
+
+MOST = 1 << 16  # bytes: a clause has a line or two
+# tomllib takes the square of its length for a key of many parts: 20 s for 30,000 of them.
+LONG_KEY = re.compile(r"""(?<![\w-])(?:(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*){32}""")
 
 
 def load_deviations(path: Path, known: Iterable[str]) -> dict[str, str]:
@@ -18,11 +24,12 @@ def load_deviations(path: Path, known: Iterable[str]) -> dict[str, str]:
     Raises:
         UsageError: if the file cannot be read, names a clause that does not exist, or gives no reason.
     """
+    text = read_text(path, "deviations file", MOST)
+    if LONG_KEY.search(text):
+        raise UsageError(f"the deviations file {path} cannot be read: it is nested too deeply.")
     try:
-        entries = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"the deviations file {path} cannot be read: {error.strerror or error}.") from error
-    except ValueError as error:  # not TOML, not UTF-8, or NUL in the path
+        entries = tomllib.loads(text)
+    except ValueError as error:
         raise UsageError(f"the deviations file {path} is not TOML: {error}.") from error
     except RecursionError as error:
         raise UsageError(f"the deviations file {path} cannot be read: it is nested too deeply.") from error

@@ -14,7 +14,7 @@ from conformance.deviations import load_deviations
 from conformance.loading import load_subject
 from conformance.options import FAILED, PASSED, Format, Options
 from conformance.report.environment import environment
-from conformance.report.result import Report, replace_json, report_of, require_writable, write_json
+from conformance.report.result import Named, Report, replace_json, report_of, require_writable, write_json
 from conformance.session import Result, Session
 from conformance.supervision import JOURNAL
 
@@ -44,6 +44,7 @@ class Sitting:
         self.chosen = in_order_for_this_machine(find_clauses(options.clauses))
         deviations = load_deviations(options.deviations, self.everything) if options.deviations else {}
         self.session = Session(load_subject(options.subject), deviations, options.timeout)
+        self.named = Named.of(self.session.subject)
         self.results: list[Result] = []
         self.environment = environment()
         self.keep()
@@ -71,9 +72,7 @@ class Sitting:
 
     def report(self) -> Report:
         """Return the report on what was judged so far."""
-        return report_of(
-            self.session.subject, self.options.subject, self.results, list(self.everything), self.environment
-        )
+        return report_of(self.named, self.options.subject, self.results, list(self.everything), self.environment)
 
     def finish(self, console: "Console", verbose: bool = False, form: Format = "text") -> int:
         """Write the report, print the result to ``console``, and return the exit code."""

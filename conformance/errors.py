@@ -60,6 +60,24 @@ class Unavailable(ConformanceError):
     """A case of the bench cannot run here. The message is one sentence, and becomes the row's reason."""
 
 
+LONGEST = 380  # characters of a message
+
+
+def one_line(message: str) -> str:
+    """Return a message as one line of at most ``LONGEST`` characters that do nothing to a terminal.
+
+    What is too long, such as the name of a file, is cut in the middle: the end says what to do.
+    """
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(message.split()))
+    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 + 5 :]}"
+
+
+def sentence(error: BaseException) -> str:
+    """Return the message of an error for the user: a capital letter first, and see :func:`one_line`."""
+    text = one_line(str(error))
+    return f"{text[:1].upper()}{text[1:]}"
+
+
 def describe_error(error: BaseException) -> str:
     """Return an exception in one line: its class and the first line of its message, with the next after a heading."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import cast
 
-from conformance.capabilities import CAPABILITIES, choices
+from conformance.capabilities import CAPABILITIES, nearest
 from conformance.errors import UsageError, describe_error
 from conformance.subject import Subject
 
@@ -17,12 +17,14 @@ BUILT_IN = {
     "lightning-trainer": "conformance.subjects.lightning_trainer:LightningTrainer",
     "litgpt": "conformance.subjects.litgpt:LitGPT",
     "litgpt-lora": "conformance.subjects.litgpt_lora:LitGPTLora",
+    "nanochat": "conformance.subjects.nanochat:Nanochat",
+    "nanogpt": "conformance.subjects.nanogpt:NanoGPT",
     "transformers": "conformance.subjects.transformers:Transformers",
     "transformers-peft": "conformance.subjects.transformers_peft:TransformersPeft",
     "trl": "conformance.subjects.trl:Trl",
     "x-transformers": "conformance.subjects.x_transformers:XTransformers",
 }
-"""Subjects that come with the suite. Each is installed by an extra of the same name."""
+"""Subjects that come with the suite. Each is installed by an extra of the same name; nanogpt needs none."""
 POLICY_METHODS = ("initial", "decays", "learning_rate")
 
 
@@ -46,18 +48,24 @@ def load_subject(spec: str) -> Subject:
         raise UsageError(
             f"the subject {spec!r} cannot be imported: {describe_error(error)}. {install_hint(spec, error)}"
         ) from error
-    except (Exception, SystemExit) as error:  # a script that is imported may parse a command line and quit
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # also SystemExit: a script that is imported may parse a command line and quit
         raise UsageError(f"importing the subject {spec!r} raised {describe_error(error)}.") from error
     found = getattr(module, attribute, None)
     if found is None:
         raise UsageError(
             f"the module {module_name} has no attribute {attribute!r}: give the name of your adapter there."
         )
+    doing = "making"
     try:
         subject = found() if isinstance(found, type) else found
-    except (Exception, SystemExit) as error:
-        raise UsageError(f"making the subject {spec!r} raised {describe_error(error)}.") from error
-    check_subject(subject, spec)
+        doing = "reading the attributes of"
+        check_subject(subject, spec)
+    except (UsageError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # a constructor or a property may raise anything
+        raise UsageError(f"{doing} the subject {spec!r} raised {describe_error(error)}.") from error
     return cast(Subject, subject)
 
 
@@ -80,7 +88,7 @@ def check_subject(subject: object, spec: str) -> None:
     lacks: Mapping[object, object] = getattr(subject, "lacks")  # noqa: B009 # an object has no attributes to mypy
     for capability, reason in lacks.items():
         if capability not in CAPABILITIES:
-            raise UsageError(f"{spec!r} lacks the unknown capability {capability!r}: {choices()}")
+            raise UsageError(f"{spec!r} lacks the unknown capability {capability!r}: {nearest(capability)}")
         if not isinstance(reason, str) or not reason.strip():
             raise UsageError(f"{spec!r} lacks {capability!r} without a reason: write a reason that a reader can check.")
     if not callable(getattr(subject, "load", None)) and "load" not in lacks:

@@ -1,11 +1,13 @@
 """The options of both doors: the command line and pytest."""
 
+import argparse
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
-from conformance.errors import UsageError
+from conformance.errors import UsageError, one_line
 
 Format = Literal["text", "json", "github"]
 PASSED, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -77,6 +79,15 @@ AUDIT_OPTIONS: dict[str, dict[str, Any]] = {
 }
 """Options of the audit, as argparse takes them."""
 FORMATS: tuple[Format, ...] = get_args(Format)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's parser, whose errors have a bounded length, whatever was typed."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage and what is wrong with the command line, and exit."""
+        self.print_usage(sys.stderr)
+        self.exit(USAGE, f"{one_line(f'{self.prog}: error: {message}')}\n")
 
 
 @dataclass(frozen=True)

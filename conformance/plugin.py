@@ -12,11 +12,9 @@ import pytest
 from rich.console import Console
 
 from conformance.clause import Clause
-from conformance.cli import sentence
 from conformance.engine import Sitting
-from conformance.errors import UsageError
+from conformance.errors import UsageError, sentence
 from conformance.options import OPTIONS, USAGE, Options
-from conformance.report.result import plain
 from conformance.session import BAD, Result
 
 LETTERS = {"pass": ".", "fail": "F", "deviates": "d", "fixed": "X", "n/a": "-", "error": "E"}
@@ -154,6 +152,6 @@ def pytest_report_header(config: pytest.Config) -> Iterable[str]:
     """Return the line that says what is judged."""
     if SITTING in config.stash:
         run = sitting(config)
-        subject = plain(f"{run.session.subject.name} {run.session.subject.version}")
+        subject = f"{run.named.name} {run.named.version}"
         return [f"conformance: {subject}, {len(run.chosen)} clauses"]
     return []

@@ -14,6 +14,8 @@ Names are loaded on first use, so that ``import reference`` costs nothing until 
 this file says where they come from.
 """
 
+import reference.interrupts  # isort: skip # noqa: F401 # first of all: Ctrl-C may come while the rest is imported
+
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

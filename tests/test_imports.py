@@ -11,8 +11,8 @@ ROOT = Path(__file__).parent.parent
 # from its own room and from lower floors; rooms on one floor do not import each other.
 FLOORS = {
     "conformance": [
-        ["conformance.causes", "conformance.errors", "conformance.version"],
-        ["conformance.capabilities", "conformance.recording.trace", "conformance.options"],
+        ["conformance.causes", "conformance.errors", "conformance.interrupts", "conformance.version"],
+        ["conformance.capabilities", "conformance.recording.trace", "conformance.options", "conformance.reading"],
         ["conformance.recipe", *(f"conformance.recording.{n}" for n in ("snapshot", "isolation", "limits", "files"))],
         ["conformance.subject", *(f"conformance.recording.{n}" for n in ("gates", "metrics", "weights"))],
         ["conformance.recording.unseen", "conformance.recording.loggers"],
@@ -34,7 +34,7 @@ FLOORS = {
         ["conformance.subjects", "conformance.bench"],
     ],
     "reference": [
-        ["reference.errors", "reference.heartbeat"],
+        ["reference.errors", "reference.heartbeat", "reference.interrupts"],
         ["reference.config", "reference.files"],
         ["reference.model", "reference.optimizers", "reference.data"],
         ["reference.finetuning"],

@@ -21,6 +21,7 @@ from conformance.auditing.traces import load, save
 from conformance.auditing.verdict import Verdict, annotations, as_json, print_letter
 from conformance.errors import UsageError
 from conformance.options import FAILED, PASSED, USAGE
+from conformance.reading import make_folder
 from conformance.report.result import require_writable, write_json
 
 NOTHING_SEEN = """\
@@ -135,12 +136,16 @@ def check_command(command: list[str]) -> list[str]:
         sys.path.insert(0, os.getcwd())
         try:
             found = importlib.util.find_spec(command[1])
+            if found is not None and found.submodule_search_locations is not None:  # a package, which needs a main
+                found = importlib.util.find_spec(f"{command[1]}.__main__")
         except (ImportError, ValueError):
             found = None
         finally:
             sys.path.pop(0)
         if found is None:
-            raise UsageError(f"no module named {command[1]!r} in this environment or folder: check its name.")
+            raise UsageError(
+                f"no module named {command[1]!r} that can be run, in this environment or folder: check its name."
+            )
         return command
     if command[0].startswith("python") and not Path(command[0]).exists():
         raise UsageError(
@@ -155,11 +160,4 @@ def check_command(command: list[str]) -> list[str]:
 
 def check_folder(name: str | None) -> Path | None:
     """Return the folder for the trace, made if it is not there."""
-    if not name:
-        return None
-    folder = Path(name)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"the folder {name}, given to --trace, cannot be made: {error.strerror}.") from None
-    return folder
+    return make_folder(Path(name), "--trace") if name else None

@@ -14,7 +14,7 @@ from rich.text import Text
 from conformance.auditing.diff import PHASES, Comparison, Difference, compare
 from conformance.auditing.merged import WholeRun, whole_run
 from conformance.auditing.traces import load
-from conformance.errors import UsageError, quoted
+from conformance.errors import UsageError, describe_error, quoted
 from conformance.options import FAILED, PASSED
 from conformance.report.result import plain
 
@@ -27,9 +27,16 @@ def compare_records(first: Path, second: Path, noise: Path | None, form: str) ->
     Raises:
         UsageError: for a record that is missing, damaged, or without an update.
     """
-    runs = [read(folder) for folder in (first, second)]
-    repeat = compare(runs[0], read(noise)) if noise is not None else None
-    found = compare(runs[0], runs[1], repeat)
+    try:
+        runs = [read(folder) for folder in (first, second)]
+        repeat = compare(runs[0], read(noise)) if noise is not None else None
+        found = compare(runs[0], runs[1], repeat)
+    # A record is read without running code from it, but its values may be of any type: somebody may have forged it.
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
+        raise UsageError(
+            f"the records cannot be compared ({describe_error(error)[:120]}): one of them is damaged or of another "
+            "release; record the runs again."
+        ) from error
     if form == "json":
         print(json.dumps(as_json(found), indent=2))
     else:

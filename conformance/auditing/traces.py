@@ -9,6 +9,7 @@ import torch
 
 from conformance.auditing.facts import Backward, Clip, Facts
 from conformance.errors import UsageError, describe_error
+from conformance.reading import require_file
 from conformance.recording.trace import (
     CrossEntropy,
     EmbeddingInfo,
@@ -61,6 +62,7 @@ def load(folder: Path) -> list[Facts]:
 
 def read(path: Path) -> Facts:
     """Return one record."""
+    require_file(path, "record", most=None)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged file makes torch raise

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from conformance.errors import ConformanceError, UsageError
+from conformance.errors import ConformanceError, UsageError, sentence
+from conformance.options import FAILED, INTERRUPTED, USAGE, Parser
 
 EXAMPLES = """\
 examples:
@@ -32,22 +33,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return session.compare_files(options) if len(options.compare) == 2 else session.run_bench(options)
     except UsageError as error:
-        print(f"{str(error)[:1].upper()}{str(error)[1:]}", file=sys.stderr)
-        return 2
+        print(sentence(error), file=sys.stderr)
+        return USAGE
     except BrokenPipeError:  # the reader (head, say) has seen enough; Python's exit must not write either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except ConformanceError as error:
-        print(error, file=sys.stderr)
-        return 1
+        print(sentence(error), file=sys.stderr)
+        return FAILED
+    except OSError as error:  # what no other message tells, such as a disk that is full
+        where = f"{error.filename}: " if error.filename else ""
+        print(sentence(UsageError(f"{where}{error.strerror or error}.")), file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)  # before the first row, or again while the results were written
-        return 1
+        return INTERRUPTED
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the options."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "python -m conformance.bench",
         description="Measure what optimizers, precision and StableEmbedding cost on this GPU, and how close each comes "
         "to the most that the card can do.",

@@ -3,7 +3,6 @@
 The page is one file that fetches nothing and has no scripts.
 """
 
-import argparse
 import base64
 import hashlib
 import os
@@ -28,14 +27,14 @@ from conformance.bench.columns import (
 )
 from conformance.bench.summary import Row, Summary, grouped, read_summary
 from conformance.bench.terminal import describe_card
-from conformance.errors import UsageError
+from conformance.errors import UsageError, sentence
+from conformance.options import Parser
+from conformance.reading import make_folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code. A mistake of the user's is one sentence on stderr and 2."""
-    parser = argparse.ArgumentParser(
-        "python -m conformance.bench.page", description="Write one page about runs of the bench."
-    )
+    parser = Parser("python -m conformance.bench.page", description="Write one page about runs of the bench.")
     parser.add_argument(
         "summaries", nargs="+", type=Path, metavar="FILE", help="a summary.json, or the folder of a run"
     )
@@ -44,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         print(f"Written: {os.path.relpath(bench_page(options.summaries, options.out))}")
     except UsageError as error:
-        print(f"{str(error)[:1].upper()}{str(error)[1:]}", file=sys.stderr)
+        print(sentence(error), file=sys.stderr)
         return 2
     return 0
 
@@ -62,7 +61,7 @@ def bench_page(paths: Sequence[Path], out: Path) -> Path:
     runs: dict[str, dict[str, object]] = {}
     for path in paths:
         summary = read_summary(path)
-        folder, name = (path if path.is_dir() else path.parent).resolve().name, summary.card.name
+        folder, name = (path if os.path.isdir(path) else path.parent).resolve().name, summary.card.name
         runs[name if name not in runs else f"{name}: {folder} ({len(runs) + 1})"] = describe(summary)
     environment = Environment(
         loader=PackageLoader("conformance.bench"),
@@ -77,8 +76,8 @@ def bench_page(paths: Sequence[Path], out: Path) -> Path:
     template = environment.get_template("bench.html")
     text = template.render(runs=runs, css=Markup(css), css_hash=digest, columns=COLUMNS.values())
     page = out / "index.html"
+    make_folder(out, "--out")
     try:
-        out.mkdir(parents=True, exist_ok=True)
         page.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UsageError(f"the page {page} cannot be written: {error.strerror}.") from error

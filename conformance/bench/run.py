@@ -2,7 +2,7 @@
 
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,7 @@ class Run:
         limit: float | None = None,
         used: float = 0.0,
         console: "Console | None" = None,
+        keep: Callable[["Run"], None] | None = None,
     ) -> None:
         """Begin without rows.
 
@@ -58,6 +59,7 @@ class Run:
             limit: seconds for everything; the first row that would end later is not run, nor any after it.
             used: seconds of the limit that are used already, or needed after the rows.
             console: for the progress.
+            keep: is called after each row, with this run, if given.
 
         Raises:
             ValueError: if a case is to be interleaved with one that does not exist.
@@ -65,7 +67,7 @@ class Run:
         self.setting, self.clock, self.card, self.cases = setting, clock, card, cases
         self.companions = {case.key: case for case in (*companions, *cases)}
         check_names(list(self.companions.values()))
-        self.limit, self.used, self.console = limit, used, console
+        self.limit, self.used, self.console, self.keep = limit, used, console, keep
         self.rows: list[Row] = []
         self.failed: list[str] = []
         self.stopped = ""
@@ -228,6 +230,8 @@ class Run:
     def add(self, row: Row) -> None:
         """Keep a row and print it."""
         self.rows.append(row)
+        if self.keep is not None:
+            self.keep(self)
         what = row.unavailable or f"{row.judged.median:.3f} ms"
         left = in_minutes(self.seconds_left)
         self.say(f"[{len(self.rows)}/{len(self.cases)}] {row.size}, {row.name}: {what} ({left} left)")

@@ -1,6 +1,7 @@
 """What the command does: measure, print, write and compare."""
 
 import argparse
+import contextlib
 import gc
 import importlib
 import os
@@ -10,7 +11,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
@@ -31,9 +31,10 @@ from conformance.bench.suite import run_suite
 from conformance.bench.summary import SMALL, Card, Summary, noise_of, read_summary
 from conformance.bench.terminal import print_comparison, print_summary
 from conformance.errors import ClockError, UsageError
-from conformance.report.result import write_json
+from conformance.report.result import replace_json, write_json
 
 PUBLISHED = Path("reports/bench")  # complete runs, by card
+UNFINISHED = "unfinished.json"  # the rows so far, which a killed process leaves behind
 LATEST = Path("reports/latest")  # ignored by git: runs on the CPU, quick ones and parts
 
 
@@ -103,7 +104,7 @@ def run_bench(options: argparse.Namespace) -> int:
         torch.set_num_threads(threads)
 
 
-@contextmanager
+@contextlib.contextmanager
 def terminated_as_interrupted() -> Iterator[None]:
     """Have SIGTERM (of ``timeout`` or a job's end) do what Ctrl-C does: the rows that were measured are kept."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -136,7 +137,16 @@ def measure_all(
     environment |= load
     ready = time.perf_counter()
     used = ready - started + (ready - begun)  # the card is measured again at the end
-    run = Run(setting, clock, card, cases, companions=everything, limit=options.limit, used=used, console=progress)
+
+    def keep(run: Run) -> None:
+        """Keep the rows so far, in case that the process is killed."""
+        with contextlib.suppress(OSError):  # told at the end
+            unfinished.parent.mkdir(parents=True, exist_ok=True)
+            replace_json(unfinished, to_plain(summarise(run, environment)))
+
+    limits = {"limit": options.limit, "used": used}
+    run = Run(setting, clock, card, cases, companions=everything, **limits, console=progress, keep=keep)
+    unfinished = folder_for(options, run) / UNFINISHED
     # Garbage is collected before each case, to count its memory: a quarter of a second, unless modules are left out.
     importlib.import_module("torch._dynamo")  # the first case would import it
     gc.collect()
@@ -156,6 +166,8 @@ def measure_all(
         took = time.perf_counter() - started
         summary = summarise(run, environment, doubts, took)
         unwritten = write_results(folder_for(options, run), summary, benchmark_json)
+    if not unwritten:
+        unfinished.unlink(missing_ok=True)
     print_summary(make_console(sys.stdout), summary)
     if unwritten:
         print(unwritten, file=sys.stderr)

@@ -1,6 +1,6 @@
 """The results of a run: a row for each case, the card, and the file ``summary.json`` that holds them."""
 
-import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +9,7 @@ from conformance.bench.bootstrap import Interval
 from conformance.bench.case import AGAINST_ITSELF, Case, Facts, judged_by
 from conformance.bench.plain import Positive, from_plain
 from conformance.errors import UsageError
+from conformance.reading import read_json
 
 SCHEMA = 2
 SMALL = "CPU, small: no figure of this run says anything about a GPU"
@@ -177,13 +178,8 @@ def read_summary(path: Path) -> Summary:
     Raises:
         UsageError: if the file cannot be read, is not a summary, or is damaged.
     """
-    path = path / "summary.json" if path.is_dir() else path
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"the summary {path} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"the file {path} is not JSON: give the summary.json that an earlier run wrote.") from error
+    path = path / "summary.json" if os.path.isdir(path) else path
+    found = read_json(path, "summary")
     if not isinstance(found, dict) or not {"schema", "environment", "card", "rows"} <= found.keys():
         raise UsageError(f"the file {path} is not a summary of the bench: give the summary.json of an earlier run.")
     if found["schema"] != SCHEMA:

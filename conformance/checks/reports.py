@@ -40,9 +40,22 @@ def is_progress(line: str) -> bool:
 
 def is_rounded(text: str, value: float) -> bool:
     """Return True if a printed number is this value, rounded to as many digits as were printed."""
+    return abs(float(text) - value) <= slack(text, value)
+
+
+def slack(text: str, value: float) -> float:
+    """Return by how much a printed number may differ from the value that it stands for."""
     digits, _, exponent = text.lower().partition("e")
     unit = 10.0 ** (int(exponent or 0) - len(digits.partition(".")[2]))
-    return abs(float(text) - value) <= 0.5 * unit + 1e-6 * abs(value)
+    return 0.5 * unit + 1e-6 * abs(value)
+
+
+def matches_by_chance(numbers: Sequence[str], values: Sequence[float]) -> float:
+    """Return how many numbers one would expect to equal some value by chance: of those that lie among the values."""
+    low, high = min(values), max(values)
+    among = [number for number in numbers if low - slack(number, low) <= float(number) <= high + slack(number, high)]
+    covered = sum(2 * slack(number, low) * len(values) for number in among)
+    return covered / (high - low) if high > low else float(len(among))
 
 
 def one_is_among(numbers: Sequence[str], values: Iterable[float], what: str) -> None:

@@ -82,6 +82,8 @@ class Calls:
         self.call: Call | None = None  # the outermost call that is running
         self.candidates: list[Candidate] = []  # until the root is known
         self.last: tuple[nn.Module, Any, Any] | None = None  # the last training call: module, args, keywords
+        self.devices: dict[nn.Module, str] = {}  # of the modules called in this update, under autocast
+        self.wholes: dict[nn.Module, bool] = {}  # whether a module called in this update is the model
         self.by_parts = False  # no call of the root is seen, only those of its parts
 
     def tensors(self) -> dict[str, Tensor]:
@@ -117,8 +119,11 @@ class Calls:
         """Note the dtype of autocast."""
         assert self.call is not None
         # Asking for any autocast first is quick; the device of each module is not.
-        if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device := device_type(module)):
-            self.call.autocast = torch.get_autocast_dtype(device)
+        if torch._C._is_any_autocast_enabled():
+            if module not in self.devices:
+                self.devices[module] = device_type(module)
+            if torch.is_autocast_enabled(device := self.devices[module]):
+                self.call.autocast = torch.get_autocast_dtype(device)
 
     def returned(self, module: nn.Module, inputs: dict[str, Any], output: Any) -> None:
         """Note that a forward which was called directly has returned."""
@@ -172,8 +177,8 @@ class Calls:
             ):
                 return
             logits, model = None, self.root
-        names = {part: name for name, part in model.named_modules()}
-        wrappers = wrapper_prefixes(model)
+        parts = dict(model.named_modules())
+        names, wrappers = {part: name for name, part in parts.items()}, wrapper_prefixes(parts)
         other = [clean_name(name, wrappers) for part, name in names.items() if part.training != model.training and name]
         forward = Forward(
             update=call.update,
@@ -199,8 +204,15 @@ class Calls:
     def is_models(self, module: nn.Module) -> bool:
         """Return True if a module is the model, or wraps it, or holds all that is trained of it."""
         assert self.root is not None
-        trained = {id(tensor) for tensor in self.root.parameters() if tensor.requires_grad}
-        return holds(module, trained)
+        if module not in self.wholes:
+            trained = {id(tensor) for tensor in self.root.parameters() if tensor.requires_grad}
+            self.wholes[module] = holds(module, trained)
+        return self.wholes[module]
+
+    def update_ends(self) -> None:
+        """Forget what may be otherwise in the next update: what is frozen, and where modules are."""
+        self.devices.clear()
+        self.wholes.clear()
 
     def choose_root(self, owned: set[int]) -> None:
         """Choose the model among the candidates, once, and keep what is known of it.
@@ -229,7 +241,7 @@ class Calls:
             return
         best = max(fitting, key=fitness)
         module = best.module
-        self.root, wrappers = module, wrapper_prefixes(module)
+        self.root, wrappers = module, wrapper_prefixes(dict(module.named_modules()))
         same = (c for c in candidates if same_parameters(c.call.module, best.call.module))
         first = next(c for c in same if c.call.before is not None)
 

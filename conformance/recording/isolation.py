@@ -100,14 +100,15 @@ def random_states() -> Callable[[], None]:
 
 
 def process_state() -> Callable[[], None]:
-    """Return a function that puts back directory, environment, command line, hooks of errors and signal handlers."""
-    directory, environment, arguments = os.getcwd(), dict(os.environ), sys.argv[:]
+    """Return a function that puts back directory, environment, command line, hooks, limits and signal handlers."""
+    recursion, directory, environment, arguments = sys.getrecursionlimit(), os.getcwd(), dict(os.environ), sys.argv[:]
     hooks = sys.excepthook, threading.excepthook, sys.gettrace(), sys.getprofile()
     main = threading.current_thread() is threading.main_thread()
     numbers = [s for s in signal.valid_signals() if s not in (signal.SIGKILL, signal.SIGSTOP)] if main else []
     handlers = {number: signal.getsignal(number) for number in numbers}
 
     def undo() -> None:
+        sys.setrecursionlimit(recursion)
         with contextlib.suppress(OSError):  # the folder may be gone
             os.chdir(directory)
         if dict(os.environ) != environment:
@@ -150,6 +151,9 @@ class Printed(io.BytesIO):
     def fileno(self) -> int:
         return 2
 
+    def close(self) -> None:
+        """Keep what was printed: a run may close its stdout."""
+
 
 @contextlib.contextmanager
 def collected_messages(messages: list[str]) -> Iterator[None]:
@@ -160,14 +164,18 @@ def collected_messages(messages: list[str]) -> Iterator[None]:
 
     class Handler(logging.Handler):
         def emit(self, entry: logging.LogRecord) -> None:
-            messages.append(entry.getMessage())
+            try:
+                messages.append(entry.getMessage())
+            except Exception:  # its arguments do not fit: logging would complain, and the run would go on
+                messages.append(str(entry.msg))
 
     root = logging.getLogger()
     level = root.level
     loggers = [root, *(x for x in root.manager.loggerDict.values() if isinstance(x, logging.Logger) and x.handlers)]
     before = [(logger, logger.handlers[:], logger.propagate) for logger in loggers]
     # Not a StringIO: some scripts call sys.stdout.reconfigure().
-    printed = io.TextIOWrapper(Printed(), encoding="utf-8", errors="replace", newline="", write_through=True)
+    kept = Printed()
+    printed = io.TextIOWrapper(kept, encoding="utf-8", errors="replace", newline="", write_through=True)
     with contextlib.ExitStack() as stack:
         caught = stack.enter_context(warnings.catch_warnings(record=True))
         stack.enter_context(contextlib.redirect_stdout(printed))
@@ -184,5 +192,5 @@ def collected_messages(messages: list[str]) -> Iterator[None]:
                 logger.handlers[:], logger.propagate = handlers, propagate
             root.setLevel(level)
             messages.extend(str(entry.message) for entry in caught)
-            text = printed.buffer.getvalue().decode("utf-8", "replace")
+            text = kept.getvalue().decode("utf-8", "replace")
             messages.extend(line for line in text.splitlines() if line.strip())

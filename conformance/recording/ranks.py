@@ -35,8 +35,8 @@ def run_on_ranks(subject: Subject, recipe: Recipe, directory: Path) -> "list[Tra
         context = multiprocessing.get_context("fork" if works_in_a_fork() else "spawn")
         for rank in range(recipe.world_size):
             ours, theirs = context.Pipe(duplex=False)
-            # mypy: the contexts of multiprocessing share no base class that has Process
-            process = context.Process(target=run_rank, args=(rank, subject, recipe, directory, port, theirs))  # type: ignore[attr-defined]
+            arguments = (rank, subject, recipe, directory, port, theirs)
+            process = context.Process(target=run_rank, args=arguments)  # type: ignore[attr-defined] # not of their base
             process.start()
             theirs.close()
             ranks.append((process, ours))

@@ -310,6 +310,7 @@ class Recorder:
         ended = {"evaluations": self.evaluations, "skipped": skipped}
         self.open.steps.append(Step(**{**vars(step), **ended}))
         self.open.optimizers.append(optimizer)
+        self.calls.update_ends()
         self.step_seen, self.shadow = True, None
         if self.again and not self.backwards:
             self.open.unfounded = True

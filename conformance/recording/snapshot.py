@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -82,21 +83,19 @@ def find_logits(output: Any, whole: bool = True) -> Tensor | None:
 def named_tensors(module: nn.Module, buffers: bool = False) -> dict[str, Tensor]:
     """Return parameters (or buffers) by their names without the prefixes of wrappers; tied ones under the first."""
     # One walk, where named_parameters and wrapper_prefixes take two: a recording asks for this several times an update.
-    parts = list(module.named_modules())
-    wrappers = tuple(f"{name}." if name else "" for name, part in parts if type(part).__name__ in WRAPPER_CLASSES)
+    parts = dict(module.named_modules())
+    wrappers = wrapper_prefixes(parts)
     found: dict[int, tuple[str, Tensor]] = {}
-    for prefix, part in parts:
+    for prefix, part in parts.items():
         for name, tensor in (part._buffers if buffers else part._parameters).items():
             if tensor is not None and id(tensor) not in found:
                 found[id(tensor)] = f"{prefix}.{name}" if prefix else name, tensor
     return {clean_name(name, wrappers): tensor for name, tensor in found.values()}
 
 
-def wrapper_prefixes(module: nn.Module) -> tuple[str, ...]:
-    """Return names of modules inside ``module`` that only wrap another one and call it ``module``."""
-    return tuple(
-        f"{name}." if name else "" for name, child in module.named_modules() if type(child).__name__ in WRAPPER_CLASSES
-    )
+def wrapper_prefixes(parts: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    """Return the names, with a dot, of those modules that only wrap another one and call it ``module``."""
+    return tuple(f"{name}." if name else "" for name, part in parts.items() if type(part).__name__ in WRAPPER_CLASSES)
 
 
 @functools.lru_cache(maxsize=65536)
@@ -110,7 +109,8 @@ def clean_name(name: str, wrappers: tuple[str, ...]) -> str:
 
 def describe_tensors(module: nn.Module) -> Named[TensorInfo]:
     """Return what there is to know about each parameter, by its first name."""
-    owners, wrappers = dict(module.named_modules()), wrapper_prefixes(module)
+    owners = dict(module.named_modules())
+    wrappers = wrapper_prefixes(owners)
     names: dict[int, list[str]] = {}
     first: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in module.named_parameters(remove_duplicate=False):
@@ -136,7 +136,8 @@ def describe_tensors(module: nn.Module) -> Named[TensorInfo]:
 def describe_embeddings(module: nn.Module) -> tuple[EmbeddingInfo, ...]:
     """Return what there is to know about each embedding."""
     options = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
-    wrappers = wrapper_prefixes(module)
+    parts = dict(module.named_modules())
+    wrappers = wrapper_prefixes(parts)
     return tuple(
         EmbeddingInfo(
             name=clean_name(name, wrappers),
@@ -146,7 +147,7 @@ def describe_embeddings(module: nn.Module) -> tuple[EmbeddingInfo, ...]:
             dtype=child.weight.dtype,
             device=str(child.weight.device),
         )
-        for name, child in module.named_modules()
+        for name, child in parts.items()
         if isinstance(child, nn.Embedding)
     )
 

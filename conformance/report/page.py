@@ -17,6 +17,7 @@ from markupsafe import Markup, escape
 
 from conformance.clause import CHAPTERS, Clause, catalogue, in_order
 from conformance.errors import UsageError
+from conformance.reading import make_folder
 from conformance.report.markdown import SIGNS, matrix
 from conformance.report.result import Report, demand, read_json, read_report, repeat_command
 from conformance.session import OUTCOMES
@@ -24,6 +25,8 @@ from conformance.session import OUTCOMES
 FINDINGS = ("fail", "fixed", "error", "deviates")  # told first
 BADGE_COLORS = {"fail": "#b3261e", "fixed": "#b3261e", "error": "#7a3e9d", "deviates": "#8a5a00", "pass": "#2b7035"}
 KILL_FIELDS = {"mutants": "mutant published named killed_by errors diff", "harmless": "variant killed_by"}
+
+LISTS = ("named", "killed_by", "errors", "diff")  # the other fields are texts
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,12 @@ def read_kill_matrix(path: Path) -> dict[str, Any]:
         rows = found.get(part)
         good = isinstance(rows, list) and all(isinstance(row, dict) and {*fields.split()} <= {*row} for row in rows)
         demand(good, f"the kill matrix {path} has no list {part!r} with {fields} in each row.")
+        for row in rows or ():
+            for field in fields.split():
+                right = isinstance(row[field], list) and all(isinstance(text, str) for text in row[field])
+                right = right if field in LISTS else isinstance(row[field], str)
+                kind = "list of texts" if field in LISTS else "text"
+                demand(right, f"the kill matrix {path} has a row in {part!r} whose {field!r} is not a {kind}.")
     return found
 
 
@@ -120,8 +129,8 @@ def render(columns: Sequence[Column], kill_matrix: Mapping[str, Any] | None, fol
         pages[f"subject-{column.slug}.html"] = templates.get_template("subject.html").render(subject)
         if not report.partial:
             pages[f"badge-{column.slug}.svg"] = templates.get_template("badge.svg").render(badge(report))
+    make_folder(folder, "--out")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         for stale in (*folder.glob("subject-*.html"), *folder.glob("badge-*.svg")):
             stale.unlink()
         for name, text in pages.items():
@@ -160,8 +169,8 @@ def reproduced(report: Report, folder: Path) -> dict[str, tuple[str, str]]:
             text = path.read_text(encoding="utf-8")
             if own.match(text):
                 link = "../" * ups + f"findings/{path.name}"
-                titles = re.findall(r"^## \d+\. ([A-Z]+-\d+) \(\w+\): (.+)$", text, re.MULTILINE)
-                found |= {identity: (link, title) for identity, title in titles}
+                titles = re.findall(r"^## \d+\. ([A-Z]+-\d+(?:, [A-Z]+-\d+)*) \(\w+\): (.+)$", text, re.MULTILINE)
+                found |= {identity: (link, title) for several, title in titles for identity in several.split(", ")}
     return found
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from conformance import reading
 from conformance.clause import Clause
 from conformance.errors import UsageError
 from conformance.session import BAD, OUTCOMES, Result
@@ -97,8 +98,22 @@ NEW_TEXTS = {"since": "0.1", "part": "core"}
 FIELDS = {"subject": dict, "environment": dict, "partial": bool, "summary": dict, "clauses": list}
 
 
+@dataclass(frozen=True)
+class Named:
+    """Who is judged, as it called itself before its first run: afterwards it may call itself anything."""
+
+    name: str
+    version: str
+    as_of: str | None
+
+    @classmethod
+    def of(cls, subject: Subject) -> "Named":
+        """Return what a subject calls itself."""
+        return cls(plain(subject.name), plain(subject.version), getattr(subject, "as_of", None))
+
+
 def report_of(
-    subject: Subject, spec: str, results: Iterable[Result], everything: Sequence[str], facts: Mapping[str, str]
+    subject: Named, spec: str, results: Iterable[Result], everything: Sequence[str], facts: Mapping[str, str]
 ) -> Report:
     """Return the report on what a session found.
 
@@ -111,13 +126,13 @@ def report_of(
     """
     found = {result.clause.id: verdict_of(result) for result in results}
     return Report(
-        plain(subject.name),
-        plain(subject.version),
+        subject.name,
+        subject.version,
         plain(spec),
         facts,
         set(found) != set(everything),
         {identity: found[identity] for identity in everything if identity in found},
-        getattr(subject, "as_of", None),
+        subject.as_of,
     )
 
 
@@ -257,12 +272,7 @@ def read_verdict(row: Any, where: str, others: Mapping[str, Verdict]) -> Verdict
 
 def read_json(path: Path, kind: str) -> dict[str, Any]:
     """Return a JSON object of schema 1, or raise UsageError that calls the file a ``kind``."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"the {kind} {path} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"the {kind} {path} is not JSON: {str(error).splitlines()[0]}.") from error
+    found = reading.read_json(path, kind)
     schema = found.get("schema") if isinstance(found, dict) else None
     demand(schema == SCHEMA, f"the {kind} {path} has schema {schema!r}, but this version reads schema {SCHEMA}.")
     return found  # type: ignore[no-any-return] # only a dict has the schema

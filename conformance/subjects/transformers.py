@@ -12,9 +12,10 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from conformance import Checkpoint, Constant, Normal, Recipe, TensorInfo
 
+Samples = torch.utils.data.IterableDataset[dict[str, Tensor]]
 
-# list and Dataset declare __getitem__ differently, and the list's is used.
-class Stream(list[dict[str, Tensor]], torch.utils.data.IterableDataset[dict[str, Tensor]]):  # type: ignore[misc]
+
+class Stream(list[dict[str, Tensor]], Samples):  # type: ignore[misc] # both have __getitem__; the list's is used
     """Samples in order: a stream is the only kind of dataset that no release of transformers 5 shuffles."""
 
 

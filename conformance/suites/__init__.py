@@ -11,7 +11,7 @@ from torch import Tensor
 from conformance.checks.data import sample_numbers
 from conformance.errors import NotApplicable, Violation
 from conformance.recipe import OptimizerChoice, Recipe
-from conformance.recording.trace import Checkpoint, CrossEntropy, Forward, Trace, Update
+from conformance.recording.trace import Checkpoint, CrossEntropy, Forward, Group, Trace, Update
 from conformance.runs import Runs
 
 ADAMW, SGD, RMSPROP = "torch.optim.AdamW", "torch.optim.SGD", "torch.optim.RMSprop"
@@ -150,6 +150,11 @@ def rates(runs: Runs, recipe: Recipe, run: Trace) -> list[dict[str, float]]:
         {name: runs.policy.rate(recipe, update, info) for name, info in tensors.items()}
         for update in range(recipe.updates)
     ]
+
+
+def asked_for(recipe: Recipe, run: Trace) -> list[tuple[Group, ...]]:
+    """Return the parameter groups of each update that a recipe asks for. That a run makes no more is for ACC-6."""
+    return [update.groups for update in run.updates[: recipe.updates]]
 
 
 def cross_entropies(runs: Runs, recipe: Recipe, run: Trace) -> list[Tensor]:

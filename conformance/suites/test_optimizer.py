@@ -23,6 +23,7 @@ from conformance.suites import (
     PAGED_8BIT,
     RMSPROP,
     SGD,
+    asked_for,
     everyday,
     interrupted,
     rates,
@@ -118,7 +119,7 @@ def test_class_with_any_keywords(runs: Runs) -> None:
     """An optimizer class that accepts **kwargs receives every keyword that the user gave."""
     run = starts(runs, "conformance.probes.AnyKeywords", lr=0.00123, sharpness=7)
     recipe = Recipe(optimizer=OptimizerChoice.of("conformance.probes.AnyKeywords", lr=0.00123, sharpness=7))
-    rates_are([update.groups for update in run.updates], rates(runs, recipe, run))
+    rates_are(asked_for(recipe, run), rates(runs, recipe, run))
     optimizer.keywords_arrive(run.update(0).groups, {"sharpness": 7})
 
 
@@ -169,7 +170,7 @@ def test_keywords_arrive(runs: Runs) -> None:
     """The optimizer receives lr, betas, eps and weight_decay exactly as the user gave them."""
     run = starts(runs, ADAMW, **SENTINELS)
     recipe = Recipe(optimizer=OptimizerChoice.of(ADAMW, **SENTINELS))
-    rates_are([update.groups for update in run.updates], rates(runs, recipe, run))
+    rates_are(asked_for(recipe, run), rates(runs, recipe, run))
     expected = {name: value for name, value in SENTINELS.items() if name != "lr"}
     for update in run.updates:
         optimizer.keywords_arrive(update.groups, expected, varying=("weight_decay",))

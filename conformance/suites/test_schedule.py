@@ -4,10 +4,10 @@ from dataclasses import replace
 
 from conformance.checks.schedule import rates_are
 from conformance.clause import clause
-from conformance.errors import NotApplicable, Violation
+from conformance.errors import NotApplicable, Violation, describe_error
 from conformance.recipe import OptimizerChoice, Recipe
 from conformance.runs import Runs
-from conformance.suites import everyday, on_two_ranks, rates, seen
+from conformance.suites import asked_for, everyday, on_two_ranks, rates, seen
 
 
 @clause(
@@ -27,7 +27,7 @@ def test_rates_as_declared(runs: Runs) -> None:
     for recipe in variants:
         what = f"learning rates, with a warm-up of {recipe.warmup} and {recipe.microbatches} microbatches per update,"
         run = seen(runs.trace(recipe))
-        rates_are([update.groups for update in run.updates], rates(runs, recipe, run), what)
+        rates_are(asked_for(recipe, run), rates(runs, recipe, run), what)
 
 
 @clause(
@@ -43,7 +43,7 @@ def test_rates_on_two_ranks(runs: Runs) -> None:
     """On two ranks, every update has the same learning rate as in one process."""
     recipe = everyday(runs)
     for run in runs.ranks(on_two_ranks(recipe)):
-        groups = [update.groups for update in seen(run).updates]
+        groups = asked_for(recipe, seen(run))
         rates_are(groups, rates(runs, recipe, run), f"learning rates on rank {run.rank}")
 
 
@@ -92,12 +92,17 @@ def test_rates_at_the_edges(runs: Runs) -> None:
         tried = runs.attempt(recipe)
         if tried.error is not None and not tried.trace.updates:
             continue  # refused
+        if tried.error is not None:
+            raise Violation(
+                f"with {what}, {recipe.updates} updates, or an error before the first",
+                f"{describe_error(tried.error)}, after {len(tried.trace.updates)} updates",
+            )
         run = seen(runs.trace(recipe))
         try:
             declared = rates(runs, recipe, run)
         except ZeroDivisionError:  # the policy's formula has no value there
             continue
-        rates_are([update.groups for update in run.updates], declared, f"with {what}, learning rates")
+        rates_are(asked_for(recipe, run), declared, f"with {what}, learning rates")
         judged += 1
     if not judged:
         raise NotApplicable("the stack refuses such runs, or its policy declares no rate for them")

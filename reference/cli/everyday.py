@@ -91,7 +91,7 @@ def everyday_help(groups: Mapping[str, type], values: Mapping[str, Any], epilog:
         if short in KEYWORDS:
             about, default = KEYWORDS[short], values["train"]["optimizer_args"].get(short)
         else:
-            about, default = first_sentence(described(groups[group])[field]), values[group][field]
+            about, default = first_sentence(described(groups[group])[1][field]), values[group][field]
         text = f"{about.rstrip('.')} (default: {json.dumps(default, default=str)})"
         parser.add_argument(f"--{short}", metavar="VALUE", help=text.replace("%", "%%"))
     return parser.format_help()

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import functools
 import json
 from argparse import ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Mapping, Sequence
@@ -48,8 +49,7 @@ def add_options(
         prefix: before the names, such as ``train.``.
         defaults: in place of those of the dataclass.
     """
-    about = described(options)
-    title = docstring_parser.parse_from_object(options).short_description or ""
+    title, about = described(options)
     target = parser.add_argument_group(title.rstrip(".")) if prefix else parser
     names = []
     for entry in fields(options):
@@ -69,10 +69,12 @@ def add_options(
     return names
 
 
-def described(options: type) -> dict[str, str]:
-    """Return what the docstring under each field of a dataclass says, as one line."""
-    params = docstring_parser.parse_from_object(options).params
-    return {entry.arg_name: " ".join((entry.description or "").split()).replace("``", "") for entry in params}
+@functools.cache  # it reads and parses the source of the class
+def described(options: type) -> tuple[str, dict[str, str]]:
+    """Return the first line of a dataclass's docstring, and what that under each field says, each as one line."""
+    found = docstring_parser.parse_from_object(options)
+    lines = {entry.arg_name: " ".join((entry.description or "").split()).replace("``", "") for entry in found.params}
+    return found.short_description or "", lines
 
 
 def value_type(annotation: Any) -> Any:

@@ -24,6 +24,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WRAPPED = "__bnb_optimizer_quant_state__"  # under this key bitsandbytes hides the moments from FSDP's gathering
 
 
+Closure = Callable[[], float] | None
+
+
 class Work(NamedTuple):
     """One tensor to update: what this rank holds of it, and the index of its group."""
 
@@ -119,9 +122,8 @@ class AdamW8bit(Optimizer):
         super().load_state_dict({**state_dict, "state": {}})
         self.state.update(state)
 
-    # torch declares overloads, which say nothing more about a call.
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self, closure: Closure = None) -> float | None:  # type: ignore[override] # torch's overloads say no more
         """Update all parameters that have a gradient; return what ``closure`` returns."""
         loss = None
         if closure is not None:

@@ -21,6 +21,9 @@ logger = logging.getLogger("reference")
 MOMENTS = ("exp_avg", "exp_avg_sq", "grok_ema")
 
 
+Closure = Callable[[], float] | None
+
+
 class GrokAdamW(Optimizer):
     """AdamW that amplifies what is slow in the gradient (Grokfast, https://arxiv.org/abs/2405.20233).
 
@@ -39,9 +42,8 @@ class GrokAdamW(Optimizer):
             raise ValueError(f"GrokAdamW needs numbers of at least 0, betas < 1 and alpha_init <= 1, not {defaults}.")
         super().__init__(params, defaults)
 
-    # torch declares overloads, which say nothing more about a call.
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self, closure: Closure = None) -> float | None:  # type: ignore[override] # torch's overloads say no more
         """Update all parameters that have a gradient; return what ``closure`` returns."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:

@@ -134,6 +134,21 @@ def test_being_terminated_keeps_the_rows(
     assert signal.getsignal(signal.SIGTERM) is handler
 
 
+def test_a_killed_run_leaves_the_rows_that_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, seen = Run.measured, []
+
+    def watched(self: Run, *arguments: object) -> object:
+        unfinished = tmp_path / "reports/latest/bench-cpu/unfinished.json"
+        seen.append(len(json.loads(unfinished.read_text())["rows"]) if unfinished.exists() else 0)
+        return original(self, *arguments)  # type: ignore[arg-type] # as they came
+
+    monkeypatch.setattr(Run, "measured", watched)
+    assert main(["--device", "cpu", "--only", "foreach"]) == 0
+    assert seen == list(range(len(seen)))
+    assert len(seen) > 1
+    assert [path.name for path in (tmp_path / "reports/latest/bench-cpu").glob("unfinished*")] == []
+
+
 def test_what_pytest_breaks_on_costs_no_row(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -302,3 +302,12 @@ TOLD = [
 def test_what_a_run_reports_is_found(line: str, loss: str | None, rate: str | None, norm: str | None) -> None:
     found = reports.training_losses([line]), reports.learning_rates([line]), reports.gradient_norms([line])
     assert found == tuple([] if number is None else [number] for number in (loss, rate, norm))
+
+
+def test_losses_that_lie_close_are_matched_by_chance() -> None:
+    means = [2.0 + 0.02 * number for number in range(10)]
+    assert reports.matches_by_chance(["2.0312"], means) < 0.1
+    assert reports.matches_by_chance(["2.03"], means) > 0.5
+    assert reports.matches_by_chance(["2.000031"] * 9, [2.0 + 0.00001 * number for number in range(10)]) > 1
+    assert reports.matches_by_chance(["1.87"] * 9, means) == 0, "they lie elsewhere"
+    assert reports.matches_by_chance(["2.0"], [2.0]) == 1

@@ -333,7 +333,11 @@ def test_a_subject_that_is_not_there(spec: str, message: str) -> None:
 DEVIATIONS = [
     (None, "cannot be read: No such file"),
     ("OPT-1 =", "is not TOML"),
-    ("\xff", "is not TOML"),
+    (".".join(["a"] * 30_000) + " = 1", "is nested too deeply"),
+    (" . ".join(['"a"'] * 9_000) + " = 1", "is nested too deeply"),
+    ("OPT-1 = " + "[" * 5_000, "is nested too deeply"),
+    ("#" * (1 << 17), "has 131,072 bytes, but at most 65,536 are allowed"),
+    ("\xff", "is not UTF-8 text"),
     ("[OPT-99]\nreason = 'x'", "'OPT-99', which is not a clause"),
     ("[OPT-1]\nlink = 'x'", "no reason for OPT-1"),
     ("OPT-1 = 'x'", "no reason for OPT-1"),

@@ -211,7 +211,7 @@ def test_an_evaluation_that_returns_nothing(model: Tiny) -> None:
     expected = model(IDS)
     wrapped = wrapper(*DDP, model)
     # A method is assigned, as wrappers do on an instance.
-    wrapped.forward = lambda ids: None if model(ids) is not None else ids  # type: ignore[method-assign]
+    wrapped.forward = lambda ids: None if model(ids) is not None else ids  # type: ignore[method-assign] # as a stack may
     with record() as trace:
         wrapped(IDS)
     assert [torch.equal(f.scores, expected) for f in trace.forwards] == [True]
@@ -388,7 +388,7 @@ def test_state_is_found_where_the_class_keeps_it(model: Tiny, name: str, moment:
     assert (first.state_before, list(first.state_after), list(second.state_after)) == ({}, NAMES, NAMES)
     for tensor, state in first.state_after.items():
         # A gradient may be None by its type; here each tensor has one.
-        torch.testing.assert_close(state[moment], first.gradients[tensor] * factor)  # type: ignore[operator]
+        torch.testing.assert_close(state[moment], first.gradients[tensor] * factor)  # type: ignore[operator] # a tensor
         assert equal_values(tuple(state.items()), tuple(second.state_before[tensor].items()))
         assert (state["step"], second.state_after[tensor]["step"]) == (1, 2)
     assert "state" not in second.groups[0].settings

@@ -106,7 +106,7 @@ def test_a_nan_reaches_an_optimizer_in_backward_in_its_own_update_only() -> None
     model = Tiny()
     optimizers = {tensor: SGD([tensor], lr=0.1) for tensor in model.parameters()}
     for tensor, optimizer in optimizers.items():
-        tensor.register_post_accumulate_grad_hook(lambda _, optimizer=optimizer: optimizer.step())  # type: ignore[misc]
+        tensor.register_post_accumulate_grad_hook(lambda _, optimizer=optimizer: optimizer.step())  # type: ignore[misc] # a default
     with record(nan_gradient=1) as trace:
         for _ in range(2):
             loss_of(model).backward()

@@ -59,8 +59,8 @@ def litgpt(folder: str) -> None:
         config = Config.from_name("pythia-14m", block_size=LENGTH, padded_vocab_size=512, vocab_size=512, **small)
     data: Any = DataModule()
     data.connect = lambda **_: None
-    data.train_dataloader = lambda: DataLoader(tokens(ALL), ROWS)
-    data.val_dataloader = lambda: DataLoader(tokens(ROWS), ROWS)
+    samples: Any = tokens(ALL)
+    data.train_dataloader = data.val_dataloader = lambda: DataLoader(samples, ROWS)
     batch = ROWS * MICROBATCHES
     train = TrainArgs(global_batch_size=batch, micro_batch_size=ROWS, max_tokens=UPDATES * batch * LENGTH)
     train.lr_warmup_steps, train.save_interval, train.max_norm, train.tie_embeddings = 2, None, 1.0, False

@@ -425,8 +425,8 @@ def test_found_inf_leaves_everything_untouched(device: torch.device) -> None:
         bad = update in (0, 3)
         give_gradients(guarded, update)
         if bad:
-            guarded[0].grad[0, 0] = torch.inf  # type: ignore[index]
-        one.found_inf = torch.tensor(float(bad), device=device)  # type: ignore[attr-defined]
+            guarded[0].grad[0, 0] = torch.inf  # type: ignore[index] # it has one
+        one.found_inf = torch.tensor(float(bad), device=device)  # type: ignore[attr-defined] # torch's own
         before = [tensor.detach().clone() for tensor in guarded]
         states = [snapshot(one.state[tensor]) for tensor in guarded]
         one.step()
@@ -447,14 +447,14 @@ def test_found_inf_leaves_everything_untouched(device: torch.device) -> None:
 def test_torchs_scaler_is_honoured(device: torch.device) -> None:
     scaled, plain = parameters(device), parameters(device)
     one, other = AdamW8bit(scaled, **SETTINGS), AdamW8bit(plain, **SETTINGS)
-    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10, growth_interval=100)  # type: ignore[attr-defined]
+    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10, growth_interval=100)  # type: ignore[attr-defined] # torch's own
     for update in range(4):
         give_gradients(scaled, update)
         scaler.scale(torch.zeros((), device=device))  # creates the scale
         for tensor in scaled:
-            tensor.grad.mul_(scaler.get_scale())  # type: ignore[union-attr]
+            tensor.grad.mul_(scaler.get_scale())  # type: ignore[union-attr] # it has one
         if update == 1:
-            scaled[1].grad[3] = torch.nan  # type: ignore[index]
+            scaled[1].grad[3] = torch.nan  # type: ignore[index] # it has one
         scaler.step(one)
         scaler.update()
         if update != 1:
@@ -470,7 +470,7 @@ def test_torchs_scaler_is_honoured(device: torch.device) -> None:
 
 def test_what_it_cannot_update_is_refused_in_a_sentence() -> None:
     with pytest.raises(ValueError, match="plain numbers"):
-        AdamW8bit([torch.ones(2)], lr=torch.tensor(0.1))  # type: ignore[arg-type]
+        AdamW8bit([torch.ones(2)], lr=torch.tensor(0.1))  # type: ignore[arg-type] # refused
     with pytest.raises(ValueError, match="plain numbers"):
         AdamW8bit([torch.ones(2)], betas=(0.9, 1.0))
     with pytest.raises(ValueError, match="not among params"):
@@ -513,7 +513,7 @@ def test_sharded_parameters_are_updated_where_they_are(device: torch.device, tmp
             one.step()
             other.step()
         for tensor, local in zip(sharded, plain, strict=True):
-            assert torch.equal(tensor.to_local(), local)  # type: ignore[attr-defined]
+            assert torch.equal(tensor.to_local(), local)  # type: ignore[attr-defined] # torch's own
         sharded[0].grad = DTensor.from_local(torch.ones_like(plain[0]), mesh, [Replicate()])
         with pytest.raises(ValueError, match="sharded like their parameters"):
             one.step()
@@ -549,7 +549,7 @@ def test_a_step_never_waits_and_lays_addresses_out_only_when_one_has_changed() -
     assert 1 <= len(known) <= 2  # regular ones and odd ones
     held = [tensor.grad for tensor in tensors]
     give_gradients(tensors, 1)  # at other addresses
-    optimizer.found_inf = torch.zeros((), device=device)  # type: ignore[attr-defined]
+    optimizer.found_inf = torch.zeros((), device=device)  # type: ignore[attr-defined] # torch's own
     torch.cuda.set_sync_debug_mode("error")
     try:
         optimizer.step()

@@ -214,7 +214,7 @@ def test_what_is_not_a_file_of_settings(data: str, capsys: pytest.CaptureFixture
             "/dev/zero": "it is not a file",
             ".": "it is a folder, not a file",
         }.items():
-            assert sentence in told(capsys, lambda o=option, n=name: train(data, o, n), 2)  # type: ignore[misc]
+            assert sentence in told(capsys, lambda o=option, n=name: train(data, o, n), 2)  # type: ignore[misc] # a default
     assert "Too many levels of symbolic links" in told(capsys, lambda: train(data, "--config", "loop"), 2)
 
 
@@ -257,7 +257,7 @@ def test_names_that_no_file_can_have(name: str, data: str, capsys: pytest.Captur
         ["generate", "--checkpoint", name],
         ["import", "--from", name, "--out", "i"],
     ):
-        told(capsys, lambda words=words: main(words))  # type: ignore[misc]
+        told(capsys, lambda words=words: main(words))  # type: ignore[misc] # a default
 
 
 def test_links_and_pipes_among_the_text(data: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -290,7 +290,7 @@ def test_links_and_pipes_among_the_text(data: str, capsys: pytest.CaptureFixture
 )
 def test_yaml_is_read_in_bounded_time(text: str, sentence: str, data: str, capsys: pytest.CaptureFixture[str]) -> None:
     for option in ("--train.optimizer_args", "--train.optimizer_args.lr", "--train.seed", "--data.microbatch_size"):
-        message = told(capsys, lambda o=option: train(data, o, text), 2)  # type: ignore[misc]
+        message = told(capsys, lambda o=option: train(data, o, text), 2)  # type: ignore[misc] # a default
         assert sentence in message
         assert message.startswith(option)
     if len(text) < 1 << 16:

@@ -207,7 +207,7 @@ def test_find(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         (copy / name).unlink()
         assert checkpoint.find(True, tmp_path) == second
         assert caplog.messages == [f"resume: {copy} is passed over, because it lacks {name}"]
-        assert f"(missing: {name})" in sentence_of(CheckpointError, lambda copy=copy: checkpoint.find(copy, tmp_path))  # type: ignore[misc]
+        assert f"(missing: {name})" in sentence_of(CheckpointError, lambda copy=copy: checkpoint.find(copy, tmp_path))  # type: ignore[misc] # a default
         shutil.rmtree(copy)
         caplog.clear()
 
@@ -301,7 +301,7 @@ def test_a_second_run_in_one_directory_is_refused_and_neither_is_damaged(
     def second(record: Record) -> None:
         if record.update in (1, 3):  # before and after the first checkpoint
             for save_every in (None, 1):
-                message = sentence_of(CheckpointError, lambda s=save_every: run(s, "auto"))  # type: ignore[misc]
+                message = sentence_of(CheckpointError, lambda s=save_every: run(s, "auto"))  # type: ignore[misc] # a default
                 assert message.startswith(f"another run is writing to {tmp_path}: wait until it has ended, or")
             seen.append(record.update)
 

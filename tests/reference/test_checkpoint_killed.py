@@ -255,7 +255,9 @@ def copies(folder: Path, value: int) -> None:
         save(folder, value)
 
 
-@pytest.mark.parametrize("kills", [15, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kills", [15, pytest.param(300, marks=pytest.mark.slow), pytest.param(2000, marks=pytest.mark.planted)]
+)
 def test_killed_at_random_moments(tmp_path: Path, kills: int) -> None:
     problems = list(problems_at_random_moments(tmp_path, kills))
     assert len(problems) == kills

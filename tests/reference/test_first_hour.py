@@ -196,7 +196,7 @@ def test_a_name_of_the_hub_says_how_to_get_its_tokenizer(tmp_path: Path, monkeyp
     told = sentence_of(ConfigurationError, lambda: load_tokenizer("gpt2"))
     assert "hf download gpt2 tokenizer.json --local-dir gpt2" in told
     for path in ("gpt2.json", "./gpt2", "a/b/c"):
-        assert "hf download" not in sentence_of(ConfigurationError, lambda path=path: load_tokenizer(path))  # type: ignore[misc]
+        assert "hf download" not in sentence_of(ConfigurationError, lambda path=path: load_tokenizer(path))  # type: ignore[misc] # a default
 
 
 def test_a_heart_beats_until_the_block_ends(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,8 @@
 """Made-up command lines and damaged or forged files of every kind, by the hundred: each ends well.
 
 Ends well: success, or one sentence of less than 400 characters and exit code 1 or 2; no traceback, no hang, no file
-outside the case's own folder. Seeded, so a failure comes again; the slow tier has ten times as many cases.
+outside the case's own folder. Seeded, so a failure comes again; the slow tier has ten times as many cases. What the
+judge is given is in tests/conformance/test_fuzz.py.
 """
 
 import contextlib
@@ -9,16 +10,14 @@ import io
 import json
 import os
 import shutil
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import lightning.fabric  # noqa: F401 # now: its import would count as time of the first case
 import pytest
 import torch
-import yaml  # type: ignore[import-untyped]
-from hypothesis import HealthCheck, given, settings
+import yaml  # type: ignore[import-untyped] # no types come with it
 from hypothesis import strategies as st
 
 from reference.__main__ import COMMANDS, main
@@ -27,102 +26,19 @@ from reference.config import DataConfig, GPTConfig, TrainConfig
 from reference.data.tokenfile import FORMAT, Sidecar, sampled_checksum
 from reference.files import SUMS, digest, format_sums
 from reference.interchange.layout import LLAMA
+from tests.fuzzing import SENTENCE, clock, damage, damages, fuzzed, listing, texts, values
 from tests.reference.commands import SHORT, SMALL, TEXT, train, write_data
 
-CASES, MORE = 35, 334  # of each of six kinds
-LIMIT = 5  # seconds of the processor, and ten times as many by the clock
-SENTENCE = 400
 # What would be right, but takes long, or starts other processes.
 BOUNDED = ["--train.updates=2", "--train.warmup=0", "--train.microbatches=1", "--train.devices=1"]
 BOUNDED += ["--train.num_nodes=1", "--train.compile=false", "--train.cooldown=null", "--directory=out/fuzzed"]
 
-HUGE = "9" * 5000
-ODD = ["", "null", "true", "[]", "{}", "[[[[", "{a: ", "&a [*a]", "*a", "!!python/name:os.system", "\0", "../../x"]
-ODD += [
-    "nan",
-    ".inf",
-    "-1",
-    "0",
-    "1",
-    "2",
-    "1e400",
-    "1e-3",
-    HUGE,
-    str(1 << 40),
-    "9" * 20,
-    "[1, 2]",
-    "{lr: x}",
-    "{1: 2}",
-]
-ODD += [
-    "x" * 300,
-    "2020-01-01",
-    "- " * 3000,
-    "auto",
-    "/dev/zero",
-    "text.txt",
-    "data",
-    "run",
-    "bytes",
-    "%s{0}",
-    "\x1b[31m",
-]
-texts = st.one_of(st.sampled_from(ODD), st.text(max_size=12))
-numbers = st.sampled_from([-1, 0, 1, 2, 3, 1 << 40, 1 << 63, 10**20])
-values = st.recursive(
-    st.one_of(st.none(), st.booleans(), numbers, st.floats(), texts),
-    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(texts, inner, max_size=3)),
-    max_leaves=6,
-)
 OPTIONS = [f"{group}.{name}" for group, kind in (("model", GPTConfig), ("train", TrainConfig), ("data", DataConfig))
            for name in kind.__dataclass_fields__]  # fmt: skip
 OPTIONS += [*Settings.__dataclass_fields__, "config", "train.optimizer_args.lr", "checkpoint", "out", "text", "from"]
 OPTIONS += ["tokenizer", "end-of-document", "split", "tokens", "top_k", "top_p", "temperature", "prompt", "seed"]
 OPTIONS += ["microbatch_size", "format", "overwrite", "validation_share", "help", "print_config", "precision"]
 options = st.one_of(st.sampled_from(OPTIONS), texts)
-
-
-def fuzzed(*strategies: st.SearchStrategy[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Run a test on so many cases, a function of the seed alone, in the default and in the slow tier."""
-
-    def decorate(test: Callable[..., None]) -> Callable[..., None]:
-        @pytest.mark.parametrize(
-            "cases", [pytest.param(CASES, id="some"), pytest.param(MORE, id="many", marks=pytest.mark.slow)]
-        )
-        def run(cases: int, world: "World") -> None:
-            checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
-            bounded = settings(
-                max_examples=cases, derandomize=True, deadline=None, database=None, suppress_health_check=checks
-            )
-            bounded(given(st.tuples(*strategies))(lambda drawn: test(world, *drawn)))()
-
-        run.__name__, run.__doc__ = test.__name__, test.__doc__
-        return cast("Callable[..., None]", run)
-
-    return decorate
-
-
-class Hang(BaseException):
-    """Raised by the clock; not an Exception, so that nothing mistakes it for one."""
-
-
-@contextlib.contextmanager
-def clock() -> Iterator[None]:
-    """Raise Hang after LIMIT seconds of the processor, or ten times as many of waiting."""
-
-    def stop(number: int, frame: Any) -> None:
-        raise Hang
-
-    before = [signal.signal(number, stop) for number in (signal.SIGPROF, signal.SIGALRM)]
-    signal.setitimer(signal.ITIMER_PROF, LIMIT)
-    signal.setitimer(signal.ITIMER_REAL, 10 * LIMIT)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in zip((signal.SIGPROF, signal.SIGALRM), before):
-            signal.signal(number, handler)
 
 
 class World:
@@ -138,11 +54,7 @@ class World:
             Path("text.txt").write_bytes(TEXT * 9)
             assert train("data", "--directory", "run") == 0
             assert main(["export", "--checkpoint", "run", "--out", "theirs"]) == 0
-        self.around = self.listing()
-
-    def listing(self) -> list[str]:
-        """All that lies around the case."""
-        return sorted(str(p) for p in self.root.rglob("*") if not p.is_relative_to(self.case))
+        self.around = listing(root, self.case)
 
     @contextlib.contextmanager
     def fresh(self) -> Iterator[None]:
@@ -151,7 +63,7 @@ class World:
         shutil.copytree(self.whole, self.case)
         with contextlib.chdir(self.case):
             yield
-        assert self.listing() == self.around, "something was written outside"
+        assert listing(self.root, self.case) == self.around, "something was written outside"
 
     def ends_well(self, *words: str) -> int:
         """Run a command line, hold it to what is promised, and return the exit code."""
@@ -219,29 +131,6 @@ def test_files_of_settings(world: World, content: dict[str, Any], edits: list[tu
     with world.fresh():
         Path("run.yaml").write_text(text, encoding="utf-8", errors="surrogatepass")
         world.ends_well(*RUN, "--config", "run.yaml", *BOUNDED)
-
-
-damages = st.one_of(
-    st.tuples(st.just("flip"), st.floats(0, 1), st.integers(0, 7)),
-    st.tuples(st.just("cut"), st.floats(0, 1), st.just(0)),
-    st.tuples(st.just("add"), st.floats(0, 1), st.integers(1, 9)),
-    st.tuples(st.just("zero"), st.floats(0, 1), st.integers(1, 99)),
-)
-
-
-def damage(path: Path, kind: str, share: float, number: int) -> None:
-    """Damage a file at a share of its length."""
-    content = bytearray(path.read_bytes())
-    place = min(int(share * len(content)), max(0, len(content) - 1))
-    if kind == "flip" and content:
-        content[place] ^= 1 << number
-    elif kind == "cut":
-        del content[place:]
-    elif kind == "add":
-        content[place:place] = b"\xff" * number
-    else:
-        content[place : place + number] = bytes(number)
-    path.write_bytes(content)
 
 
 def sum_up(folder: Path) -> None:

@@ -146,4 +146,4 @@ def test_a_signal_that_raises_is_left_out_and_told(caplog: pytest.LogCaptureFixt
 def test_settings_out_of_range_are_refused() -> None:
     for settings in ({"lr": -1.0}, {"betas": (0.9, 1.0)}, {"alpha_init": 1.5}, {"eps": -1e-8}, {"weight_decay": -0.1}):
         with pytest.raises(ValueError, match="GrokAdamW needs"):
-            GrokAdamW(parameters(), **settings)  # type: ignore[arg-type]
+            GrokAdamW(parameters(), **settings)  # type: ignore[arg-type] # some are wrong

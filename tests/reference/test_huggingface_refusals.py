@@ -52,7 +52,7 @@ def test_a_model_that_transformers_has_no_class_for(config: GPTConfig, sentence:
 def test_an_export_replaces_nothing(exported: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run" / "step-00000003"
     for place in (exported, exported / "config.json"):
-        message = sentence_of(ConfigurationError, lambda place=place: export_huggingface(folder, place))  # type: ignore[misc]
+        message = sentence_of(ConfigurationError, lambda place=place: export_huggingface(folder, place))  # type: ignore[misc] # a default
         assert message == f"{place} is there already, and is not an empty folder: give another place."
     (tmp_path / "empty").mkdir()
     assert export_huggingface(folder, tmp_path / "empty" / ".") == tmp_path / "empty"

@@ -68,7 +68,7 @@ def test_no_live_line_where_there_is_no_terminal() -> None:
     with live_line(25, console) as show:
         for update in range(1, 26):
             show(record(update))
-    assert console.file.getvalue() == ""  # type: ignore[attr-defined]
+    assert console.file.getvalue() == ""  # type: ignore[attr-defined] # a StringIO
 
 
 def test_the_live_line_is_gone_after_an_error() -> None:
@@ -76,7 +76,7 @@ def test_the_live_line_is_gone_after_an_error() -> None:
     with contextlib.suppress(RuntimeError), live_line(25, console) as show:
         show(record(1))
         raise RuntimeError
-    written = console.file.getvalue()  # type: ignore[attr-defined]
+    written = console.file.getvalue()  # type: ignore[attr-defined] # a StringIO
     assert written.index("\x1b[?25l") < written.index("\x1b[?25h")  # the cursor hides, and is shown again
     assert written.endswith("\x1b[2K")  # the line is erased
 
@@ -88,7 +88,7 @@ def test_other_ranks_show_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     console = Console(file=io.StringIO(), force_terminal=True)
     with live_line(2, console) as show:
         show(record(1))
-    assert console.file.getvalue() == ""  # type: ignore[attr-defined]
+    assert console.file.getvalue() == ""  # type: ignore[attr-defined] # a StringIO
 
 
 def test_the_log_is_shown() -> None:
@@ -98,7 +98,7 @@ def test_the_log_is_shown() -> None:
     with logging_to(console):
         logger.info("checkpoint: %s", "[out]")
         logger.warning("bfloat16")
-    assert console.file.getvalue() == "checkpoint: [out]\nwarning: bfloat16\n"  # type: ignore[attr-defined]
+    assert console.file.getvalue() == "checkpoint: [out]\nwarning: bfloat16\n"  # type: ignore[attr-defined] # a StringIO
     assert (logger.level, logger.propagate, logger.handlers) == before
 
 
@@ -107,7 +107,7 @@ def test_other_ranks_show_warnings() -> None:
     with logging_to(console, first_rank=False):
         logging.getLogger("reference").info("checkpoint")
         logging.getLogger("reference").warning("bfloat16")
-    assert console.file.getvalue() == "warning: bfloat16\n"  # type: ignore[attr-defined]
+    assert console.file.getvalue() == "warning: bfloat16\n"  # type: ignore[attr-defined] # a StringIO
 
 
 def steps(directory: Path) -> list[tuple[str, str]]:
@@ -182,7 +182,7 @@ def test_a_row_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
 
 
 def test_tensorboard_voids_what_is_done_again(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing import event_accumulator  # type: ignore[import-untyped]
+    from tensorboard.backend.event_processing import event_accumulator  # type: ignore[import-untyped] # no types come with it
 
     for first, loss in ((1, 5.0), (3, 9.0)):
         with tensorboard(tmp_path) as write:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml  # type: ignore[import-untyped]
+import yaml  # type: ignore[import-untyped] # no types come with it
 
 from reference.__main__ import COMMANDS, main
 from reference.cli.everyday import SHORT

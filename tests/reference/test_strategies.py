@@ -146,7 +146,7 @@ def shards() -> dict[str, tuple[int, ...]]:
     run = Trainer(MODELS["gpt2-tied"], FSDP, "unused").setup()
     assert isinstance(run.module, GPT)
     assert run.module.head.weight is run.module.embedding.weight
-    return {name: tuple(tensor.to_local().shape) for name, tensor in run.module.named_parameters()}  # type: ignore[attr-defined]
+    return {name: tuple(tensor.to_local().shape) for name, tensor in run.module.named_parameters()}  # type: ignore[attr-defined] # DTensors
 
 
 def test_each_rank_holds_half_of_each_tensor(on_both: Any) -> None:

@@ -130,7 +130,7 @@ def test_splits_published_together_never_open_as_old_beside_new(
         try:
             found.append(int(opened(tmp_path, split=split).ids[0]))
         except DataError as error:
-            assert "prepare" in str(error)  # noqa: PT017  either outcome is right, this is what it says
+            assert "prepare" in str(error)  # noqa: PT017 # either outcome is right, this is what it says
     assert found in ([], [2])  # and if one opens it is the validation split: training begins with neither
     assert not (tmp_path / "train.json").exists()
     assert not list(tmp_path.glob(".*.partial"))

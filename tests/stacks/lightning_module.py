@@ -83,7 +83,7 @@ def train(config: Config, resume: str | None, fault: str) -> None:
             ModelCheckpoint(config.folder, save_top_k=-1, every_n_train_steps=config.save_every or config.updates)
         ],
     )
-    validation: DataLoader[Tensor] = DataLoader(config.validation, batch_size=None)  # type: ignore[arg-type]
+    validation: DataLoader[Tensor] = DataLoader(config.validation, batch_size=None)  # type: ignore[arg-type] # a list will do
     trainer.fit(Module(config, fault), Rows(config.batches), validation, ckpt_path=resume, weights_only=False)
     trainer.save_checkpoint(config.folder / "last.ckpt")
 

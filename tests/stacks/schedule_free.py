@@ -33,7 +33,7 @@ class AdamWScheduleFree(torch.optim.Optimizer):
                     p.lerp_(self.state[p]["z"], weight)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override] # torch's overloads
         for group in self.param_groups:
             group["k"] += 1
             group["total"] += group["lr"] ** 2

@@ -10,6 +10,7 @@ import pytest
 from conformance.clause import catalogue
 from conformance.session import Result, Session
 from conformance.subject import Subject
+from tests.stacks.both_splits import BothSplits
 from tests.stacks.direct_forward import DirectForward
 from tests.stacks.documents import Documents
 from tests.stacks.group_rates import GroupRates
@@ -173,6 +174,18 @@ STACKS = {
             "every microbatch steps": (
                 "ACC-6",
                 ["6 updates / 30 updates: AdamW stepped again", "no backward in between"],
+            ),
+        },
+    ),
+    "both splits": Case(
+        BothSplits,
+        true=USUAL | GROK | {"ACC-6": "it makes one update after the last save"},
+        faults={
+            "one loss for both splits": ("EVAL-4", ["batches of training data evaluated"]),
+            "twice the rate": ("LR-1", ["differ from update 1 on"]),
+            "the schedule has no end": (
+                "LR-4",
+                ["or an error before the first", "a length of zero", "after 3 updates"],
             ),
         },
     ),

@@ -31,7 +31,8 @@ def parse(text: str) -> dict[str, str]:
             raise UsageError(f"--expect knows no {name!r}: use {', '.join(WORDS)}.")
         if name in ("lr", "clip", "seed"):
             try:
-                float(value)
+                if not math.isfinite(float(value)):
+                    raise ValueError
             except ValueError:
                 raise UsageError(f"--expect {name} needs a number, as in {name}=1: {piece!r} has none.") from None
         if name == "no-weight-decay":

@@ -143,7 +143,12 @@ def evaluation_means(facts: Facts) -> list[float]:
 
 
 def ratio_to(number: float, means: list[float]) -> float:
-    """Return by how much a number is larger than the nearest mean, as 1/k or k for a small k; 0 if by neither."""
+    """Return by how much a number is larger than the nearest mean, as 1/k or k for a small k; 0 if by neither.
+
+    0 too if it nearly is a mean: a moving average is, and so is the loss of one of several microbatches.
+    """
+    if any(abs(number - mean) < 1e-3 * abs(mean) for mean in means):
+        return 0.0
     for k in range(2, 129):
         for factor in (1 / k, float(k)):
             if any(abs(number - factor * mean) < 1e-3 * abs(factor * mean) for mean in means):

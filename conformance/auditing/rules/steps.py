@@ -1,5 +1,7 @@
 """Steps: when optimizers and schedules act, and by which settings."""
 
+from collections.abc import Mapping
+
 from conformance.auditing.facts import Facts
 from conformance.auditing.held import first_steps, steps
 from conformance.auditing.rule import Doubt, Seen, rule
@@ -140,16 +142,19 @@ def muon_gets_inner_matrices(seen: Seen) -> None:
     if not held:
         raise NotApplicable("no optimizer of the run is called Muon")
     tables = {name for name, info in facts.trace.tensors.items() if is_table(facts, name, info.owner, info.shape)}
-    by_muon = {
-        name
-        for step in held
-        for group in step.groups
-        for name in group.tensors
-        if group.settings.get("use_muon", True) and "adam" not in str(group.settings.get("algorithm", "muon")).lower()
-    }
+    by_muon = {name for step in held for group in step.groups for name in group.tensors if is_muon(group.settings)}
     bad = sorted(tables & by_muon)
     if bad:
         raise Violation("embedding and head with another optimizer", f"Muon holds {quoted(bad)}")
+
+
+def is_muon(settings: Mapping[str, object]) -> bool:
+    """Return True if an optimizer that combines Muon and AdamW steps a group of such settings by Muon."""
+    if "use_muon" in settings:
+        return bool(settings["use_muon"])
+    if "adam" in f"{settings.get('algorithm')} {settings.get('kind')}".lower():
+        return False
+    return "betas" not in settings or bool(settings.get("momentum"))
 
 
 def is_table(facts: Facts, name: str, owner: str, shape: tuple[int, ...]) -> bool:

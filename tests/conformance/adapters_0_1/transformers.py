@@ -13,7 +13,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from conformance import Checkpoint, Constant, Normal, Recipe, TensorInfo
 
 
-class Stream(list[dict[str, Tensor]], torch.utils.data.IterableDataset[dict[str, Tensor]]):  # type: ignore[misc]
+class Stream(list[dict[str, Tensor]], torch.utils.data.IterableDataset[dict[str, Tensor]]):  # type: ignore[misc] # both have __getitem__
     """Samples in order: a stream is the only kind of dataset that no release of transformers 5 shuffles."""
 
 

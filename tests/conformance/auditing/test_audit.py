@@ -90,7 +90,7 @@ def global_state() -> tuple[object, ...]:
     return (
         len(module._global_forward_hooks),
         len(module._global_forward_pre_hooks),
-        torch.overrides._len_torch_function_stack(),  # type: ignore[attr-defined]
+        torch.overrides._len_torch_function_stack(),  # type: ignore[attr-defined] # torch's own
         torch.autograd.backward,
         torch.nn.utils.clip_grad_norm_,
         torch.compile,

@@ -73,7 +73,7 @@ def noticed(name: str, value: Any) -> Change:
 
 def steps(*names: str, **settings: object) -> Change:
     """Return a change of all steps: other tensors, or other settings."""
-    return lambda facts: set_all(facts, steps=(step(names or tuple(SHAPES), **settings),))  # type: ignore[arg-type]
+    return lambda facts: set_all(facts, steps=(step(names or tuple(SHAPES), **settings),))  # type: ignore[arg-type] # any setting
 
 
 def without_gradient(facts: Facts) -> None:
@@ -323,6 +323,24 @@ def muon(*names: str) -> Change:
     return lambda facts: set_all(facts, steps=both)
 
 
+def muon_beside(**settings: object) -> Change:
+    """One optimizer, whose name says Muon, of two groups: the second has the table."""
+    inner = step(("h.0.weight",), ("nanochat.MuonAdamW",), momentum=0.95)
+    outer = step(tuple(n for n in SHAPES if n != "h.0.weight"), ("nanochat.MuonAdamW",), **settings)  # type: ignore[arg-type]
+    return lambda facts: set_all(facts, steps=(replace(inner, groups=(*inner.groups, *outer.groups)),))
+
+
+def in_compiled_code(facts: Facts) -> None:
+    """The cross entropies are not seen; each update has four microbatches, whose losses are divided by four."""
+    facts.trace.entropies = []
+    facts.backwards = [Backward(n, [torch.tensor((5.5 + 0.0001 * k) / 4)]) for n in range(UPDATES) for k in range(4)]
+    facts.said = [Said(n + 1, "loss 5.50015") for n in range(UPDATES)]
+
+
+def averaged(facts: Facts) -> None:
+    facts.said = [Said(n + 1, "loss 5.5003") for n in range(UPDATES)]  # of the last microbatches
+
+
 def clips(**changes: Any) -> Change:
     return lambda facts: setattr(facts, "clips", [replace(clip, **changes) for clip in facts.clips])
 
@@ -416,7 +434,12 @@ CASES: dict[str, list[Case]] = {
         Case(steps(betas=(0.99, 0.9)), "advice", ready=steps(betas=(0.9, 0.99))),
         Case(steps(optimizer=ADAM, weight_decay=0.1), "advice", ready=steps(optimizer=ADAM)),
     ],
-    "muon-tensors": [Case(muon("h.0.weight", "wte.weight"), "advice", ready=muon("h.0.weight"))],
+    "muon-tensors": [
+        Case(muon("h.0.weight", "wte.weight"), "advice", ready=muon("h.0.weight")),
+        Case(muon_beside(momentum=0.95), "advice", ready=muon_beside(kind="adamw", betas=(0.8, 0.96))),
+        Case(muon_beside(momentum=0.95), "advice", ready=muon_beside(betas=(0.8, 0.96))),
+        Case(muon_beside(use_muon=True, betas=(0.8, 0.96)), "advice", ready=muon_beside(use_muon=False)),
+    ],
     "autocast-too-wide": [Case(autocast_backward, "advice")],
     "recomputed-dropout": [Case(noticed("recomputed", [True, False]), ready=noticed("recomputed", [True, True]))],
     "same-draws": [Case(noticed("states", [1, 1, 1, 1]))],
@@ -437,6 +460,7 @@ CASES: dict[str, list[Case]] = {
     "told-loss": [
         Case(told("loss {0}.5000"), "advice"),
         Case(told_doubled, words="2 times as large"),
+        Case(averaged, "advice", ready=in_compiled_code),
         Case(told_alone, "advice", ready=told_mean, ranks=2, words="process 0 alone"),
     ],
     "eval-mode": [Case(lambda f: set_forwards(f, training=False))],
