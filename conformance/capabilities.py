@@ -65,6 +65,9 @@ CAPABILITIES = {
     "two-ranks": Capability("trains on two CPU processes with gloo"),
     "any-optimizer": Capability("takes the optimizer's class from its user", since="0.2", implied=True),
     "keywords": Capability("takes the optimizer's keyword arguments from its user", since="0.2", implied=True),
+    "builds-optimizer": Capability(
+        "builds the optimizer by itself, from a class and keyword arguments", since="0.2", implied=True
+    ),
     "seed": Capability("takes a seed from its user", since="0.2", implied=True),
     "float32-logits": Capability("converts logits to float32 where they leave the model", since="0.2", implied=True),
 }

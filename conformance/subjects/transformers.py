@@ -23,7 +23,7 @@ class TransformersPolicy:
     """_init_weights of PreTrainedModel and GPT2PreTrainedModel, Trainer.get_decay_parameter_names, optimization.py."""
 
     def initial(self, recipe: Recipe, tensor: TensorInfo) -> Constant | Normal:
-        if tensor.name.endswith(".bias") or "norm" in tensor.name or ".ln_" in tensor.name:
+        if tensor.name.endswith(".bias") or "norm" in tensor.name or "ln_" in tensor.name:
             return Constant(0.0 if tensor.name.endswith(".bias") else 1.0)
         return Normal(0.0, 0.02 / math.sqrt(2 * recipe.n_layer) if "c_proj" in tensor.name else 0.02)
 
