@@ -271,6 +271,9 @@ class Trace:
     buffers: "dict[str, Tensor]" = field(default_factory=dict)
     """Buffers at the first forward."""
     embeddings: tuple[EmbeddingInfo, ...] = ()
+    shares: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Tensors that the optimizer moves through master copies (ZeRO), and the elements, from and up to, that this rank's
+    copies hold. Beside those elements, what was recorded of the copies is 0 until the ranks are put together."""
     forwards: list[Forward] = field(default_factory=list)
     entropies: list[CrossEntropy] = field(default_factory=list)
     losses: list[Loss] = field(default_factory=list)
