@@ -171,20 +171,22 @@ def complete(traces: list[Trace]) -> None:
     whole = [together(updates, traces) for updates in zip(*(trace.updates for trace in traces))]
     for trace in traces:
         trace.updates[: len(whole)] = [
-            replace(update, steps=steps, gradients=gradients, state_before=before, state_after=after)
-            for update, (steps, gradients, before, after) in zip(trace.updates, whole)
+            replace(update, steps=steps, gradients=gradients, masters=masters, state_before=before, state_after=after)
+            for update, (steps, gradients, masters, before, after) in zip(trace.updates, whole)
         ]
 
 
 def together(updates: tuple[Update, ...], traces: list[Trace]) -> Any:
-    """Return the steps, gradients and states of an update as they are on all ranks together."""
-    first, shares = updates[0], [trace.shares for trace in traces]
+    """Return the steps, gradients, master copies and states of an update as they are on all ranks together."""
+    first, shares, masters = updates[0], [trace.shares for trace in traces], Named[Tensor]()
     names = [name for name in traces[0].tensors if any(name in share for share in shares)]
     gradients, before, after = Named(first.gradients), dict(first.state_before), dict(first.state_after)
     for name in names:
         holders = [update for update, share in zip(updates, shares) if name in share]
         found = [update.gradients[name] for update in holders]
         gradients[name] = None if any(value is None for value in found) else summed(found)
+        if all(name in update.masters for update in holders):
+            masters[name] = summed([update.masters[name] for update in holders])
         for state, kind in ((before, "state_before"), (after, "state_after")):
             entries = [getattr(update, kind)[name] for update in holders if name in getattr(update, kind)]
             if entries:
@@ -192,7 +194,8 @@ def together(updates: tuple[Update, ...], traces: list[Trace]) -> Any:
                     key: summed([entry[key] for entry in entries]) if same_shape(value, traces[0], name) else value
                     for key, value in entries[0].items()
                 }
-    return tuple(joined(steps) for steps in zip(*(update.steps for update in updates))), gradients, before, after
+    steps = tuple(map(joined, zip(*(update.steps for update in updates))))
+    return steps, gradients, masters, before, after
 
 
 def summed(values: list[Any]) -> Tensor:

@@ -23,6 +23,7 @@ class Open:
     optimizers: list[Optimizer] = field(default_factory=list)
     stepped: set[tuple[int, int]] = field(default_factory=set)  # optimizers and tensors that were in a step
     late: dict[str, Tensor] = field(default_factory=dict)  # what is copied from master copies only after the step
+    masters: Named[Tensor] = field(default_factory=Named)
     unfounded: bool = False
     measured_gradients: Measures | None = None
     measured_before: Measures | None = None

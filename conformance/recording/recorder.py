@@ -317,9 +317,11 @@ class Recorder:
         self.open.after |= after
         self.open.measured_after = joined(self.open.measured_after, measured)
         self.open.state_after |= self.weights.keep_state(self.masters.seen(optimizer), names)
-        if self.masters.of(optimizer):
+        if held := self.masters.of(optimizer):
             self.open.late |= tensors
-            self.trace.shares = self.masters.shares(names)
+            self.trace.shares |= self.masters.shares(names)
+            finer = {names[id(p.tensor)]: p.of(p.master) for p in held if p.master.dtype != p.tensor.dtype}
+            self.open.masters |= self.weights.keep(finer)
         self.open.stepped |= in_step(optimizer)
         ended = {"evaluations": self.evaluations, "skipped": skipped}
         self.open.steps.append(Step(**{**vars(step), **ended}))
