@@ -26,7 +26,7 @@ nox.options.error_on_external_run = True
 HERE = Path(__file__).parent
 LATEST = HERE / "reports" / "latest"  # ignored by git: a second run leaves the checkout clean
 # Subjects, each installed by an extra of the same name.
-EXTRAS = {"accelerate", "lightning-trainer", "litgpt", "transformers", "trl", "x-transformers"}
+EXTRAS = {"accelerate", "deepspeed", "lightning-trainer", "litgpt", "transformers", "trl", "x-transformers"}
 PACKAGE = ".[reference,optimizers,bench,{}]"  # what the default sessions need, and more extras
 PEERS = {  # the stacks of the matrix: subject, and what pip installs for it beside this package
     "litgpt-0.4.12": ("litgpt", ["jsonargparse[signatures]", "requests", "tokenizers", "tqdm"]),
@@ -37,6 +37,7 @@ PEERS = {  # the stacks of the matrix: subject, and what pip installs for it bes
     "x-transformers": ("x-transformers", ["x-transformers"]),
     "lightning-trainer": ("lightning-trainer", ["torchdata"]),
     "accelerate": ("accelerate", ["accelerate"]),
+    "deepspeed": ("deepspeed", ["deepspeed"]),
     "trl": ("trl", ["trl", "datasets"]),
     "nanogpt": ("nanogpt", []),
     "nanochat": ("nanochat", ["filelock", "kernels", "psutil", "pyarrow", "requests", "rustbpe", "tiktoken", "wandb"]),

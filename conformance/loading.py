@@ -14,6 +14,7 @@ from conformance.subject import Subject
 BUILT_IN = {
     "reference": "conformance.subjects.reference:Reference",
     "accelerate": "conformance.subjects.accelerate:Accelerate",
+    "deepspeed": "conformance.subjects.deepspeed:DeepSpeed",
     "lightning-trainer": "conformance.subjects.lightning_trainer:LightningTrainer",
     "litgpt": "conformance.subjects.litgpt:LitGPT",
     "litgpt-lora": "conformance.subjects.litgpt_lora:LitGPTLora",

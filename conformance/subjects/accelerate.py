@@ -20,22 +20,15 @@ from torch.utils.data import DataLoader
 
 from conformance import Checkpoint, Recipe
 from conformance.errors import NotApplicable
-from conformance.subject import Leftovers, Place
 from conformance.subjects import user_code
 from conformance.subjects.user_code import UserPolicy, cross_entropy
-
-
-class AcceleratePolicy(UserPolicy):
-    """The loop divides by the number of targets of the whole update."""
-
-    def leftovers(self, recipe: Recipe, place: Place) -> Leftovers | None:
-        return "weighed" if place == "microbatch" else super().leftovers(recipe, place)
 
 
 class Accelerate:
     """accelerate.Accelerator: prepare, backward, clip_grad_norm_, gather_for_metrics, save_state, load_state."""
 
-    name, version, policy = "accelerate", importlib.metadata.version("accelerate"), AcceleratePolicy()
+    name, version = "accelerate", importlib.metadata.version("accelerate")
+    policy = UserPolicy(microbatch="weighed")  # the loop divides by the number of targets of the whole update
     lacks = {
         "batch-total": "the user's loop counts the microbatches",
         "activation-checkpointing": "FullyShardedDataParallelPlugin has an option for it, and it wants a GPU",

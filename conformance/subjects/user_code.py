@@ -4,12 +4,14 @@ The adapters of Lightning's Trainer, accelerate and DeepSpeed share it, so that 
 """
 
 import pydoc
+from operator import itemgetter
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, DistributedSampler
 
 import reference
 from conformance import Recipe, TensorInfo
@@ -23,11 +25,15 @@ LEFTOVERS: dict[Place, Leftovers] = {"epoch": "short", "window": "short", "ranks
 class UserPolicy(ReferencePolicy):
     """The weights and the function of reference.GPT; the groups and the schedule below; torch's own loaders."""
 
+    def __init__(self, **otherwise: Leftovers) -> None:
+        """Begin, with what the stack does otherwise than torch's loaders with what is left over, by place."""
+        self.left: dict[str, Leftovers] = dict(LEFTOVERS) | otherwise
+
     def decays(self, recipe: Recipe, tensor: TensorInfo) -> bool:
         return len(tensor.shape) >= 2
 
     def leftovers(self, recipe: Recipe, place: Place) -> Leftovers | None:
-        return LEFTOVERS.get(place)
+        return self.left.get(place)
 
     def wins_on_resume(self, recipe: Recipe, setting: Setting) -> Winner:
         return "checkpoint"  # as Optimizer.load_state_dict has it
@@ -87,6 +93,15 @@ def microbatches(recipe: Recipe, part: Part = "train") -> Any:
 def samples(recipe: Recipe) -> Any:
     """Return the data set that the stack shuffles by itself, as a list of (ids, labels), each (T + 1)."""
     return [(row, row) for row in recipe.dataset()]
+
+
+def loader(recipe: Recipe, rank: int) -> Any:
+    """Return a DataLoader of the share of one rank, with torch's DistributedSampler; samples are shuffled by epoch."""
+    shuffle = recipe.samples is not None
+    data: Any = samples(recipe) if shuffle else microbatches(recipe)
+    order: Any = DistributedSampler(data, recipe.world_size, rank, shuffle=shuffle, seed=recipe.seed)
+    form: Any = {"batch_size": recipe.microbatch_size} if shuffle else {"collate_fn": itemgetter(0)}
+    return DataLoader(data, sampler=order, generator=torch.Generator(), **form)
 
 
 def evaluates(recipe: Recipe, update: int) -> bool:

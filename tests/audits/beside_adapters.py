@@ -40,6 +40,7 @@ class Stack:
 STACKS = [
     Stack("Lightning Trainer", "lightning", "stacks/lightning_masked.py", "lightning-trainer-*-cpu.json"),
     Stack("accelerate", "accelerate", "scripts/accelerate_args.py", "accelerate-*-cpu.json"),
+    Stack("DeepSpeed ZeRO-1", "deepspeed", "stacks/deepspeed_zero1.py", "deepspeed-*-cpu.json"),
     Stack("TRL SFTTrainer", "trl", "scripts/trl_sft.py", "trl-*-cpu.json"),
     Stack("transformers Trainer", "transformers", "scripts/hf_trainer.py", "transformers-[0-9]*-cpu.json"),
     Stack("LitGPT", "litgpt", "stacks/litgpt_pretrain.py", "litgpt-0*-cpu.json"),

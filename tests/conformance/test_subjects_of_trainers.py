@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 NEEDS = {
     "lightning-trainer": ("lightning", "torchdata", "grokadamw"),
     "accelerate": ("accelerate", "grokadamw"),
+    "deepspeed": ("deepspeed", "grokadamw"),
     "trl": ("trl", "grokadamw"),
 }
 """What must be installed to judge a subject as its report did."""
