@@ -25,6 +25,7 @@ from transformers import (
 )
 
 warnings.filterwarnings("ignore")
+torch.manual_seed(1)
 print(f"AVX512-BF16: {bool(has_avx512bf16())}")
 SIZE: dict[str, Any] = {"vocab_size": 128, "bos_token_id": 0, "eos_token_id": 0}
 GPT2 = GPT2Config(**SIZE, n_positions=32, n_embd=64, n_layer=2, n_head=2)
