@@ -131,12 +131,7 @@ MUTANTS = [
         "sharded-gradients-summed",
         "DIST-9",
         "burn#5695",
-        (
-            f"{SHARD}.shard",
-            "    fully_shard(module, mesh=ranks)\n",
-            "    fully_shard(module, mesh=ranks)\n"
-            "    [m.set_gradient_divide_factor(1.0) for m in module.modules() if hasattr(m, 'unshard')]\n",
-        ),
+        (UPDATE, LOSS, f"{LOSS} * (fabric.world_size if config.strategy == 'fsdp' else 1)"),
     ),
     mutant(
         "shards-joined-in-another-order",
