@@ -171,7 +171,7 @@ def docs(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["environment"], default=False)
 def mutants(session: nox.Session) -> None:
-    """Print the kill matrix, every planted fault against every clause; this takes some ten minutes."""
+    """Print the kill matrix, every planted fault against every clause; this takes a quarter of an hour."""
     run(session, "-m", "tests.mutants.kill_matrix", *session.posargs, **NO_GPU)
 
 

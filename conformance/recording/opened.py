@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -33,13 +32,6 @@ class Open:
 def in_step(optimizer: Optimizer) -> set[tuple[int, int]]:
     """Return what steps: the identities of the optimizer and of each tensor that it holds now."""
     return {(id(optimizer), id(tensor)) for group in optimizer.param_groups for tensor in group["params"]}
-
-
-def unchanged(update: Open, after: Named[Tensor], measured: Measures | None) -> bool:
-    """Return True if a step has moved nothing."""
-    if measured is not None and update.measured_before is not None:
-        return all(torch.equal(update.measured_before.bits[name], bits) for name, bits in measured.bits.items())
-    return all(torch.equal(update.before[name], tensor) for name, tensor in after.items())
 
 
 def joined(first: Measures | None, second: Measures | None) -> Measures | None:

@@ -22,7 +22,7 @@ from conformance.recording.gates import watched
 from conformance.recording.isolation import collected_messages, quiet_and_deterministic
 from conformance.recording.loggers import Loggers
 from conformance.recording.masters import Masters
-from conformance.recording.opened import Open, in_step, joined, unchanged
+from conformance.recording.opened import Open, in_step, joined
 from conformance.recording.snapshot import (
     class_path,
     describe_group,
@@ -73,8 +73,8 @@ class Recorder:
         self.masters = Masters(flat_only=not weights.keeps_logits)
         self.loggers: Loggers | None = None
         self.in_backward = False
+        self.training = False  # a module was called, or a backward has begun
         self.backwards = 0  # since an optimizer stepped
-        self.began = False  # a backward, or a forward that trains
         self.open: Open | None = None
         self.stepping: list[Optimizer] = []  # optimizers whose step is running
         self.again = False  # the optimizer that steps has stepped in the last update already
@@ -120,10 +120,10 @@ class Recorder:
     # forward and loss ------------------------------------------------------------------------------------------
 
     def forward_begins(self, module: nn.Module, args: Any) -> None:
+        self.training = True
         if not self.in_backward:
             if not self.calls.running and not self.stepping:
                 self.settle()
-            self.began |= module.training and torch.is_grad_enabled()
             if self.shadow is not None and not self.calls.running:
                 self.look_for_unseen_steps()  # now, before a lookup with max_norm changes the table
             self.calls.begins(module, self.done, self.evaluations if self.stepping else 0)
@@ -141,11 +141,12 @@ class Recorder:
     # backward --------------------------------------------------------------------------------------------------
 
     def backward_begins(self, tensors: Any) -> None:
+        self.training = True
         if not self.stepping:
             self.close()
         if self.loggers is not None:
             self.loggers.look()
-        self.backwards, self.began = self.backwards + 1, True
+        self.backwards += 1
         for tensor in [tensors] if isinstance(tensors, Tensor) else tensors:
             if isinstance(tensor, Tensor) and tensor.numel() == 1:
                 on = torch.is_autocast_enabled(tensor.device.type)
@@ -218,6 +219,9 @@ class Recorder:
     def step_begins(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         if optimizer in self.stepping:  # an exception ended its last step without the hook
             del self.stepping[self.stepping.index(optimizer) :]
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if not callable(closure) and self.trains_nothing(optimizer):
+            return None
         self.stepping.append(optimizer)
         if len(self.stepping) > 1:
             return None  # what ZeroRedundancyOptimizer, say, wraps: its step is part of one that is noted already
@@ -229,7 +233,6 @@ class Recorder:
         if self.again:
             self.close()
         self.evaluations = 0
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if not callable(closure):
             self.note(optimizer)
             return None
@@ -237,6 +240,19 @@ class Recorder:
             self.note(optimizer)  # otherwise the closure decides whether this is another update
         closure = self.noting(closure, optimizer)
         return ((*args[:1], closure, *args[2:]), kwargs) if len(args) > 1 else (args, kwargs | {"closure": closure})
+
+    def trains_nothing(self, optimizer: Optimizer) -> bool:
+        """Return True for a step that is not an update: one before any forward, or at a rate of 0 without a backward.
+
+        Such a step allocates state (DeepSpeed at its start, torch.distributed.checkpoint before it gathers or loads
+        state), or tries the optimizer out.
+        """
+        rates = [group.get("lr") for group in optimizer.param_groups]
+        # An update whose rate is 0, as a warm-up may begin: its second optimizer, or ZeRO's second group, is no trial.
+        alone = self.open is None or not self.open.steps or not self.open.stepped.isdisjoint(in_step(optimizer))
+        zero = all(isinstance(rate, float | int | Tensor) and float(rate) == 0 for rate in rates)
+        still = alone and self.backwards == 0 and zero
+        return still or not self.training
 
     def noting(self, closure: Callable[..., Any], optimizer: Optimizer) -> Callable[..., Any]:
         """Return the closure, with a note taken when it first ends.
@@ -308,14 +324,8 @@ class Recorder:
             return
         (step, tensors), self.begun = self.begun, None
         names = {id(tensor): name for name, tensor in tensors.items()}
-        after, measured = self.weights.keep(tensors), self.weights.measure(tensors)
-        if not self.began and unchanged(
-            self.open, after, measured
-        ):  # it made the optimizer's state, and trained nothing
-            self.open = None
-            return
-        self.open.after |= after
-        self.open.measured_after = joined(self.open.measured_after, measured)
+        self.open.after |= self.weights.keep(tensors)
+        self.open.measured_after = joined(self.open.measured_after, self.weights.measure(tensors))
         self.open.state_after |= self.weights.keep_state(self.masters.seen(optimizer), names)
         if held := self.masters.of(optimizer):
             self.open.late |= tensors

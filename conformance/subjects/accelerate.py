@@ -37,8 +37,9 @@ class Accelerate:
         "logits-opt-out": "prepare() always converts what leaves autocast to float32",
         "quantised": "load_and_quantize_model is for inference",
         "meta-init": "init_empty_weights is for models whose weights are loaded afterwards",
+        "sharded": "this adapter trains replicas (DDP), without FullyShardedDataParallelPlugin",
     }
-    lacks |= dict.fromkeys(("stable-embedding", "finetune"), "accelerate swaps no module and adds no adapters")
+    lacks |= dict.fromkeys(("stable-embedding", "finetune"), "prepare() swaps no module and adds no adapters")
     lacks |= dict.fromkeys(("builds-optimizer", "fused", "ndim-policy"), "the user builds the optimizer")
 
     def train(self, recipe: Recipe) -> None:

@@ -29,7 +29,7 @@ class DeepSpeed:
         "batch-total": "train_batch_size must be the product of microbatch, accumulation and ranks",
         "activation-checkpointing": "deepspeed.checkpointing is called by the user's module",
         "16-mixed": "the CPU accelerator refuses fp16",
-        "meta-init": "zero.Init materialises a model, and belongs to stage 3",
+        **dict.fromkeys(("meta-init", "sharded"), "zero.Init and split parameters belong to stage 3"),
     }
     lacks |= dict.fromkeys(("float32-logits", "logits-opt-out"), "the engine converts no output of a module")
     lacks |= dict.fromkeys(("builds-optimizer", "fused", "ndim-policy"), "the user builds the optimizer")

@@ -74,6 +74,7 @@ class LightningTrainer:
         "finetune": "the Trainer adds no adapters",
         "quantised": "BitsandbytesPrecision wants CUDA, and freezes nothing",
         "meta-init": "on one device the Trainer materialises nothing; FSDPStrategy and ModelParallelStrategy do",
+        "sharded": "this adapter trains replicas (DDP): with ModelParallelStrategy the user's configure_model shards",
     }
     lacks |= dict.fromkeys(("float32-logits", "logits-opt-out"), "the Trainer converts no output of a module")
     lacks |= dict.fromkeys(("builds-optimizer", "fused", "ndim-policy"), "configure_optimizers is the user's")

@@ -130,7 +130,7 @@ class Reference:
             save_every=recipe.save_every,
             accelerator="cuda" if recipe.precision == "16-mixed" else "cpu",
             devices=recipe.world_size,
-            strategy="ddp" if recipe.world_size > 1 else "auto",
+            strategy="fsdp" if recipe.sharded else "ddp" if recipe.world_size > 1 else "auto",
             evaluate_every=recipe.updates if recipe.evaluate else recipe.evaluate_every,
         )
 

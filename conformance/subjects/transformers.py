@@ -51,6 +51,7 @@ class Transformers:
         "finetune": "this adapter trains every weight; the subject transformers-peft does not",
         "quantised": "this adapter trains every weight; the subject transformers-peft does not",
         "meta-init": "Trainer moves the model with .to(device), which raises for one on the meta device",
+        "sharded": "this adapter trains replicas (DDP); Trainer's option fsdp is accelerate's",
     }
 
     def train(self, recipe: Recipe) -> None:

@@ -65,6 +65,7 @@ class Trl:
         "finetune": "this adapter trains every weight; SFTTrainer's peft_config is not mapped",
         "quantised": "this adapter trains every weight",
         "meta-init": "Trainer moves the model with .to(device), which raises for one on the meta device",
+        "sharded": "this adapter trains replicas (DDP); Trainer's option fsdp is accelerate's",
     }
 
     def train(self, recipe: Recipe) -> None:

@@ -305,6 +305,11 @@ def test_misplaced_state_survives(runs: Runs) -> None:
     said = [str(second.error)] if second.error else second.trace.messages
     if any("GrokAdamW" in line and "state" in line and ("lost" in line or "cannot" in line) for line in said):
         return
+    if second.error is not None:
+        raise Violation(
+            "a resumed run with GrokAdamW, or an error that names GrokAdamW and says that its state is lost",
+            describe_error(second.error),
+        )
     survives(runs, choice)
 
 

@@ -64,6 +64,20 @@ def test_several_optimizers_make_one_update() -> None:
     assert all(found is not None and found.norm() <= 1e-3 for found in clipped)
 
 
+def test_a_rate_of_zero_is_a_rate() -> None:
+    model = Tiny()
+    both = AdamW([model.hidden.weight], lr=0.0), SGD([model.table.weight, model.head.weight], lr=0.0)
+    with record() as trace:
+        for optimizer in both:
+            optimizer.step()  # before any forward: no update
+        loss_of(model).backward()
+        for optimizer in both:
+            optimizer.step()
+        both[0].step()  # without a backward: no update
+    (update,) = trace.updates
+    assert [sorted(step.tensors) for step in update.steps] == [["hidden.weight"], ["head.weight", "table.weight"]]
+
+
 def test_microbatches_and_a_loop_of_optimizers_per_tensor() -> None:
     model = Tiny()
     optimizers = [SGD([tensor], lr=0.1) for tensor in model.parameters()]
