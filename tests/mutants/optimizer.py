@@ -101,7 +101,7 @@ MUTANTS = [
         "opt-state-outside-state",
         "OPT-13",
         "grokadamw 0.1.2",
-        ("reference.optimizers.state:optimizer_state", 'state["state_in_groups"] = misplaced', "pass"),
+        ("reference.optimizers.state:state_of_one", 'state["state_in_groups"] = misplaced', "pass"),
     ),
     mutant(
         "clipped-inside-the-step",
