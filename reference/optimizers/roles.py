@@ -142,7 +142,8 @@ def divided(state: dict[str, Any], optimizers: Sequence[Optimizer]) -> list[dict
     """
     counts = [len(optimizer.param_groups) for optimizer in optimizers]
     if sum(counts) != len(state["param_groups"]):
-        raise ValueError(f"it has {len(state['param_groups'])} groups of tensors, and the run has {sum(counts)}")
+        found = len(state["param_groups"])
+        raise ValueError(f"the groups of its tensors are {found}, and those of the run {sum(counts)}")
     others = state.get("members", [{}] * len(counts))
     if not isinstance(others, list) or [type(other) for other in others] != [dict] * len(counts):
         raise ValueError("it is not that of so many optimizers")

@@ -214,7 +214,7 @@ def keep_own_dtypes(
 
 
 def in_own_dtype(loaded: Any, saved: Any, then: torch.dtype | None) -> Any:
-    """Return a loaded value of the state, its tensors in the dtypes that they were kept in; ``then``: the weights' own."""
+    """Return a loaded value of the state, its tensors in the dtypes that they had; ``then``: that of the parameter."""
     if isinstance(loaded, dict) and isinstance(saved, dict):
         return {key: in_own_dtype(value, saved.get(key), then) for key, value in loaded.items()}
     if isinstance(loaded, list) and isinstance(saved, list) and len(loaded) == len(saved):

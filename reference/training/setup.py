@@ -68,8 +68,8 @@ def set_up(
         for kind, role in zip(classes, roles(config), strict=True):
             if has_modes(kind):
                 raise ConfigurationError(
-                    f"{role.optimizer} is schedule-free, and its average is not gathered from several ranks: under FSDP "
-                    "use another optimizer, such as torch.optim.AdamW, or use strategy='ddp'."
+                    f"{role.optimizer} is schedule-free, and its average is not gathered from several ranks: under "
+                    "FSDP use another optimizer, such as torch.optim.AdamW, or use strategy='ddp'."
                 )
             require_per_element(kind, role.optimizer_args, mesh)
     finetune = finetune or FinetuneConfig()

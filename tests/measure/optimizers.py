@@ -82,8 +82,8 @@ class Seen:
     """What one class did in one precision."""
 
     trains: bool = False
-    """The loss of the batch that is trained on fell, and every tensor moved; under bf16-true, every matrix: an update of
-    a norm's gain, which starts at 1, is often lost to rounding."""
+    """The loss of the batch that is trained on fell, and every tensor moved; under bf16-true, every matrix: an update
+    of a norm's gain, which starts at 1, is often lost to rounding."""
     resumes: bool | None = None
     """Weights and state of a resumed run are those of a run that was not interrupted, bit for bit."""
     state_bytes: float | None = None

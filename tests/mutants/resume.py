@@ -179,6 +179,16 @@ MUTANTS = [
         ),
     ),
     mutant(
+        "second-optimizer-starts-afresh",
+        "RESUME-12",
+        "a checkpoint that holds the state of one optimizer of two",
+        (
+            "reference.optimizers.state:load_optimizer_state",
+            "load_into_one(member, part)",
+            "member is not own[0] or load_into_one(member, part)",
+        ),
+    ),
+    mutant(
         "scalars-rounded-on-load",
         "RESUME-11",
         "torch's load_state_dict: NAdam's mu_product under bf16-true",
