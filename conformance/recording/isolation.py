@@ -170,7 +170,7 @@ def collected_messages(messages: list[str]) -> Iterator[None]:
                 messages.append(str(entry.msg))
 
     root = logging.getLogger()
-    level = root.level
+    level, disabled = root.level, root.manager.disable
     loggers = [root, *(x for x in root.manager.loggerDict.values() if isinstance(x, logging.Logger) and x.handlers)]
     before = [(logger, logger.handlers[:], logger.propagate) for logger in loggers]
     # Not a StringIO: some scripts call sys.stdout.reconfigure().
@@ -185,9 +185,11 @@ def collected_messages(messages: list[str]) -> Iterator[None]:
             logger.handlers[:], logger.propagate = [], True
         root.handlers[:] = [Handler()]
         root.setLevel(logging.INFO)
+        logging.disable(logging.NOTSET)  # an adapter, or an earlier run, may have silenced all loggers
         try:
             yield
         finally:
+            logging.disable(disabled)
             for logger, handlers, propagate in before:
                 logger.handlers[:], logger.propagate = handlers, propagate
             root.setLevel(level)

@@ -50,7 +50,7 @@ class ReferencePolicy:
         matrix = tensor.name.startswith("blocks.") and len(tensor.shape) == 2
         return "torch.optim.Muon" if matrix else "torch.optim.AdamW"
 
-    def leftovers(self, recipe: Recipe, place: Place) -> Leftovers:
+    def leftovers(self, recipe: Recipe, place: Place) -> Leftovers | None:
         return "weighed" if place in ("microbatch", "validation") else "carried"
 
     def wins_on_resume(self, recipe: Recipe, setting: Setting) -> Winner:
@@ -136,7 +136,7 @@ class Reference:
             save_every=recipe.save_every,
             accelerator="cuda" if recipe.precision == "16-mixed" else "cpu",
             devices=recipe.world_size,
-            strategy="ddp" if recipe.world_size > 1 else "auto",
+            strategy="fsdp" if recipe.sharded else "ddp" if recipe.world_size > 1 else "auto",
             evaluate_every=recipe.updates if recipe.evaluate else recipe.evaluate_every,
         )
 
