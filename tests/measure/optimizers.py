@@ -23,7 +23,6 @@ from reference.cli.boundary import explain
 from reference.cli.settings import Settings
 from reference.config import DataConfig, GPTConfig, TrainConfig
 from reference.errors import ExplainedError, first_line
-from reference.finetuning.config import FinetuneConfig
 from reference.training.trainer import FitResult, Trainer
 
 MODEL = GPTConfig.gpt2(vocab_size=128, block_size=16, n_layer=1, n_head=2, n_embd=64)  # large enough for 8-bit state
@@ -82,8 +81,8 @@ class Seen:
     """What one class did in one precision."""
 
     trains: bool = False
-    """The loss of the batch that is trained on fell, and every tensor moved; under bf16-true, every matrix: an update
-    of a norm's gain, which starts at 1, is often lost to rounding."""
+    """The loss of the batch that is trained on fell, and every tensor moved; under bf16-true, all but the gains
+    of norms, which start at 1: their updates are often lost to rounding."""
     resumes: bool | None = None
     """Weights and state of a resumed run are those of a run that was not interrupted, bit for bit."""
     state_bytes: float | None = None
@@ -149,8 +148,8 @@ def weights(model: nn.Module) -> list[Tensor]:
 
 
 def coarse(tensor: Tensor) -> bool:
-    """Return whether a tensor is so coarse that updates may be lost: a vector in 16 bits."""
-    return tensor.ndim < 2 and tensor.dtype != torch.float32
+    """Return whether updates of a tensor may be lost to rounding: a vector in 16 bits that does not start at 0."""
+    return tensor.ndim < 2 and tensor.dtype != torch.float32 and bool(tensor.any())
 
 
 def equal(one: list[Tensor], other: list[Tensor]) -> bool:
@@ -170,7 +169,7 @@ def tried(path: str, precision: str, folder: Path, **changes: Any) -> Seen:
         except ExplainedError as error:
             return Seen(refused=first_line(error))
         except Exception as error:  # a class may raise anything; the command line explains it
-            told = explain(error, Settings("", MODEL, config, DataConfig(), FinetuneConfig(), ""))
+            told = explain(error, Settings("", MODEL, config, DataConfig(), ""))
             return Seen(refused=first_line(told or error))
         after, losses = weights(whole.model), [whole.records[0].loss, whole.records[-2].loss]
         pairs = zip(before.items(), after, strict=True)
@@ -194,7 +193,8 @@ def main() -> None:
     logging.getLogger("reference").setLevel("ERROR")
     logging.getLogger("lightning").setLevel("ERROR")
     warnings.simplefilter("ignore")
-    versions, rows = {"torch": torch.__version__}, {}
+    versions = {"torch": str(torch.__version__)}
+    rows: dict[str, dict[str, Any]] = {}
     found = {"torch": tuple(of_torch())} | LIBRARIES
     for package, paths in found.items():
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -64,7 +64,13 @@ def batches() -> list[Tensor]:
 
 
 def fit(folder: Path, resume: Any = False, sample: Any = None, **settings: Any) -> FitResult:
-    common = {"updates": 6, "save_every": 3, "evaluate_every": 2, "schedule": "constant", "accelerator": "cpu"}
+    common: dict[str, Any] = {
+        "updates": 6,
+        "save_every": 3,
+        "evaluate_every": 2,
+        "schedule": "constant",
+        "accelerator": "cpu",
+    }
     trainer = Trainer(GPT2, TrainConfig(**(common | FREE | settings)), folder, sample=sample)
     return trainer.fit(batches(), batches(), resume=resume)
 

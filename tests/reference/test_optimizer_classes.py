@@ -33,7 +33,7 @@ def judge(path: str, precision: str, folder: Path) -> None:
         return
     assert not seen.refused
     assert seen.resumes
-    if path in NO_BIAS and precision == "32-true":
+    if path in NO_BIAS:
         assert seen.still
         assert all(name.endswith("bias") for name in seen.still)
     elif path not in COARSE or precision == "32-true":

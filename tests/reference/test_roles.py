@@ -177,7 +177,7 @@ def batches() -> list[Tensor]:
 
 
 def fit(folder: Path, resume: Any = False, **settings: Any) -> FitResult:
-    common = {"updates": 6, "save_every": 3, "warmup": 2, "accelerator": "cpu"}
+    common: dict[str, Any] = {"updates": 6, "save_every": 3, "warmup": 2, "accelerator": "cpu"}
     return Trainer(MODEL, TrainConfig(**(common | MUON | settings)), folder).fit(batches(), resume=resume)
 
 
