@@ -185,11 +185,13 @@ def collected_messages(messages: list[str]) -> Iterator[None]:
             logger.handlers[:], logger.propagate = [], True
         root.handlers[:] = [Handler()]
         root.setLevel(logging.INFO)
-        logging.disable(logging.NOTSET)  # an adapter, or an earlier run, may have silenced all loggers
+        if disabled:  # an adapter, or an earlier run, has silenced all loggers
+            logging.disable(logging.NOTSET)
         try:
             yield
         finally:
-            logging.disable(disabled)
+            if root.manager.disable != disabled:
+                logging.disable(disabled)
             for logger, handlers, propagate in before:
                 logger.handlers[:], logger.propagate = handlers, propagate
             root.setLevel(level)
