@@ -10,6 +10,7 @@ from reference.config import IGNORE
 from reference.errors import TrainingError
 from reference.model.loss import batch_loss
 from reference.model.modes import evaluation_mode
+from reference.optimizers.averages import averaged
 from reference.training.batches import Batch, TokenSource, split_targets, within_vocabulary
 from reference.training.launch import reduce
 from reference.training.run import Run
@@ -25,7 +26,8 @@ def validate(run: Run, validation: Iterable[Batch] | TokenSource) -> float:
         batches = validation.once(run.fabric.global_rank, run.fabric.world_size)
     else:
         batches = within_vocabulary(validation, run.module)
-    return evaluate(run.fabric, run.wrapped, itertools.islice(batches, run.config.evaluate_batches))
+    with averaged(run.bare):
+        return evaluate(run.fabric, run.wrapped, itertools.islice(batches, run.config.evaluate_batches))
 
 
 @torch.no_grad()
