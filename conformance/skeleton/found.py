@@ -178,10 +178,22 @@ def distribution(facts: Facts, names: list[str]) -> str:
     mean = samples.mean().item()
     if abs(mean) > deviation / 2:  # the norm is that of the mean, too
         return f"Normal({mean:.2g}, {samples.std().item():.2g})"
-    # A uniform distribution ends at sqrt(3) standard deviations, and a sample of a normal one goes beyond that soon.
-    if len(samples) >= 64 and samples.abs().max().item() <= 1.06 * math.sqrt(3) * deviation:
+    if is_uniform(samples / deviation):
         return f"Uniform({-math.sqrt(3) * deviation:.2g}, {math.sqrt(3) * deviation:.2g})"
     return f"Normal(0.0, {deviation:.2g})"
+
+
+def is_uniform(samples: Tensor) -> bool:
+    """Return True if samples with a standard deviation of 1 are far likelier to be uniform than normal.
+
+    By the logarithms of the likelihoods: 64 uniform samples differ by 11 on average. One in a hundred sets of 64 normal
+    samples lies within the bounds of a uniform distribution, too, and differs by 2.
+    """
+    bound = math.sqrt(3)
+    if samples.abs().max().item() > 1.06 * bound:
+        return False
+    normal = -len(samples) * math.log(2 * math.pi) / 2 - (samples**2).sum().item() / 2
+    return -len(samples) * math.log(2 * bound) - normal > 5
 
 
 def flat(tensor: Tensor) -> Tensor:
