@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from reference.config import TrainConfig
+from reference.data.tokens import Batch
 from reference.errors import TrainingError
 from reference.finetuning.config import FinetuneConfig
 from reference.model.initialization import derive_seed
 from reference.model.loss import batch_loss
 from reference.training.batches import (
-    Batch,
     Pairs,
     TokenSource,
     count_targets,

@@ -15,11 +15,12 @@ from torch import nn
 
 from reference import checkpoint
 from reference.config import GPTConfig, TrainConfig
+from reference.data.tokens import Batch
 from reference.errors import ConfigurationError
 from reference.finetuning.config import FinetuneConfig
 from reference.model.embedding import restore_embeddings
 from reference.model.gpt import GPT
-from reference.training.batches import Batch, TokenSource, require_tokenizer, require_vocabulary
+from reference.training.batches import TokenSource, require_tokenizer, require_vocabulary
 from reference.training.evaluation import validate
 from reference.training.float8 import plain_linears, require_tokens
 from reference.training.launch import is_sharded
