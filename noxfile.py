@@ -25,7 +25,8 @@ nox.options.error_on_external_run = True
 
 HERE = Path(__file__).parent
 LATEST = HERE / "reports" / "latest"  # ignored by git: a second run leaves the checkout clean
-EXTRAS = {"litgpt", "transformers", "x-transformers"}  # subjects, each installed by an extra of the same name
+# Subjects, each installed by an extra of the same name.
+EXTRAS = {"accelerate", "lightning-trainer", "litgpt", "transformers", "trl", "x-transformers"}
 PACKAGE = ".[reference,optimizers,bench,{}]"  # what the default sessions need, and more extras
 PEERS = {  # the stacks of the matrix: subject, and what pip installs for it beside this package
     "litgpt-0.4.12": ("litgpt", ["jsonargparse[signatures]", "requests", "tokenizers", "tqdm"]),
@@ -34,6 +35,9 @@ PEERS = {  # the stacks of the matrix: subject, and what pip installs for it bes
     "transformers": ("transformers", ["transformers", "accelerate"]),
     "transformers-peft": ("transformers-peft", ["transformers", "accelerate", "peft"]),
     "x-transformers": ("x-transformers", ["x-transformers"]),
+    "lightning-trainer": ("lightning-trainer", ["torchdata"]),
+    "accelerate": ("accelerate", ["accelerate"]),
+    "trl": ("trl", ["trl", "datasets"]),
     "nanogpt": ("nanogpt", []),
     "nanochat": ("nanochat", ["filelock", "kernels", "psutil", "pyarrow", "requests", "rustbpe", "tiktoken", "wandb"]),
     "plain-loop": ("examples.plain_loop_adapter:PlainLoop", []),
@@ -118,7 +122,7 @@ def install(session: nox.Session, extras: list[str], alone: str = "") -> None:
 
     with installing(session, ", ".join(["PyTorch and the tools", *names])):
         if names != installed[1:]:
-            pip("uninstall", "--quiet", "--yes", *sorted(EXTRAS), "accelerate", "peft")
+            pip("uninstall", "--quiet", "--yes", *sorted(EXTRAS), "peft")
         pip("install", "--quiet", "--upgrade", "pip>=25.1")  # knows --group
         groups = ("--group", "lint", "--group", "build", "--group", "test")
         target = PACKAGE.format(",".join(extras)).replace(",]", "]")
@@ -166,7 +170,7 @@ def docs(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["environment"], default=False)
 def mutants(session: nox.Session) -> None:
-    """Print the kill matrix, every planted fault against every clause; this takes some ten minutes."""
+    """Print the kill matrix, every planted fault against every clause; this takes a quarter of an hour."""
     run(session, "-m", "tests.mutants.kill_matrix", *session.posargs, **NO_GPU)
 
 

@@ -63,8 +63,16 @@ CAPABILITIES = {
     ),
     "compile": Capability("has torch.compile as an option", extension=True),
     "two-ranks": Capability("trains on two CPU processes with gloo"),
+    "sharded": Capability(
+        "splits each parameter over two CPU processes with gloo, as torch.distributed.fsdp.fully_shard does",
+        since="0.2",
+        extension=True,
+    ),
     "any-optimizer": Capability("takes the optimizer's class from its user", since="0.2", implied=True),
     "keywords": Capability("takes the optimizer's keyword arguments from its user", since="0.2", implied=True),
+    "builds-optimizer": Capability(
+        "builds the optimizer by itself, from a class and keyword arguments", since="0.2", implied=True
+    ),
     "seed": Capability("takes a seed from its user", since="0.2", implied=True),
     "float32-logits": Capability("converts logits to float32 where they leave the model", since="0.2", implied=True),
 }

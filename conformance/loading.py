@@ -14,12 +14,15 @@ from conformance.subject import Subject
 
 BUILT_IN = {
     "reference": "conformance.subjects.reference:Reference",
+    "accelerate": "conformance.subjects.accelerate:Accelerate",
+    "lightning-trainer": "conformance.subjects.lightning_trainer:LightningTrainer",
     "litgpt": "conformance.subjects.litgpt:LitGPT",
     "litgpt-lora": "conformance.subjects.litgpt_lora:LitGPTLora",
     "nanochat": "conformance.subjects.nanochat:Nanochat",
     "nanogpt": "conformance.subjects.nanogpt:NanoGPT",
     "transformers": "conformance.subjects.transformers:Transformers",
     "transformers-peft": "conformance.subjects.transformers_peft:TransformersPeft",
+    "trl": "conformance.subjects.trl:Trl",
     "x-transformers": "conformance.subjects.x_transformers:XTransformers",
 }
 """Subjects that come with the suite. Each is installed by an extra of the same name; nanogpt needs none."""

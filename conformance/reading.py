@@ -59,6 +59,8 @@ def make_folder(folder: Path, option: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError, RecursionError) as error:  # a NUL or half a character; thousands of levels
         reason = getattr(error, "strerror", None) or "no folder can have this name"
+        if isinstance(error, FileExistsError):
+            raise UsageError(f"{folder}, given to {option}, is a file: give a folder.") from error
         raise UsageError(f"the folder {folder}, given to {option}, cannot be made: {reason}.") from error
     return folder
 

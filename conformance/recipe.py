@@ -160,6 +160,8 @@ class Recipe:
     """Train through torch.compile; the recorder keeps it eager (capability compile)."""
     world_size: int = 1
     """Ranks, on the CPU with gloo, started by the suite with torchrun's environment variables."""
+    sharded: bool = False
+    """Split each parameter, its gradient and its optimizer state over the ranks, as FSDP2 does (capability sharded)."""
     zero_gradients: bool = False
     """The recorder zeroes every gradient on entry to ``step``: what moves then is weight decay."""
     nan_gradient: int | None = None

@@ -211,6 +211,24 @@ def audit_score_table() -> str:
     return "\n".join(rows) + "\n"
 
 
+def audit_stacks_table() -> str:
+    """Return what the audit of a plain script says of each stack, beside what its adapter failed."""
+    rows = [
+        "| stack | named by both | only the audit | looked at, and ok in this run | not looked at | no such rule |",
+        "|---|---|---|---|---|---|",
+    ]
+    for found in read_json(REPORTS / "audit" / "stacks.json", "record of stacks")["stacks"]:
+        fails: dict[str, str] = found["adapter_fails"]
+        cells = [f"[{found['stack']} {found['version']}](../{found['script']})"]
+        for kind in ("named", "only the audit", "ok", "not looked at", "no such rule"):
+            names = [clause for clause, said in fails.items() if said == kind]
+            if kind == "only the audit":
+                names = [f"`{rule}`" for rule in found["only_the_audit"]]
+            cells.append(", ".join(names) or "-")
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows) + "\n"
+
+
 def escaped(text: str) -> str:
     """Return text in which Markdown sees no markup but `code`."""
     return re.sub(r"([*<>|\[\]])", r"\\\1", text)
@@ -220,6 +238,7 @@ PAGES: dict[str, Callable[[], str]] = {"docs/clauses.md": clauses_page, "docs/re
 BLOCKS: dict[str, Callable[[], str]] = {
     "audit-score": audit_score_table,
     "audit-rules": audit_rules,
+    "audit-stacks": audit_stacks_table,
     "bench": bench_tables,
     "capabilities": capability_table,
     "chapters": chapter_table,

@@ -42,7 +42,9 @@ def gradients_agree(
     if set(first) != set(second):
         lost = sorted(set(first) ^ set(second))
         raise Violation(f"{what}: gradients of the same tensors", f"only one of them has {quoted(lost)}")
-    length = total_norm(first)
+    length = total_norm(first) or total_norm(second)
+    if not length:
+        return  # no tensor has a gradient other than 0, in both
     errors = {name: (second[name] - first[name]).norm().item() / length for name in first}
     error = sum(value**2 for value in errors.values()) ** 0.5
     if not error <= bound:

@@ -9,8 +9,9 @@ from conformance.errors import Violation
 # or an exponent: counters are none.
 NUMBER = r"\W{0,5}(\d+\.\d+(?:e[-+]?\d+)?|\d+e[-+]?\d+)(?![\d.]*\s*(?:%|m?s\b|sec|it/|tok))"
 LOSS = re.compile(r"(?:([a-z]+)[ _/])?(?<![a-z])loss(?:[ _/]([a-z]+))?" + NUMBER, re.IGNORECASE)
-RATE = re.compile(r"(?<![a-z])(?:lr|learning[ _]rate)" + NUMBER, re.IGNORECASE)
-NORM = re.compile(r"(?<![a-z])(?:grad|gradient)[ _]?norm" + NUMBER, re.IGNORECASE)
+# Lightning's LearningRateMonitor writes "lr-AdamW/pg1", and its grad_norm "grad_2.0_norm_total".
+RATE = re.compile(r"(?<![a-z])(?:lr|learning[ _]rate)(?:-\w+(?:[ /]pg\d+)?)?" + NUMBER, re.IGNORECASE)
+NORM = re.compile(r"(?<![a-z])(?:grad|gradient)(?:[ _]?norm|_2[ .]0_norm_total)" + NUMBER, re.IGNORECASE)
 PROGRESS = re.compile(r"\b(?:step|iter|iteration|update|epoch)[ :=]{1,3}\d", re.IGNORECASE)
 OTHERS = {"val", "valid", "validation", "eval", "evaluation", "test", "dev", "aux", "auxiliary", "balance", "scale"}
 """Words beside ``loss`` that make it another one than that of training."""

@@ -170,7 +170,7 @@ def collected_messages(messages: list[str]) -> Iterator[None]:
                 messages.append(str(entry.msg))
 
     root = logging.getLogger()
-    level = root.level
+    level, disabled = root.level, root.manager.disable
     loggers = [root, *(x for x in root.manager.loggerDict.values() if isinstance(x, logging.Logger) and x.handlers)]
     before = [(logger, logger.handlers[:], logger.propagate) for logger in loggers]
     # Not a StringIO: some scripts call sys.stdout.reconfigure().
@@ -185,9 +185,13 @@ def collected_messages(messages: list[str]) -> Iterator[None]:
             logger.handlers[:], logger.propagate = [], True
         root.handlers[:] = [Handler()]
         root.setLevel(logging.INFO)
+        if disabled:  # an adapter, or an earlier run, has silenced all loggers
+            logging.disable(logging.NOTSET)
         try:
             yield
         finally:
+            if root.manager.disable != disabled:
+                logging.disable(disabled)
             for logger, handlers, propagate in before:
                 logger.handlers[:], logger.propagate = handlers, propagate
             root.setLevel(level)

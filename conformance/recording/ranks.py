@@ -1,6 +1,7 @@
 """A recipe on several processes, each recorded: started as torchrun starts them, so any stack finds its rank."""
 
 import dataclasses
+import importlib
 import multiprocessing
 import os
 import pickle
@@ -27,6 +28,8 @@ def run_on_ranks(subject: Subject, recipe: Recipe, directory: Path) -> "list[Tra
     Raises:
         RunFailed: if a rank raised or did not end in time.
     """
+    if recipe.sharded:
+        importlib.import_module("torch.distributed.fsdp")  # once, before the ranks fork
     port = free_port()
     ranks = []
     with warnings.catch_warnings():

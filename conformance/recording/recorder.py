@@ -88,6 +88,7 @@ class Recorder:
         self.zero_gradients, self.nan_gradient = zero_gradients, nan_gradient
         self.loggers: Loggers | None = None
         self.in_backward = False
+        self.training = False  # a module was called, or a backward has begun
         self.backwards = 0  # since an optimizer stepped
         self.open: Open | None = None
         self.stepping: list[Optimizer] = []  # optimizers whose step is running
@@ -125,6 +126,7 @@ class Recorder:
     # forward and loss ------------------------------------------------------------------------------------------
 
     def forward_begins(self, module: nn.Module, args: Any) -> None:
+        self.training = True
         if not self.in_backward:
             if self.shadow is not None and not self.calls.running:
                 self.look_for_unseen_steps()  # now, before a lookup with max_norm changes the table
@@ -143,6 +145,7 @@ class Recorder:
     # backward --------------------------------------------------------------------------------------------------
 
     def backward_begins(self, tensors: Any) -> None:
+        self.training = True
         if not self.stepping:
             self.close()
         if self.loggers is not None:
@@ -220,6 +223,9 @@ class Recorder:
     def step_begins(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         if optimizer in self.stepping:  # an exception ended its last step without the hook
             del self.stepping[self.stepping.index(optimizer) :]
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if not callable(closure) and self.trains_nothing(optimizer):
+            return None
         self.stepping.append(optimizer)
         if len(self.stepping) > 1:
             return None  # what ZeroRedundancyOptimizer, say, wraps: its step is part of one that is noted already
@@ -230,7 +236,6 @@ class Recorder:
         if self.again:
             self.close()
         self.evaluations = 0
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if not callable(closure):
             self.note(optimizer)
             return None
@@ -238,6 +243,16 @@ class Recorder:
             self.note(optimizer)  # otherwise the closure decides whether this is another update
         closure = self.noting(closure, optimizer)
         return ((*args[:1], closure, *args[2:]), kwargs) if len(args) > 1 else (args, kwargs | {"closure": closure})
+
+    def trains_nothing(self, optimizer: Optimizer) -> bool:
+        """Return True for a step that is not an update: one before any forward, or at a rate of 0 without a backward.
+
+        Such a step allocates state (DeepSpeed at its start, torch.distributed.checkpoint before it gathers or loads
+        state), or tries the optimizer out.
+        """
+        rates = [group.get("lr") for group in optimizer.param_groups]
+        still = self.backwards == 0 and all(isinstance(r, float | int | Tensor) and float(r) == 0 for r in rates)
+        return still or not self.training
 
     def noting(self, closure: Callable[..., Any], optimizer: Optimizer) -> Callable[..., Any]:
         """Return the closure, with a note taken when it first ends.

@@ -195,6 +195,8 @@ def copied(tensors: dict[str, Tensor]) -> Named[Tensor]:
 def bare_copy(tensor: Tensor) -> Tensor:
     """Return a copy on the CPU, without history."""
     detached = tensor.detach()
+    if hasattr(detached, "full_tensor"):  # a DTensor: every rank records the same gates, so every rank gathers it here
+        detached = detached.full_tensor()
     return (detached.to_dense() if detached.is_sparse else detached).to("cpu", copy=True)
 
 

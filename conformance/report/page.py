@@ -169,8 +169,8 @@ def reproduced(report: Report, folder: Path) -> dict[str, tuple[str, str]]:
             text = path.read_text(encoding="utf-8")
             if own.match(text):
                 link = "../" * ups + f"findings/{path.name}"
-                titles = re.findall(r"^## \d+\. ([A-Z]+-\d+) \(\w+\): (.+)$", text, re.MULTILINE)
-                found |= {identity: (link, title) for identity, title in titles}
+                titles = re.findall(r"^## \d+\. ([A-Z]+-\d+(?:, [A-Z]+-\d+)*) \(\w+\): (.+)$", text, re.MULTILINE)
+                found |= {identity: (link, title) for several, title in titles for identity in several.split(", ")}
     return found
 
 

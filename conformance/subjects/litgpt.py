@@ -56,6 +56,7 @@ class LitGPT:
         "activation-checkpointing": "pretrain.setup has no option for it; only litgpt.finetune's FSDPStrategy has",
         "compile": "pretrain.main always compiles",
         "two-ranks": "several devices mean FSDP, which Fabric offers on GPUs only",
+        "sharded": "several devices mean FSDP, which Fabric offers on GPUs only",
     }
 
     def train(self, recipe: Recipe) -> None:

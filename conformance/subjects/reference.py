@@ -44,7 +44,7 @@ class ReferencePolicy:
         progress = (update - recipe.warmup) / span if span > 0 else 1.0
         return recipe.minimum_lr + (peak - recipe.minimum_lr) * (1 + math.cos(math.pi * progress)) / 2
 
-    def leftovers(self, recipe: Recipe, place: Place) -> Leftovers:
+    def leftovers(self, recipe: Recipe, place: Place) -> Leftovers | None:
         return "weighed" if place in ("microbatch", "validation") else "carried"
 
     def wins_on_resume(self, recipe: Recipe, setting: Setting) -> Winner:
@@ -130,7 +130,7 @@ class Reference:
             save_every=recipe.save_every,
             accelerator="cuda" if recipe.precision == "16-mixed" else "cpu",
             devices=recipe.world_size,
-            strategy="ddp" if recipe.world_size > 1 else "auto",
+            strategy="fsdp" if recipe.sharded else "ddp" if recipe.world_size > 1 else "auto",
             evaluate_every=recipe.updates if recipe.evaluate else recipe.evaluate_every,
         )
 

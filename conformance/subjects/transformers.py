@@ -23,7 +23,7 @@ class TransformersPolicy:
     """_init_weights of PreTrainedModel and GPT2PreTrainedModel, Trainer.get_decay_parameter_names, optimization.py."""
 
     def initial(self, recipe: Recipe, tensor: TensorInfo) -> Constant | Normal:
-        if tensor.name.endswith(".bias") or "norm" in tensor.name or ".ln_" in tensor.name:
+        if tensor.name.endswith(".bias") or "norm" in tensor.name or "ln_" in tensor.name:
             return Constant(0.0 if tensor.name.endswith(".bias") else 1.0)
         return Normal(0.0, 0.02 / math.sqrt(2 * recipe.n_layer) if "c_proj" in tensor.name else 0.02)
 
@@ -51,6 +51,7 @@ class Transformers:
         "finetune": "this adapter trains every weight; the subject transformers-peft does not",
         "quantised": "this adapter trains every weight; the subject transformers-peft does not",
         "meta-init": "Trainer moves the model with .to(device), which raises for one on the meta device",
+        "sharded": "this adapter trains replicas (DDP); Trainer's option fsdp is accelerate's",
     }
 
     def train(self, recipe: Recipe) -> None:

@@ -105,6 +105,17 @@ def on_two_ranks(recipe: Recipe) -> Recipe:
     return replace(recipe, world_size=2, microbatch_size=recipe.microbatch_size // 2)
 
 
+def unsharded(runs: Runs) -> Recipe:
+    """Return a run in one process with optimizer state and a checkpoint."""
+    optimizer = OptimizerChoice.of(SGD, lr=0.1, momentum=0.9) if runs.has("any-optimizer") else OptimizerChoice()
+    return Recipe(microbatch_size=4, updates=3, optimizer=optimizer, save_every=3)
+
+
+def sharded(recipe: Recipe) -> Recipe:
+    """Return the same updates on two ranks, with every parameter split over them."""
+    return replace(on_two_ranks(recipe), sharded=True)
+
+
 def shuffled() -> Recipe:
     """Return two epochs over eight samples that the stack shuffles, four updates each, a checkpoint every second."""
     return Recipe(samples=8, microbatch_size=2, updates=8, save_every=2)

@@ -20,7 +20,9 @@ from conformance.suites import (
     on_two_ranks,
     paired,
     saved,
+    sharded,
     shuffled_on_two_ranks,
+    unsharded,
 )
 from conformance.suites.test_data import require_in_epoch
 from conformance.suites.test_dropout import repeated
@@ -180,3 +182,90 @@ def test_samples_left_over_on_two_ranks(runs: Runs) -> None:
     first, second = (by_update(run, recipe.dataset()) for run in runs.ranks(recipe))
     updates = [[*one, *other] for one, other in zip(first, second, strict=True)]
     leftovers_as_declared(updates, recipe.samples, 4, word, "samples, over both ranks,")
+
+
+@clause(
+    "DIST-8",
+    since="0.2",
+    needs=("two-ranks", "sharded"),
+    why="If each rank draws its own part, or the random state differs, a sharded run starts from weights that no seed "
+    "names, and no run on one device repeats it.",
+    mend="Draw every tensor whole from the same seed on all ranks, and keep this rank's part of it.",
+    source="Lightning-AI/litgpt#269; fully_shard keeps each rank's own part of what that rank drew",
+)
+def test_sharded_start(runs: Runs) -> None:
+    """A run that splits its parameters over two ranks starts from the same parameters as one process, bit for bit."""
+    recipe = unsharded(runs)
+    one = runs.trace(recipe)
+    for run in runs.ranks(sharded(recipe)):
+        tensors_equal(one.initial, run.initial, f"parameters at the start, one process against sharded rank {run.rank}")
+
+
+@clause(
+    "DIST-9",
+    since="0.2",
+    needs=("two-ranks", "sharded"),
+    why="A sum where a mean is due, or a norm over one rank's part only, is another learning rate or another clipping.",
+    mend="Average the gradients over the ranks, and clip by the norm over all parts of all tensors.",
+    source="pytorch#72548, #88955, torchtitan#766 (a norm over this rank's part); burn#5695 (summed)",
+    bound="1e-3 of the gradient vector, and of the movement (healthy: 1e-6; weakest mutant, clipped by each rank's own "
+    "norm: 0.3)",
+)
+def test_sharded_updates(runs: Runs) -> None:
+    """In every update, a run that splits its parameters over two ranks has the same gradient as one process on all of
+    the sequences, and moves the parameters alike, up to rounding, with and without clipping.
+    """
+    recipe = unsharded(runs)  # clipped gradients alone would not show a sum where a mean is due
+    for each in [recipe, replace(recipe, clip=0.5, save_every=None)] if runs.has("clip") else [recipe]:
+        one = runs.trace(each)
+        for run in runs.ranks(sharded(each)):
+            before, other_before = one.initial, run.initial
+            what = "a sharded run makes as many updates as one process"
+            for number, update, other in paired(one.updates, run.updates, what):
+                where = f"update {number}, clip {each.clip}, one process against sharded rank {run.rank}"
+                gradients_agree(update.gradients, other.gradients, f"the gradient of {where}", bound=DRIFT)
+                moves = {name: after - before[name] for name, after in update.after.items()}
+                others = {name: after - other_before[name] for name, after in other.after.items()}
+                gradients_agree(moves, others, f"the movement of {where}", bound=DRIFT)
+                before, other_before = update.after, other.after
+
+
+@clause(
+    "DIST-10",
+    since="0.2",
+    needs=("two-ranks", "sharded", "resume"),
+    why="A checkpoint that holds one rank's part, or parts in another order, goes on from other weights or moments.",
+    mend="Gather each tensor whole before saving (torch.distributed.checkpoint's full_state_dict does).",
+    source="pytorch#101107; torch.distributed.checkpoint (full_state_dict)",
+)
+def test_one_process_takes_up_a_sharded_run(runs: Runs) -> None:
+    """One process resumes from a checkpoint of a run that split its parameters over two ranks, with the same parameters
+    and optimizer state, bit for bit.
+    """
+    recipe = unsharded(runs)
+    run = runs.ranks(sharded(recipe))[0]
+    later = resumed(runs, replace(recipe, updates=recipe.updates + 1), run, recipe.updates)
+    what = "at the start of one process that goes on from a sharded run"
+    tensors_equal(run.update(-1).after, later.initial, f"parameters {what}")
+    states_equal(run.update(-1).state_after, later.update(0).state_before, f"optimizer state {what}")
+
+
+@clause(
+    "DIST-11",
+    since="0.2",
+    needs=("two-ranks", "sharded", "resume"),
+    why="A rank that takes another rank's part goes on from moments that belong to other weights; no error shows it.",
+    mend="Split each tensor of the checkpoint as the parameter itself is split.",
+    source="pytorch#101107; torch.distributed.checkpoint (set_optimizer_state_dict)",
+)
+def test_a_sharded_run_takes_up_one_process(runs: Runs) -> None:
+    """A run that splits its parameters over two ranks resumes from a checkpoint of one process, with the same
+    parameters and optimizer state, bit for bit.
+    """
+    recipe = unsharded(runs)
+    whole = runs.trace(recipe)
+    more = replace(recipe, updates=recipe.updates + 1, resume=saved(whole, recipe.updates), save_every=None)
+    for run in runs.ranks(sharded(more)):
+        what = f"at the start of sharded rank {run.rank}, which goes on from one process"
+        tensors_equal(whole.update(-1).after, run.initial, f"parameters {what}")
+        states_equal(whole.update(-1).state_after, run.update(0).state_before, f"optimizer state {what}")

@@ -108,7 +108,7 @@ def test_class_without_fused(runs: Runs) -> None:
 
 @clause(
     "OPT-4",
-    needs=("any-optimizer",),
+    needs=("any-optimizer", "builds-optimizer"),
     since="0.1",
     why="A filter by signature that overlooks **kwargs takes everything away, the learning rate included.",
     mend="Pass the user's keywords on without looking at the signature, or honour VAR_KEYWORD.",
@@ -125,7 +125,7 @@ def test_class_with_any_keywords(runs: Runs) -> None:
 
 @clause(
     "OPT-5",
-    needs=("any-optimizer",),
+    needs=("any-optimizer", "builds-optimizer"),
     since="0.1",
     why="Optimizers with settings of their own cannot be used.",
     mend="Pass on what the user wrote; keep no list of known keywords.",
@@ -178,7 +178,7 @@ def test_keywords_arrive(runs: Runs) -> None:
 
 @clause(
     "OPT-8",
-    needs=("keywords",),
+    needs=("keywords", "builds-optimizer"),
     since="0.1",
     why="A user who switches `fused` off, to compare or to avoid a bug in it, still runs with it.",
     mend="Merge the user's keywords over the added ones, not under them.",
@@ -194,7 +194,7 @@ def test_user_wins(runs: Runs) -> None:
 
 @clause(
     "OPT-9",
-    needs=("keywords",),
+    needs=("keywords", "builds-optimizer"),
     since="0.1",
     why="The configuration that is saved or logged afterwards is not the one the user wrote.",
     mend="Copy the dictionary before you add to it.",
@@ -214,7 +214,7 @@ def misspelt(runs: Runs) -> Attempt:
 
 @clause(
     "OPT-10",
-    needs=("keywords",),
+    needs=("keywords", "builds-optimizer"),
     since="0.1",
     why="The run trains with the default value, and nobody notices.",
     mend="Filter only the keywords that you add; pass the user's on to the class, or check them.",
@@ -235,7 +235,7 @@ def test_misspelt_keyword(runs: Runs) -> None:
 
 @clause(
     "OPT-11",
-    needs=("keywords",),
+    needs=("keywords", "builds-optimizer"),
     since="0.1",
     level="should",
     why="A list of twenty accepted keywords does not show which letter is wrong.",
@@ -305,6 +305,11 @@ def test_misplaced_state_survives(runs: Runs) -> None:
     said = [str(second.error)] if second.error else second.trace.messages
     if any("GrokAdamW" in line and "state" in line and ("lost" in line or "cannot" in line) for line in said):
         return
+    if second.error is not None:
+        raise Violation(
+            "a resumed run with GrokAdamW, or an error that names GrokAdamW and says that its state is lost",
+            describe_error(second.error),
+        )
     survives(runs, choice)
 
 

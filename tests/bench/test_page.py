@@ -144,7 +144,7 @@ def test_the_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main([str(tmp_path), "--out", str(tmp_path / "page")]) == 0
     assert capsys.readouterr().out.rstrip().endswith("page/index.html")
     assert main([str(path), "--out", str(path)]) == 2
-    assert "cannot be written" in capsys.readouterr().err
+    assert "given to --out, is a file: give a folder" in capsys.readouterr().err
     path.write_text("{}", encoding="utf-8")
     assert main([str(path), "--out", str(tmp_path / "page")]) == 2
     [sentence] = capsys.readouterr().err.splitlines()

@@ -292,6 +292,8 @@ TOLD = [
     (" 'optimizer': {'init_args': {'lr': 0.1}}, 'max_grad_norm': 1.0, 'epochs': 3", None, None, None),
     ("iter 4: lr 0.1, gradient norm 1.5", None, "0.1", "1.5"),
     ("{'eval_loss': '4.573'}; aux loss 0.01; loss scale 65536.0; loss (0.53 s)", None, None, None),
+    ("step 0: lr-AdamW pg1 0.0987, momentum 0.9", None, "0.0987", None),
+    ("step 0: lr-SGD 0.05, grad_2 0_norm model head weight 0.9, grad_2 0_norm_total 1.25", None, "0.05", "1.25"),
     ("step 3, loss: 12, lr: 0, gradient norm of 3 tensors 4.5", None, None, None),
 ]
 

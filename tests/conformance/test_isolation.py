@@ -1,6 +1,7 @@
 """What a run changes in its process is put back before the next: each hostile stack leaves something else behind."""
 
 import io
+import logging
 import os
 import random
 import signal
@@ -76,6 +77,8 @@ HOSTILE: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
     "Python's generator": (lambda: random.seed(7), random.getstate),
     "NumPy's generator": (lambda: np.random.seed(7), numpy_state),
     "trace": (lambda: sys.settrace(lambda *_: None), sys.gettrace),
+    "loggers that are silenced": (logging.disable, lambda: logging.root.manager.disable),
+    "recursion limit": (lambda: sys.setrecursionlimit(900), sys.getrecursionlimit),
     "stdout": (redirect, lambda: sys.stdout),
 }
 
@@ -99,6 +102,13 @@ def test_it_is_put_back(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert after == before
         subject.before = lambda: None
         assert len(runs.trace(Recipe(repeat=1)).updates) == 2, "the next run is as it would have been"
+
+
+def test_messages_are_seen_though_an_adapter_has_silenced_all_loggers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.root.manager, "disable", logging.CRITICAL)  # as at its import
+    with Runs(Fake(lambda: logging.warning("a loss of state"))) as runs:
+        assert "a loss of state" in runs.trace(Recipe()).messages
+    assert logging.root.manager.disable == logging.CRITICAL
 
 
 def test_a_process_that_the_run_forks_may_end_as_it_likes() -> None:

@@ -196,5 +196,5 @@ def test_usage_errors(tmp_path: Path, result: dict[str, Any]) -> None:
         read_columns([tmp_path / "none.json"])
     with pytest.raises(UsageError, match="no list 'mutants'"):
         read_kill_matrix(RESULTS[0])
-    with pytest.raises(UsageError, match="cannot be written"):
+    with pytest.raises(UsageError, match="given to --out, is a file: give a folder"):
         render(read_columns(RESULTS[:1]), None, tmp_path / "0.json")

@@ -4,6 +4,7 @@ from tests.mutants.planting import RESTORE, UPDATE, mutant
 
 BATCHES = "reference.data.tokens:TokenData.microbatches"
 NUMBERS = "rank) * size + np.arange(size)"
+SHARD = "reference.training.sharding:ShardedStrategy"
 LOSS = "loss = batch_loss(self.wrapped, ids, targets) * scale"
 
 MUTANTS = [
@@ -108,5 +109,44 @@ MUTANTS = [
         "DIST-7",
         "DistributedSampler(drop_last=True) where filling up was declared",
         (BATCHES, NUMBERS, f"{NUMBERS}; numbers = numbers // 6 * 7 + numbers % 6 if world_size > 1 else numbers"),
+    ),
+    mutant(
+        "each-shard-drawn-by-its-rank",
+        "DIST-8",
+        "litgpt#269",
+        (
+            f"{SHARD}.shard",
+            "    fully_shard(module, mesh=ranks)\n",
+            "    [p.data.mul_(1 + 0.1 * distributed.get_rank()) for p in module.parameters()]\n"
+            "    fully_shard(module, mesh=ranks)\n",
+        ),
+    ),
+    mutant(
+        "shards-clipped-apart",
+        "DIST-9",
+        "pytorch#72548, torchtitan#766",
+        (f"{SHARD}.clip_gradients_norm", "    distributed.all_reduce(squares)\n", ""),
+    ),
+    mutant(
+        "sharded-gradients-summed",
+        "DIST-9",
+        "burn#5695",
+        (UPDATE, LOSS, f"{LOSS} * (fabric.world_size if config.strategy == 'fsdp' else 1)"),
+    ),
+    mutant(
+        "shards-joined-in-another-order",
+        "DIST-10",
+        "parts of a checkpoint joined in the order of their names",
+        ("reference.training.sharding:whole", "full.cpu() if", "full.cpu().roll(len(full) // 2, 0) if"),
+    ),
+    mutant(
+        "state-of-another-shard",
+        "DIST-11",
+        "state split from another end than the parameter",
+        (
+            "reference.training.sharding:split_like",
+            "return distribute_tensor(here,",
+            "return distribute_tensor(here.roll(len(here) // 2, 0),",
+        ),
     ),
 ]

@@ -83,6 +83,16 @@ HARMLESS = [
         lacks=(("fused", "this variant asks for foreach"),),
     ),
     Harmless(
+        "sharded-blocks-kept-until-backward",
+        edits=(
+            Edit(
+                "reference.training.sharding:ShardedStrategy.shard",
+                "fully_shard(block, mesh=ranks)",
+                "fully_shard(block, mesh=ranks, reshard_after_forward=False)",
+            ),
+        ),
+    ),
+    Harmless(
         "embedding-trained-beside-adapters",
         edits=(
             Edit(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from conformance.clause import catalogue
+from conformance.clause import catalogue, find_clauses
 from conformance.session import Result, Session
 from conformance.subject import Subject
 from tests.stacks.both_splits import BothSplits
@@ -22,6 +22,7 @@ from tests.stacks.one_file import OneFile
 from tests.stacks.refusing import Refusing
 from tests.stacks.schedule_free import ScheduleFree
 from tests.stacks.script import Script
+from tests.stacks.sharded_by_hand import ShardedByHand
 from tests.stacks.sign_momentum import SignMomentum
 from tests.stacks.sliding_window import SlidingWindow
 from tests.stacks.truncated import TruncatedInit
@@ -43,6 +44,8 @@ class Case:
     """Clauses that the healthy stack breaks, and why that is true of it."""
     faults: dict[str, tuple[str, list[str]]] = field(default_factory=dict)
     """Planted faults: the clause that kills each, and words of its expected and seen."""
+    chapters: tuple[str, ...] = ()
+    """To judge it by; empty: all."""
     least: int = 20
     """Clauses that the healthy stack passes at least: one to which nothing applies was not judged."""
 
@@ -67,6 +70,15 @@ STACKS = {
         faults={
             "the head is in neither": ("DECAY-1", ["missing: head.weight"]),
             "only AdamW's gradients are cleared": ("ACC-5", ["the gradient is 1.1"]),
+        },
+    ),
+    "FSDP2 by hand": Case(
+        ShardedByHand,
+        chapters=("DIST", "ACC", "CLIP", "INIT", "RESUME"),
+        true=UNGUARDED,
+        faults={
+            "each rank draws its own weights": ("DIST-8", ["sharded rank 0"]),
+            "each rank clips by its own norm": ("DIST-9", ["clip 0.5, one process against sharded rank 0"]),
         },
     ),
     "one file": Case(
@@ -250,7 +262,7 @@ def said(result: Result) -> str:
 def test_healthy(name: str) -> None:
     case = STACKS[name]
     with Session(case.make()) as session:
-        results = [session.judge(clause) for clause in catalogue().values()]
+        results = [session.judge(clause) for clause in find_clauses(case.chapters).values()]
     bad = {result.clause.id: result for result in results if result.outcome in ("fail", "error")}
     assert not [said(result) for key, result in bad.items() if key not in case.true or result.outcome == "error"]
     assert set(case.true) == set(bad), "no longer true of the stack"

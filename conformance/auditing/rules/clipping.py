@@ -19,7 +19,7 @@ from conformance.recording.trace import Update
     source="pytorch: AMP examples, gradient clipping",
 )
 def clipped_rightly(seen: Seen) -> None:
-    """Clipping sees the whole gradient of an update, once, and the step gets the clipped one."""
+    """The whole gradient of an update is clipped once, and the optimizer steps with the clipped gradient."""
     facts = seen.facts
     clips = [clip for clip in facts.clips if clip.update < len(facts.updates)]
     if not clips:

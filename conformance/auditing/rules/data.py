@@ -118,7 +118,7 @@ def refuse_full_batch(facts: Facts) -> None:
     source="Karpathy, A Recipe for Training Neural Networks: overfit one batch",
 )
 def new_batches(seen: Seen) -> None:
-    """Each update has other data."""
+    """Each update trains on different data."""
     refuse_full_batch(seen.facts)
     first: dict[int, Tensor] = {}
     for forward in training(seen.facts):

@@ -26,7 +26,7 @@ def evaluations(facts: Facts) -> list[Forward]:
     source="litgpt#419",
 )
 def evaluates_the_next_token(seen: Seen) -> None:
-    """The target at each position is the next token in evaluation, too."""
+    """In evaluation, too, the target at each position is the next token."""
     facts = seen.facts
     entropies = [entropy for entropy in facts.trace.entropies if not entropy.grad_enabled]
     pairs = pair_up([forward.ids for forward in evaluations(facts)], entropies)

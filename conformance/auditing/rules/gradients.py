@@ -89,7 +89,7 @@ def is_zero(update: Update, name: str) -> bool:
     source="the most common fault of hand-written loops",
 )
 def no_leftover(seen: Seen) -> None:
-    """No gradient of an update is there when the backward of the next begins."""
+    """The gradients of an update are cleared before the first backward of the next update."""
     kept = [name for name, norm in seen.facts.noticed.kept.items() if not bool(norm == 0)]
     if kept:
         raise Violation(

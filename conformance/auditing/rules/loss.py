@@ -90,7 +90,7 @@ def finite_loss(seen: Seen) -> None:
     together=True,
 )
 def told_loss(seen: Seen) -> None:
-    """The training loss that the run prints is that of the update."""
+    """The training loss that the run prints is the loss of the whole update."""
     facts = seen.facts
     numbers = told(facts)
     if not numbers:

@@ -49,7 +49,7 @@ def checkpoint_is_there(seen: Seen) -> None:
     source="pytorch#101107, LLMs-from-scratch#580",
 )
 def names_fit(seen: Seen) -> None:
-    """A module that loads a state takes tensors from it."""
+    """When a module loads a state, the names in it match those of the module's tensors."""
     loads = seen.facts.noticed.loads
     if not loads:
         raise NotApplicable("load_state_dict of a module was not called before training began")

@@ -24,7 +24,7 @@ PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "L40S":
     advice=True,
 )
 def busy(seen: Seen) -> None:
-    """The GPU has work whenever the host comes to a gate."""
+    """The GPU always has work waiting, and never waits for the host."""
     idle, asked = seen.facts.idle
     if asked < 8:
         raise NotApplicable("the model is not on a GPU, or too little was seen")

@@ -17,7 +17,7 @@ from conformance.errors import NotApplicable, Violation, quoted
     source="PyTorch tutorial: optimizer step in backward; field reports of doubled hooks",
 )
 def one_step_each(seen: Seen) -> None:
-    """No optimizer steps twice after one phase of backward passes."""
+    """No optimizer steps twice with the same gradients."""
     steps(seen.facts)
     for number, update in enumerate(seen.facts.updates, start=1):
         if update.unfounded:
@@ -37,7 +37,7 @@ def one_step_each(seen: Seen) -> None:
     source="pytorch#115607: a compiled optimizer stops stepping",
 )
 def goes_on_stepping(seen: Seen) -> None:
-    """The optimizer goes on stepping as often as it began to."""
+    """The optimizer steps as regularly in later updates as in the first ones."""
     facts = seen.facts
     steps(facts)
     done = len(facts.updates)
@@ -85,7 +85,7 @@ def schedule_by_update(seen: Seen) -> None:
     source="2U1/Qwen-VL-Series-Finetune#81",
 )
 def rate_arrives(seen: Seen) -> None:
-    """The learning rate that the run prints is that of a group."""
+    """The learning rate that the run prints is the rate of one of the optimizer's groups."""
     facts = seen.facts
     numbers = [number for said in facts.said if said.update >= 1 for number in learning_rates([said.text])]
     if len(numbers) < 2:
@@ -193,7 +193,7 @@ def autocast_ends(seen: Seen) -> None:
     source="OLMo-core#828, guided-diffusion#167",
 )
 def recomputed_alike(seen: Seen) -> None:
-    """Activation checkpointing keeps the generator's state where the model drops something."""
+    """If the model uses dropout, activation checkpointing restores the random state before it computes again."""
     noticed = seen.facts.noticed
     if not noticed.recomputed:
         raise NotApplicable("no call of torch.utils.checkpoint was seen")
@@ -209,7 +209,7 @@ def recomputed_alike(seen: Seen) -> None:
     source="field reports: manual_seed inside the loop",
 )
 def draws_anew(seen: Seen) -> None:
-    """PyTorch's generator goes on from update to update while the model drops something."""
+    """While the model uses dropout, PyTorch's random generator moves on from update to update."""
     facts = seen.facts
     states = facts.noticed.states
     if not any(facts.dropout.values()) or facts.device != "cpu":

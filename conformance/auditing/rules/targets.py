@@ -48,7 +48,7 @@ def rows(seen: Seen) -> Iterator[Row]:
     source="TRL and unsloth: labels lost under packing (trl#3728)",
 )
 def targets_of_the_sequence(seen: Seen) -> None:
-    """The targets of a sequence are tokens of it."""
+    """The targets of a sequence are tokens of the same sequence."""
     judged = 0
     for ids, targets in paired(seen.facts):
         found = [share for shift in (1, *SHIFTS) if (share := agreement(ids, targets, shift)) is not None]
@@ -77,7 +77,7 @@ def targets_of_the_sequence(seen: Seen) -> None:
     advice=True,
 )
 def every_token_is_predicted(seen: Seen) -> None:
-    """A token that comes amid what is predicted is predicted, too."""
+    """Every token of the trained text is a target at least once."""
     masked, predicted, judged = Counter[int](), Counter[int](), 0
     for row in rows(seen):
         judged += 1
@@ -105,7 +105,7 @@ def every_token_is_predicted(seen: Seen) -> None:
     advice=True,
 )
 def ends_are_predicted(seen: Seen) -> None:
-    """Where parts of a sequence are left out, its end is among the targets."""
+    """If only parts of a sequence are targets, the token that ends it is a target, too."""
     after, last, partly, rests = Counter[int](), Counter[int](), 0, 0
     for row in rows(seen):
         places = [place for place, (_, target) in enumerate(row) if target is not None]
@@ -169,7 +169,7 @@ def padding_is_left_out(seen: Seen) -> None:
     source="litgpt#751",
 )
 def mean_over_targets(seen: Seen) -> None:
-    """Places without a target are not counted in a mean."""
+    """A mean loss counts only the positions that have a target."""
     found = [entropy for entropy, _, _ in of_training(seen.facts) if entropy.reduction == "none"]
     partly = [entropy for entropy in found if 0 < entropy.counted < entropy.targets.numel()]
     if not partly:

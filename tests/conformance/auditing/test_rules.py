@@ -326,7 +326,7 @@ def muon(*names: str) -> Change:
 def muon_beside(**settings: object) -> Change:
     """One optimizer, whose name says Muon, of two groups: the second has the table."""
     inner = step(("h.0.weight",), ("nanochat.MuonAdamW",), momentum=0.95)
-    outer = step(tuple(n for n in SHAPES if n != "h.0.weight"), ("nanochat.MuonAdamW",), **settings)  # type: ignore[arg-type]
+    outer = step(tuple(n for n in SHAPES if n != "h.0.weight"), ("nanochat.MuonAdamW",), **settings)  # type: ignore[arg-type] # of several types
     return lambda facts: set_all(facts, steps=(replace(inner, groups=(*inner.groups, *outer.groups)),))
 
 

@@ -1,0 +1,50 @@
+"""The adapters of trainers that people use: they stay small, and fail what their committed report says."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from conformance.clause import catalogue
+from conformance.loading import BUILT_IN, load_subject
+from conformance.report.result import read_report
+from conformance.session import Session
+
+ROOT = Path(__file__).parents[2]
+NEEDS = {
+    "lightning-trainer": ("lightning", "torchdata", "grokadamw"),
+    "accelerate": ("accelerate", "grokadamw"),
+    "trl": ("trl", "grokadamw"),
+}
+"""What must be installed to judge a subject as its report did."""
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_it_stays_small(name: str) -> None:
+    module = BUILT_IN[name].partition(":")[0]
+    text = (ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 120
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_every_failure_is_explained(name: str) -> None:
+    report = read_report(max((ROOT / "reports" / "conformance").glob(f"{name}-*-cpu.json")))
+    explained = (ROOT / "reports" / "findings" / f"{name.removesuffix('-trainer')}.md").read_text(encoding="utf-8")
+    failed = [identity for identity, verdict in report.verdicts.items() if verdict.outcome == "fail"]
+    assert [identity for identity in failed if identity not in explained] == []
+    assert not [identity for identity, verdict in report.verdicts.items() if verdict.outcome == "error"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lightning-trainer", "accelerate"])
+def test_it_fails_what_its_report_says(name: str) -> None:
+    for package in NEEDS[name]:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    subject = load_subject(name)
+    report = read_report(max((ROOT / "reports" / "conformance").glob(f"{name}-*-cpu.json")))
+    if subject.version != report.version:
+        pytest.skip(f"{name} {report.version} was judged, and {subject.version} is installed")
+    with Session(subject) as session:
+        found = {identity: session.judge(clause).outcome for identity, clause in catalogue().items()}
+    assert found == {identity: report.verdicts[identity].outcome for identity in found}
