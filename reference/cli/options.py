@@ -177,7 +177,7 @@ def hint(name: str, accepted: Sequence[str], program: str = "python -m reference
     ends = {last(option): option for option in accepted}
     found = (
         difflib.get_close_matches(name, same, n=1, cutoff=0.0)
-        or difflib.get_close_matches(name, accepted, n=1)
+        or difflib.get_close_matches(name, accepted, n=1, cutoff=0.7)
         or [ends[end] for end in difflib.get_close_matches(last(name), ends, n=1)]
     )
     return f"did you mean {found[0]}?" if found else f"see {program} --help."
