@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -189,23 +190,37 @@ def run_command(options: argparse.Namespace) -> int:
         return sitting.finish(console, options.verbose, options.format)
 
 
+def loading(quiet: bool = False) -> AbstractContextManager[None]:
+    """Say that PyTorch is being loaded; only on the first rank, and not if the user wants quiet."""
+    if quiet or os.environ.get("RANK", "0") != "0":
+        return nullcontext()
+    from rich.console import Console
+
+    from conformance.progress import waiting
+
+    return waiting("Loading PyTorch", Console(file=sys.stderr, highlight=False))
+
+
 def audit_command(options: argparse.Namespace) -> int:
     """Audit a script: its output goes where it always goes, the letter to stderr."""
-    from conformance.auditing.command import audit_script
+    with loading(quiet=options.quiet):
+        from conformance.auditing.command import audit_script
 
     return audit_script(options)
 
 
 def new_adapter_command(options: argparse.Namespace) -> int:
     """Write the skeleton of an adapter."""
-    from conformance.skeleton.command import new_adapter
+    with loading():
+        from conformance.skeleton.command import new_adapter
 
     return new_adapter(options)
 
 
 def diff_command(options: argparse.Namespace) -> int:
     """Name the first place where two runs differ."""
-    from conformance.auditing.comparison import compare_records
+    with loading():
+        from conformance.auditing.comparison import compare_records
 
     return compare_records(options.first, options.second, options.noise, options.format)
 
