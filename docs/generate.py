@@ -19,6 +19,7 @@ from conformance.capabilities import CAPABILITIES
 from conformance.clause import CHAPTERS, Clause, catalogue
 from conformance.report.markdown import SIGNS, matrix
 from conformance.report.result import Report, read_json, read_report
+from conformance.report.trend import release_order, trends
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORTS = ROOT / "reports"
@@ -35,7 +36,11 @@ def chapters() -> dict[str, list[Clause]]:
 def results() -> list[Report]:
     """Return the committed results, the reference first."""
     reports = [read_report(path) for path in sorted((REPORTS / "conformance").glob("*.json"))]
-    return sorted(reports, key=lambda report: (not report.name.startswith("reference"), report.name, report.version))
+
+    def place(report: Report) -> tuple[object, ...]:
+        return not report.name.startswith("reference"), report.name, release_order(report.version)
+
+    return sorted(reports, key=place)
 
 
 def clauses_page() -> str:
@@ -84,7 +89,20 @@ def results_page() -> str:
         lines.append(f"## {title}\n\n{'; '.join(machines)}.\n")
         columns = [(f"{report.name} {report.version}", "", report) for report in reports]
         lines.append(matrix(columns, chapters()))
+    lines.append(f"## From one release to the next\n\n{trend_table()}")
     return "\n".join(lines)
+
+
+def trend_table() -> str:
+    """Return which clauses a judged release of a stack passes and the one before did not, and the other way round."""
+    rows = ["| stack | mended | broken | failed by both |", "|---|---|---|---|"]
+    for trend in trends(results()):
+        lists = (trend.mended, trend.broken, trend.failed_by_both)
+        cells = [", ".join(f"[{name}](clauses.md#{name.lower()})" for name in names) or "-" for names in lists]
+        on_gpu = "" if trend.newer.environment.get("gpu", "none") == "none" else ", on a GPU"
+        releases = f"{trend.older.name} {trend.older.version} to {trend.newer.version}{on_gpu}"
+        rows.append(f"| {escaped(releases)} | {' | '.join(cells)} |")
+    return "\n".join(rows) + "\n"
 
 
 def machine(report: Report) -> str:

@@ -15,7 +15,7 @@ FLOORS = {
         ["conformance.capabilities", "conformance.recording.trace", "conformance.options", "conformance.reading"],
         ["conformance.recipe", *(f"conformance.recording.{n}" for n in ("snapshot", "isolation", "limits", "files"))],
         ["conformance.subject", *(f"conformance.recording.{n}" for n in ("gates", "metrics", "weights"))],
-        ["conformance.recording.unseen", "conformance.recording.loggers"],
+        [f"conformance.recording.{n}" for n in ("unseen", "loggers", "masters", "opened")],
         ["conformance.recording.calls"],
         ["conformance.recording.recorder"],
         ["conformance.recording"],

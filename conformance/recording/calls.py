@@ -25,6 +25,7 @@ from conformance.recording.snapshot import (
     named_tensors,
     on_meta,
     same_parameters,
+    unwrapped,
     wrapper_prefixes,
 )
 from conformance.recording.trace import Forward, Measures, Named, Trace
@@ -179,13 +180,14 @@ class Calls:
             logits, model = None, self.root
         parts = dict(model.named_modules())
         names, wrappers = {part: name for name, part in parts.items()}, wrapper_prefixes(parts)
-        other = [clean_name(name, wrappers) for part, name in names.items() if part.training != model.training and name]
+        training = unwrapped(model).training
+        other = [clean_name(name, wrappers) for part, name in names.items() if part.training != training and name]
         forward = Forward(
             update=call.update,
             evaluation=call.evaluation,
             ids=self.weights.keep_small(ids),
             logits=None if logits is None else self.weights.keep_logits(logits),
-            training=model.training,
+            training=training,
             grad_enabled=torch.is_grad_enabled(),
             autocast=call.autocast,
             inside=inside,

@@ -117,6 +117,8 @@ def receive_all(pipes: dict[Connection, int]) -> "list[Trace]":
     Raises:
         RunFailed: as soon as a rank raised or died, with the first to do so: the others only lose their peer.
     """
+    from conformance.recording.masters import complete
+
     traces: dict[int, Trace] = {}
     waiting = dict(pipes)
     while waiting:
@@ -132,7 +134,9 @@ def receive_all(pipes: dict[Connection, int]) -> "list[Trace]":
                 failure = f"rank {rank} died without sending its trace"
             if failure:
                 raise RunFailed(failure)
-    return [traces[rank] for rank in sorted(traces)]
+    found = [traces[rank] for rank in sorted(traces)]
+    complete(found)
+    return found
 
 
 def free_port() -> int:

@@ -7,7 +7,6 @@ forwards), and uninitialised memory is filled with NaN, so that a skipped initia
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,14 @@ from conformance.recording.files import Files
 from conformance.recording.gates import watched
 from conformance.recording.isolation import collected_messages, quiet_and_deterministic
 from conformance.recording.loggers import Loggers
+from conformance.recording.masters import Masters
+from conformance.recording.opened import Open, in_step, joined, unchanged
 from conformance.recording.snapshot import (
     class_path,
     describe_group,
     named_tensors,
 )
-from conformance.recording.trace import CrossEntropy, Loss, Measures, Named, Step, Trace, Update
+from conformance.recording.trace import CrossEntropy, Loss, Named, Step, Trace, Update
 from conformance.recording.unseen import Shadow, find_unseen, watch_step
 from conformance.recording.weights import Weights, Whole
 
@@ -56,23 +57,6 @@ def recording(
             recorder.trace.seconds = time.perf_counter() - started
 
 
-@dataclass
-class Open:
-    """An update that is not finished: optimizers may step still."""
-
-    before: Named[Tensor] = field(default_factory=Named)
-    gradients: Named[Tensor | None] = field(default_factory=Named)
-    state_before: dict[str, dict[str, Any]] = field(default_factory=dict)
-    state_after: dict[str, dict[str, Any]] = field(default_factory=dict)
-    after: Named[Tensor] = field(default_factory=Named)
-    steps: list[Step] = field(default_factory=list)
-    optimizers: list[Optimizer] = field(default_factory=list)
-    unfounded: bool = False
-    measured_gradients: Measures | None = None
-    measured_before: Measures | None = None
-    measured_after: Measures | None = None
-
-
 class Recorder:
     """The gates of one recording, and what must be remembered between them."""
 
@@ -86,10 +70,12 @@ class Recorder:
     ) -> None:
         self.trace, self.files, self.weights, self.calls = trace, files, weights, Calls(trace, weights)
         self.zero_gradients, self.nan_gradient = zero_gradients, nan_gradient
+        self.masters = Masters(flat_only=not weights.keeps_logits)
         self.loggers: Loggers | None = None
         self.in_backward = False
         self.training = False  # a module was called, or a backward has begun
         self.backwards = 0  # since an optimizer stepped
+        self.began = False  # a backward, or a forward that trains
         self.open: Open | None = None
         self.stepping: list[Optimizer] = []  # optimizers whose step is running
         self.again = False  # the optimizer that steps has stepped in the last update already
@@ -108,10 +94,19 @@ class Recorder:
 
     def close(self) -> None:
         """Finish the update that is open, if an optimizer has stepped in it."""
+        self.settle()
         if self.open is not None and self.open.steps:
-            found = {name: value for name, value in vars(self.open).items() if name not in ("steps", "optimizers")}
+            own = ("steps", "optimizers", "stepped", "late")
+            found = {name: value for name, value in vars(self.open).items() if name not in own}
             self.trace.updates.append(Update(steps=tuple(self.open.steps), **found))
         self.open = None
+
+    def settle(self) -> None:
+        """Keep what the model's tensors are after a step that moved master copies: by now they are copied back."""
+        if self.open is not None and self.open.late:
+            late, self.open.late = self.open.late, {}
+            self.open.after |= self.weights.keep(late)
+            self.open.measured_after = joined(self.open.measured_after, self.weights.measure(late))
 
     def end(self) -> None:
         """Finish the recording."""
@@ -128,6 +123,9 @@ class Recorder:
     def forward_begins(self, module: nn.Module, args: Any) -> None:
         self.training = True
         if not self.in_backward:
+            if not self.calls.running and not self.stepping:
+                self.settle()
+            self.began |= module.training and torch.is_grad_enabled()
             if self.shadow is not None and not self.calls.running:
                 self.look_for_unseen_steps()  # now, before a lookup with max_norm changes the table
             self.calls.begins(module, self.done, self.evaluations if self.stepping else 0)
@@ -150,7 +148,7 @@ class Recorder:
             self.close()
         if self.loggers is not None:
             self.loggers.look()
-        self.backwards += 1
+        self.backwards, self.began = self.backwards + 1, True
         for tensor in [tensors] if isinstance(tensors, Tensor) else tensors:
             if isinstance(tensor, Tensor) and tensor.numel() == 1:
                 on = torch.is_autocast_enabled(tensor.device.type)
@@ -232,7 +230,8 @@ class Recorder:
         if self.in_backward:  # which has not ended, but the gradients of this optimizer are there
             self.spoil(tensor for group in optimizer.param_groups for tensor in group["params"])
         self.files.credit(self.trace, self.done)
-        self.again = self.open is not None and any(optimizer is other for other in self.open.optimizers)
+        # ZeRO steps its optimizer once for each group, with the others taken out of it: that is no second step.
+        self.again = self.open is not None and not self.open.stepped.isdisjoint(in_step(optimizer))
         if self.again:
             self.close()
         self.evaluations = 0
@@ -277,26 +276,31 @@ class Recorder:
         self.calls.choose_root({id(tensor) for group in optimizer.param_groups for tensor in group["params"]})
         tensors = self.watched(optimizer)
         names = {id(tensor): name for name, tensor in tensors.items()}
+        seen = self.masters.seen(optimizer)
         if self.zero_gradients:
-            for tensor in tensors.values():
+            masters = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+            for tensor in (*tensors.values(), *masters):
                 if tensor.grad is not None:
                     tensor.grad.zero_()
         if self.open is None or not self.open.steps:
             self.open = Open()
         else:  # another optimizer of the same update: each tensor's gradient is the one that its own optimizer finds
-            own = {names[id(tensor)] for group in optimizer.param_groups for tensor in group["params"]}
+            own = {names[id(tensor)] for group in seen.param_groups for tensor in group["params"]}
             tensors = {name: t for name, t in tensors.items() if name in own or name not in self.open.before}
-        found = {name: t.grad for name, t in tensors.items() if t.grad is not None}
+        given = self.masters.gradients(optimizer)
+        found = {name: given.get(id(t), t.grad) for name, t in tensors.items()}
+        gradients = {name: gradient for name, gradient in found.items() if gradient is not None}
         self.open.before = Named({**self.weights.keep(tensors), **self.open.before})
-        self.open.gradients.update({**dict.fromkeys(tensors), **self.weights.keep(found)})
+        self.open.gradients.update({**dict.fromkeys(tensors), **self.weights.keep(gradients)})
         if not self.trace.updates:  # later, it is what the update before left
             self.open.measured_before = joined(self.weights.measure(tensors), self.open.measured_before)
-        self.open.measured_gradients = joined(self.open.measured_gradients, self.weights.measure(found, bits=False))
-        self.open.state_before |= self.weights.keep_state(optimizer, names)
+        measured = self.weights.measure(gradients, bits=False)
+        self.open.measured_gradients = joined(self.open.measured_gradients, measured)
+        self.open.state_before |= self.weights.keep_state(seen, names)
         device = next((t.device.type for t in tensors.values()), "cpu")
         step = Step(
             optimizer=tuple(map(class_path, type(optimizer).__mro__)),
-            groups=tuple(describe_group(group, names) for group in optimizer.param_groups),
+            groups=tuple(describe_group(group, names) for group in seen.param_groups),
             autocast=torch.is_autocast_enabled(device),
             in_backward=self.in_backward,
         )
@@ -319,9 +323,21 @@ class Recorder:
             return
         (step, tensors), self.begun = self.begun, None
         names = {id(tensor): name for name, tensor in tensors.items()}
-        self.open.after |= self.weights.keep(tensors)
-        self.open.measured_after = joined(self.open.measured_after, self.weights.measure(tensors))
-        self.open.state_after |= self.weights.keep_state(optimizer, names)
+        after, measured = self.weights.keep(tensors), self.weights.measure(tensors)
+        if not self.began and unchanged(
+            self.open, after, measured
+        ):  # it made the optimizer's state, and trained nothing
+            self.open = None
+            return
+        self.open.after |= after
+        self.open.measured_after = joined(self.open.measured_after, measured)
+        self.open.state_after |= self.weights.keep_state(self.masters.seen(optimizer), names)
+        if held := self.masters.of(optimizer):
+            self.open.late |= tensors
+            self.trace.shares |= self.masters.shares(names)
+            finer = {names[id(p.tensor)]: p.of(p.master) for p in held if p.master.dtype != p.tensor.dtype}
+            self.open.masters |= self.weights.keep(finer)
+        self.open.stepped |= in_step(optimizer)
         ended = {"evaluations": self.evaluations, "skipped": skipped}
         self.open.steps.append(Step(**{**vars(step), **ended}))
         self.open.optimizers.append(optimizer)
@@ -337,8 +353,10 @@ class Recorder:
         """Return all parameters of the model as it is now, and whatever else the optimizer holds."""
         tensors = {} if self.calls.root is None else named_tensors(self.calls.root)
         known = {id(tensor) for tensor in tensors.values()}
+        if tensors:
+            self.masters.look(optimizer, tensors)
         for group in optimizer.param_groups:
-            for tensor in group["params"]:
+            for tensor in self.masters.held_by(group):
                 if id(tensor) not in known:
                     name, _ = self.foreign.setdefault(id(tensor), (f"foreign-{len(self.foreign) + 1}", tensor))
                     tensors[name] = tensor
@@ -361,10 +379,3 @@ def describe_entropy(arguments: dict[str, Any], value: Tensor, update: int, weig
         value=weights.keep_small(value),
         grad_enabled=torch.is_grad_enabled(),
     )
-
-
-def joined(first: Measures | None, second: Measures | None) -> Measures | None:
-    """Return the figures of both; where both have a tensor, those of the second."""
-    if first is None or second is None:
-        return first or second
-    return Measures(Named({**first.norms, **second.norms}), Named({**first.bits, **second.bits}))

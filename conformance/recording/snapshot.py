@@ -19,7 +19,7 @@ WRAPPER_PARTS = (
     "_fsdp_wrapped_module",
     "_checkpoint_wrapped_module",
 )
-WRAPPER_CLASSES = ("DistributedDataParallel", "DataParallel")  # these call what they wrap ``module``
+WRAPPER_CLASSES = ("DistributedDataParallel", "DataParallel", "DeepSpeedEngine")  # these call what they wrap ``module``
 
 
 def describe_group(group: dict[str, Any], names: dict[int, str]) -> Group:
@@ -160,6 +160,12 @@ def class_path(kind: type) -> str:
 def on_meta(module: nn.Module) -> bool:
     """Return True if the module has parameters without memory, as stacks build them to count operations."""
     return any(parameter.is_meta for parameter in module.parameters())
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return what a wrapper wraps, whose mode counts: DeepSpeed's engine stays in training mode when it evaluates."""
+    inside = module.module if type(module).__name__ in WRAPPER_CLASSES else module
+    return inside if isinstance(inside, nn.Module) else module
 
 
 def same_parameters(first: nn.Module, second: nn.Module) -> bool:

@@ -181,12 +181,19 @@ class Update:
     state_before: dict[str, dict[str, Any]]
     """Optimizer state by tensor, wherever the class keeps it."""
     state_after: dict[str, dict[str, Any]]
+    masters: "Named[Tensor]" = field(default_factory=Named)
+    """After the update, of tensors that the optimizer moves through master copies of another dtype: those copies."""
     unfounded: bool = False
     """An optimizer stepped again although no backward had come since its last step."""
     measured_gradients: Measures | None = None
     """Of the whole tensors, where ``gradients``, ``before`` and ``after`` hold samples; None where they are whole."""
     measured_before: Measures | None = None
     measured_after: Measures | None = None
+
+    @property
+    def moved_to(self) -> "Named[Tensor]":
+        """The parameters after the update, as precisely as anybody holds them."""
+        return Named({**self.after, **self.masters})
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -271,6 +278,9 @@ class Trace:
     buffers: "dict[str, Tensor]" = field(default_factory=dict)
     """Buffers at the first forward."""
     embeddings: tuple[EmbeddingInfo, ...] = ()
+    shares: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Tensors that the optimizer moves through master copies (ZeRO), and the elements, from and up to, that this rank's
+    copies hold. Beside those elements, what was recorded of the copies is 0 until the ranks are put together."""
     forwards: list[Forward] = field(default_factory=list)
     entropies: list[CrossEntropy] = field(default_factory=list)
     losses: list[Loss] = field(default_factory=list)

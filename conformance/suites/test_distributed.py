@@ -9,7 +9,7 @@ from conformance.checks.comparison import states_equal, tensors_equal
 from conformance.checks.data import leftovers_as_declared, sample_numbers
 from conformance.checks.dropout import masks_differ
 from conformance.clause import clause
-from conformance.errors import NotApplicable, Violation
+from conformance.errors import NotApplicable, RunFailed, Violation
 from conformance.recipe import Recipe
 from conformance.runs import Runs
 from conformance.suites import (
@@ -158,7 +158,11 @@ def test_two_ranks_take_up_one_process(runs: Runs) -> None:
     recipe = Recipe(updates=4, save_every=2)
     whole = runs.trace(recipe)
     two = on_two_ranks(replace(recipe, resume=saved(whole, 2), save_every=None))
-    for run in runs.ranks(two):
+    try:
+        ranks = runs.ranks(two)
+    except RunFailed as error:
+        raise Violation("two ranks that go on after update 2 of one process", str(error)) from error
+    for run in ranks:
         what = f"at the start of rank {run.rank}, which goes on from one process"
         tensors_equal(whole.update(1).after, run.initial, f"parameters {what}")
         states_equal(whole.update(1).state_after, run.update(0).state_before, f"optimizer state {what}")

@@ -198,10 +198,10 @@ def test_small_updates(runs: Runs) -> None:
     choice = OptimizerChoice.of(ADAMW, lr=1e-6, weight_decay=0.0)
     recipe = Recipe(precision="bf16-true", optimizer=choice, updates=4)
     coarse, exact = runs.trace(recipe), runs.trace(replace(recipe, precision="32-true"))
-    if not precision.movement(exact.initial, exact.update(-1).after):
+    if not precision.movement(exact.initial, exact.update(-1).moved_to):
         raise Violation("weights that move in float32", "no weight moves")
-    ratio = precision.movement(coarse.initial, coarse.update(-1).after) / precision.movement(
-        exact.initial, exact.update(-1).after
+    ratio = precision.movement(coarse.initial, coarse.update(-1).moved_to) / precision.movement(
+        exact.initial, exact.update(-1).moved_to
     )
     told = [line for line in coarse.messages if ("bf16" in line or "bfloat16" in line) and mentions_rounding(line)]
     if ratio < precision.MOVEMENT_BOUND and not told:

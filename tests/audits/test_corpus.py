@@ -10,7 +10,7 @@ from tests.audits.runner import missing, names
 from tests.audits.score import audit_fault, audit_honest, faults, names_the, new_findings, read
 
 TRUE = {
-    "hf_trainer": {"first-rate-0"},  # its warm-up begins at 0
+    "hf_trainer": {"first-rate-0", "first-counted"},  # its warm-up begins at 0; it counts GPT-2's first tokens
 }
 """What an audit rightly says of an honest script."""
 CHEAP = ("resumable: the optimizer's state is not loaded", "masked_sft: a mean per microbatch, then their mean")

@@ -13,6 +13,7 @@ from conformance.subject import Subject
 from tests.stacks.both_splits import BothSplits
 from tests.stacks.direct_forward import DirectForward
 from tests.stacks.documents import Documents
+from tests.stacks.flat_masters import FlatMasterCopies
 from tests.stacks.group_rates import GroupRates
 from tests.stacks.in_backward import InBackward
 from tests.stacks.lbfgs import Lbfgs
@@ -140,6 +141,14 @@ STACKS = {
         faults={
             "the schedule has one rate for all": ("LR-1", ["for tokens.weight", "differ from update 1 on"]),
             "each group is clipped by itself": ("CLIP-1", ["scaled to a global norm of"]),
+        },
+    ),
+    "flat master copies": Case(
+        FlatMasterCopies,
+        true=USUAL,
+        faults={
+            "the first step decays": ("DECAY-2", ["also there: foreign-1"]),
+            "the last group is not copied back": ("DECAY-5", ["18 of 29 did not: blocks.0.norm1.weight"]),
         },
     ),
     "sliding window": Case(

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import torch
 
-from conformance.auditing.entropies import of_training
+from conformance.auditing.entropies import of_training, shares
 from conformance.auditing.facts import Facts, Given
 from conformance.auditing.rule import Doubt, Seen, rule
 from conformance.checks.reports import is_rounded, training_losses
@@ -78,6 +78,36 @@ def finite_loss(seen: Seen) -> None:
     bad = sum(not bool(loss.isfinite()) for loss in found)
     if bad and not any(update.skipped for update in seen.facts.updates):
         raise Violation("finite losses", f"{bad} of {len(found)} are NaN or infinite")
+
+
+@rule(
+    "first-counted",
+    "loss",
+    why="Nothing predicts the first token of a sequence, so it has no loss. Counted in the mean, it makes loss and "
+    "gradient too small by one part in the sequence's length, and the loss differs from every other trainer's.",
+    mend="Count the targets after the shift: those that the cross entropy does not ignore.",
+    source="transformers#46204 (GPT-2 still)",
+    advice=True,
+)
+def targets_counted(seen: Seen) -> None:
+    """A sum of losses is divided by the number of its targets."""
+    facts = seen.facts
+    if facts.world > 1:
+        raise NotApplicable("the processes share one count of targets, and only this one's targets were compared")
+    if any(entropy.reduction != "sum" for entropy, _, _ in of_training(facts)):
+        raise NotApplicable("the cross entropy takes the mean by itself")
+    for number, update in enumerate(shares(facts)):
+        counted = sum(targets for _, targets in update)
+        rows = sum(len(forward.ids) for forward in facts.trace.training_forwards(number))
+        divisors = [1 / weight for weight, _ in update]
+        if any(abs(divisor - counted) < 0.1 * rows for divisor in divisors):
+            continue
+        if all(abs(divisor - counted - rows) < 0.1 * rows for divisor in divisors):
+            raise Violation(
+                f"a loss that is divided by its {counted} targets, in update {number + 1}",
+                f"it is divided by {counted + rows}: one more for each of {rows} sequences",
+            )
+        raise NotApplicable("the sum is divided by something else than a number of targets")
 
 
 @rule(

@@ -236,6 +236,14 @@ FAULTS = [
     ),
     Fault(
         "masked_sft",
+        "one token too many of each sequence is counted",
+        "(labels[:, 1:] != IGNORE).sum() for _, labels, _",
+        "(labels[:, 1:] != IGNORE).sum() + len(labels) for _, labels, _",
+        "huggingface/transformers#46204",
+        r"one more for each",
+    ),
+    Fault(
+        "masked_sft",
         "padding is trained on",
         '[IGNORE] * (longest - len(r["labels"]))',
         '[PAD] * (longest - len(r["labels"]))',

@@ -143,6 +143,21 @@ def ragged(alike: bool) -> Change:
     return change
 
 
+def divided_by_count(more: int) -> Change:
+    """Return a change to sums of losses that are divided by their targets, and by ``more`` for each sequence."""
+
+    def change(facts: Facts) -> None:
+        entropies = [entropy for entropy in facts.trace.entropies if entropy.grad_enabled]
+        for number, (entropy, backward) in enumerate(zip(entropies, facts.backwards, strict=True)):
+            summed = replace(entropy, reduction="sum", value=entropy.value * entropy.counted)
+            facts.trace.entropies[number] = summed
+            rows = sum(len(forward.ids) for forward in facts.trace.training_forwards(backward.update))
+            targets = sum(other.counted for other in entropies if other.update == entropy.update)
+            facts.backwards[number].losses = [summed.value / (targets + more * rows)]
+
+    return change
+
+
 def sums(facts: Facts) -> None:
     """Make the gradient of two processes their sum, and their losses whole means."""
     facts.wrappers = ()
@@ -457,6 +472,9 @@ CASES: dict[str, list[Case]] = {
     "loss-input": [Case(probabilities)],
     "loss-precision": [Case(lambda f: set_entropies(f, dtype=torch.bfloat16))],
     "loss-finite": [Case(nan_loss)],
+    "first-counted": [
+        Case(divided_by_count(1), "advice", ready=divided_by_count(0), words="one more for each of"),
+    ],
     "told-loss": [
         Case(told("loss {0}.5000"), "advice"),
         Case(told_doubled, words="2 times as large"),
