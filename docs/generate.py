@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import conformance.auditing.rules  # noqa: F401  # fills RULES
 from conformance.auditing.rule import RULES, TOPICS
@@ -166,6 +167,31 @@ def trainer_table() -> str:
     return "\n".join(rows) + "\n"
 
 
+def optimizer_table() -> str:
+    """Return what each optimizer does under the trainer: whether it trains and resumes, its state, or the refusal."""
+    found = json.loads((REPORTS / "optimizers" / "classes-cpu.json").read_text(encoding="utf-8"))
+    told = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
+    rows = [f"With {told}:", "", "| class | 32-true | bf16-true | bytes of state per parameter |", "|---|---|---|--:|"]
+    for path, row in found["rows"].items():
+        wide, narrow = row["32-true"], row["bf16-true"]
+        if wide["refused"]:
+            rows.append(f"| `{path}` | refused: {escaped(wide['refused'])} | | |")
+        else:
+            state = f"{wide['state_bytes']:.1f}, {narrow['state_bytes']:.1f}"
+            rows.append(f"| `{path}` | {optimizer_cell(wide)} | {optimizer_cell(narrow)} | {state} |")
+    return "\n".join(rows) + "\n"
+
+
+def optimizer_cell(row: dict[str, Any]) -> str:
+    """Return what an optimizer did in one precision."""
+    vectors = [name for name in row["still"] if name.endswith("bias")]
+    if row["still"] and len(vectors) == len(row["still"]):
+        trains = "leaves biases at zero"
+    else:
+        trains = "updates are lost to rounding" if row["still"] else "trains" if row["trains"] else "loss does not fall"
+    return f"{trains}, {'resumes' if row['resumes'] else 'does not resume bit for bit'}"
+
+
 def scaling_table() -> str:
     """Return what one of two GPUs reaches, as a share of what one alone does in the same minutes."""
     found = json.loads((REPORTS / "trainer" / "nvidia-h200-x2.json").read_text(encoding="utf-8"))
@@ -264,6 +290,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "stable-embedding": stable_embedding_table,
     "scaling": scaling_table,
     "trainer": trainer_table,
+    "optimizers": optimizer_table,
 }
 
 

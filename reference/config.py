@@ -160,6 +160,11 @@ class TrainConfig:
     """Class path of the optimizer, e.g. ``bitsandbytes.optim.AdamW8bit`` or ``grokadamw.GrokAdamW``."""
     optimizer_args: Mapping[str, Any] = field(default_factory=dict)
     """Its keyword arguments (lr, betas, weight_decay, ...), handed over exactly. A misspelt one is an error."""
+    optimizer_rest: str | None = None
+    """Class path of a second optimizer, for all tensors but the matrices of the blocks, which ``optimizer`` then trains
+    alone. None: torch.optim.AdamW beside torch.optim.Muon, which takes matrices only; beside others there is none."""
+    optimizer_rest_args: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments of that second optimizer, with a learning rate and a weight decay of its own."""
     decay: Literal["role", "ndim", "all"] = "role"
     """Which tensors decay. role: only matrices that multiply activations, not norms, biases, embeddings or memory
     tokens; ndim: tensors of two or more dimensions, as in nanoGPT; all: everything."""
@@ -171,7 +176,7 @@ class TrainConfig:
     cooldown: int | None = None
     """Updates in which wsd decays to min_lr, at the end. None: a fifth of all updates."""
     min_lr: float | None = None
-    """Learning rate of the last update. None: a tenth of the peak."""
+    """Learning rate of the last update, of each optimizer. None: a tenth of its peak."""
     clip: float | None = 1.0
     """Largest global gradient norm. None: not clipped."""
     precision: Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed"] = "32-true"

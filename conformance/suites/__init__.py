@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from conformance.checks.data import sample_numbers
-from conformance.errors import NotApplicable, Violation
+from conformance.errors import NotApplicable, Violation, describe_error
 from conformance.recipe import OptimizerChoice, Recipe
 from conformance.recording.trace import Checkpoint, CrossEntropy, Forward, Group, Trace, Update
 from conformance.runs import Runs
@@ -28,6 +28,8 @@ OTHERS = (
     OptimizerChoice.of("torch.optim.NAdam", lr=1e-3, weight_decay=0.1),
 )
 """Optimizers beside AdamW, each with settings that are not its defaults."""
+MUON = OptimizerChoice.of("torch.optim.Muon", lr=0.02)
+"""For matrices only (https://kellerjordan.github.io/posts/muon): the stack trains the rest with another optimizer."""
 STILL = 1e-30
 """A learning rate that moves no weight by one bit. Not zero: a schedule may divide by it."""
 
@@ -152,6 +154,22 @@ def seen(run: Trace) -> Trace:
     if not all(step.optimizer for update in run.updates for step in update.steps):
         raise NotApplicable(" ".join(run.notes) or "the optimizer could not be seen")
     return run
+
+
+def beside_muon(runs: Runs, recipe: Recipe) -> Trace:
+    """Return the run of a recipe with Muon, in which another optimizer trains what Muon does not take.
+
+    Raises:
+        NotApplicable: if the stack refuses Muon, or has only one optimizer.
+    """
+    runs.trace(replace(recipe, optimizer=OptimizerChoice()))  # a stack that always raises would refuse this too
+    tried = runs.attempt(recipe)
+    if tried.error is not None:
+        raise NotApplicable(f"it does not train with torch.optim.Muon: {describe_error(tried.error)}")
+    steps = [step for update in seen(tried.trace).updates for step in update.steps]
+    if len({step.optimizer[0] for step in steps}) < 2:
+        raise NotApplicable("one optimizer trains every tensor")
+    return tried.trace
 
 
 def rates(runs: Runs, recipe: Recipe, run: Trace) -> list[dict[str, float]]:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from conformance.checks import optimizer
 from conformance.checks.comparison import states_equal
-from conformance.checks.decay import moved
+from conformance.checks.decay import covered_once, moved, owned_as_declared
 from conformance.checks.embedding import state_bits
 from conformance.checks.schedule import rates_are
 from conformance.checks.step import Deviation, History, follows_closed_form
@@ -19,11 +19,13 @@ from conformance.suites import (
     DECAYING,
     EIGHT_BIT,
     GROK,
+    MUON,
     OTHERS,
     PAGED_8BIT,
     RMSPROP,
     SGD,
     asked_for,
+    beside_muon,
     everyday,
     interrupted,
     rates,
@@ -457,3 +459,25 @@ def test_state_in_8_bits(runs: Runs) -> None:
         tables = {f"{info.name}.weight" for info in run.embeddings}
         judged = Named({name: info for name, info in run.tensors.items() if not tables.intersection(info.names)})
         state_bits(run.update(-1).state_after, judged, wide=set())
+
+
+@clause(
+    "OPT-19",
+    since="0.2",
+    needs=("any-optimizer", "keywords"),
+    why="A tensor that neither optimizer owns is never trained; one that both own is moved twice.",
+    mend="Give Muon the matrices of the blocks, and the other optimizer every trainable tensor that is left.",
+    source="KellerJordan/Muon README; modded-nanogpt and nanochat (matrices of blocks to Muon, the rest to AdamW)",
+    bound="as OPT-14; Muon: as the rule of its step in conformance.checks.step",
+)
+def test_muon_beside_another_optimizer(runs: Runs) -> None:
+    """If the user names torch.optim.Muon, it trains matrices only, another optimizer trains every other tensor, and
+    each tensor moves by the closed form of its own optimizer.
+    """
+    recipe = Recipe(updates=4, save_every=2 if runs.has("resume") else None, optimizer=MUON)
+    run = beside_muon(runs, recipe)
+    owners = {name: runs.policy.owner(recipe, run.tensors[name]) for name in run.trainable}
+    for update in run.updates:
+        covered_once([group.tensors for group in update.groups], run.trainable)
+        owned_as_declared(update.steps, owners)
+    steps_follow(run)

@@ -19,7 +19,9 @@ from conformance.runs import Runs
 from conformance.suites import (
     ADAMW,
     DECAYING,
+    MUON,
     OTHERS,
+    beside_muon,
     by_update,
     interrupted,
     odd_epochs,
@@ -368,3 +370,22 @@ def test_resume_with_other_optimizers(runs: Runs) -> None:
         if name == "NAdam" and runs.has("bf16-true"):
             coarse = Recipe(updates=4, save_every=2, optimizer=choice, precision="bf16-true")
             same_from(runs, coarse, 2, f"with {name} under bf16-true")
+
+
+@clause(
+    "RESUME-12",
+    since="0.2",
+    needs=("resume", "any-optimizer", "keywords"),
+    why="A checkpoint that holds the state of one optimizer starts the others afresh, and the loss does not show it.",
+    mend="Save and load the state of every optimizer, and name each in the checkpoint.",
+    source="KellerJordan/modded-nanogpt (a list of optimizers); the state of each is a state_dict of its own",
+)
+def test_resume_with_two_optimizers(runs: Runs) -> None:
+    """Under Muon beside another optimizer, a resumed run has the same parameters as a run that was never interrupted,
+    bit for bit.
+    """
+    recipe = Recipe(updates=4, save_every=2, optimizer=MUON)
+    beside_muon(runs, recipe)
+    same_from(runs, recipe, 2, "with Muon beside another optimizer")
+    if runs.has("bf16-true"):
+        same_from(runs, replace(recipe, precision="bf16-true"), 2, "with Muon beside another optimizer under bf16-true")

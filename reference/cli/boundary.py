@@ -7,6 +7,7 @@ from torch.optim import Optimizer
 
 from reference.cli.settings import Settings
 from reference.errors import ConfigurationError, ExplainedError, first_line
+from reference.optimizers import find_class, roles
 
 MEMORY = re.compile(r"out of memory|can't allocate|not enough memory|overflowed|Overflow when unpacking|too large")
 
@@ -20,10 +21,15 @@ def explain(error: Exception, settings: Settings) -> ExplainedError | None:
             f"there is not enough memory for the model with microbatches of {size} ({said[:80]}): choose a smaller "
             "--data.microbatch_size and more --train.microbatches (the updates are the same), or a smaller model."
         )
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        if frame.f_code.co_name == "step" and isinstance(frame.f_locals.get("self"), Optimizer):
-            return ConfigurationError(
-                f"{run.optimizer} cannot make a step with --train.optimizer_args {str(dict(run.optimizer_args))[:100]} "
-                f"({type(error).__name__}: {said}): change these, or --train.optimizer."
-            )
-    return None
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "step"]
+    stepped = [own for frame in frames if isinstance(own := frame.f_locals.get("self"), Optimizer)]
+    if not stepped:
+        return None
+    role, setting = run, "--train.optimizer"
+    for other in roles(run)[1:]:
+        if isinstance(stepped[-1], find_class(other.optimizer)):
+            role, setting = other, "--train.optimizer_rest"
+    return ConfigurationError(
+        f"{role.optimizer} cannot make a step with {setting}_args {str(dict(role.optimizer_args))[:100]} "
+        f"({type(error).__name__}: {said}): change these, or {setting}."
+    )

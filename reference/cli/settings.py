@@ -19,6 +19,7 @@ from reference.errors import ConfigurationError
 from reference.finetuning.config import FinetuneConfig
 
 GROUPS: dict[str, type] = {"model": GPTConfig, "train": TrainConfig, "data": DataConfig, "finetune": FinetuneConfig}
+MUON = "torch.optim.Muon"
 KEYWORDS = ("lr", "betas", "eps", "weight_decay", "momentum")  # of optimizers, for hints
 
 EXAMPLES = """\
@@ -30,6 +31,7 @@ examples:
   python -m reference train --updates 2000 --lr 1e-3 --model.n_layer 6
   python -m reference train --train.optimizer_args.eps 1e-6       one keyword of the optimizer
   python -m reference train --train.optimizer torch.optim.SGD --train.optimizer_args '{{lr: 0.1, momentum: 0.9}}'
+  python -m reference train --optimizer torch.optim.Muon          AdamW trains what is no matrix of a block
   python -m reference train --preset gpt2-124m --data data/mine --devices 8 --microbatches 1
   python -m reference train --preset gpt2-124m --print_config > run.yaml
   python -m reference train --config run.yaml --directory out/run
@@ -104,6 +106,10 @@ def read_settings(arguments: Sequence[str]) -> Settings:
     rank = value_of(others, "--finetune.lora_rank") or next(filter(None, reversed(ranks)), None)
     start, adapters = start_of(contents, others), rank not in (None, "null")
     preset = named[-1] if named else "tiny"
+    told = [found["train"]["optimizer"] for found in contents if "optimizer" in found.get("train", {})]
+    optimizer = value_of(others, "--train.optimizer") or next(reversed(told), None)
+    if optimizer == MUON and not is_given("optimizer_args", contents, others):
+        contents = [{"train": muon_beside(preset_train(preset, start, adapters))}, *contents]
     parser, known, defaults = build_parser(preset, contents, start, adapters)
     if topic is not None:
         print_help(topic, parser, defaults)
@@ -167,6 +173,20 @@ def print_help(topic: str, parser: ArgumentParser, values: dict[str, Any]) -> No
         parser.print_help()
     else:
         print(everyday_help(GROUPS, values, examples()), end="")
+
+
+def preset_train(preset_name: str, start: Path | None, adapters: bool) -> TrainConfig:
+    """Return how the preset of a run trains; see :func:`build_parser`."""
+    return (find_preset(preset_name) if start is None else preset_of(start, adapters)).train
+
+
+def muon_beside(train: TrainConfig) -> dict[str, Any]:
+    """Return the optimizers' arguments for Muon: the preset's, which are AdamW's, go to the rest of the tensors.
+
+    Muon's rate is the one of its author's implementation (https://github.com/KellerJordan/Muon).
+    """
+    decay = train.optimizer_args["weight_decay"]
+    return {"optimizer_args": {"lr": 0.02, "weight_decay": decay}, "optimizer_rest_args": dict(train.optimizer_args)}
 
 
 def is_given(name: str, contents: Sequence[dict[str, Any]], words: Sequence[str]) -> bool:

@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -12,9 +12,11 @@ from torch.optim import Optimizer
 
 from reference.config import TrainConfig
 from reference.errors import ConfigurationError, first_line
+from reference.optimizers.averages import has_modes
 from reference.optimizers.classes import find_class
 from reference.optimizers.decay import decay_groups
 from reference.optimizers.override import own_override_manager, stable_embeddings
+from reference.optimizers.roles import Combined, block_matrices, roles
 
 logger = logging.getLogger("reference")
 
@@ -56,10 +58,10 @@ def build_optimizer(
 def create_optimizer(
     config: TrainConfig, model: nn.Module, device: torch.device, dimensions: Mapping[str, int] | None = None
 ) -> Optimizer:
-    """Build the optimizer of a run over all trainable parameters of ``model``.
+    """Build the optimizer of a run over all trainable parameters of ``model``; of two, both as one.
 
     Args:
-        config: names the class, its keyword arguments and the decay rule.
+        config: names the classes, their keyword arguments and the decay rule.
         model: see :func:`build_optimizer`, as for the others.
         device: decides on ``fused``.
         dimensions: of the tensors by name, where sharding has flattened them.
@@ -67,21 +69,47 @@ def create_optimizer(
     Raises:
         ConfigurationError: if there is no such class, it does not accept a keyword, or it needs one that is missing.
     """
-    optimizer_class, arguments = find_class(config.optimizer), config.optimizer_args
-    check_keywords(optimizer_class, arguments)
-    parameters = trainable(model)
-    if not parameters:
+    first, *second = roles(config)
+    for role in (first, *second):
+        check_keywords(find_class(role.optimizer), role.optimizer_args)
+    everything = {id(parameter) for parameter in trainable(model)}
+    if not everything:
         raise ConfigurationError(f"{type(model).__name__} has no trainable parameter: there is nothing to train.")
+    if not second:
+        return create_one(first, model, device, dimensions)
+    matrices = block_matrices(model)
+    if not matrices:
+        raise ConfigurationError(
+            f"{type(model).__name__} has no trainable matrix in a block (what an nn.ModuleList holds) for "
+            f"{first.optimizer}: train the whole model with {second[0].optimizer}."
+        )
+    logger.info(
+        "optimizer: %s trains the %d matrices of the blocks, %s the other %d tensors",
+        *(first.optimizer, len(matrices), second[0].optimizer, len(everything - matrices)),
+    )
+    parts = [(first, matrices), (second[0], everything - matrices)]
+    return Combined([create_one(role, model, device, dimensions, part) for role, part in parts if part])
+
+
+def create_one(
+    config: TrainConfig,
+    model: nn.Module,
+    device: torch.device,
+    dimensions: Mapping[str, int] | None = None,
+    chosen: Collection[int] | None = None,
+) -> Optimizer:
+    """Build the optimizer that ``config`` names over the parameters whose ids are ``chosen``; None: over all.
+
+    Raises:
+        ConfigurationError: if the class refuses its arguments, or cannot be trained with.
+    """
+    optimizer_class, arguments = find_class(config.optimizer), config.optimizer_args
+    parameters = [parameter for parameter in trainable(model) if chosen is None or id(parameter) in chosen]
     closure = inspect.signature(optimizer_class.step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
         raise ConfigurationError(
             f"{config.optimizer} computes the loss several times per step, through a closure that the Trainer does not "
             "have: choose another optimizer."
-        )
-    if callable(getattr(optimizer_class, "train", None)) and callable(getattr(optimizer_class, "eval", None)):
-        raise ConfigurationError(
-            f"{config.optimizer} has a train() and an eval() mode of its own, as schedule-free optimizers do, which "
-            "the Trainer does not switch: choose another optimizer."
         )
     narrow = any(parameter.dtype in NARROW for parameter in parameters)
     split = any(hasattr(parameter, "device_mesh") for parameter in parameters)  # DTensors, of FSDP
@@ -90,7 +118,7 @@ def create_optimizer(
     if accepts(optimizer_class, "keep_32bit"):  # reference.optimizers.adamw8bit
         keywords = {"keep_32bit": [module.weight for module in stable_embeddings(model)]} | keywords
     decays = accepts(optimizer_class, "weight_decay")
-    groups: Any = decay_groups(model, config.decay, dimensions) if decays else parameters
+    groups: Any = decay_groups(model, config.decay, dimensions, chosen) if decays else parameters
     optimizer: Optimizer
     try:
         optimizer = optimizer_class(groups, **keywords)
@@ -102,6 +130,13 @@ def create_optimizer(
             f"{config.optimizer} keeps no lr in its parameter groups, but the schedule must set it there: "
             "choose another optimizer."
         )
+    if any(not isinstance(group["lr"], float | int | Tensor) for group in optimizer.param_groups):
+        raise ConfigurationError(
+            f"{config.optimizer} has lr={optimizer.param_groups[0]['lr']}, so it finds its own rate, but the schedule "
+            "must set it: give lr in its arguments, and switch off what finds one."
+        )
+    if has_modes(optimizer):
+        logger.info("optimizer: %s is schedule-free; the model is saved and evaluated at its average", config.optimizer)
     own_override_manager(optimizer, model)
     if config.precision == "16-mixed" and getattr(optimizer, "_step_supports_amp_scaling", False):
         # It would divide by the scale itself, and Fabric then refuses to clip.

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,7 +11,10 @@ logger = logging.getLogger("reference")
 
 
 def decay_groups(
-    model: nn.Module, decay: str = "role", dimensions: Mapping[str, int] | None = None
+    model: nn.Module,
+    decay: str = "role",
+    dimensions: Mapping[str, int] | None = None,
+    chosen: Collection[int] | None = None,
 ) -> list[dict[str, Any]]:
     """Return the parameter groups: the tensors that decay, and with ``weight_decay`` 0 those that do not.
 
@@ -20,6 +23,7 @@ def decay_groups(
         decay: ``role`` decides by what a tensor is for (:func:`is_decayed`), ``ndim`` decays tensors of two and
             more dimensions (nanoGPT's rule), ``all`` decays everything.
         dimensions: of the tensors by name, where sharding has flattened them. None: as they are.
+        chosen: ids of the tensors that one of two optimizers trains. None: all.
 
     A tied tensor decays only if it would under each of its names: an embedding stays one when the head shares it.
     """
@@ -33,6 +37,8 @@ def decay_groups(
             verdict = decay == "all" or (ndim >= 2 if decay == "ndim" else is_decayed(name, ndim, owner))
             tensors[id(parameter)] = parameter
             decayed[id(parameter)] = decayed.get(id(parameter), True) and verdict
+    if chosen is not None:
+        tensors = {key: tensor for key, tensor in tensors.items() if key in chosen}
     groups: list[dict[str, Any]] = [
         {"params": [tensor for key, tensor in tensors.items() if decayed[key]]},
         {"params": [tensor for key, tensor in tensors.items() if not decayed[key]], "weight_decay": 0.0},

@@ -1,14 +1,17 @@
 """The state of an optimizer on its way to a checkpoint and back."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from reference.errors import first_line
+from reference.optimizers.averages import has_modes, put
+from reference.optimizers.roles import divided, joined, members
 
 logger = logging.getLogger("reference")
 
@@ -33,12 +36,24 @@ def misformed(state: Any) -> str:
 
 
 def optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
-    """Return ``optimizer.state_dict()``, with state that its class keeps in the wrong place put into the right one.
+    """Return ``optimizer.state_dict()``, with all that its class needs to go on bit for bit.
 
     grokadamw 0.1.2 keeps its moments in ``param_groups[i]["state"]``, keyed by the tensor object. After a load the
-    keys are other objects, so the moments silently start again at zero. Here they are saved by position.
+    keys are other objects, so the moments silently start again at zero. Here they are saved by position, in
+    ``state_in_groups``. ``dtypes`` says which dtype each parameter has, and ``trained`` has the parameters of a
+    schedule-free optimizer, which must be in its train mode: those that the model is saved with are their average.
     """
+    parts = [state_of_one(member) for member in members(optimizer)]
+    return parts[0] if len(parts) == 1 else joined(parts)
+
+
+def state_of_one(optimizer: Optimizer) -> dict[str, Any]:
+    """Return the state of an optimizer that is not made up of others; see :func:`optimizer_state`."""
     state = optimizer.state_dict()
+    parameters = all_parameters(optimizer)
+    state["dtypes"] = [parameter.dtype for parameter in parameters]
+    if has_modes(optimizer):
+        state["trained"] = [parameter.detach().clone() for parameter in parameters]
     misplaced = []
     for group, packed in zip(optimizer.param_groups, state["param_groups"], strict=True):
         by_position = {}
@@ -60,18 +75,33 @@ def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
         ValueError: if the state has other groups, or holds a tensor that cannot belong to its parameter. Nothing is
             loaded then.
     """
-    require_fitting(optimizer, state)
+    own = members(optimizer)
+    if len(own) > 1:
+        require_form(optimizer, state)
+    parts = divided(state, own) if len(own) > 1 else [state]
+    for member, part in zip(own, parts, strict=True):
+        require_fitting(member, part)
+    for member, part in zip(own, parts, strict=True):
+        load_into_one(member, part)
+
+
+def load_into_one(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Load the state of an optimizer that is not made up of others; see :func:`load_optimizer_state`."""
     state = computed_as_by(optimizer, state)
     misplaced = state.get("state_in_groups", [])
     try:
-        optimizer.load_state_dict({key: value for key, value in state.items() if key != "state_in_groups"})
+        optimizer.load_state_dict({key: value for key, value in state.items() if key not in BESIDE})
     except (LookupError, TypeError, AttributeError, RuntimeError) as error:  # of state that was forged
         raise ValueError(first_line(error)[:150]) from error
-    keep_own_dtypes(optimizer, state["state"])
+    keep_own_dtypes(optimizer, state["state"], state.get("dtypes", []))
+    if "trained" in state:
+        put(state["trained"], all_parameters(optimizer))
     for group, by_position in zip(optimizer.param_groups, misplaced, strict=False):
         for key, entries in by_position.items():
             group[key] = {group["params"][position]: dict(entry) for position, entry in entries.items()}
 
+
+BESIDE = ("state_in_groups", "dtypes", "trained")  # what a saved state has beside that of torch
 
 # Which of PyTorch's implementations computes the step: not what is computed.
 IMPLEMENTATIONS = ("capturable", "differentiable", "foreach", "fused")
@@ -90,17 +120,24 @@ def computed_as_by(optimizer: Optimizer, state: Mapping[str, Any]) -> dict[str, 
     return {**state, "param_groups": [*groups, *state["param_groups"][len(groups) :]]}
 
 
-REDUCED = ("row_var", "col_var")  # Adafactor's means over the columns and the rows
+# State of other shapes than the parameter: Adafactor's means over columns and rows, bitsandbytes' scales of blocks.
+REDUCED = ("row_var", "col_var", "absmax1", "absmax2")
+KERNELS = ("torch.", "bitsandbytes.", "reference.")  # whose kernels write where the parameter's shape leads them
 
 
 def require_fitting(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Raise ValueError if a tensor of a saved state cannot belong to its parameter.
 
     Kernels do not look: they write beyond the end of a moment that has a row too few. An optimizer of torch.optim keeps
-    scalars and tensors like the parameter; other libraries also keep tables of their own, in one dimension.
+    scalars and tensors like the parameter; bitsandbytes also keeps tables of its own, in one dimension. Optimizers that
+    are written in Python, of other libraries, keep what they like, and torch looks at the shapes.
     """
     require_form(optimizer, state)
+    require_trained(optimizer, state)
+    modules = [kind.__module__ for kind in type(optimizer).__mro__ if kind is not Optimizer]
     of_torch = type(optimizer).__module__.startswith("torch.")
+    if not any(module.startswith(KERNELS) for module in modules):
+        return
     for index, parameter in enumerate(all_parameters(optimizer)):
         for key, value in tensors_of(state["state"].get(index, {})):
             if not value.ndim or key in REDUCED:
@@ -119,12 +156,29 @@ def require_form(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
         raise ValueError("it has no state by the number of each tensor")
     if not isinstance(groups, list) or not all(isinstance(group, dict) and "params" in group for group in groups):
         raise ValueError("it has no list of groups")
+    for key in BESIDE:
+        if not isinstance(state.get(key, []), list):
+            raise ValueError(f"its {key} is no list")
     for own, group in zip(optimizer.param_groups, groups, strict=False):
         if not isinstance(group["params"], list) or not all(isinstance(number, int) for number in group["params"]):
             raise ValueError("the tensors of its groups are not numbers")
         for key, value in group.items():
             if key != "params" and not is_like(value, own.get(key)):
                 raise ValueError(f"{key} is {type(value).__name__}, but must be like {own[key]!r}")
+
+
+def require_trained(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Raise ValueError if a schedule-free optimizer's saved state lacks its parameters, or has others."""
+    dtypes, trained, parameters = state.get("dtypes", []), state.get("trained"), all_parameters(optimizer)
+    if not isinstance(dtypes, list) or not all(isinstance(dtype, torch.dtype) for dtype in dtypes):
+        raise ValueError("the dtypes of its tensors are not dtypes")
+    if has_modes(optimizer) != (trained is not None):
+        raise ValueError(f"it {'lacks' if trained is None else 'has'} parameters of a schedule-free optimizer")
+    if trained is None:
+        return
+    shapes = [value.shape for value in trained if isinstance(value, Tensor)] if isinstance(trained, list) else []
+    if shapes != [parameter.shape for parameter in parameters]:
+        raise ValueError("the parameters of its schedule-free optimizer have other shapes")
 
 
 def is_like(value: Any, own: Any) -> bool:
@@ -138,16 +192,37 @@ def is_like(value: Any, own: Any) -> bool:
     return isinstance(value, number) if isinstance(own, number) else isinstance(value, type(own))
 
 
-def keep_own_dtypes(optimizer: Optimizer, saved: dict[int, dict[str, Any]]) -> None:
-    """Put back scalars that ``load_state_dict`` has rounded to the dtype of their parameter.
+def keep_own_dtypes(
+    optimizer: Optimizer, saved: Mapping[int, dict[str, Any]], dtypes: Sequence[torch.dtype] = ()
+) -> None:
+    """Put back tensors that ``load_state_dict`` has cast to the dtype of their parameter, but are kept in another.
 
-    NAdam's product of momenta is float32 for bfloat16 weights too.
+    NAdam's product of momenta and the means of transformers' Adafactor are float32 for bfloat16 weights too.
+
+    Args:
+        optimizer: has loaded the state.
+        saved: the state by the number of each tensor, as it was saved.
+        dtypes: of the parameters when it was saved: state in the same dtype follows the parameter into another. Without
+            them, as in older checkpoints, only scalars are put back.
     """
     for index, parameter in enumerate(all_parameters(optimizer)):
-        for key, value in tensors_of(saved.get(index, {})):
-            loaded = optimizer.state[parameter][key]
-            if not value.ndim and loaded.dtype != value.dtype:
-                optimizer.state[parameter][key] = value.to(loaded.device)
+        then = dtypes[index] if index < len(dtypes) else None
+        entry = optimizer.state.get(parameter, {})
+        for key, value in saved.get(index, {}).items():
+            if key in entry:
+                entry[key] = in_own_dtype(entry[key], value, then)
+
+
+def in_own_dtype(loaded: Any, saved: Any, then: torch.dtype | None) -> Any:
+    """Return a loaded value of the state, its tensors in the dtypes that they had; ``then``: that of the parameter."""
+    if isinstance(loaded, dict) and isinstance(saved, dict):
+        return {key: in_own_dtype(value, saved.get(key), then) for key, value in loaded.items()}
+    if isinstance(loaded, list) and isinstance(saved, list) and len(loaded) == len(saved):
+        return [in_own_dtype(value, before, then) for value, before in zip(loaded, saved, strict=True)]
+    if not isinstance(loaded, Tensor) or not isinstance(saved, Tensor) or loaded.dtype == saved.dtype:
+        return loaded
+    apart = not saved.ndim if then is None else not saved.ndim or saved.dtype != then
+    return saved.to(loaded.device) if apart else loaded
 
 
 def tensors_of(entry: dict[str, Any]) -> list[tuple[str, Tensor]]:

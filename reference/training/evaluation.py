@@ -11,6 +11,7 @@ from reference.data.tokens import Batch
 from reference.errors import TrainingError
 from reference.model.loss import batch_loss
 from reference.model.modes import evaluation_mode
+from reference.optimizers.averages import averaged
 from reference.training.batches import TokenSource, split_targets, within_vocabulary
 from reference.training.launch import reduce
 from reference.training.run import Run
@@ -26,7 +27,8 @@ def validate(run: Run, validation: Iterable[Batch] | TokenSource) -> float:
         batches = validation.once(run.fabric.global_rank, run.fabric.world_size)
     else:
         batches = within_vocabulary(validation, run.module)
-    return evaluate(run.fabric, run.wrapped, itertools.islice(batches, run.config.evaluate_batches))
+    with averaged(run.bare):
+        return evaluate(run.fabric, run.wrapped, itertools.islice(batches, run.config.evaluate_batches))
 
 
 @torch.no_grad()

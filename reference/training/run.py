@@ -117,7 +117,7 @@ class Run:
         config, fabric, device = self.config, self.fabric, self.fabric.device
         self.sequences = self.count_sequences(pairs)
         for group, peak in zip(self.bare.param_groups, self.peaks, strict=True):
-            group["lr"] = learning_rate(config, update, peak)
+            set_rate(group, learning_rate(config, update, peak))
         # Dropout is a function of seed, update and rank, so a resumed run draws what it would have drawn.
         seed_dropout(derive_seed(config.seed, update, fabric.global_rank), device)
 
@@ -183,6 +183,14 @@ class Run:
     def count_sequences(self, pairs: Pairs) -> int:
         """Return the sequences of an update over all ranks, whose microbatches are taken to be as large as here."""
         return self.fabric.world_size * sum(len(ids) for ids, _ in pairs)
+
+
+def set_rate(group: dict[str, Any], rate: float) -> None:
+    """Set the learning rate of a parameter group, in place if it is a tensor, as torchao's optimizers demand."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
 
 
 def seed_dropout(seed: int, device: torch.device) -> None:

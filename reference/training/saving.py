@@ -13,6 +13,9 @@ from reference.config import GPTConfig, as_plain
 from reference.errors import CheckpointError
 from reference.finetuning.config import FinetuneConfig
 from reference.model.embedding import is_stable
+from reference.optimizers import class_paths, roles
+from reference.optimizers.averages import averaged
+from reference.optimizers.roles import members
 from reference.optimizers.state import load_optimizer_state, optimizer_state
 from reference.training.batches import Pairs
 from reference.training.launch import is_sharded, reduce
@@ -41,12 +44,13 @@ def save(run: Run, update: int, source: Any) -> None:
         # Gathered, a tied tensor comes once for each of its names.
         weights |= {name: weights[first] for name, first in run.ties.items() if first in weights}
     folder = checkpoint.step_folder(run.directory, update)
+    state_of_optimizer = packed or optimizer_state(run.bare)  # of a schedule-free one before the weights move
 
     def write() -> None:
         state = {
             "update": update,
-            "optimizer": packed or optimizer_state(run.bare),
-            "optimizer_class": run.config.optimizer,
+            "optimizer": state_of_optimizer,
+            "optimizer_class": class_paths(run.config),
             "precision": run.fabric.strategy.precision.state_dict(),
             "stable_embedding": any(map(is_stable, run.module.modules())),
         }
@@ -61,7 +65,8 @@ def save(run: Run, update: int, source: Any) -> None:
         checkpoint.save(folder, weights, state, plain, {file.name: file} if file else {})
         checkpoint.prune(run.directory, run.config.keep_last, folder)
 
-    on_rank_zero(run, write)
+    with averaged(run.bare):  # the weights that a schedule-free model is used with
+        on_rank_zero(run, write)
     run.saved = f"the newest checkpoint is {folder}"
 
 
@@ -104,9 +109,9 @@ def restore(run: Run, folder: Path) -> int:
             "resume: %s holds newer checkpoints than %s, up to %s: they stay, and resume='auto' would take them",
             *(run.directory, folder.name, newer[-1]),
         )
-    if saved is not None and state["optimizer_class"] != config.optimizer:
+    if saved is not None and state["optimizer_class"] != class_paths(config):
         raise CheckpointError(
-            f"{folder} was trained with {state['optimizer_class']}, not {config.optimizer}: "
+            f"{folder} was trained with {state['optimizer_class']}, not {class_paths(config)}: "
             "resume with the same optimizer, or start afresh."
         )
     if root is None:
@@ -116,7 +121,11 @@ def restore(run: Run, folder: Path) -> int:
     if saved is None:  # weights alone, from import_huggingface
         logger.info("resume: the weights of %s; it has no optimizer state, which starts afresh", folder)
         return done
-    given = [{key: group[key] for key in config.optimizer_args if key in group} for group in optimizer.param_groups]
+    given = [
+        {key: group[key] for key in role.optimizer_args if key in group}
+        for role, member in zip(roles(config), members(optimizer), strict=False)  # LoRA may leave nothing to a second
+        for group in member.param_groups
+    ]
     try:
         if root is None:
             load_optimizer_state(optimizer, saved)

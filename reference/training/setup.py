@@ -18,7 +18,8 @@ from reference.finetuning.prepare import prepare
 from reference.model.gpt import GPT
 from reference.model.initialization import build, choose_strategy, tied_names
 from reference.model.loss import TokenLoss, token_loss
-from reference.optimizers import create_optimizer, find_class
+from reference.optimizers import create_optimizer, find_class, roles
+from reference.optimizers.averages import has_modes, to_training
 from reference.optimizers.build import accepts
 from reference.optimizers.override import is_bitsandbytes
 from reference.training.float8 import use_float8
@@ -58,12 +59,19 @@ def set_up(
     Raises:
         ConfigurationError: if the settings cannot work.
     """
-    optimizer_class = find_class(config.optimizer)
+    classes = [find_class(role.optimizer) for role in roles(config)]
     fabric = launch(config)
     if is_sharded(fabric):
         from reference.training.sharding import require_per_element
 
-        require_per_element(optimizer_class, config.optimizer_args, fabric.strategy.device_mesh["data_parallel"])  # type: ignore[attr-defined] # ShardedStrategy has it
+        mesh = fabric.strategy.device_mesh["data_parallel"]  # type: ignore[attr-defined] # ShardedStrategy has it
+        for kind, role in zip(classes, roles(config), strict=True):
+            if has_modes(kind):
+                raise ConfigurationError(
+                    f"{role.optimizer} is schedule-free, and its average is not gathered from several ranks: under "
+                    "FSDP use another optimizer, such as torch.optim.AdamW, or use strategy='ddp'."
+                )
+            require_per_element(kind, role.optimizer_args, mesh)
     finetune = finetune or FinetuneConfig()
     if is_sharded(fabric) and finetune.lora_rank is not None:
         raise ConfigurationError(
@@ -77,7 +85,7 @@ def set_up(
     changes = prepare(
         module,
         finetune,
-        stable=wants_stable_embedding(config, optimizer_class),
+        stable=wants_stable_embedding(config, classes[-1]),  # of two, the second trains embeddings
         trained=base is not None,
         dtype=COMPUTED[config.precision],
         seed=config.seed,
@@ -89,7 +97,7 @@ def set_up(
     ties = {other: first for first, others in tied_names(module).items() for other in others}
     wrapped = fabric.setup_module(compiled(module, is_sharded(fabric)) if config.compile else module)
     bare = create_optimizer(config, module, fabric.device)
-    peaks = [group["lr"] for group in bare.param_groups]
+    peaks = [float(group["lr"]) for group in bare.param_groups]
     if config.min_lr is not None and config.schedule != "constant" and config.min_lr > min(peaks):
         raise ConfigurationError(
             f"min_lr is {config.min_lr}, above the optimizer's lr of {min(peaks)}: the rate would rise to it. "
@@ -98,6 +106,7 @@ def set_up(
     optimizer: Any = fabric.setup_optimizers(bare)
     warn_about_rounding(config)
     wrapped.train()
+    to_training(bare)
     called = wrapped._forward_module
     launches_early = getattr(called, "_orig_mod", called) is wrapped.module and not is_sharded(fabric)  # not DDP's
     return Run(

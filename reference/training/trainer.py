@@ -20,6 +20,7 @@ from reference.errors import ConfigurationError
 from reference.finetuning.config import FinetuneConfig
 from reference.model.embedding import restore_embeddings
 from reference.model.gpt import GPT
+from reference.optimizers.averages import averaged, to_average
 from reference.training.batches import TokenSource, require_tokenizer, require_vocabulary
 from reference.training.evaluation import validate
 from reference.training.float8 import plain_linears, require_tokens
@@ -202,7 +203,8 @@ class Trainer:
                     log(record, run, passed / (update + 1 - done) * (config.updates - update - 1))
                 if samples and self.sample is not None and run.fabric.global_rank == 0:
                     # generate() reads one token at a time, which float8 layers cannot: they need multiples of 16.
-                    self.sample(result.for_inference() if config.float8 != "none" else run.module, update + 1)
+                    with averaged(run.bare):
+                        self.sample(result.for_inference() if config.float8 != "none" else run.module, update + 1)
                 alone = run.fabric.world_size == 1  # other ranks know of a signal when the next update has begun
                 stopped = (run.stopping or (alone and stop.signal is not None)) and not last
                 # A signal that comes while a stream waits ends its batches; none is left for the next update.
@@ -214,6 +216,7 @@ class Trainer:
                     logger.warning("stopped by %s; %s", result.stopped.name, run.saved)
                     break
                 started = time.perf_counter() if saves or samples or validates else now
+            to_average(run.bare)
         return result
 
     def setup(

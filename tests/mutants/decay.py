@@ -20,7 +20,7 @@ MUTANTS = [
         "decay-everything",
         "DECAY-4",
         "lit-llama#254, Fast-LLM#545",
-        (BUILD, "groups: Any = decay_groups(model, config.decay, dimensions) if decays else", "groups: Any ="),
+        (BUILD, "groups: Any = decay_groups(model, config.decay, dimensions, chosen) if decays else", "groups: Any ="),
     ),
     mutant(
         "decay-coupled",

@@ -116,6 +116,16 @@ HARMLESS = [
         edits=(Edit(GROUPS, "return [group for group in groups if", "return [group for group in groups[::-1] if"),),
     ),
     Harmless(
+        "the-rest-before-muon",
+        edits=(
+            Edit(
+                "reference.optimizers.build:create_optimizer",
+                "for role, part in parts if part",
+                "for role, part in parts[::-1] if part",
+            ),
+        ),
+    ),
+    Harmless(
         "parameters-in-another-order",
         edits=(
             Edit(

@@ -10,6 +10,7 @@ def keywords_without(condition: str) -> str:
     return f"| {{k: v for k, v in arguments.items() if {condition}}}"
 
 
+ROLES = "reference.optimizers.build:create_optimizer"
 BUILT = "optimizer_class(groups, **keywords)"
 ALL = "for g in o.param_groups for p in g['params'] if p.grad is not None"
 
@@ -101,7 +102,7 @@ MUTANTS = [
         "opt-state-outside-state",
         "OPT-13",
         "grokadamw 0.1.2",
-        ("reference.optimizers.state:optimizer_state", 'state["state_in_groups"] = misplaced', "pass"),
+        ("reference.optimizers.state:state_of_one", 'state["state_in_groups"] = misplaced', "pass"),
     ),
     mutant(
         "clipped-inside-the-step",
@@ -216,6 +217,22 @@ MUTANTS = [
             BUILT,
             inside_step(f"[p.grad.mul_(p.grad.abs() > p.grad.abs().mean()) {ALL} if p.dtype == torch.bfloat16]"),
         ),
+    ),
+    mutant(
+        "last-tensor-beside-muon-in-neither",
+        "OPT-19",
+        "a list of modules for each optimizer that leaves one out",
+        (
+            ROLES,
+            "(second[0], everything - matrices)",
+            "(second[0], everything - matrices - {id(trainable(model)[-1])})",
+        ),
+    ),
+    mutant(
+        "embedding-given-to-muon",
+        "OPT-19",
+        "KellerJordan/Muon: embeddings and heads are not for Muon; every matrix by its dimensions",
+        (ROLES, "matrices = block_matrices(model)", "matrices = {id(p) for p in trainable(model) if p.ndim == 2}"),
     ),
     mutant(
         "8-bit-state-widened",

@@ -81,7 +81,7 @@ def edited_code(function: FunctionType, edits: Sequence[Edit]) -> Any:
 
 FIT, SETUP = "reference.training.trainer:Trainer.fit", "reference.training.setup:set_up"
 BUILD_MODULE, UPDATE = "reference.training.setup:build_module", "reference.training.run:Run.update_once"
-BUILD, ADDED = "reference.optimizers.build:create_optimizer", "reference.optimizers.build:added_keywords"
+BUILD, ADDED = "reference.optimizers.build:create_one", "reference.optimizers.build:added_keywords"
 GROUPS, DECAYED = "reference.optimizers.decay:decay_groups", "reference.optimizers.decay:is_decayed"
 DRAW, STD = "reference.model.initialization:draw", "reference.model.initialization:declared_std"
 LAUNCH, RESTORE = "reference.training.launch:launch", "reference.training.saving:restore"
@@ -89,7 +89,7 @@ LAUNCH, RESTORE = "reference.training.launch:launch", "reference.training.saving
 LOAD, PUT = "reference.checkpoint.folder:load_model", "put_into(model, load_weights(folder), folder / WEIGHTS)"
 PREPARE = "reference.finetuning.prepare:prepare"
 EVALUATE = "reference.training.evaluation:evaluate"
-PEAKS = 'peaks = [group["lr"] for group in bare.param_groups]'
+PEAKS = 'peaks = [float(group["lr"]) for group in bare.param_groups]'
 RATE = "learning_rate(config, update, peak)"  # in UPDATE
 
 

@@ -6,7 +6,7 @@ BATCHES, SAVE = "reference.training.run:Run.batches", "reference.training.saving
 START = "start = done * self.config.microbatches"
 STREAM = "train.batches_from(start, self.fabric.global_rank, self.fabric.world_size)"
 WRAPPED = (SAVE, "weights: Any = run.module\n", "weights: Any = run.wrapped._forward_module\n")
-STATE, LOAD_STATE = "reference.optimizers.state:optimizer_state", "reference.optimizers.state:load_optimizer_state"
+STATE, LOAD_STATE = "reference.optimizers.state:state_of_one", "reference.optimizers.state:load_into_one"
 PUT_INTO, OWN = "reference.checkpoint.folder:put_into", "own = model.state_dict()"
 LOOSE = f"{OWN}; saved = own | {{name: saved[name] for name in own if name in saved}}"
 
@@ -162,7 +162,7 @@ MUTANTS = [
         "nanotron#245",
         (
             LOAD_STATE,
-            'keep_own_dtypes(optimizer, state["state"])',
+            'keep_own_dtypes(optimizer, state["state"], state.get("dtypes", []))',
             "keep_own_dtypes(optimizer, state['state']); [v.mul_(1.01) for p in all_parameters(optimizer) "
             "if p.element_size() == 2 for k, v in tensors_of(optimizer.state[p]) if v.ndim]",
         ),
@@ -179,9 +179,19 @@ MUTANTS = [
         ),
     ),
     mutant(
+        "second-optimizer-starts-afresh",
+        "RESUME-12",
+        "a checkpoint that holds the state of one optimizer of two",
+        (
+            "reference.optimizers.state:load_optimizer_state",
+            "load_into_one(member, part)",
+            "member is not own[0] or load_into_one(member, part)",
+        ),
+    ),
+    mutant(
         "scalars-rounded-on-load",
         "RESUME-11",
         "torch's load_state_dict: NAdam's mu_product under bf16-true",
-        (LOAD_STATE, 'keep_own_dtypes(optimizer, state["state"])', "pass"),
+        (LOAD_STATE, 'keep_own_dtypes(optimizer, state["state"], state.get("dtypes", []))', "pass"),
     ),
 ]

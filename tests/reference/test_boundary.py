@@ -79,7 +79,7 @@ def test_what_an_optimizer_refuses(
     assert told(capsys, lambda: train(data, "--config", "run.yaml"), 2).startswith(sentence)
 
 
-def test_an_optimizer_that_waits_to_be_told_its_mode(data: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_optimizer_with_modes_that_cannot_step(data: str, capsys: pytest.CaptureFixture[str]) -> None:
     """As those of schedulefree, which raise in their first step otherwise."""
     Path("free.py").write_text(
         "import torch\n"
@@ -90,7 +90,7 @@ def test_an_optimizer_that_waits_to_be_told_its_mode(data: str, capsys: pytest.C
         "    def eval(self): ...\n"
     )
     run = ["--train.optimizer", "free.Free", "--train.optimizer_args", "{lr: 1}"]
-    assert "free.Free has a train() and an eval() mode" in told(capsys, lambda: train(data, *run), 2)
+    assert "free.Free cannot make a step with --train.optimizer_args" in told(capsys, lambda: train(data, *run), 2)
 
 
 # class paths -----------------------------------------------------------------------------------------------------

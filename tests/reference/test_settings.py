@@ -264,3 +264,14 @@ def test_every_field_can_be_given_in_a_file(tmp_path: Path) -> None:
     assert {name: list(plain[name]) for name in groups} == {
         name: [field.name for field in dataclasses.fields(config)] for name, config in groups.items()
     }
+
+
+def test_muon_leaves_the_presets_arguments_to_adamw(tmp_path: Path) -> None:
+    preset = read_settings([]).train.optimizer_args
+    train = read_settings(["--optimizer", "torch.optim.Muon", "--lr", "0.01"]).train
+    assert (train.optimizer_args, train.optimizer_rest_args) == ({"lr": 0.01, "weight_decay": 0.1}, preset)
+    (tmp_path / "run.yaml").write_text("train: {optimizer: torch.optim.Muon, optimizer_rest_args: {lr: 1}}")
+    train = read_settings(["--config", str(tmp_path / "run.yaml")]).train
+    assert (train.optimizer_args["lr"], train.optimizer_rest_args) == (0.02, {"lr": 1})
+    train = read_settings(["--optimizer", "torch.optim.Muon", "--train.optimizer_args", "{lr: 0.1}"]).train
+    assert (train.optimizer_args, train.optimizer_rest_args) == ({"lr": 0.1}, {})

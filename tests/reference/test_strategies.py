@@ -121,6 +121,28 @@ def test_checkpoints_are_read_both_ways(
     assert back == pytest.approx(of_one[2:], rel=1e-5)
 
 
+MUON: dict[str, Any] = {"optimizer": "torch.optim.Muon", "optimizer_args": {"lr": 0.02}}
+FREE: dict[str, Any] = {"optimizer": "tests.reference.test_averages.ScheduleFreeSGD", "optimizer_args": {"lr": 0.5}}
+
+
+@pytest.mark.parametrize(
+    ("way", "optimizer"),
+    [(DDP, MUON), (FLAT, MUON), (FSDP, MUON), (DDP, FREE), (FLAT, FREE)],
+    ids=["ddp-Muon", "flat-Muon", "fsdp-Muon", "ddp-schedule-free", "flat-schedule-free"],
+)
+def test_two_optimizers_and_averages_on_two_ranks(
+    on_both: Any, way: TrainConfig, optimizer: dict[str, Any], tmp_path: Path
+) -> None:
+    config = replace(way, **optimizer)
+    first, second = on_both(train, "llama-untied", config, tmp_path / "two")
+    assert first == second
+    alone = train("llama-untied", replace(ALONE, **optimizer), tmp_path / "one")
+    assert first["losses"] == pytest.approx(alone["losses"], rel=1e-4)  # Muon multiplies matrices in bfloat16
+    again = on_both(train, "llama-untied", config, tmp_path / "again", step_folder(tmp_path / "two", 2))[0]
+    assert again["losses"] == first["losses"][2:]
+    assert torch.equal(weights(tmp_path / "again", 4), weights(tmp_path / "two", 4))
+
+
 def start(name: str, initialization: Any, precision: Any, directory: Path) -> None:
     from reference.training.saving import save
 
@@ -161,6 +183,7 @@ NOT_SPLIT = {
     "bitsandbytes.optim.AdamW8bit": "AdamW8bit cannot train tensors that are split over ranks (RuntimeError: ",
     "grokadamw.GrokAdamW": "(its state is not split like the parameter): under FSDP use an optimizer that treats",
     "reference.optimizers.adamw8bit.AdamW8bit": "(its state is not split like the parameter): under FSDP use an",
+    "tests.reference.test_averages.ScheduleFreeSGD": "ScheduleFreeSGD is schedule-free, and its average",
     "tests.reference.test_strategies.Scaled": "(it takes other steps than on whole tensors): under FSDP use an",
 }
 
