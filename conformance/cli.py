@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ examples:
   python -m conformance explain DECAY-4                      explain a clause or a chapter: why, source, mutants, bound
   python -m conformance report reports/conformance/*.json    turn result files into pages
   python -m conformance audit -- train.py --lr 3e-4          audit a training script, with no line changed
+  python -m conformance new-adapter train.py -- --lr 3e-4    write the skeleton of an adapter for that script
 
 exit code: 0 no clause failed, 1 some did, 2 the command line was wrong, 130 interrupted by Ctrl-C
 """
@@ -55,11 +57,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code; for a user's mistake, print one sentence and return 2."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     command: list[str] = []
-    if given[:1] == ["audit"] and "--" in given:  # what follows is the script's own
+    if given[:1] in (["audit"], ["new-adapter"]) and "--" in given:  # what follows is the script's own
         place = given.index("--")
         given, command = given[:place], given[place + 1 :]
     options = build_parser().parse_args(given)
-    if command:
+    if given[:1] == ["new-adapter"]:
+        options.arguments = command
+    elif command:
         options.script = command
     try:
         code: int = options.command(options)
@@ -83,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the commands and their options."""
     plain = argparse.RawDescriptionHelpFormatter
     parser = Parser("python -m conformance", description=__doc__, epilog=EXAMPLES, formatter_class=plain)
-    commands = parser.add_subparsers(required=True, metavar="run|audit|diff|list|explain|report")
+    commands = parser.add_subparsers(required=True, metavar="run|audit|diff|new-adapter|list|explain|report")
 
     run = commands.add_parser("run", help="judge a training stack", epilog=EXAMPLES, formatter_class=plain)
     for flag, settings in OPTIONS.items():
@@ -126,6 +130,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     diff.add_argument("--format", choices=("text", "json"), default="text", help="what to print (default: text)")
     diff.set_defaults(command=diff_command)
+
+    new = commands.add_parser(
+        "new-adapter",
+        help="write the skeleton of an adapter for a training script",
+        description="Run a training script until it has made four updates, and write an adapter for it: what was seen "
+        "is filled in, and the rest are questions. No file is overwritten.",
+        epilog="example:\n  python -m conformance new-adapter train.py -- --lr 3e-4",
+        formatter_class=plain,
+    )
+    new.add_argument("script", metavar="SCRIPT", help="the script; its arguments go after --")
+    new.add_argument("--out", metavar="FILE", help="the file to write (default: SCRIPT_adapter.py in this folder)")
+    new.set_defaults(command=new_adapter_command)
 
     listing = commands.add_parser("list", help="list all clauses, with requirement and source")
     listing.add_argument("--format", choices=("text", "json"), default="text", help="what to print (default: text)")
@@ -174,16 +190,37 @@ def run_command(options: argparse.Namespace) -> int:
         return sitting.finish(console, options.verbose, options.format)
 
 
+def loading(quiet: bool = False) -> AbstractContextManager[None]:
+    """Say that PyTorch is being loaded; only on the first rank, and not if the user wants quiet."""
+    if quiet or os.environ.get("RANK", "0") != "0":
+        return nullcontext()
+    from rich.console import Console
+
+    from conformance.progress import waiting
+
+    return waiting("Loading PyTorch", Console(file=sys.stderr, highlight=False))
+
+
 def audit_command(options: argparse.Namespace) -> int:
     """Audit a script: its output goes where it always goes, the letter to stderr."""
-    from conformance.auditing.command import audit_script
+    with loading(quiet=options.quiet):
+        from conformance.auditing.command import audit_script
 
     return audit_script(options)
 
 
+def new_adapter_command(options: argparse.Namespace) -> int:
+    """Write the skeleton of an adapter."""
+    with loading():
+        from conformance.skeleton.command import new_adapter
+
+    return new_adapter(options)
+
+
 def diff_command(options: argparse.Namespace) -> int:
     """Name the first place where two runs differ."""
-    from conformance.auditing.comparison import compare_records
+    with loading():
+        from conformance.auditing.comparison import compare_records
 
     return compare_records(options.first, options.second, options.noise, options.format)
 

@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import cast
 
 from conformance.capabilities import CAPABILITIES, nearest
@@ -30,7 +31,8 @@ POLICY_METHODS = ("initial", "decays", "learning_rate")
 
 
 def load_subject(spec: str) -> Subject:
-    """Return the subject that ``spec`` names: ``reference``, ``litgpt``, or ``package.module:Attribute``.
+    """Return the subject that ``spec`` names: ``reference``, ``litgpt``, or ``package.module:Attribute``, or
+    ``path/adapter.py:Attribute``.
 
     The attribute is an adapter class, which is called without arguments, or an adapter.
 
@@ -41,6 +43,8 @@ def load_subject(spec: str) -> Subject:
     module_name, colon, attribute = path.partition(":")
     if not colon:
         raise UsageError(f"unknown subject {spec!r}: give one of {', '.join(sorted(BUILT_IN))}, or module:Attribute.")
+    if module_name.endswith(".py"):
+        module_name = module_of(Path(module_name), spec)
     if os.getcwd() not in sys.path:  # as `python -m` has it: an adapter is often a file beside the user
         sys.path.insert(0, os.getcwd())
     try:
@@ -68,6 +72,22 @@ def load_subject(spec: str) -> Subject:
     except BaseException as error:  # a constructor or a property may raise anything
         raise UsageError(f"{doing} the subject {spec!r} raised {describe_error(error)}.") from error
     return cast(Subject, subject)
+
+
+def module_of(path: Path, spec: str) -> str:
+    """Return the name by which a file can be imported, and put its folder on the path.
+
+    Raises:
+        UsageError: if there is no such file, or no module can have its name.
+    """
+    if not path.is_file():
+        raise UsageError(f"the subject {spec!r} names a file that is not there: correct the path.")
+    if not path.stem.isidentifier():
+        raise UsageError(f"Python cannot import a file named {path.name}: give it a name such as my_adapter.py.")
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    return path.stem
 
 
 def install_hint(spec: str, error: ImportError) -> str:

@@ -272,6 +272,9 @@ class DataConfig:
 
     path: str = "data/standard-library"
     """Folder with the token files of the training and the validation split."""
+    stream: str | None = None
+    """Folder of text files that grow: train on them, each line once, and wait where text is missing. The data folder
+    then gives tokenizer and validation split. null: train on the data folder."""
     microbatch_size: int = 8
     """Sequences per microbatch and rank; each has block_size tokens and one more as the last target."""
 

@@ -15,6 +15,7 @@ from typing import TextIO
 from conformance.auditing.facts import Facts
 from conformance.auditing.judging import allowances, judge_resumed, with_allowances
 from conformance.auditing.page import write_page
+from conformance.auditing.processes import place
 from conformance.auditing.rules.expected import parse
 from conformance.auditing.run import audited, run_script
 from conformance.auditing.traces import load, save
@@ -53,11 +54,16 @@ def audit_script(options: argparse.Namespace) -> int:
             write_page(verdict, page)
             print(f"Written: {page}", file=stderr)
 
+    if not options.quiet and place()[0] == 0:
+        count = f"{updates} update{'s' * (updates != 1)}"
+        print(f"Auditing {shlex.join(command)}: watching {count}.", file=stderr, flush=True)
     second = check_command(resume_command(options.resume_with)) if options.resume_with else None
     start = partial(audited, updates, options.then, expected, allowed, options.strict, done)
     code, verdict = run_script(command, start)
     if folder is not None and verdict.facts is not None:
-        save(verdict.facts, folder)
+        saved = save(verdict.facts, folder)
+        if not options.quiet:
+            print(f"Written: {saved}", file=stderr)
     if code:
         return code
     if verdict.facts is None or (not verdict.facts.updates and not verdict.broken):

@@ -125,6 +125,8 @@ class Facts:
     """Tensors of which this process holds a part only."""
     offsets: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Where the part begins in the whole tensor, by dimension, where that is known."""
+    model: str = ""
+    """Class path of the model."""
     wrappers: tuple[str, ...] = ()
     """Class names of what wraps the model: DistributedDataParallel, FSDP, ..."""
     compiled: bool = False

@@ -110,6 +110,7 @@ class Auditor:
         facts.idle = self.idle[0], self.idle[1]
         if root is None:
             return
+        facts.model = f"{type(root).__module__}.{type(root).__qualname__}".removeprefix("__main__.")
         facts.tied_at_end = {name: info.names for name, info in describe_tensors(root).items()}
         tensors = named_tensors(root)
         if facts.trace.measured_initial is not None:

@@ -18,6 +18,7 @@ from markupsafe import Markup, escape
 from conformance.clause import CHAPTERS, Clause, catalogue, in_order
 from conformance.errors import UsageError
 from conformance.reading import make_folder
+from conformance.report.arrangement import arranged, worst
 from conformance.report.markdown import SIGNS, matrix
 from conformance.report.result import Report, demand, read_json, read_report, repeat_command
 from conformance.session import OUTCOMES
@@ -119,8 +120,17 @@ def render(columns: Sequence[Column], kill_matrix: Mapping[str, Any] | None, fol
     templates.globals |= {"chapters": chapters, "titles": CHAPTERS, "clauses": clauses, "known": catalogue()}
     templates.globals |= {"signs": SIGNS, "findings": FINDINGS, "columns": columns}
 
-    index = {"kills": kill_matrix, "mutants": mutants, "killed": killed}
-    index["total"] = sum((column.report.count(clauses) for column in columns), Counter())
+    kinds, others = arranged(columns)
+    first = [column for group in kinds.values() for column in group]
+    index: dict[str, Any] = {
+        "kills": kill_matrix,
+        "mutants": mutants,
+        "killed": killed,
+        "kinds": kinds,
+        "others": others,
+    }
+    index |= {"shown": [*first, *others], "worst": worst(first, clauses)}
+    index["total"] = sum((column.report.count(clauses) for column in first), Counter())
     pages = {"index.html": templates.get_template("index.html").render(index)}
     pages["matrix.md"] = matrix([(column.title, column.machine, column.report) for column in columns], chapters)
     for column in columns:

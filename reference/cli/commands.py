@@ -27,8 +27,8 @@ class PrepareOptions:
     text: list[str] = field(default_factory=list)
     """files, folders or patterns to read; if none is given, the sources of Python's standard library"""
     record_field: str | None = field(default=None, metadata={"option": "field"})
-    """the field, or column, that holds the text of records: each record of JSON lines, CSV or Parquet files is then a
-    document; null: each file is one"""
+    """the field, or column, of records (JSON lines, CSV, Parquet) that holds a text, or a list of chat messages: each
+    record is then a document; null: each file is one"""
     tokenizer: str = "bytes"
     """how to make tokens: bytes, bpe:SIZE (trained on the text), or the path of a tokenizer.json"""
     end_of_document: str | None = None
@@ -50,7 +50,8 @@ def prepare_command(words: Sequence[str]) -> int:
         "  python -m reference prepare --text notes.txt letters/ --out data/mine  files, and all below a folder\n"
         "  python -m reference prepare --text 'books/**/*.txt' --tokenizer bpe:8192 --out data/books\n"
         "  python -m reference prepare --text stories.jsonl --field text --tokenizer bpe:8192 --out data/stories\n"
-        "  python -m reference prepare --text books/ --tokenizer path/to/tokenizer.json --out data/books"
+        "  python -m reference prepare --text books/ --tokenizer path/to/tokenizer.json --out data/books\n"
+        "  python -m reference prepare --text chats.jsonl --field messages --tokenizer model/ --out data/chats"
     )
     options = read("prepare", PrepareOptions, examples, words)
     if options.out is None and options.text:

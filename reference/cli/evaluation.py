@@ -81,6 +81,8 @@ def evaluate_checkpoint(
     targets = tokens.tokens - 1
     if batches is not None:
         targets = min(targets, batches * tokens.microbatch_size * tokens.block_size)
+    if tokens.mask is not None:  # targets are of the assistant's turns only, and no chat is in bytes
+        targets = int(np.count_nonzero(tokens.mask[1 : targets + 1]))
     if targets < tokens.tokens - 1:
         size = int(np.count_nonzero(tokens.ids[1 : targets + 1] != ByteTokenizer.end_of_document))
     else:  # without reading all of it again; the first token, which is not a target, may be the end of a document

@@ -127,13 +127,16 @@ def build(options: type[Options], values: Mapping[str, Any]) -> Options:
     return made
 
 
-def parse(parser: ArgumentParser, words: Sequence[str], known: Sequence[str]) -> dict[str, Any]:
+def parse(
+    parser: ArgumentParser, words: Sequence[str], known: Sequence[str], hints: Sequence[str] = ()
+) -> dict[str, Any]:
     """Return the values that the words of a command line give.
 
     Args:
         parser: of the command.
         words: of the command line.
-        known: names of options, for hints.
+        known: names of options.
+        hints: further names that a hint may give: short ones.
 
     Raises:
         ConfigurationError: if the words do not fit.
@@ -142,7 +145,7 @@ def parse(parser: ArgumentParser, words: Sequence[str], known: Sequence[str]) ->
     words = [with_underscores(word) for word in words]
     for name in [word.partition("=")[0] for word in words if word.startswith("--")]:
         if name not in ("--help", *known) and name.rpartition(".")[0] not in known:
-            raise ConfigurationError(f"there is no option {shown(name)}: {hint(name, known, parser.prog)}")
+            raise ConfigurationError(f"there is no option {shown(name)}: {hint(name, [*hints, *known], parser.prog)}")
     for option, value in zip(["", *words], words):
         with contextlib.suppress(yaml.YAMLError):  # text, which needs no quotes
             require_bounded(value.partition("=")[2] if value.startswith("--") else value, option or value[:50])
@@ -158,17 +161,23 @@ def with_underscores(word: str) -> str:
     return f"--{name[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") and name != "--" else word
 
 
+USUAL = {"out": "--directory", "output": "--directory", "out_dir": "--directory", "output_dir": "--directory"}
+"""What other trainers call an option, and its name here."""
+
+
 def hint(name: str, accepted: Sequence[str], program: str = "python -m reference") -> str:
     """Return which accepted name is nearest; by its last part if need be, so --updates finds --train.updates."""
 
     def last(option: str) -> str:
         return option.replace("-", ".").rpartition(".")[2]
 
+    if last(name) in USUAL and USUAL[last(name)] in accepted:
+        return f"did you mean {USUAL[last(name)]}?"
     same = [option for option in accepted if last(option) == last(name)]
     ends = {last(option): option for option in accepted}
     found = (
         difflib.get_close_matches(name, same, n=1, cutoff=0.0)
-        or difflib.get_close_matches(name, accepted, n=1)
+        or difflib.get_close_matches(name, accepted, n=1, cutoff=0.7)
         or [ends[end] for end in difflib.get_close_matches(last(name), ends, n=1)]
     )
     return f"did you mean {found[0]}?" if found else f"see {program} --help."

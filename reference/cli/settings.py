@@ -9,7 +9,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from reference import files
-from reference.cli.everyday import everyday_help, spelt_out, take_help
+from reference.cli.everyday import SHORT, everyday_help, spelt_out, take_help
 from reference.cli.options import add_options, build, hint, new_parser, parse
 from reference.cli.presets import PRESETS, find_preset
 from reference.cli.starting import preset_of, run_name, start_of, value_of
@@ -114,7 +114,7 @@ def read_settings(arguments: Sequence[str]) -> Settings:
     if topic is not None:
         print_help(topic, parser, defaults)
         raise SystemExit(0)
-    found = parse(parser, others, known)
+    found = parse(parser, others, known, [f"--{name}" for name in SHORT])
     if not is_given("warmup", contents, others):
         found["train"]["warmup"] = fitting_warmup(found["train"])
     if not found["directory"]:

@@ -20,6 +20,7 @@ from reference.files import write_file
 if TYPE_CHECKING:
     from torch import nn
 
+    from reference.data.stream import TextStream
     from reference.data.tokens import TokenData
     from reference.training.trainer import Callback, Record, Sampler
 
@@ -116,7 +117,7 @@ def train(settings: Settings) -> int:
     return 0 if result.stopped is None else 128 + result.stopped
 
 
-def open_data(settings: Settings) -> "tuple[Settings, TokenData, TokenData | None]":
+def open_data(settings: Settings) -> "tuple[Settings, TokenData | TextStream, TokenData | None]":
     """Return settings with a vocabulary that fits the data, the training split and the validation split.
 
     The default data is prepared if it does not exist yet. The preset tiny takes the vocabulary of the data unless the
@@ -127,6 +128,7 @@ def open_data(settings: Settings) -> "tuple[Settings, TokenData, TokenData | Non
     """
     from reference.data import TokenData
     from reference.data.prepare import prepare_default
+    from reference.data.stream import TextStream
 
     folder, model = Path(settings.data.path), settings.model
     if settings.init_from is not None:
@@ -140,7 +142,12 @@ def open_data(settings: Settings) -> "tuple[Settings, TokenData, TokenData | Non
         "microbatch_size": settings.data.microbatch_size,
         "seed": settings.train.seed,
     }
-    training = TokenData(folder, "train", **shape)
+    training: TokenData | TextStream
+    if settings.data.stream is None:
+        training = TokenData(folder, "train", **shape)
+    else:
+        sizes = {name: shape[name] for name in ("block_size", "microbatch_size")}
+        training = TextStream(settings.data.stream, folder, **sizes)
     validation = TokenData(folder, "validation", **shape) if settings.train.evaluate_every is not None else None
     for data in (training, validation):
         if data is not None:

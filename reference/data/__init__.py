@@ -6,6 +6,8 @@ prepare.py     the two together: write a data folder
 readback.py    what a tokenizer loses, by decoding a sample again
 tokenfile.py   token files on the disk, checked when they are opened
 tokens.py      sequences from token files, in another order every epoch
+stream.py      sequences from text files that grow
+chat.py        chats by the tokenizer's own template
 
 It imports reference.config, reference.errors and reference.files, and no other wing.
 """

@@ -73,7 +73,7 @@ def find_files(text: Sequence[str], out: Path) -> list[Path]:
             found |= dict.fromkeys(files_below(path) if path.is_dir() else [path])
     own = {
         os.path.realpath(out / name)  # unlike resolve(), not an error for a circle of links
-        for name in (FILE, SUMS, *(f"{split}.{kind}" for split in SPLITS for kind in ("bin", "json")))
+        for name in (FILE, SUMS, *(f"{split}.{kind}" for split in SPLITS for kind in ("bin", "json", "mask")))
     }
     return [path for path in found if os.path.realpath(path) not in own]
 
@@ -166,8 +166,13 @@ def document_key(content: bytes, seed: int) -> bytes:
     return digest.digest()
 
 
-def divide(documents: list[Document], share: float) -> tuple[list[Document], list[Document], str]:
+def divide(documents: list[Document], share: float, whole: bool = False) -> tuple[list[Document], list[Document], str]:
     """Divide documents: return those for training, those for validation, and how they were told apart.
+
+    Args:
+        documents: sorted by digest.
+        share: of the text that is for validation.
+        whole: cut no document.
 
     Raises:
         DataError: if there is too little text to have two splits.
@@ -183,6 +188,7 @@ def divide(documents: list[Document], share: float) -> tuple[list[Document], lis
     for index, document in enumerate(documents):
         if before + document.size > total * (1.0 - share):
             cut = place_to_cut(document, document.start + int(total * (1.0 - share)) - before)
+            cut = document.start if whole else cut
             head = replace(document, stop=cut, ends=False)
             tail = replace(document, start=cut)
             train = documents[:index] + ([head] if head.size else [])

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast
 
+import numpy as np
 import numpy.typing as npt
 
+from reference.data.chat import ChatTemplate, Conversation
 from reference.data.documents import SPLITS, Document, divide, examine, find_files, read, standard_library, total_size
 from reference.data.readback import Readback
 from reference.data.records import SUFFIXES, examine_records
@@ -62,8 +64,10 @@ class Prepared:
     """Files that were left out, each with the reason."""
     readback: dict[str, Readback]
     """What came back when a sample of each split was decoded again."""
-    what: Literal["text file", "record"] = "text file"
+    what: Literal["text file", "record", "conversation"] = "text file"
     """What each document comes from."""
+    targets: dict[str, int] | None = None
+    """Of chats: tokens of the assistant's turns by split, which alone are targets."""
 
     def describe(self) -> str:
         """Return some lines: what was written, and what was left out."""
@@ -76,6 +80,9 @@ class Prepared:
             f"decoded again: {self.readback[split].describe()}"
             for split in SPLITS
         ]
+        if self.targets is not None:
+            told = ", ".join(f"{self.targets[split]:,} of {split}" for split in SPLITS)
+            lines.append(f"targets: only the tokens of the assistant's turns, {told}")
         reasons = Counter(reason for _, reason in self.skipped)
         for reason, number in reasons.most_common():
             example = next(path for path, why in self.skipped if why == reason)
@@ -83,6 +90,7 @@ class Prepared:
                 f"left out: {number:,} {self.what.split()[-1]}{'s' * (number != 1)} ({reason}), e.g. {example}"
             )
         files = [f"{split}.{kind}" for split in SPLITS for kind in ("bin", "json")]
+        files += [f"{split}.mask" for split in SPLITS if self.targets is not None]
         files += [SUMS, *([FILE] if self.tokenizer == FILE else [])]
         return "\n".join([*lines, f"Written: {self.folder / files[0]}, and beside it {', '.join(files[1:])}"])
 
@@ -117,7 +125,9 @@ def prepare(
         end_of_document: the token of a tokenizer.json that ends a document. None: one of the usual names.
         overwrite: also replace data of another tokenizer.
         progress: show on standard error how far it is: bars on a terminal, elsewhere a line every few seconds.
-        field: the files hold records (JSON lines, CSV, Parquet), and this field of each is a document.
+        field: the files hold records (JSON lines, CSV, Parquet), and this field of each is a document: its text, or a
+            list of chat messages, which the chat template beside the tokenizer.json renders. Of chats, only the tokens
+            of the assistant's turns are targets.
 
     Raises:
         ConfigurationError: for settings that cannot work.
@@ -135,6 +145,7 @@ def prepare(
     if field is not None and not text:
         raise ConfigurationError("field names a part of records: give the files of records, too.")
     paths = find_files(text, out) if text else standard_library()
+    chats: ChatTemplate | None = None
     with bars(progress) as shown, contextlib.ExitStack() as held:
         if field is None:
             documents, skipped = examine(paths, seed, shown)
@@ -142,10 +153,14 @@ def prepare(
         else:
             spool = held.enter_context(tempfile.NamedTemporaryFile(prefix="reference-records-"))
             with told_if_full(spool.name):
-                documents, skipped = examine_records(
-                    list(shown.track(paths, description="reading")), field, seed, cast("BinaryIO", spool)
+                documents, skipped, chats = examine_records(
+                    list(shown.track(paths, description="reading")),
+                    field,
+                    seed,
+                    cast("BinaryIO", spool),
+                    lambda: ChatTemplate(given, tokenizer),
                 )
-        train, validation, divided = divide(documents, validation_share)
+        train, validation, divided = divide(documents, validation_share, whole=chats is not None)
         chosen = given if given is not None else train_tokenizer(read_all(train, shown), size)
         if chosen.vocab_size < size:
             logger.info("tokenizer: the text has enough pairs for %d ids only, not for %d", chosen.vocab_size, size)
@@ -159,10 +174,14 @@ def prepare(
                     vocab_size=chosen.vocab_size,
                     tokenizer=chosen.name,
                     end_of_document=chosen.end_of_document,
+                    masked=chats is not None,
                 )
                 writers.append(stack.enter_context(writer))
                 read_back[split] = Readback(chosen)
-                write(writer, part, chosen, shown, read_back[split])
+                if chats is not None:
+                    write_chats(writer, part, chats, shown, read_back[split])
+                else:
+                    write(writer, part, chosen, shown, read_back[split])
             if isinstance(chosen, FileTokenizer):
                 with writers[0].told():
                     write_file(out / FILE, chosen.content)
@@ -174,7 +193,8 @@ def prepare(
         tokenizer=chosen.name,
         vocab_size=chosen.vocab_size,
         files=len(documents),
-        what="text file" if field is None else "record",
+        what="text file" if field is None else "record" if chats is None else "conversation",
+        targets={writer.split: writer.targets for writer in writers} if chats is not None else None,
         size=total_size(documents),
         tokens={writer.split: writer.tokens for writer in writers},
         documents={writer.split: writer.documents for writer in writers},
@@ -317,6 +337,32 @@ def write(
         done += document.size
         shown.update(task, completed=done)
     append()
+
+
+def write_chats(
+    writer: TokenWriter, documents: list[Document], template: ChatTemplate, shown: "Progress", read_back: Readback
+) -> None:
+    """Encode conversations and append them, with the tokens of the assistant's turns as targets.
+
+    Where the template itself writes the end of a document, as after each turn, a document ends. If it never does, the
+    end comes behind the conversation, and is not a target.
+    """
+    task = shown.add_task(f"encoding, {writer.split}", total=total_size(documents))
+    for document in documents:
+        conversation = Conversation.loaded("".join(read(document)))
+        ids, targets = template.encoded(conversation)
+        read_back.count(ids)
+        read_back.compare(conversation.said, ids, document.named)
+        ends = np.flatnonzero(ids == writer.end)
+        start = 0
+        for end in ends.tolist():
+            writer.write(ids[start:end], targets[start:end])
+            writer.end_document(bool(targets[end]))
+            start = end + 1
+        writer.write(ids[start:], targets[start:])
+        if not len(ends):
+            writer.end_document(target=False)
+        shown.advance(task, document.size)
 
 
 def encoded(tokenizer: Tokenizer, texts: list[str], paths: list[Path]) -> list[npt.NDArray[Any]]:

@@ -7,10 +7,11 @@ records as it reads text files, and no file of records has to fit into memory.
 import csv
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from reference.data.chat import ChatTemplate, Unsuited
 from reference.data.documents import Document, document_key
 from reference.errors import ConfigurationError, DataError
 
@@ -19,30 +20,44 @@ LONGEST = 1 << 26  # characters of one field of a CSV file
 
 
 def examine_records(
-    paths: list[Path], field: str, seed: int, spool: BinaryIO
-) -> tuple[list[Document], list[tuple[Path, str]]]:
-    """Write the texts of a field into a file; return the documents, sorted by digest, and the records left out.
+    paths: list[Path], field: str, seed: int, spool: BinaryIO, template: Callable[[], ChatTemplate]
+) -> tuple[list[Document], list[tuple[Path, str]], ChatTemplate | None]:
+    """Write the texts of a field into a file.
+
+    If the first record that has the field holds a list there, all of them are chats: then what is written is each
+    conversation as :class:`Conversation` dumps it.
 
     Args:
         paths: files of records.
         field: the name of the field, or column, that holds the text.
         seed: of the digests.
         spool: an open file, with a name, that takes the texts.
+        template: returns the chat template; called once, if there are chats.
+
+    Returns:
+        The documents, sorted by digest; the records left out, with reasons; and the chat template if they are chats.
 
     Raises:
         DataError: if a file is of another kind or damaged, no record has the field, or nothing is left.
-        ConfigurationError: if a Parquet file needs a package that is missing.
+        ConfigurationError: if a Parquet file needs a package that is missing, or chats a template.
     """
     documents: dict[bytes, Document] = {}
     skipped: list[tuple[Path, str]] = []
     names: dict[str, None] = {}  # of fields, for a message
-    lists = 0
+    chats: ChatTemplate | None = None
     for path in paths:
         for number, record in enumerate(records_of(path), start=1):
             origin, text = Path(f"{path}:{number}"), record.get(field)
+            if chats is None and not documents and isinstance(text, list):
+                chats = template()
+            if chats is not None:
+                try:
+                    text = chats.conversation(text).dumped().decode()
+                except Unsuited as error:
+                    skipped.append((origin, str(error)))
+                    continue
             if not isinstance(text, str):
                 names |= dict.fromkeys(map(str, record))
-                lists += isinstance(text, list)
                 skipped.append((origin, f"no text in the field {field}"))
                 continue
             try:
@@ -58,16 +73,13 @@ def examine_records(
             spool.write(content)
             documents[key] = Document(Path(spool.name), key, start, start + len(content), origin=origin)
     spool.flush()
-    if not documents and lists:
-        raise DataError(
-            f"the field {field!r} holds lists, as chat messages do, and not text: token files hold ids only, so the "
-            "targets of the user's turns could not be left out. Write each conversation as one text, or give "
-            "Trainer.fit pairs of ids and targets, in which -100 is ignored."
-        )
+    if not documents and chats is not None:
+        origin, reason = skipped[0]
+        raise DataError(f"no conversation is left of {len(skipped):,}; the first, {origin}: {reason}.")
     if not documents:
         there = f"their fields are: {', '.join(list(names)[:10])}" if names else "they hold no other record"
         raise DataError(f"no record has text in the field {field!r} ({there}): name one of them with --field.")
-    return [documents[key] for key in sorted(documents)], skipped
+    return [documents[key] for key in sorted(documents)], skipped, chats
 
 
 def records_of(path: Path) -> Iterator[dict[str, Any]]:

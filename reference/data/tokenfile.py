@@ -4,6 +4,7 @@ A data folder holds, for each split (``train``, ``validation``),
 
     SPLIT.bin     the token ids and nothing else, little-endian, 16 bits wide where the vocabulary fits, else 32
     SPLIT.json    what they are: dtype, count, documents, vocabulary, end of document, tokenizer, checksums
+    SPLIT.mask    only of chats: for each id a byte, 1 if it is a target and 0 if the loss leaves it out
 
 ``tokenizer.json`` if the tokenizer is not plain bytes, and SHA256SUMS, which has a checksum of each file. A document
 ends with the id ``end_of_document``, which stands nowhere else, so the file itself keeps the boundaries.
@@ -27,6 +28,7 @@ from reference.errors import ConfigurationError, DataError
 from reference.files import SUMS, flush, format_sums, partial_file, read_file, read_json, read_sums
 
 FORMAT = "reference tokens 2"
+MASKED_FORMAT = "reference tokens 3"  # the same with SPLIT.mask, which earlier versions would pass over in silence
 FIRST_FORMAT = "reference tokens 1"  # of 0.1.0: BLAKE2b of 128 bits for SHA-256, no SHA256SUMS
 SLICE = 1 << 20  # tokens handled at a time, so that no document has to fit into memory
 SAMPLED_BLOCKS, BLOCK = 64, 4096  # what opening reads of a file: 64 blocks of 4 KiB, evenly spaced, first and last too
@@ -58,6 +60,12 @@ class Sidecar:
     """SHA-256 of the whole token file: :meth:`TokenData.verify` compares it."""
     sampled_checksum: str
     """SHA-256 of 64 blocks of 4 KiB, evenly spaced (all of a file up to 256 KiB): compared at every opening."""
+    targets: int | None = None
+    """Ids that are targets, of a split with SPLIT.mask; None where all are and there is no such file, as below."""
+    mask_checksum: str | None = None
+    """SHA-256 of the whole mask."""
+    mask_sampled_checksum: str | None = None
+    """As ``sampled_checksum``, of the mask."""
 
     @property
     def size(self) -> int:
@@ -66,11 +74,15 @@ class Sidecar:
 
     def content(self) -> bytes:
         """Return what is written to SPLIT.json."""
-        return (json.dumps(asdict(self), indent=2) + "\n").encode()
+        plain = {name: value for name, value in asdict(self).items() if value is not None or name not in MASK_FIELDS}
+        return (json.dumps(plain, indent=2) + "\n").encode()
 
     def hash_of(self, parts: Iterable[bytes]) -> str:
         """Return the checksum of content that comes in parts, as this format has it."""
         return hash_of(parts, self.format)
+
+
+MASK_FIELDS = {"targets", "mask_checksum", "mask_sampled_checksum"}
 
 
 def write_tokens(
@@ -116,7 +128,17 @@ class TokenWriter:
         DataError: as :func:`write_tokens`.
     """
 
-    def __init__(self, folder: Path, split: str, *, vocab_size: int, tokenizer: str, end_of_document: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        *,
+        vocab_size: int,
+        tokenizer: str,
+        end_of_document: int,
+        masked: bool = False,
+    ) -> None:
+        """See :func:`write_tokens`; ``masked``: also write which ids are targets."""
         if not 0 <= end_of_document < vocab_size <= 1 << 32:
             raise DataError(
                 f"vocab_size is {vocab_size} and end_of_document {end_of_document}: the end of a document is an id "
@@ -133,12 +155,19 @@ class TokenWriter:
         self.documents = 0
         self.checksum = hashlib.sha256()
         self.partial: Path | None = None
+        self.masked = masked
+        self.targets = 0
+        self.mask_checksum = hashlib.sha256()
+        self.mask_partial: Path | None = None
 
     def __enter__(self) -> Self:
         with self.told():
             self.folder.mkdir(parents=True, exist_ok=True)
             self.partial = partial_file(self.folder / f"{self.split}.bin")
             self.file: BinaryIO = open(self.partial, "wb", buffering=SLICE)
+            if self.masked:
+                self.mask_partial = partial_file(self.folder / f"{self.split}.mask")
+                self.mask_file: BinaryIO = open(self.mask_partial, "wb", buffering=SLICE)
         return self
 
     def __exit__(
@@ -146,8 +175,11 @@ class TokenWriter:
     ) -> None:
         with contextlib.suppress(OSError):  # a full disk: closing flushes again, and the cause is already told
             self.file.close()
-        if self.partial is not None:
-            self.partial.unlink(missing_ok=True)
+            if self.masked:
+                self.mask_file.close()
+        for partial in (self.partial, self.mask_partial):
+            if partial is not None:
+                partial.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def told(self) -> Iterator[None]:
@@ -160,8 +192,13 @@ class TokenWriter:
                 "room or choose another folder, and run again."
             ) from error
 
-    def write(self, ids: Ids) -> None:
-        """Append ids of the current document: integers in [0, vocab_size), one dimension, no end_of_document."""
+    def write(self, ids: Ids, targets: npt.NDArray[np.bool_] | None = None) -> None:
+        """Append ids of the current document: integers in [0, vocab_size), one dimension, no end_of_document.
+
+        Args:
+            ids: to append.
+            targets: of a masked split, which of them are targets; None: all.
+        """
         array = np.asanyarray(ids)
         if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
             raise DataError(
@@ -181,20 +218,27 @@ class TokenWriter:
                     f"document {self.documents} of {self.split} has end_of_document ({self.end}) inside: leave it "
                     "out, it is appended to each document."
                 )
-            self.append(part)
+            self.append(part, None if targets is None else targets[start : start + SLICE])
 
-    def end_document(self) -> None:
+    def end_document(self, target: bool = True) -> None:
         """Append the end of a document. Only at a true end: never where a document was merely cut."""
-        self.append(np.array([self.end]))
+        self.append(np.array([self.end]), np.array([target]))
         self.documents += 1
 
-    def append(self, ids: npt.NDArray[Any]) -> None:
+    def append(self, ids: npt.NDArray[Any], targets: npt.NDArray[np.bool_] | None) -> None:
         """Append checked ids."""
         stored = np.ascontiguousarray(ids, self.dtype)
         with self.told():
             self.file.write(stored.data)
         self.checksum.update(stored.data)
         self.tokens += stored.size
+        if self.masked:
+            mask = np.ascontiguousarray(np.ones(stored.size) if targets is None else targets, np.uint8)
+            assert mask.size == stored.size, "there is one flag for each id"
+            with self.told():
+                self.mask_file.write(mask.data)
+            self.mask_checksum.update(mask.data)
+            self.targets += int(mask.sum())
 
     def finish(self) -> Sidecar:
         """Flush all to the disk, and return a description of it."""
@@ -205,10 +249,16 @@ class TokenWriter:
             self.file.flush()
             os.fsync(self.file.fileno())
             sampled = sampled_checksum(self.partial, FORMAT)
+            mask: dict[str, Any] = {}
+            if self.mask_partial is not None:
+                self.mask_file.flush()
+                os.fsync(self.mask_file.fileno())
+                mask = {"targets": self.targets, "mask_checksum": self.mask_checksum.hexdigest()}
+                mask["mask_sampled_checksum"] = sampled_checksum(self.mask_partial, MASKED_FORMAT)
             path = self.folder / "tokenizer.json"
             known = self.tokenizer == path.name and path.is_file()
             return Sidecar(
-                format=FORMAT,
+                format=MASKED_FORMAT if mask else FORMAT,
                 dtype=self.dtype.name,
                 tokens=self.tokens,
                 documents=self.documents,
@@ -218,6 +268,7 @@ class TokenWriter:
                 tokenizer_checksum=hash_of([path.read_bytes()], FORMAT) if known else None,
                 checksum=self.checksum.hexdigest(),
                 sampled_checksum=sampled,
+                **mask,
             )
 
     def publish(self) -> None:
@@ -236,8 +287,11 @@ def publish(writers: Sequence[TokenWriter]) -> None:
     contents = {f"{split}.json": sidecar.content() for split, sidecar in described.items()}
     sums = {f"{split}.bin": sidecar.checksum for split, sidecar in described.items()}
     sums |= {name: hash_of([content], FORMAT) for name, content in contents.items()}
+    sums |= {f"{split}.mask": s.mask_checksum for split, s in described.items() if s.mask_checksum is not None}
     sums |= {s.tokenizer: s.tokenizer_checksum for s in described.values() if s.tokenizer_checksum is not None}
-    small = {SUMS: format_sums((read_sums(folder) or {}) | sums)} | contents
+    gone = {f"{split}.mask" for split in described} - sums.keys()  # of an earlier writing
+    kept = {name: value for name, value in (read_sums(folder) or {}).items() if name not in gone}
+    small = {SUMS: format_sums(kept | sums)} | contents
     with writers[0].told(), staged(folder, small) as partials:  # first what takes room: what follows takes none
         for name, content in contents.items():
             with contextlib.suppress(FileNotFoundError):
@@ -248,6 +302,12 @@ def publish(writers: Sequence[TokenWriter]) -> None:
             writer.file.close()
             writer.partial.replace(folder / f"{writer.split}.bin")
             writer.partial = None
+            if writer.mask_partial is not None:
+                writer.mask_file.close()
+                writer.mask_partial.replace(folder / f"{writer.split}.mask")
+                writer.mask_partial = None
+            else:
+                (folder / f"{writer.split}.mask").unlink(missing_ok=True)
         for name, partial in partials.items():
             partial.replace(folder / name)
         flush(folder)
@@ -295,11 +355,12 @@ def open_sidecar(folder: Path, split: str) -> Sidecar:
             stated, seen = (read_sums(folder) or {}).get(path.name), hash_of([content], FORMAT)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} does not describe a token file ({type(error).__name__}): {again}.") from error
-    if written not in (FORMAT, FIRST_FORMAT):
-        raise DataError(f"{path} has the format {written!r}, but this version reads {FORMAT!r}: {again}.")
+    if written not in (FORMAT, MASKED_FORMAT, FIRST_FORMAT):
+        raise DataError(f"{path} has the format {written!r}, but this version reads {MASKED_FORMAT!r}: {again}.")
     if stated is None:
         raise DataError(f"{folder / SUMS} is missing, or has no checksum of {path.name}: {again}.")
-    if stated != seen or set(plain) != {entry.name for entry in fields(Sidecar)}:
+    wanted = {entry.name for entry in fields(Sidecar)} - (set() if written == MASKED_FORMAT else MASK_FIELDS)
+    if stated != seen or set(plain) != wanted:
         raise DataError(f"{path} was changed since it was written, or is damaged: {again}.")
     sidecar = Sidecar(**plain)
     if not is_possible(sidecar):
@@ -313,6 +374,12 @@ def open_sidecar(folder: Path, split: str) -> Sidecar:
             )
         if sampled_checksum(tokens, sidecar.format) != sidecar.sampled_checksum:
             raise DataError(f"{tokens} is not the file that {path.name} describes (its content differs): {again}.")
+        if sidecar.format == MASKED_FORMAT:
+            mask = folder / f"{split}.mask"
+            if mask.stat().st_size != sidecar.tokens or (
+                sampled_checksum(mask, sidecar.format) != sidecar.mask_sampled_checksum
+            ):
+                raise DataError(f"{mask} is not the file that {path.name} describes (its content differs): {again}.")
         if sidecar.tokenizer_checksum is not None:
             tokenizer = folder / sidecar.tokenizer
             if sidecar.hash_of([read_file(tokenizer)]) != sidecar.tokenizer_checksum:
@@ -333,6 +400,10 @@ def is_possible(sidecar: Sidecar) -> bool:
         return False
     vocabulary = 0 <= sidecar.end_of_document < sidecar.vocab_size <= 1 << 32
     named = sidecar.tokenizer_checksum is None or sidecar.tokenizer == "tokenizer.json"  # not a path elsewhere
+    given = [getattr(sidecar, name) is not None for name in MASK_FIELDS]
+    masked = sidecar.targets is None or 0 <= sidecar.targets <= sidecar.tokens
+    if not masked or given != [sidecar.format == MASKED_FORMAT] * len(given):
+        return False
     return vocabulary and named and sidecar.dtype in ("uint16", "uint32") and sidecar.tokens > 0 <= sidecar.documents
 
 

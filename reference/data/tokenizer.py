@@ -136,6 +136,20 @@ class FileTokenizer:
             return [token for part in self.cut_ends(text, encoding) for token in self.encode(part)]
         return list(encoding.ids)
 
+    def encode_with_special(self, text: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return the ids of a text that a chat template wrote, and the place of each one's first character.
+
+        Here the text of a special token is that token.
+        """
+        utf8(text)
+        self.tokenizer.encode_special_tokens = False
+        try:
+            encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        finally:
+            self.tokenizer.encode_special_tokens = True
+        starts = [start for start, _ in encoding.offsets]
+        return np.array(encoding.ids, np.int64), np.array(starts, np.int64)
+
     def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
         for text in texts:
             utf8(text)

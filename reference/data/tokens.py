@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from reference.config import IGNORE
-from reference.data.tokenfile import open_sidecar
+from reference.data.tokenfile import MASKED_FORMAT, open_sidecar
 from reference.errors import ConfigurationError, DataError
 
+Batch = Tensor | tuple[Tensor, Tensor]
+"""Token ids (B, T + 1), or ids (B, T) and targets (B, T)."""
 ROUNDS = 64  # of the shuffle; from 12 on no statistic of tests/reference/test_data.py tells it from a random order
 LOOKAHEAD = 1024  # samples whose places are computed at once: 0.8 ms for 1024 of them, 0.6 ms for one
 
@@ -67,14 +69,13 @@ class TokenData:
         tokenizer_file = self.folder / "tokenizer.json"
         self.tokenizer_file = tokenizer_file if self.sidecar.tokenizer == tokenizer_file.name else None
         self.dtype = np.dtype(self.sidecar.dtype).newbyteorder("<")
-        with open(self.folder / f"{split}.bin", "rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if hasattr(mmap, "MADV_RANDOM"):  # not on Windows
-            # Else the system reads far around each window, most of it in vain: reading 24,000 cold windows of 2 KB
-            # from 1 GB took 1 GB instead of 140 MB, and the first batch 40 ms and more instead of 2 to 13.
-            mapped.madvise(mmap.MADV_RANDOM)
-        self.ids: npt.NDArray[Any] = np.frombuffer(mapped, self.dtype)
+        self.ids: npt.NDArray[Any] = mapped(self.folder / f"{split}.bin", self.dtype)
         """All ids, (tokens,), mapped and not to be written to."""
+        masked = self.sidecar.format == MASKED_FORMAT
+        self.mask: npt.NDArray[Any] | None = (
+            mapped(self.folder / f"{split}.mask", np.dtype(np.bool_)) if masked else None
+        )
+        """For each id whether it is a target, (tokens,), of a split of chats; None where all are."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         # NOTE a footgun: pickling a memmap copies all of the file. Another process opens (and checks) it itself.
@@ -91,9 +92,10 @@ class TokenData:
             f"{self.folder} ({sidecar.tokenizer}, vocabulary {self.vocab_size:,}, {sidecar.dtype}); "
             f"{self.sequences:,} sequences of {self.block_size} per epoch; "
             f"the last {self.unused:,} tokens do not fill one and are left out"
+            + ("" if sidecar.targets is None else f"; {sidecar.targets:,} tokens are targets")
         )
 
-    def batches_from(self, start: int, rank: int = 0, world_size: int = 1) -> Iterator[Tensor]:
+    def batches_from(self, start: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         """Yield microbatches of this rank without end, beginning with number ``start``.
 
         Sample n of the run, counted over all ranks and epochs, is place n mod N in the order of epoch n // N.
@@ -102,7 +104,8 @@ class TokenData:
         another number of ranks goes on where it was. Costs the same wherever it starts.
 
         Yields:
-            token ids (B, T + 1), int64, on the CPU.
+            token ids (B, T + 1), int64, on the CPU. Of a split of chats, ids and targets (B, T) each: the targets are
+            -100 where the loss leaves them out.
 
         Raises:
             DataError: if there are fewer tokens than one sequence has.
@@ -118,7 +121,7 @@ class TokenData:
             )
         return self.microbatches(start, rank, world_size)
 
-    def microbatches(self, start: int, rank: int, world_size: int) -> Iterator[Tensor]:
+    def microbatches(self, start: int, rank: int, world_size: int) -> Iterator[Batch]:
         """See :meth:`batches_from`."""
         size, length = self.microbatch_size, self.block_size
         ahead = max(1, min(LOOKAHEAD, self.sequences) // size)
@@ -126,7 +129,12 @@ class TokenData:
             numbers = (np.arange(first, first + ahead)[:, None] * world_size + rank) * size + np.arange(size)
             for windows in self.places(numbers.reshape(-1)).reshape(ahead, size).tolist():
                 rows = [self.ids[window * length : window * length + length + 1] for window in windows]
-                yield self.within_vocabulary(np.stack(rows))
+                ids = self.within_vocabulary(np.stack(rows))
+                if self.mask is None:
+                    yield ids
+                else:
+                    kept = [self.mask[window * length + 1 : window * length + length + 1] for window in windows]
+                    yield ids[:, :-1], ids[:, 1:].masked_fill(~torch.from_numpy(np.stack(kept)), IGNORE)
 
     def within_vocabulary(self, ids: npt.NDArray[Any]) -> Tensor:
         """Return ids of the file as int64; raise DataError if one is beyond the vocabulary.
@@ -182,6 +190,9 @@ class TokenData:
                 part = self.within_vocabulary(in_order[window * length : window * length + length + 1])
                 ids[row, : len(part) - 1] = part[:-1]
                 targets[row, : len(part) - 1] = part[1:]
+                if self.mask is not None:
+                    kept = np.array(self.mask[window * length + 1 : window * length + len(part)])
+                    targets[row, : len(part) - 1].masked_fill_(~torch.from_numpy(kept), IGNORE)
             yield ids, targets
 
     def verify(self) -> None:
@@ -190,12 +201,26 @@ class TokenData:
         Raises:
             DataError: if a single bit differs from what was written.
         """
-        path = self.folder / f"{self.split}.bin"
-        with open(path, "rb") as file:
-            if self.sidecar.hash_of(iter(lambda: file.read(1 << 20), b"")) != self.sidecar.checksum:
-                raise DataError(
-                    f"{path} is damaged: its checksum differs from that in {self.split}.json; prepare again."
-                )
+        for kind, stated in (("bin", self.sidecar.checksum), ("mask", self.sidecar.mask_checksum)):
+            path = self.folder / f"{self.split}.{kind}"
+            if stated is None:
+                continue
+            with open(path, "rb") as file:
+                if self.sidecar.hash_of(iter(functools.partial(file.read, 1 << 20), b"")) != stated:
+                    raise DataError(
+                        f"{path} is damaged: its checksum differs from that in {self.split}.json; prepare again."
+                    )
+
+
+def mapped(path: Path, dtype: "np.dtype[Any]") -> npt.NDArray[Any]:
+    """Return the content of a file as an array that is mapped, not read."""
+    with open(path, "rb") as file:
+        found = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if hasattr(mmap, "MADV_RANDOM"):  # not on Windows
+        # Else the system reads far around each window, most of it in vain: reading 24,000 cold windows of 2 KB
+        # from 1 GB took 1 GB instead of 140 MB, and the first batch 40 ms and more instead of 2 to 13.
+        found.madvise(mmap.MADV_RANDOM)
+    return np.frombuffer(found, dtype)
 
 
 def shuffled(

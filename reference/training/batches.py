@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from reference import checkpoint
 from reference.config import IGNORE, GPTConfig
+from reference.data.tokens import Batch
 from reference.errors import ConfigurationError, TrainingError
 from reference.model.initialization import derive_seed
 
-Batch = Tensor | tuple[Tensor, Tensor]
-"""Token ids (B, T + 1), or ids (B, T) and targets (B, T)."""
 Pairs = list[tuple[Tensor, Tensor]]
 """Ids and targets (B, T) of each microbatch of an update, int64."""
 
@@ -23,8 +22,8 @@ Pairs = list[tuple[Tensor, Tensor]]
 class TokenSource(Protocol):
     """Batches that can begin anywhere and are split over ranks, such as reference.TokenData."""
 
-    def batches_from(self, start: int, rank: int = 0, world_size: int = 1) -> Iterator[Tensor]:
-        """Yield token ids (B, T + 1) without end, from microbatch ``start`` of this rank on."""
+    def batches_from(self, start: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+        """Yield batches without end, from microbatch ``start`` of this rank on."""
 
     def once(self, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield ids and targets (B, T), each target once over all ranks, as many batches on each rank."""

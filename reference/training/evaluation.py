@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from reference.config import IGNORE
+from reference.data.tokens import Batch
 from reference.errors import TrainingError
 from reference.model.loss import batch_loss
 from reference.model.modes import evaluation_mode
 from reference.optimizers.averages import averaged
-from reference.training.batches import Batch, TokenSource, split_targets, within_vocabulary
+from reference.training.batches import TokenSource, split_targets, within_vocabulary
 from reference.training.launch import reduce
 from reference.training.run import Run
 

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from reference.config import TrainConfig
+from reference.data.stream import TextStream
+from reference.data.tokens import Batch
 from reference.errors import TrainingError
 from reference.finetuning.config import FinetuneConfig
 from reference.model.initialization import derive_seed
 from reference.model.loss import batch_loss
 from reference.training.batches import (
-    Batch,
     Pairs,
     TokenSource,
     count_targets,
@@ -88,6 +89,8 @@ class Run:
         """Yield this rank's microbatches, without end, from the first that ``done`` updates have not consumed."""
         start = done * self.config.microbatches
         if isinstance(train, TokenSource):
+            if isinstance(train, TextStream):  # it may wait for long
+                train.ended = lambda: self.stop.signal is not None
             return train.batches_from(start, self.fabric.global_rank, self.fabric.world_size)
         endless = within_vocabulary(repeat(train, self.config.seed, self.fabric.global_rank), self.module)
         return itertools.islice(endless, start, None)

@@ -15,12 +15,13 @@ from torch import nn
 
 from reference import checkpoint
 from reference.config import GPTConfig, TrainConfig
+from reference.data.tokens import Batch
 from reference.errors import ConfigurationError
 from reference.finetuning.config import FinetuneConfig
 from reference.model.embedding import restore_embeddings
 from reference.model.gpt import GPT
 from reference.optimizers.averages import averaged, to_average
-from reference.training.batches import Batch, TokenSource, require_tokenizer, require_vocabulary
+from reference.training.batches import TokenSource, require_tokenizer, require_vocabulary
 from reference.training.evaluation import validate
 from reference.training.float8 import plain_linears, require_tokens
 from reference.training.launch import is_sharded
@@ -162,6 +163,9 @@ class Trainer:
             result = FitResult(run.module, run.bare)
             batches, device = run.batches(train, done), run.fabric.device
             upcoming = run.fetch(batches) if done < config.updates else []
+            if done < config.updates and len(upcoming) < config.microbatches:  # a stream was told to wait no longer
+                result.stopped = stop.signal
+                return result
             if config.float8 != "none":
                 require_tokens(upcoming)
             if folder is not None and upcoming:
@@ -203,6 +207,7 @@ class Trainer:
                         self.sample(result.for_inference() if config.float8 != "none" else run.module, update + 1)
                 alone = run.fabric.world_size == 1  # other ranks know of a signal when the next update has begun
                 stopped = (run.stopping or (alone and stop.signal is not None)) and not last
+                # A signal that comes while a stream waits ends its batches; none is left for the next update.
                 saves = saves or stopped
                 if saves:
                     save(run, update + 1, train)

@@ -7,15 +7,18 @@ import pytest
 import torch
 
 from conformance import OptimizerChoice, Recipe, record
-from conformance.clause import catalogue
+from conformance.clause import catalogue, find_clauses
 from conformance.loading import load_subject
 from conformance.session import Session
 from conformance.subject import Subject
 from examples import train_gpt, train_x_transformers
 from reference.data.documents import standard_library
+from tests.audits.runner import audit
 
 ROOT = Path(__file__).parents[2]
 LIMITS = {
+    "examples/globals_script.py": 110,
+    "examples/globals_adapter.py": 70,
     "examples/plain_loop.py": 60,
     "examples/plain_loop_adapter.py": 40,
     "conformance/subjects/x_transformers.py": 80,
@@ -69,6 +72,25 @@ def test_the_plain_loop_is_judged() -> None:
     silent = frozenset({"MODEL-1", "CLIP-6", "EVAL-12"})
     found = failures(load_subject("examples.plain_loop_adapter:PlainLoop"), silent)
     assert found == {"OPT-11": "fail", "CLIP-3": "fail"}
+
+
+def test_the_script_of_globals_is_audited() -> None:
+    script = (ROOT / "examples" / "globals_script.py").read_text(encoding="utf-8")
+    audited = audit(script, "globals_script", ["--seed", "3"])
+    assert audited.code == 0, audited.output
+    assert audited.found("fault", "advice") == []
+    assert len(audited.found("ok")) > 30
+
+
+def test_the_script_of_globals_is_judged() -> None:
+    subject = load_subject(str(ROOT / "examples" / "globals_adapter.py:Globals"))
+    chosen = find_clauses(["INIT-2", "DECAY", "ACC-1", "CLIP", "RESUME", "OPT-1", "DIST-1"], catalogue())
+    with Session(subject) as session:
+        results = {key: session.judge(clause) for key, clause in chosen.items()}
+    outcomes = {key: result.outcome for key, result in results.items()}
+    assert {key for key, outcome in outcomes.items() if outcome not in ("pass", "n/a")} == {"CLIP-3", "RESUME-3"}
+    assert {"INIT-2", "ACC-1", "RESUME-1", "RESUME-2", "DIST-1"} <= {k for k, o in outcomes.items() if o == "pass"}
+    assert "lacks any-optimizer: globals_script.py makes an AdamW itself" in results["OPT-1"].reason
 
 
 @pytest.mark.slow  # ten seconds

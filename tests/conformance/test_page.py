@@ -14,6 +14,7 @@ import pytest
 from conformance.clause import catalogue
 from conformance.errors import UsageError
 from conformance.report import page
+from conformance.report.arrangement import arranged, worst
 from conformance.report.markdown import SIGNS
 from conformance.report.page import FINDINGS, Column, read_columns, read_kill_matrix, render
 
@@ -72,6 +73,40 @@ def test_every_cell_is_there_once(pages: Path) -> None:
     clauses = [(c, column) for c in catalogue().values() for column in read_columns(RESULTS)]
     assert sorted(found) == sorted((c.id, column.slug, column.report.verdict(c).outcome) for c, column in clauses)
     assert len(found) == len(RESULTS) * len(catalogue())
+
+
+def test_the_index_has_one_column_for_each_stack_at_first(pages: Path) -> None:
+    kinds, others = arranged(read_columns(RESULTS))
+    first = [column for group in kinds.values() for column in group]
+    assert len(first) + len(others) == len(RESULTS)
+    assert len({column.report.spec for column in first}) == len(first)
+    by_spec = {column.report.spec: column.report for column in first}
+    litgpt = by_spec["litgpt"]
+    assert litgpt.environment.get("gpu", "none") == "none"
+    assert litgpt.version == "0.5.13"
+    assert {column.report.version for column in others if column.report.spec == "litgpt"} == {"0.4.12", "0.5.13"}
+    assert "tests.captured:Captured" not in by_spec
+    assert "nanogpt" in {column.report.spec for column in kinds["Loops"]}
+    hidden = [a for tag, a in Page(pages / "index.html").tags if tag == "td" and "other" in a.get("class", "").split()]
+    assert {a["data-subject"] for a in hidden if "data-subject" in a} == {column.slug for column in others}
+
+
+def test_the_index_begins_with_what_this_is_and_the_worst(pages: Path, tmp_path: Path, result: dict[str, Any]) -> None:
+    source = (pages / "index.html").read_text(encoding="utf-8")
+    head = source[: source.index("<aside")]
+    assert "What it really did was recorded, and judged by" in head
+    kinds, _ = arranged(read_columns(RESULTS))
+    found = worst([column for group in kinds.values() for column in group], catalogue().values())
+    assert 0 < len(found) <= 6
+    for each in found:
+        assert each.clause.level == "must"
+        assert f'href="#{each.clause.id}"' in head
+        broken = {column.report.verdict(each.clause).outcome for column in each.columns}
+        assert broken == {"fail"}
+    for clause in result["clauses"]:
+        clause["outcome"] = "pass"
+    written(tmp_path, result)
+    assert "Findings that matter most" not in (tmp_path / "pages" / "index.html").read_text(encoding="utf-8")
 
 
 def test_subject_page_tells_everything(pages: Path) -> None:

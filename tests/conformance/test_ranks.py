@@ -124,7 +124,7 @@ def test_two_ranks_train_as_one_process_does(on_both: Any, folder: Path) -> None
 
 def test_ranks_see_disjoint_sequences_that_are_together_the_epoch(folder: Path) -> None:
     streams = [data(folder, "train").batches_from(0, rank, 2) for rank in range(2)]
-    taken = [[tuple(row) for batch in itertools.islice(s, 4) for row in batch.tolist()] for s in streams]
+    taken = [[tuple(row.tolist()) for batch in itertools.islice(s, 4) for row in batch] for s in streams]
     assert len(set(taken[0] + taken[1])) == 16  # of 18: none twice
 
 

@@ -17,7 +17,8 @@ import torch
 
 from reference.cli.presets import PRESETS
 from reference.config import GPTConfig
-from reference.training.batches import Batch, Pairs
+from reference.data.tokens import Batch
+from reference.training.batches import Pairs
 from reference.training.run import Done, Run
 from tests.measure.rows import Report, Row, Workers, measure, precompile, prepared
 

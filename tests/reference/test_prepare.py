@@ -259,9 +259,9 @@ def test_a_file_that_changes_meanwhile_is_told(tmp_path: Path, monkeypatch: pyte
     source = texts(tmp_path / "texts")
     divide = documents.divide
 
-    def changed(found: list[documents.Document], share: float) -> Any:
+    def changed(found: list[documents.Document], share: float, whole: bool) -> Any:
         found[0].path.write_text("short")
-        return divide(found, share)
+        return divide(found, share, whole)
 
     monkeypatch.setattr(prepare_module, "divide", changed)
     assert "became shorter while it was read" in sentence_of(DataError, lambda: prepared(source, tmp_path / "out"))

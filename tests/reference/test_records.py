@@ -65,12 +65,6 @@ def test_what_is_left_out_is_told_by_its_number(tmp_path: Path) -> None:
         ("a.jsonl", '{"text": "x"}\n[1]', "text", "line 2 of {path} is not a JSON object"),
         ("a.jsonl", '{"text": "x"}\nnot', "text", "line 2 of {path} is not JSON"),
         ("a.jsonl", "\n", "text", "no record has text in the field 'text' (they hold no other record)"),
-        (
-            "a.jsonl",
-            '{"text": [{"role": "user"}]}',
-            "text",
-            "the field 'text' holds lists, as chat messages do, and not",
-        ),
         ("a.txt", "text", "text", "{path} is not a file of records (.jsonl, "),
         ("a.csv", 'text\n"un\0closed', "text", "no record has text in the field 'text'"),
     ],

@@ -74,6 +74,9 @@ def test_print_config_of_settings_that_cannot_work_is_an_error(capsys: pytest.Ca
     [
         ("trian", "there is no command 'trian': did you mean train?"),
         ("train --beta 3", "there is no option '--beta': did you mean --train.optimizer_args.betas?"),
+        ("train --out X", "there is no option '--out': did you mean --directory?"),
+        ("train --lrr 3", "there is no option '--lrr': did you mean --lr?"),
+        ("train --microbatchsize 3", "there is no option '--microbatchsize': did you mean --microbatch_size?"),
         ("train --min_lr 3", "there is no option '--min_lr': did you mean --train.min_lr?"),
         ("train --updates many", "updates is 'many', but must be a whole number."),
         ("train --updates 3 --warmup 20", "warmup is 20, but must lie between 0 and updates (3)."),

@@ -178,7 +178,7 @@ HARM: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a list": (lambda folder: (folder / "train.json").write_text("[]"), "does not describe a token file"),
     "binary": (lambda folder: (folder / "train.json").write_bytes(b"\xff"), "does not describe a token file"),
     "foreign": (lambda folder: (folder / "train.json").write_text('{"a": 1}'), "does not describe a token file"),
-    "another version": (lambda folder: edit(folder, format="reference tokens 3"), "format 'reference tokens 3'"),
+    "another version": (lambda folder: edit(folder, format="reference tokens 4"), "format 'reference tokens 4'"),
     "an edited field": (lambda folder: edit(folder, vocab_size=70000), "was changed since it was written"),
     "no checksums": (lambda folder: (folder / "SHA256SUMS").unlink(), "SHA256SUMS is missing, or has no checksum of"),
     "another field": (lambda folder: edit(folder, more=1), "was changed since it was written"),

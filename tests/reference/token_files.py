@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterable
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from torch import Tensor
@@ -32,7 +33,9 @@ def opened(
 
 
 def taken(data: TokenData, number: int, start: int = 0, rank: int = 0, world_size: int = 1) -> list[Tensor]:
-    return list(itertools.islice(data.batches_from(start, rank, world_size), number))
+    batches = list(itertools.islice(data.batches_from(start, rank, world_size), number))
+    assert all(isinstance(batch, Tensor) for batch in batches)
+    return cast("list[Tensor]", batches)
 
 
 def windows(batches: Iterable[Tensor], block_size: int) -> list[int]:

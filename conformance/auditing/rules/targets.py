@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -139,6 +140,7 @@ def padding_is_left_out(seen: Seen) -> None:
     """Padding is not among the targets."""
     runs: Counter[int] = Counter()
     inside: Counter[int] = Counter()
+    among: Counter[int] = Counter()  # repeated amid a sequence: the indentation of code, by bytes, is no padding
     lengths: dict[int, set[int]] = {}
     judged = 0
     for row in rows(seen):
@@ -146,13 +148,14 @@ def padding_is_left_out(seen: Seen) -> None:
         token = row[-1][0]
         run = next((n for n, (other, _) in enumerate(reversed(row)) if other != token), len(row))
         inside.update(other for other, _ in row[: len(row) - run])
+        among.update(other for (other, _), (after, _) in pairwise(row[: len(row) - run]) if other == after)
         if run >= 2 and all(target is not None for _, target in row[-run:]):
             runs[token] += 1
             lengths.setdefault(token, set()).add(run)
     if not judged:
         raise NotApplicable("the targets are not the ids of the same batch, in the same order")
     for token, count in runs.items():
-        if count >= 3 and len(lengths[token]) >= 2:
+        if count >= 3 and len(lengths[token]) >= 2 and among[token] < count:
             words = f"{count} of {judged} sequences end in runs of token {token}, all of it among the targets"
             raise (Doubt if inside[token] else Violation)("no targets in the padding at the end of sequences", words)
 
