@@ -31,14 +31,13 @@ class Accelerate:
     policy = UserPolicy(microbatch="weighed")  # the loop divides by the number of targets of the whole update
     lacks = {
         "batch-total": "the user's loop counts the microbatches",
-        "activation-checkpointing": "FullyShardedDataParallelPlugin has an option for it, and it wants a GPU",
         "bf16-true": "prepare() leaves the weights in the dtype that the user's model has",
         "16-mixed": "on the CPU accelerate leaves fp16 off, and does not say so",
         "logits-opt-out": "prepare() always converts what leaves autocast to float32",
         "quantised": "load_and_quantize_model is for inference",
         "meta-init": "init_empty_weights is for models whose weights are loaded afterwards",
-        "sharded": "this adapter trains replicas (DDP), without FullyShardedDataParallelPlugin",
     }
+    lacks |= dict.fromkeys(("activation-checkpointing", "sharded"), "FullyShardedDataParallelPlugin wants a GPU")
     lacks |= dict.fromkeys(("stable-embedding", "finetune"), "prepare() swaps no module and adds no adapters")
     lacks |= dict.fromkeys(("builds-optimizer", "fused", "ndim-policy"), "the user builds the optimizer")
 

@@ -93,6 +93,7 @@ MUTANTS = [
         "ACC-6",
         "litgpt#1927, axolotl#134",
         ("reference.training.run:Run.fetch", "self.config.microbatches)]", "self.config.microbatches // 3 * 3 or 1)]"),
+        ("reference.training.trainer:Trainer.fit", "len(upcoming) < config.microbatches", "not upcoming"),
     ),
     mutant(
         "accum-not-divided-in-16-bits",

@@ -83,7 +83,7 @@ def data(folder: Path, split: str = "train", block_size: int = 16) -> TokenData:
 def by_hand(tokens: TokenData) -> list[bool]:
     """Which ids are targets: those after `<|im_start|>assistant\\n`, up to and with the next `<|im_end|>`."""
     tokenizer = load_tokenizer(tokens.folder)
-    start, end = (tokenizer.tokenizer.token_to_id(token) for token in ("<|im_start|>", "<|im_end|>"))  # type: ignore[attr-defined]
+    start, end = (tokenizer.tokenizer.token_to_id(token) for token in ("<|im_start|>", "<|im_end|>"))  # type: ignore[attr-defined] # of tokenizers
     found: list[bool] = []
     header: str | None = None
     speaks = False
