@@ -8,6 +8,11 @@ TIED = "one tensor"
 GAP = "another gradient from the same parameters"
 
 CAUSES: dict[str, str] = {
+    "each-shard-drawn-by-its-rank": "at the start, one process against sharded rank",
+    "shards-clipped-apart": "clip 0.5, one process against sharded rank",
+    "sharded-gradients-summed": "one process against sharded rank .* 2 times as long",
+    "shards-joined-in-another-order": "one process that goes on from a sharded run",
+    "state-of-another-shard": "optimizer state at the start of sharded rank",
     "init-residual-scale-never-applied": SHAPES,
     "init-residual-scale-class-gate": SHAPES,
     "init-unseeded": "same seed",
