@@ -180,6 +180,8 @@ def require_writable(path: Path) -> Path:
     except (OSError, ValueError) as error:  # a name that is too long; NUL
         reason = getattr(error, "strerror", None) or str(error)
         raise UsageError(f"the report {plain(str(path))} cannot be written: {reason}.") from error
+    if path.is_symlink():
+        raise UsageError(f"the report {path} is a link that leads to itself: give the path of a file.")
     if stat.S_ISDIR(mode):
         raise UsageError(f"the report {path} is a folder: give the path of a file.")
     if not stat.S_ISREG(mode):

@@ -44,6 +44,7 @@ def test_an_odd_path_is_told(odd: str, capsys: pytest.CaptureFixture[str]) -> No
         ["report", "ok.json", "--out", odd],
         ["diff", odd, odd],
         ["run", "--clause=DECAY-1", "--deviations", odd],
+        ["run", "--clause=DECAY-1", "--report", odd],
         ["audit", "--trace", odd, "--", "train.py"],
         ["audit", "--", odd],
     ):
