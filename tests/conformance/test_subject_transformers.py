@@ -21,6 +21,7 @@ WITHOUT_TABLES = {"PREC-7", "EVAL-6"}  # Llama keeps frequencies, and computes p
 UNDECLARED = {"MODEL-1", "MODEL-2", "ACC-10", "RESUME-7", "DATA-7", "DATA-8", "EVAL-12", "DIST-7"}
 """Clauses about words of a policy that this adapter does not declare."""
 UNSEEN = {"PREC-8", "CLIP-6"}  # GPT-2 has no nn.Linear but its head; a NaN reaches the weights (CLIP-3)
+MUON = {"OPT-19", "RESUME-12"}  # the Trainer gives every tensor to one class, and Muon takes matrices only
 ADAPTER = Path(__file__).parents[2] / "conformance" / "subjects" / "transformers.py"
 
 
@@ -42,7 +43,7 @@ def test_outcomes(session: Session) -> None:
     assert {key: result.reason for key, result in found.items() if result.outcome == "error"} == {}
     assert {key for key, result in found.items() if result.outcome == "fail"} == FAILS | early
     assert {key for key, result in found.items() if result.outcome == "n/a"} == (
-        lacking | WITHOUT_TABLES | UNDECLARED | UNSEEN
+        lacking | WITHOUT_TABLES | UNDECLARED | UNSEEN | MUON
     )
 
 
