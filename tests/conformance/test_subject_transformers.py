@@ -35,6 +35,7 @@ def test_it_stays_small() -> None:
     assert len(ADAPTER.read_text(encoding="utf-8").splitlines()) <= 100
 
 
+@pytest.mark.slow  # all clauses
 def test_outcomes(session: Session) -> None:
     found = {key: session.judge(clause) for key, clause in catalogue().items()}
     release = tuple(int(part) for part in session.subject.version.split(".")[:2])
