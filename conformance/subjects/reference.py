@@ -44,13 +44,11 @@ class ReferencePolicy:
         progress = (update - recipe.warmup) / span if span > 0 else 1.0
         return recipe.minimum_lr + (peak - recipe.minimum_lr) * (1 + math.cos(math.pi * progress)) / 2
 
-    blocks = "blocks."
-    """How the names of tensors inside the blocks begin."""
-
     def owner(self, recipe: Recipe, tensor: TensorInfo) -> str | None:
         if recipe.optimizer.class_path != "torch.optim.Muon":
             return None
-        matrix = tensor.name.startswith(self.blocks) and len(tensor.shape) == 2
+        inside = tensor.name.startswith(("blocks.", "attn_layers."))  # of our GPT, and of x-transformers
+        matrix = inside and len(tensor.shape) == 2
         return "torch.optim.Muon" if matrix else "torch.optim.AdamW"
 
     def leftovers(self, recipe: Recipe, place: Place) -> Leftovers | None:

@@ -27,8 +27,6 @@ MATRICES = ("to_q", "to_k", "to_v", "to_out", "ff.0.0", "ff.0.proj", "ff.2", "to
 class XTransformersPolicy(ReferencePolicy):
     """Initial weights as in x_transformers.py, which leaves most to torch; decay by role and learning rate: ours."""
 
-    blocks = "attn_layers."
-
     def initial(self, recipe: Recipe, tensor: TensorInfo) -> Distribution:
         if tensor.name == "token_emb.emb.weight":  # TokenEmbedding.init_: kaiming_normal_
             return Normal(0.0, (2 / recipe.n_embd) ** 0.5)
