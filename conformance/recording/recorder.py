@@ -198,6 +198,7 @@ class Recorder:
             measured_before=shadow.measured,
             measured_after=self.weights.measure(tensors),
         )
+        self.calls.update_ends()
         for optimizer in found or [None]:
             kinds = () if optimizer is None else tuple(map(class_path, type(optimizer).__mro__))
             groups = [] if optimizer is None else optimizer.param_groups
@@ -247,12 +248,15 @@ class Recorder:
         Such a step allocates state (DeepSpeed at its start, torch.distributed.checkpoint before it gathers or loads
         state), or tries the optimizer out.
         """
-        rates = [group.get("lr") for group in optimizer.param_groups]
+        if not self.training:
+            return True
         # An update whose rate is 0, as a warm-up may begin: its second optimizer, or ZeRO's second group, is no trial.
         alone = self.open is None or not self.open.steps or not self.open.stepped.isdisjoint(in_step(optimizer))
-        zero = all(isinstance(rate, float | int | Tensor) and float(rate) == 0 for rate in rates)
-        still = alone and self.backwards == 0 and zero
-        return still or not self.training
+        if self.backwards or not alone:
+            return False
+        # Asked last: to read a rate that is a tensor on the GPU, the host must wait for it.
+        rates = [group.get("lr") for group in optimizer.param_groups]
+        return all(isinstance(rate, float | int | Tensor) and float(rate) == 0 for rate in rates)
 
     def noting(self, closure: Callable[..., Any], optimizer: Optimizer) -> Callable[..., Any]:
         """Return the closure, with a note taken when it first ends.
