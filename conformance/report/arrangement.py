@@ -11,7 +11,7 @@ from conformance.report.result import Report
 KINDS = {
     "Trainers": (
         *("reference", "litgpt", "litgpt-lora", "lightning-trainer"),
-        *("transformers", "transformers-peft", "trl"),
+        *("transformers", "transformers-peft", "trl", "deepspeed"),
     ),
     "Models": ("x-transformers",),
     "Loops": ("accelerate", "nanogpt", "nanochat", "examples.plain_loop_adapter:PlainLoop"),

@@ -13,6 +13,7 @@ import pytest
 
 from conformance.clause import catalogue
 from conformance.errors import UsageError
+from conformance.loading import BUILT_IN as SHIPPED
 from conformance.report import page
 from conformance.report.arrangement import arranged, worst
 from conformance.report.markdown import SIGNS
@@ -233,3 +234,15 @@ def test_usage_errors(tmp_path: Path, result: dict[str, Any]) -> None:
         read_kill_matrix(RESULTS[0])
     with pytest.raises(UsageError, match="given to --out, is a file: give a folder"):
         render(read_columns(RESULTS[:1]), None, tmp_path / "0.json")
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_a_committed_result_is_of_the_release_that_its_file_names(path: Path) -> None:
+    version = json.loads(path.read_text(encoding="utf-8"))["subject"]["version"]
+    assert f"-{version.partition(',')[0]}-" in path.name
+
+
+def test_every_shipped_stack_has_its_place_on_the_page() -> None:
+    """The index puts a subject that is not named among the kinds under "Others"."""
+    kinds, _ = arranged([column for column in read_columns(RESULTS) if column.report.spec in SHIPPED])
+    assert "Others" not in kinds
