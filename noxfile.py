@@ -221,7 +221,8 @@ def versions(session: nox.Session, torch: str) -> None:
 def report(session: nox.Session) -> None:
     """Turn results into pages: reports/latest/page/index.html (clauses), reports/latest/bench/index.html (bench)."""
     files = session.posargs or [os.path.relpath(path) for path in sorted((HERE / "reports/conformance").glob("*.json"))]
-    target = ["--kill-matrix", "reports/kill-matrix.json", "--out", os.path.relpath(LATEST / "page")]
+    target = ["--kill-matrix", "reports/kill-matrix.json", "--findings", "reports/findings"]
+    target += ["--out", os.path.relpath(LATEST / "page")]
     run(session, "-m", "conformance", "report", *files, *target)
     folders = sorted(path.parent for path in (HERE / "reports/bench").rglob("summary.json"))  # whole runs before parts
     summaries = [os.path.relpath(folder / "summary.json") for folder in folders]

@@ -9,7 +9,7 @@ from conformance.auditing.merged import WholeUpdate, whole_run
 from conformance.auditing.rule import TOPICS
 from conformance.auditing.verdict import SIGNS, Verdict, subject
 from conformance.errors import UsageError
-from conformance.report.page import page_templates
+from conformance.report.rendering import page_templates
 
 LEFT, RIGHT, TOP, BOTTOM = 52, 304, 14, 96
 
