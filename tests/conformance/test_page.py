@@ -368,7 +368,7 @@ def test_contrast(scheme: int) -> None:
     colors = dict(re.findall(r"--([\w-]+): (#\w{6})", css.split(":root {")[1 + scheme]))
     pairs = [(name.removesuffix("-back"), name) for name in colors if name.endswith("-back")]
     assert len(pairs) == 6
-    for front, back in [*pairs, *((text, back) for text in ("ink", "dim", "link") for back in ("page", "raised"))]:
+    for front, back in [*pairs, *((text, back) for text in ("ink", "dim", "link", "bad", "pass") for back in ("page", "raised"))]:
         dark, light = sorted((luminance(colors[front]), luminance(colors[back])))
         assert (light + 0.05) / (dark + 0.05) >= 4.5, (front, back)
 
