@@ -274,7 +274,10 @@ def test_a_failure_links_to_its_finding_and_back(pages: Path, columns: list[Colu
         links = Page(pages / page_of).all("href")
         found = explained(findings, column.report)
         for verdict in column.report.verdicts.values():
-            for link, _ in found[verdict.id] if verdict.outcome in FINDINGS else ():
+            if verdict.outcome not in FINDINGS:
+                continue
+            assert found[verdict.id], f"{column.slug}: nothing in reports/findings reproduces {verdict.id}"
+            for link, _ in found[verdict.id]:
                 assert link in links
                 back = Page(pages / link.partition("#")[0]).all("href")
                 assert f"{page_of}#{verdict.id}" in back or page_of in back
@@ -368,7 +371,10 @@ def test_contrast(scheme: int) -> None:
     colors = dict(re.findall(r"--([\w-]+): (#\w{6})", css.split(":root {")[1 + scheme]))
     pairs = [(name.removesuffix("-back"), name) for name in colors if name.endswith("-back")]
     assert len(pairs) == 6
-    for front, back in [*pairs, *((text, back) for text in ("ink", "dim", "link", "bad", "pass") for back in ("page", "raised"))]:
+    for front, back in [
+        *pairs,
+        *((text, back) for text in ("ink", "dim", "link", "bad", "pass") for back in ("page", "raised")),
+    ]:
         dark, light = sorted((luminance(colors[front]), luminance(colors[back])))
         assert (light + 0.05) / (dark + 0.05) >= 4.5, (front, back)
 
