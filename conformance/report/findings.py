@@ -30,6 +30,8 @@ MOST = 1 << 20
 """Bytes of a finding or a script. The longest that the project has, of seven findings, has 30 kB."""
 SUBJECTS = re.compile(r"\A<!-- subjects: (.*?) -->\s*")
 CLAUSE = re.compile(r"\b[A-Z]+-[0-9]+\b")
+Environment = MutableMapping[str, Any]
+"""What markdown-it hands to the functions that draw: here the scripts, and the names of those already shown."""
 
 
 @dataclass(frozen=True)
@@ -120,36 +122,44 @@ def read_finding(source: str, slug: str, slugs: Mapping[str, str], scripts: Mapp
         token.attrs.pop("style", None)  # alignment, which the pages' policy does not let through
         if token.children is not None:
             token.children = with_links(token.children, slugs)
-    heads = [at for at, token in enumerate(tokens) if token.type == "heading_open" and not token.level]
-    sections: list[Section] = []
-    taken: set[str] = set()
-    name = ""
-    for begin, end in pairwise(dict.fromkeys([0, *heads, len(tokens)])):
-        part = tokens[begin:end]
-        headed = begin in heads
-        inline = part[1] if headed else None
-        title = re.sub(r"[`*]", "", inline.content) if inline else ""
-        heading = markdown.renderer.render([inline], markdown.options, environment) if inline else ""
-        body = markdown.renderer.render(part[3:] if headed else part, markdown.options, environment)
-        if headed or body:
-            level = int(part[0].tag[1]) if headed else 0
-            anchor = anchor_of(title, taken) if headed else ""
-            clauses = CLAUSE.findall(title.partition(":")[0])
-            if level == 1 and not name:
-                level, name = 0, title
-            sections.append(Section(level, anchor, title, Markup(heading), tuple(clauses), Markup(body)))
+    sections, taken = sections_of(tokens, markdown, environment)
     also = [file for file in dict.fromkeys(re.findall(r"[\w.-]+\.py\b", source)) if file in scripts]
     if rest := Markup("").join(script(file, environment) for file in also):
         heading = "Scripts that are named above"
         sections.append(Section(2, anchor_of(heading, taken), heading, Markup(heading), (), rest))
+    title = next((section.title for section in sections if section.level == 0 and section.anchor), slug)
     entries = (entry.split() for entry in (subjects[1] if subjects else "").split(",") if entry.strip())
     return Finding(
         slug,
-        name or slug,
+        title,
         tuple((spec, " ".join(release)) for spec, *release in entries),
         tuple(sections),
         frozenset(CLAUSE.findall(source)),
     )
+
+
+def sections_of(
+    tokens: Sequence[Token], markdown: MarkdownIt, environment: Environment
+) -> tuple[list[Section], set[str]]:
+    """Return the sections of a file, and their anchors."""
+    heads = [at for at, token in enumerate(tokens) if token.type == "heading_open" and not token.level]
+    found: list[Section] = []
+    taken: set[str] = set()
+    first = True  # of the headings of level 1
+    for begin, end in pairwise(dict.fromkeys([0, *heads, len(tokens)])):
+        if begin not in heads:
+            body = markdown.renderer.render(tokens[begin:end], markdown.options, environment)
+            found.append(Section(0, "", "", Markup(""), (), Markup(body)))
+            continue
+        level, inline = int(tokens[begin].tag[1]), tokens[begin + 1]
+        if level == 1 and first:
+            level, first = 0, False
+        title = re.sub(r"[`*]", "", inline.content)
+        heading = markdown.renderer.render([inline], markdown.options, environment)
+        body = markdown.renderer.render(tokens[begin + 3 : end], markdown.options, environment)
+        clauses = CLAUSE.findall(title.partition(":")[0])
+        found.append(Section(level, anchor_of(title, taken), title, Markup(heading), tuple(clauses), Markup(body)))
+    return found, taken
 
 
 def explained(findings: Sequence[Finding], report: Report) -> dict[str, list[tuple[str, str]]]:
@@ -198,8 +208,6 @@ def with_links(children: Sequence[Token], slugs: Mapping[str, str]) -> list[Toke
 
 
 # what is drawn otherwise than markdown-it draws it ------------------------------------------------------------------
-
-Environment = MutableMapping[str, Any]
 
 
 def text(self: RendererHTML, tokens: Sequence[Token], at: int, options: OptionsDict, environment: Environment) -> str:
