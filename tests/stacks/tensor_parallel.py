@@ -1,6 +1,6 @@
 """Tensor parallelism by hand: each block's MLP is split over the ranks, which all train on the same sequences.
 
-To the suite this is a run that splits its parameters (``sharded``): two ranks, one batch, the same updates as one process.
+To the suite this is a run that splits its parameters (``sharded``): two ranks that make the updates of one process.
 """
 
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 
 from conformance import Checkpoint, NotApplicable, Recipe, everything_but
 from tests.stacks import gpt
@@ -28,7 +28,7 @@ def split(model: gpt.GPT) -> None:
 
 
 def norm_of(gradients: list[Any], whole: bool) -> Tensor:
-    """Return the norm of all gradients: of whole tensors, or (a fault) with this rank's parts of those that are split."""
+    """Return the norm of all gradients: of whole tensors, or (a fault) of this rank's parts."""
     parts = [(g.full_tensor() if whole else g.to_local()) if hasattr(g, "placements") else g for g in gradients]
     return torch.stack([part.norm() for part in parts]).norm()
 
