@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from conformance.errors import RunFailed, describe_error
+from conformance.errors import REFUSED, NotApplicable, RunFailed, describe_error
 from conformance.recipe import Recipe
 from conformance.subject import Subject
 
@@ -93,7 +93,7 @@ def run_rank(rank: int, subject: Subject, recipe: Recipe, directory: Path, port:
 
     from conformance.recording import record
 
-    failure = ""
+    failure, refusal = "", None
     with open(os.devnull, "w") as nowhere:
         for stream in (1, 2):  # by number: handlers of loggers and native code keep the streams they once had
             os.dup2(nowhere.fileno(), stream)
@@ -101,11 +101,14 @@ def run_rank(rank: int, subject: Subject, recipe: Recipe, directory: Path, port:
         with record(directory, recipe.zero_gradients, rank, recipe.nan_gradient, keep) as trace:
             try:
                 subject.train(dataclasses.replace(recipe, directory=directory))
+            except NotApplicable as error:
+                late = f", after {len(trace.updates)} updates: it must do so before it trains" if trace.updates else ""
+                failure, refusal = f"rank {rank} raised {describe_error(error)}{late}", None if late else str(error)
             except BaseException as error:
                 failure = f"rank {rank} raised {describe_error(error)}"
         # Sent before the process group is left, which makes the others fail; so the first to arrive is the cause. As
         # bytes: a tensor sent as an object would be passed by a file descriptor that dies with this process.
-        pipe.send_bytes(pickle.dumps((trace, failure)))
+        pipe.send_bytes(pickle.dumps((trace, failure, refusal)))
         pipe.close()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -116,6 +119,7 @@ def receive_all(pipes: dict[Connection, int]) -> "list[Trace]":
 
     Raises:
         RunFailed: as soon as a rank raised or died, with the first to do so: the others only lose their peer.
+        NotApplicable: if the first to raise refused the recipe before it trained.
     """
     from conformance.recording.masters import complete
 
@@ -129,9 +133,11 @@ def receive_all(pipes: dict[Connection, int]) -> "list[Trace]":
             assert isinstance(pipe, Connection)
             rank = waiting.pop(pipe)
             try:
-                traces[rank], failure = pickle.loads(pipe.recv_bytes())
+                traces[rank], failure, refusal = pickle.loads(pipe.recv_bytes())
             except EOFError:
-                failure = f"rank {rank} died without sending its trace"
+                failure, refusal = f"rank {rank} died without sending its trace", None
+            if refusal is not None:
+                raise NotApplicable(f"{REFUSED}{refusal}")
             if failure:
                 raise RunFailed(failure)
     found = [traces[rank] for rank in sorted(traces)]

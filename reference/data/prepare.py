@@ -19,6 +19,7 @@ from reference.data.records import SUFFIXES, examine_records
 from reference.data.tokenfile import TokenWriter, open_sidecar, publish
 from reference.data.tokenizer import (
     FILE,
+    TEMPLATE,
     ByteTokenizer,
     FileTokenizer,
     Tokenizer,
@@ -91,7 +92,7 @@ class Prepared:
             )
         files = [f"{split}.{kind}" for split in SPLITS for kind in ("bin", "json")]
         files += [f"{split}.mask" for split in SPLITS if self.targets is not None]
-        files += [SUMS, *([FILE] if self.tokenizer == FILE else [])]
+        files += [SUMS, *([FILE] if self.tokenizer == FILE else []), *([TEMPLATE] if self.targets is not None else [])]
         return "\n".join([*lines, f"Written: {self.folder / files[0]}, and beside it {', '.join(files[1:])}"])
 
 
@@ -185,6 +186,8 @@ def prepare(
             if isinstance(chosen, FileTokenizer):
                 with writers[0].told():
                     write_file(out / FILE, chosen.content)
+                    if chats is not None:  # for the checkpoints of runs on these chats, and their exports
+                        write_file(out / TEMPLATE, chats.text.encode(errors="replace"))
             publish(writers[::-1])  # the training split last: where it opens, all is there
     for split, found in read_back.items():
         found.warn(split)

@@ -342,10 +342,10 @@ def open_sidecar(folder: Path, split: str) -> Sidecar:
                 f"{tokens} has no {path.name} beside it (writing was interrupted, or it is from elsewhere): {again}."
             )
         there = ", ".join(sorted(found.stem for found in folder.glob("*.bin"))) or "no token file"
-        raise DataError(
-            f"{folder} has no {split} split (there is: {there}): "
-            f"write one with `python -m reference prepare --out {folder}`."
-        )
+        write = f"write one with `python -m reference prepare --text YOUR-TEXT --out {folder}`"
+        if not folder.is_dir():
+            raise DataError(f"there is no folder {folder} with a {split} split: {write}, or correct the path.")
+        raise DataError(f"{folder} has no {split} split (there is: {there}): {write}.")
     try:
         content, plain = read_file(path), read_json(path)
         written = plain["format"]

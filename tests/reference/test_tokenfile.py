@@ -236,7 +236,7 @@ def test_files_of_the_first_release_are_read_and_checked(tmp_path: Path) -> None
 
 
 def test_what_is_not_there_is_one_sentence(tmp_path: Path) -> None:
-    assert "there is: no token file" in sentence_of(DataError, lambda: opened(tmp_path / "absent"))
+    assert "there is no folder" in sentence_of(DataError, lambda: opened(tmp_path / "absent"))
     write(tmp_path, [[1]], split="train")
     assert "there is: train" in sentence_of(DataError, lambda: opened(tmp_path, split="validation"))
 
