@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import contextlib
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -49,7 +51,8 @@ def new_adapter(options: argparse.Namespace) -> int:
         f"Running {script} until it has made {UPDATES} updates, to see how it trains ...", file=sys.stderr, flush=True
     )
     began = time.time_ns()
-    code, verdict = run_script([str(script), *options.arguments], partial(audited, UPDATES))
+    with opened() as paths:
+        code, verdict = run_script([str(script), *options.arguments], partial(audited, UPDATES))
     if code:
         raise UsageError(f"{script} ended with exit code {code}: run it by itself, and give its arguments after --.")
     facts = verdict.facts
@@ -59,7 +62,8 @@ def new_adapter(options: argparse.Namespace) -> int:
         raise UsageError(
             f"{script} made no update that was seen: give it arguments after --, with which it trains in one process."
         )
-    found = found_in(facts, len(facts.updates) < UPDATES, written_since(began, {Path.cwd(), script.resolve().parent}))
+    written = written_since(began, {Path.cwd(), script.resolve().parent})
+    found = found_in(facts, len(facts.updates) < UPDATES, written, read_only(paths, began, script))
     content = skeleton(script, tree, out, options.arguments, found)
     check_out(out)  # the script itself may have written it
     with out.open("x", encoding="utf-8") as file:
@@ -101,6 +105,35 @@ def written_since(began: int, folders: set[Path]) -> dict[str, int]:
     return found
 
 
+@contextlib.contextmanager
+def opened() -> Iterator[list[str]]:
+    """Yield a list to which every path is added that Python opens for reading within the block."""
+    found: list[str] = []
+    watching = True
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:  # it stays for the life of the process
+        if watching and event == "open" and isinstance(arguments[0], str) and arguments[1] in ("r", "rb"):
+            found.append(arguments[0])
+
+    sys.addaudithook(hook)
+    try:
+        yield found
+    finally:
+        watching = False
+
+
+def read_only(paths: Sequence[str], began: int, script: Path) -> list[str]:
+    """Return which of some paths are relative ones of files, older than a time (ns), other than the script itself."""
+    found = []
+    for path in dict.fromkeys(os.path.normpath(path) for path in paths if not os.path.isabs(path)):
+        with contextlib.suppress(OSError):
+            if path.startswith("..") or not path.isprintable() or os.path.samefile(path, script):
+                continue  # what lies above the folder cannot be linked into another
+            if os.stat(path).st_mtime_ns < began:
+                found.append(path)
+    return found
+
+
 def files_below(folder: Path) -> Iterator[Path]:
     """Yield the files below a folder, except hidden ones and what Python compiles."""
     for place, folders, files in os.walk(folder):
@@ -129,7 +162,8 @@ def skeleton(script: Path, tree: ast.Module, out: Path, given: Sequence[str], fo
     kinds = sorted({kind.partition("(")[0] for kind in found.initial.values()}) or ["Normal"]
     recipe, script_name = Recipe(), shortened(script.name)
     unset = [field for field in NEEDED if field not in mapped]
-    questions = ("claims", "files", "initial") if found.constant_rate else ("schedule", "claims", "files", "initial")
+    fixed_clip = has(found, "clip") and "clip" not in mapped
+    questions = [*["clip"] * fixed_clip, *["schedule"] * (not found.constant_rate), "claims", "files", "initial"]
     template = environment().get_template("adapter.py.jinja")
     return template.render(
         script=script_name,
@@ -149,6 +183,8 @@ def skeleton(script: Path, tree: ast.Module, out: Path, given: Sequence[str], fo
         unset=", ".join(WORDS[field] for field in unset),
         likely=likely_places(tree, unset, found.seen),
         claims=claims,
+        fixed_clip=fixed_clip,
+        reads=[json.dumps(path) for path in found.reads],
         hints=list(hints(script_name, found, mapped)),
         lacking=lacking(script_name, found, mapped),
     )
@@ -204,6 +240,7 @@ def described(found: Found) -> Iterator[tuple[str, str]]:
     yield "learning rates", f"{found.rates}{' (constant)' if found.constant_rate else ''}"
     yield "dropout", "yes" if found.dropout else "no"
     yield "evaluates", "yes" if found.evaluates else "not in these updates"
+    yield "files read", ", ".join(map(shortened, found.reads[:5])) or "none by a relative path"
     yield "seed", f"{found.seed}" if found.seed is not None else "not seen"
     yield "loop", f"it ended after {found.updates} updates" if found.ended else f"more than {found.updates} updates"
     yield "printed", " | ".join(found.said) or "nothing"
@@ -214,7 +251,7 @@ def described(found: Found) -> Iterator[tuple[str, str]]:
 def hints(script: str, found: Found, mapped: set[str]) -> Iterator[str]:
     """Yield what a script seems to do and the adapter does not claim, as capabilities."""
     for capability, field in CLAIMS.items():
-        if has(found, capability) and field not in mapped:
+        if has(found, capability) and field not in mapped and capability != "clip":  # a question of its own
             yield f'"{capability}": seen, but no name or option of {script} was found that sets it'
     if not found.constant_rate:
         yield '"schedule": the learning rate changes from update to update (recipe.warmup, recipe.minimum_lr)'
