@@ -76,8 +76,8 @@ def replicated(ranks: list[Facts]) -> list[str]:
     "same-data",
     "ranks",
     why="Processes that train on the same batch do the work of one.",
-    mend="Call init_process_group and wrap the model in DistributedDataParallel. Use a DistributedSampler (and set_epoch), "
-    "or seed and slice the data by the process's rank.",
+    mend="Call init_process_group and wrap the model in DistributedDataParallel. Use a DistributedSampler (and "
+    "set_epoch), or seed and slice the data by the process's rank.",
     source="pytorch: DistributedSampler; accelerate#2126",
     together=True,
 )
