@@ -301,11 +301,12 @@ def report_command(options: argparse.Namespace) -> int:
 
     from conformance.progress import waiting
     from conformance.report.page import read_columns, read_kill_matrix, render
+    from conformance.report.result import plain
 
     with waiting("Rendering the pages", Console(file=sys.stderr, highlight=False)):
         kill_matrix = read_kill_matrix(options.kill_matrix) if options.kill_matrix else None
         others = [
             name for name in render(read_columns(options.results), kill_matrix, options.out) if "index" not in name
         ]
-    print(f"Written: {options.out / 'index.html'}, and beside it {', '.join(others)}")
+    print(plain(f"Written: {options.out / 'index.html'}, and beside it {', '.join(others)}"))
     return 0
