@@ -14,7 +14,7 @@ from reference.cli.options import add_options, build, hint, new_parser, parse
 from reference.cli.presets import PRESETS, find_preset
 from reference.cli.starting import preset_of, run_name, start_of, value_of
 from reference.cli.yamltext import LONGEST, load_yaml
-from reference.config import DataConfig, GPTConfig, TrainConfig, as_plain, shown
+from reference.config import DataConfig, GPTConfig, TrainConfig, allows, as_plain, in_words, shown
 from reference.errors import ConfigurationError
 from reference.finetuning.config import FinetuneConfig
 
@@ -42,7 +42,8 @@ examples:
 The command line wins over files, a later file over an earlier one, and files over the preset. A mapping
 (optimizer_args) in a file replaces the preset's as a whole. Write numbers as 0.0003 or 3e-4, and None as null.
 
-exit code: 0 done, 1 failed, 2 the settings were wrong, 130 or 143 stopped by Ctrl-C or SIGTERM, with a checkpoint
+exit code: 0 done, 1 failed, 2 the settings were wrong; 130, 143 or 129 stopped by Ctrl-C, SIGTERM or a terminal that
+was closed, with a checkpoint
 """
 
 
@@ -278,4 +279,9 @@ def checked(content: Any, source: str) -> dict[str, Any]:
                 raise ConfigurationError(
                     f"{source} has the unknown name {shown(name)}: {hint(name, names, 'python -m reference train')}"
                 )
+    for config, values in ((Settings, content), *((GROUPS[key], content[key]) for key in GROUPS if key in content)):
+        for field in dataclasses.fields(config):
+            if field.name in values and field.name not in GROUPS and not allows(field.type, values[field.name]):
+                kind = in_words(field.type)
+                raise ConfigurationError(f"{field.name} is {shown(values[field.name])}, but must be {kind}.")
     return content

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import logging
 import os
-import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from reference.cli.presets import PRESETS
 from reference.cli.settings import Settings, read_settings
 from reference.cli.starting import checkpoint_to_resume, require_shape, run_name, tokenizer_of
 from reference.config import DataConfig
-from reference.errors import CheckpointError, ConfigurationError, ExplainedError
+from reference.errors import CheckpointError, ConfigurationError, ExplainedError, quoted
 from reference.files import write_file
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ def train(settings: Settings) -> int:
     """Run what the settings describe and return the exit code."""
     from rich.console import Console
 
-    from reference.cli.progress import live_line, logging_to, waiting
+    from reference.cli.progress import live_line, logging_to, say, waiting
 
     with waiting("Loading PyTorch"):
         import torch
@@ -71,11 +70,16 @@ def train(settings: Settings) -> int:
 
     console = Console(stderr=True)
     require_processors(settings)
-    folder = checkpoint_to_resume(settings.resume, Path(settings.directory))
     first_rank = getattr(rank_zero_only, "rank", 0) == 0
     directory = Path(settings.directory)
     with contextlib.ExitStack() as stack:
         stack.enter_context(logging_to(console, first_rank))
+        folder = checkpoint_to_resume(settings.resume, directory)
+        if folder is None and settings.init_from is None and settings.finetune.lora_rank is not None:
+            raise ConfigurationError(
+                "lora_rank trains adapters beside weights that stay as they are, but this run would start from random "
+                "ones: name trained weights with --init_from, or leave lora_rank out."
+            )
         settings, training, validation = open_data(settings)
         warn_of_rate(folder, settings)
         if folder is not None and settings.resume not in (True, "auto"):  # a path: of a run or an import elsewhere
@@ -102,18 +106,19 @@ def train(settings: Settings) -> int:
             ) from error
         except (ExplainedError, OSError):
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # the second: of an optimizer's class that ends the process
             if (told := explain(error, settings)) is None:
                 raise  # a fault of the program
             raise told from error
     if first_rank:
         files = [directory / "config.yaml", metrics_file(directory), *checkpoints(directory)[-1:]]
-        print(f"Written: {', '.join(str(file) for file in files if file.exists())}", file=sys.stderr)
-        again = f"python -m reference train --config {directory / 'config.yaml'} --resume auto"
+        if written := [str(file) for file in files if file.exists()]:
+            say(console, f"Written: {', '.join(written)}")
         if result.stopped is not None:
-            print(f"Go on with: {again}", file=sys.stderr)
+            again = f"python -m reference train --config {quoted(directory / 'config.yaml')} --resume auto"
+            say(console, f"Go on with: {again}")
         elif run.save_every is not None:
-            print(f"Try: python -m reference generate --checkpoint {directory}", file=sys.stderr)
+            say(console, f"Try: python -m reference generate --checkpoint {quoted(directory)}")
     return 0 if result.stopped is None else 128 + result.stopped
 
 
