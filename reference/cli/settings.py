@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 from reference import files
 from reference.cli.everyday import SHORT, everyday_help, spelt_out, take_help
 from reference.cli.options import add_options, build, hint, new_parser, parse
-from reference.cli.presets import PRESETS, find_preset
+from reference.cli.presets import MUON_BESIDE_ADAMW, PRESETS, find_preset
 from reference.cli.starting import preset_of, run_name, start_of, value_of
 from reference.cli.yamltext import LONGEST, load_yaml
 from reference.config import DataConfig, GPTConfig, TrainConfig, allows, as_plain, in_words, shown
@@ -110,7 +110,7 @@ def read_settings(arguments: Sequence[str]) -> Settings:
     told = [found["train"]["optimizer"] for found in contents if "optimizer" in found.get("train", {})]
     optimizer = value_of(others, "--train.optimizer") or next(reversed(told), None)
     if optimizer == MUON and not is_given("optimizer_args", contents, others):
-        contents = [{"train": muon_beside(preset_train(preset, start, adapters))}, *contents]
+        contents = [{"train": muon_beside(preset_train(preset, start, adapters), start is not None)}, *contents]
     parser, known, defaults = build_parser(preset, contents, start, adapters)
     if topic is not None:
         print_help(topic, parser, defaults)
@@ -181,13 +181,15 @@ def preset_train(preset_name: str, start: Path | None, adapters: bool) -> TrainC
     return (find_preset(preset_name) if start is None else preset_of(start, adapters)).train
 
 
-def muon_beside(train: TrainConfig) -> dict[str, Any]:
+def muon_beside(train: TrainConfig, tuned: bool) -> dict[str, Any]:
     """Return the optimizers' arguments for Muon: the preset's, which are AdamW's, go to the rest of the tensors.
 
-    Muon's rate is the one of its author's implementation (https://github.com/KellerJordan/Muon).
+    Muon's rate is the one of its author's implementation (https://github.com/KellerJordan/Muon). Trained weights are
+    tuned at ten times AdamW's: each element of a matrix of a thousand rows then moves about as far.
     """
     decay = train.optimizer_args["weight_decay"]
-    return {"optimizer_args": {"lr": 0.02, "weight_decay": decay}, "optimizer_rest_args": dict(train.optimizer_args)}
+    rate = MUON_BESIDE_ADAMW * train.optimizer_args["lr"] if tuned else 0.02
+    return {"optimizer_args": {"lr": rate, "weight_decay": decay}, "optimizer_rest_args": dict(train.optimizer_args)}
 
 
 def is_given(name: str, contents: Sequence[dict[str, Any]], words: Sequence[str]) -> bool:

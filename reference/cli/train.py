@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reference.cli.presets import PRESETS
+from reference.cli.presets import PRESETS, tuning_rate
 from reference.cli.settings import Settings, read_settings
 from reference.cli.starting import checkpoint_to_resume, require_shape, run_name, tokenizer_of
 from reference.config import DataConfig
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("reference")
 
-GENTLE = 2e-4  # a rate above it is not for fine-tuning
+GENTLE = 10  # times the rate that tunes trained weights: what is above is not for that
 
 
 @contextlib.contextmanager
@@ -204,23 +204,24 @@ def prepare_for_weights(start: Path, folder: Path) -> None:
 
 
 def warn_of_rate(folder: Path | None, settings: Settings) -> None:
-    """Log a warning if a run goes on from imported weights at the rates of pretraining."""
+    """Log a warning if a run goes on from trained weights at the rates of pretraining."""
     from reference.checkpoint.folder import number
+    from reference.optimizers import roles
 
-    rate = settings.train.optimizer_args.get("lr")
-    if not isinstance(rate, float) or rate <= GENTLE:
+    imported = folder is not None and number(folder) == 0
+    tuned = folder is None and settings.init_from is not None and settings.finetune.lora_rank is None
+    if not imported and not tuned:
         return
-    if folder is None and settings.init_from is not None and settings.finetune.lora_rank is None:
+    for role, option in zip(roles(settings.train), ("optimizer_args", "optimizer_rest_args")):
+        rate, right = role.optimizer_args.get("lr"), tuning_rate(role.optimizer, role.optimizer_args)
+        if right is None or not isinstance(rate, float) or rate <= GENTLE * right:
+            continue
+        advice = f"set --train.{option}.lr {right:.0e}".replace("e-0", "e-")
+        if folder is not None:
+            advice += f", or give --config {quoted(folder.parent / 'config.yaml')}"
         logger.warning(
-            "a learning rate of %g is for pretraining, and may destroy what the weights of %s know: set "
-            "--train.optimizer_args.lr 2e-5",
-            *(rate, settings.init_from),
-        )
-    if folder is not None and number(folder) == 0:
-        logger.warning(
-            "a learning rate of %g is for pretraining, and may destroy what the weights of %s know: set "
-            "--train.optimizer_args.lr 2e-5, or give --config %s",
-            *(rate, folder, folder.parent / "config.yaml"),
+            "a learning rate of %g is for pretraining, and may destroy what the weights of %s know: %s",
+            *(rate, folder or settings.init_from, advice),
         )
 
 
