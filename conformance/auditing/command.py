@@ -24,6 +24,7 @@ from conformance.errors import UsageError
 from conformance.options import FAILED, PASSED, USAGE
 from conformance.reading import make_folder
 from conformance.report.result import plain, require_writable, write_json
+from conformance.scripts import parsed
 
 NOTHING_SEEN = """\
 The audit saw no update: the script ended before an optimizer stepped, or it trains in a process that it starts itself.
@@ -161,6 +162,8 @@ def check_command(command: list[str]) -> list[str]:
         raise UsageError(
             f"no such script: {command[0]}. Give the path of a Python file, or -m and the name of a module."
         )
+    if Path(command[0]).suffix == ".py":  # Python also runs archives
+        parsed(Path(command[0]))
     return command
 
 

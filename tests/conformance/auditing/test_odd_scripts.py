@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from conformance import cli
+from conformance.__main__ import entry
+from conformance.auditing.run import audited
 from tests.conformance.auditing.loop import SCRIPT
 
 
@@ -99,3 +101,30 @@ def test_names_that_are_no_text(capfd: pytest.CaptureFixture[str]) -> None:
     printed = capfd.readouterr()
     assert "Written: odd\\udcff/index.html" in printed.out
     assert "Traceback" not in printed.err
+
+
+@pytest.mark.parametrize(
+    "content", [b"x = 1\0", b"\xff\xfe", b"def f(:", b"(" * 9000], ids=lambda text: ascii(text[:6])
+)
+def test_what_is_not_python_is_told(content: bytes, capfd: pytest.CaptureFixture[str]) -> None:
+    Path("train.py").write_bytes(content)
+    assert cli.main(["audit", "--", "train.py"]) == 2
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert line.startswith("The script train.py")
+    assert "is not Python: " in line
+    assert len(line) < 400
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_stream_that_the_shell_has_closed(
+    name: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    script = write("pass")
+    monkeypatch.setattr(sys, name, None)
+    monkeypatch.setattr(sys, "argv", ["conformance", "audit", "--report", "r.json", "--", script])
+    assert entry() == 0
+    getattr(sys, name).close()  # the null device that it was given
+    assert Path("r.json").exists()
+    monkeypatch.setattr(sys, name, None)
+    with audited():
+        print("nobody reads this")
