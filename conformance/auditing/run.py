@@ -16,6 +16,7 @@ from conformance.auditing.processes import exchanged, place
 from conformance.auditing.verdict import Verdict
 from conformance.auditing.watcher import Auditor, Stopped
 from conformance.errors import RunEnded
+from conformance.options import INTERRUPTED
 from conformance.recording.limits import no_sudden_exit
 from conformance.report.environment import environment
 
@@ -121,8 +122,11 @@ def ended(error: BaseException) -> int:
         return exit_code(error)
     if isinstance(error, RunEnded):
         return error.status
+    if isinstance(error, KeyboardInterrupt):  # where it came is of no interest: often in the audit's own part
+        print("Interrupted.", file=sys.stderr)
+        return INTERRUPTED
     tell(error)
-    return 130 if isinstance(error, KeyboardInterrupt) else 1
+    return 1
 
 
 def exit_code(end: SystemExit) -> int:

@@ -16,6 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from conformance.auditing.run import audited, run_script
 from conformance.errors import UsageError
+from conformance.options import INTERRUPTED
 from conformance.recipe import Recipe
 from conformance.report.result import plain
 from conformance.scripts import parsed
@@ -52,6 +53,8 @@ def new_adapter(options: argparse.Namespace) -> int:
     print(plain(began_with), file=sys.stderr, flush=True)
     began, places = time.time_ns(), {Path.cwd(), script.resolve().parent}
     code, verdict = run_script([str(script), *options.arguments], partial(audited, UPDATES))
+    if code == INTERRUPTED:
+        return INTERRUPTED
     if code:
         raise UsageError(f"{script} ended with exit code {code}: run it by itself, and give its arguments after --.")
     facts = verdict.facts

@@ -128,3 +128,13 @@ def test_a_stream_that_the_shell_has_closed(
     monkeypatch.setattr(sys, name, None)
     with audited():
         print("nobody reads this")
+
+
+@pytest.mark.parametrize("command", [["audit", "--", "train.py"], ["new-adapter", "train.py"]])
+def test_ctrl_c_is_one_sentence(command: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    write("raise KeyboardInterrupt")
+    assert cli.main(command) == 130
+    error = capfd.readouterr().err
+    assert error.splitlines().count("Interrupted.") == 1
+    assert "Traceback" not in error
+    assert not Path("train_adapter.py").exists()
