@@ -51,8 +51,9 @@ def require_same_ids(folder: Path, source: Any) -> None:
         return
     if trained != given or (file is not None and words_of(file) != words_of(folder / trained)):
         raise ConfigurationError(
-            f"the weights of {folder} know the tokenizer {trained} that lies there, and the data of {source.folder} "
-            f"has other ids ({given}): prepare the text with --tokenizer {folder if trained != 'bytes' else trained}."
+            f"the weights of {folder} were trained with a tokenizer other than that of the data in {source.folder} "
+            f"({given}), so the ids would mean nothing to them: prepare the text with --tokenizer "
+            f"{folder if trained != 'bytes' else trained}."
         )
 
 

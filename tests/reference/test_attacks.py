@@ -208,7 +208,9 @@ def test_a_tokenizer_with_more_special_tokens_is_the_same(data: str, capsys: pyt
         assert main(["prepare", "--text", "a.txt", "--tokenizer", f"{name}.json", "--out", name]) == 0
     run = ["train", "--init_from", "base", "--updates=2", "--data"]
     assert main([*run, "chat", "--directory", "tuned"]) == 0
-    assert "has other ids (tokenizer.json)" in told(capsys, lambda: main([*run, "other", "--directory", "more"]))
+    assert "other than that of the data in other (tokenizer.json), so" in told(
+        capsys, lambda: main([*run, "other", "--directory", "more"])
+    )
 
 
 def shifted(vocabulary: dict[str, int]) -> dict[str, int]:
