@@ -243,7 +243,7 @@ class Calls:
             if owner is not None and owned:
                 self.take_owner(owner, candidates)
             return
-        best = max(fitting, key=fitness)
+        best = max(fitting, key=fitness) if len(fitting) > 1 else fitting[0]
         module = best.module
         self.root, wrappers = module, wrapper_prefixes(dict(module.named_modules()))
         same = (c for c in candidates if same_parameters(c.call.module, best.call.module))

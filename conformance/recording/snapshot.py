@@ -175,7 +175,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 def same_parameters(first: nn.Module, second: nn.Module) -> bool:
     """Return True if two modules hold the same parameters, as a wrapper and what it wraps do."""
-    return {id(parameter) for parameter in first.parameters()} == {id(parameter) for parameter in second.parameters()}
+    return first is second or set(map(id, first.parameters())) == set(map(id, second.parameters()))
 
 
 def holds(module: nn.Module, tensors: set[int]) -> bool:
