@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -17,12 +18,16 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from conformance.auditing.run import audited, run_script
 from conformance.errors import UsageError
+from conformance.options import INTERRUPTED
 from conformance.recipe import Recipe
+from conformance.report.result import plain
 from conformance.scripts import parsed
 from conformance.skeleton.found import Found, found_in, shortened
 from conformance.skeleton.names import Setting, likely_places, settings_of
 
 UPDATES = 4
+MOST = 20
+"""Files that the skeleton names."""
 MANY = 20_000
 """Files that are looked at in a folder; there may be a data set in it."""
 NEEDED = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "microbatch_size", "updates", "lr")
@@ -46,13 +51,15 @@ def new_adapter(options: argparse.Namespace) -> int:
     tree = parsed(script)
     stem = re.sub(r"\W", "_", script.stem)
     out = Path(options.out or f"{stem}_adapter.py")
-    check_out(out)
-    print(
-        f"Running {script} until it has made {UPDATES} updates, to see how it trains ...", file=sys.stderr, flush=True
-    )
-    began = time.time_ns()
+    target = out.absolute()  # wherever the script goes from here
+    check_out(target)
+    began_with = f"Running {script} until it has made {UPDATES} updates, to see how it trains ..."
+    print(plain(began_with), file=sys.stderr, flush=True)
+    source, here, began = script.resolve(), Path.cwd(), time.time_ns()
     with opened() as paths:
         code, verdict = run_script([str(script), *options.arguments], partial(audited, UPDATES))
+    if code == INTERRUPTED:
+        return INTERRUPTED
     if code:
         raise UsageError(f"{script} ended with exit code {code}: run it by itself, and give its arguments after --.")
     facts = verdict.facts
@@ -62,14 +69,14 @@ def new_adapter(options: argparse.Namespace) -> int:
         raise UsageError(
             f"{script} made no update that was seen: give it arguments after --, with which it trains in one process."
         )
-    written = written_since(began, {Path.cwd(), script.resolve().parent})
-    found = found_in(facts, len(facts.updates) < UPDATES, written, read_only(paths, began, script))
+    written, read = written_since(began, {here, source.parent}), read_only(paths, began, here, source)
+    found = found_in(facts, len(facts.updates) < UPDATES, written, read)
     content = skeleton(script, tree, out, options.arguments, found)
-    check_out(out)  # the script itself may have written it
-    with out.open("x", encoding="utf-8") as file:
+    check_out(target)  # the script itself may have written it
+    with target.open("x", encoding="utf-8") as file:
         file.write(content)
-    print(f"Written: {out}. Its questions are numbered; judge it now, and after each answer:", file=sys.stderr)
-    print(f"  python -m conformance run --subject {out}:{class_name(stem)}")
+    print(plain(f"Written: {out}. Its questions are numbered; judge it now, and after each answer:"), file=sys.stderr)
+    print(plain(f"  python -m conformance run --subject {shlex.quote(f'{out}:{class_name(stem)}')}"))
     return 0
 
 
@@ -107,13 +114,15 @@ def written_since(began: int, folders: set[Path]) -> dict[str, int]:
 
 @contextlib.contextmanager
 def opened() -> Iterator[list[str]]:
-    """Yield a list to which every path is added that Python opens for reading within the block."""
+    """Yield a list of paths: the relative ones that Python opens for reading while the current folder is this one."""
     found: list[str] = []
-    watching = True
+    here, watching = os.getcwd(), True
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:  # it stays for the life of the process
-        if watching and event == "open" and isinstance(arguments[0], str) and arguments[1] in ("r", "rb"):
-            found.append(arguments[0])
+        if not watching or event != "open" or not isinstance(arguments[0], str) or arguments[1] not in ("r", "rb"):
+            return
+        if not os.path.isabs(arguments[0]) and os.getcwd() == here:
+            found.append(os.path.normpath(arguments[0]))
 
     sys.addaudithook(hook)
     try:
@@ -122,16 +131,23 @@ def opened() -> Iterator[list[str]]:
         watching = False
 
 
-def read_only(paths: Sequence[str], began: int, script: Path) -> list[str]:
-    """Return which of some paths are relative ones of files, older than a time (ns), other than the script itself."""
+def read_only(paths: Sequence[str], began: int, here: Path, script: Path) -> list[str]:
+    """Return which of some relative paths are files older than a time (ns), other than the script.
+
+    Args:
+        paths: relative to ``here``. One that leads above it is left out: it cannot be linked into another folder.
+        began: when the script began.
+        here: the folder in which it began.
+        script: its absolute path.
+    """
     found = []
-    for path in dict.fromkeys(os.path.normpath(path) for path in paths if not os.path.isabs(path)):
+    for path in dict.fromkeys(paths):
         with contextlib.suppress(OSError):
-            if path.startswith("..") or not path.isprintable() or os.path.samefile(path, script):
-                continue  # what lies above the folder cannot be linked into another
-            if os.stat(path).st_mtime_ns < began:
+            if path.startswith("..") or not path.isprintable() or os.path.samefile(here / path, script):
+                continue
+            if (here / path).stat().st_mtime_ns < began:
                 found.append(path)
-    return found
+    return found[:MOST]
 
 
 def files_below(folder: Path) -> Iterator[Path]:
