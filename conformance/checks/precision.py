@@ -96,3 +96,32 @@ def tables_close(exact: Mapping[str, Tensor], seen: Mapping[str, Tensor]) -> Non
 def movement(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float:
     """Return how far all elements moved, added up."""
     return float(sum((after[name].double() - before[name].double()).abs().sum().item() for name in before))
+
+
+def not_rounded(
+    before: Mapping[str, Tensor], after: Mapping[str, Tensor], later: Mapping[str, Tensor], when: str
+) -> None:
+    """Check that float32 tensors which an update has moved still hold more than bfloat16 numbers at the next.
+
+    Args:
+        before: tensors before the update.
+        after: after it.
+        later: before the next.
+        when: that is, for the message.
+
+    Raises:
+        Violation: naming tensors that hold bfloat16 numbers only.
+    """
+    rounded = [
+        name
+        for name, tensor in later.items()
+        if tensor.dtype == torch.float32
+        and tensor.numel() >= 64  # a few values may be bfloat16 numbers by chance
+        and not torch.equal(before[name], after[name])
+        and torch.equal(tensor, tensor.bfloat16().float())
+    ]
+    if rounded:
+        raise Violation(
+            f"float32 values in float32 weights {when}",
+            f"{len(rounded)} of {len(later)} tensors hold bfloat16 numbers alone: {quoted(rounded)}",
+        )
