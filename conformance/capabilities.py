@@ -64,7 +64,7 @@ CAPABILITIES = {
     "compile": Capability("has torch.compile as an option", extension=True),
     "two-ranks": Capability("trains on two CPU processes with gloo"),
     "sharded": Capability(
-        "splits each parameter over two CPU processes with gloo, as torch.distributed.fsdp.fully_shard does",
+        "splits parameters over two CPU processes with gloo: by fully_shard (FSDP2), or by tensor parallelism",
         since="0.2",
         extension=True,
     ),

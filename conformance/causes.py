@@ -10,6 +10,7 @@ FOLLOWS: Mapping[str, tuple[str, ...]] = {
     "INIT-2": ("INIT-1", "INIT-4", "INIT-11"),
     "INIT-5": ("INIT-1", "INIT-2"),
     "INIT-6": ("RESUME-6",),
+    "INIT-12": ("INIT-2",),
     "MODEL-1": ("PREC-4", "PREC-8", "CAUSAL-1", "CAUSAL-2", "CAUSAL-3", "CAUSAL-4", "DROP-4"),
     "MODEL-2": ("MODEL-1", "TIE-1"),
     "OPT-4": ("OPT-5", "OPT-7", "OPT-10", "LR-4"),

@@ -160,6 +160,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--kill-matrix", type=Path, metavar="FILE", help="also show this JSON file of nox -s mutants -- --write FILE"
     )
     report.add_argument(
+        "--findings",
+        type=Path,
+        metavar="FOLDER",
+        help="also make pages of the findings (*.md) and scripts (*.py) in this folder, which failures then link to; "
+        "without it, no page says how a failure was reproduced by hand",
+    )
+    report.add_argument(
         "--out", type=Path, default=Path("report"), metavar="FOLDER", help="the folder to write to (default: report)"
     )
     report.set_defaults(command=report_command)
@@ -300,12 +307,14 @@ def report_command(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from conformance.progress import waiting
+    from conformance.report.findings import read_findings
     from conformance.report.page import read_columns, read_kill_matrix, render
 
     with waiting("Rendering the pages", Console(file=sys.stderr, highlight=False)):
         kill_matrix = read_kill_matrix(options.kill_matrix) if options.kill_matrix else None
-        others = [
-            name for name in render(read_columns(options.results), kill_matrix, options.out) if "index" not in name
-        ]
-    print(f"Written: {options.out / 'index.html'}, and beside it {', '.join(others)}")
+        findings = read_findings(options.findings) if options.findings else []
+        first, *others = render(read_columns(options.results), kill_matrix, options.out, findings)
+    print(f"Written: {options.out / first}, and beside it {', '.join(others)}")
+    if not findings:
+        print("No page tells how a failure was reproduced by hand: --findings FOLDER adds such pages.")
     return 0

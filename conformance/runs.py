@@ -150,19 +150,30 @@ class Runs:
             RunFailed: if the run took too long.
         """
         if recipe not in self._attempts:
-            folder = Path(tempfile.mkdtemp(prefix="run-", dir=self.directory))
-            keep = folder.with_name(folder.name.replace("run-", "kept-"))
-            error: BaseException | None = None
+            folder, keep = self.folders()
             with record(folder, recipe.zero_gradients, nan_gradient=recipe.nan_gradient, keep=keep) as trace:
-                try:
-                    with time_limit(self.timeout), no_sudden_exit():
-                        self.subject.train(dataclasses.replace(recipe, directory=folder))
-                except KeyboardInterrupt:
-                    raise
-                except BaseException as raised:  # SystemExit too: a stack that quits has not trained
-                    error = raised
+                error = self.train(recipe, folder)
             self._attempts[recipe] = Attempt(trace, error)
-        attempt = self._attempts[recipe]
+        return self.excused(self._attempts[recipe])
+
+    def folders(self) -> tuple[Path, Path]:
+        """Return a new folder for a run, and the path of another for copies of its files."""
+        folder = Path(tempfile.mkdtemp(prefix="run-", dir=self.directory))
+        return folder, folder.with_name(folder.name.replace("run-", "kept-"))
+
+    def train(self, recipe: Recipe, folder: Path) -> BaseException | None:
+        """Let the subject train, and return what it raised."""
+        try:
+            with time_limit(self.timeout), no_sudden_exit():
+                self.subject.train(dataclasses.replace(recipe, directory=folder))
+        except KeyboardInterrupt:
+            raise
+        except BaseException as raised:  # SystemExit too: a stack that quits has not trained
+            return raised
+        return None
+
+    def excused(self, attempt: Attempt) -> Attempt:
+        """Return an attempt, unless what it raised is no outcome of the stack: see :meth:`attempt`."""
         if isinstance(attempt.error, RunTimeout | RunEnded):
             raise RunFailed(str(attempt.error)) from attempt.error
         if isinstance(attempt.error, NotApplicable):
@@ -175,6 +186,25 @@ class Runs:
         if attempt.error is not None and raised_by_adapter(attempt.error, self.subject):
             raise AdapterFailed(describe_error(attempt.error)) from attempt.error
         return attempt
+
+    def compiled(self, recipe: Recipe) -> Trace:
+        """Return the trace of a run that torch.compile really compiled. It holds nothing but what the run has written.
+
+        Raises:
+            RunFailed: if the run did not end.
+        """
+        from conformance.recording.compiled import compiling
+        from conformance.recording.files import Files
+
+        folder, keep = self.folders()
+        files = Files(folder, keep)
+        with compiling():
+            attempt = Attempt(Trace(), self.train(dataclasses.replace(recipe, compile=True), folder))
+        self.excused(attempt)
+        if attempt.error is not None:
+            raise RunFailed(describe_error(attempt.error)) from attempt.error
+        files.credit(attempt.trace, recipe.updates)
+        return attempt.trace
 
     def ranks(self, recipe: Recipe) -> list[Trace]:
         """Return the traces of all ranks of a run on several processes.

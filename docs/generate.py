@@ -14,6 +14,7 @@ from typing import Any
 
 import conformance.auditing.rules  # noqa: F401  # fills RULES
 from conformance.auditing.rule import RULES, TOPICS
+from conformance.bench.case import FINE_TUNING_STEP
 from conformance.bench.summary import read_summary
 from conformance.bench.tables import tables
 from conformance.capabilities import CAPABILITIES
@@ -151,6 +152,12 @@ def bench_tables() -> str:
     """Return the tables of the committed run of the bench."""
     found = tables(read_summary(REPORTS / "bench" / "nvidia-h200" / "summary.json"))
     return "\n".join(f"### {group[:1].upper()}{group[1:]}\n\n{table}" for group, table in found.items())
+
+
+def fine_tuning_table() -> str:
+    """Return the table of the committed run of the bench's fine-tuning rows."""
+    summary = read_summary(REPORTS / "bench" / "nvidia-h200" / "fine-tuning" / "summary.json")
+    return tables(summary)[FINE_TUNING_STEP]
 
 
 def trainer_table() -> str:
@@ -301,6 +308,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "audit-rules": audit_rules,
     "audit-stacks": audit_stacks_table,
     "bench": bench_tables,
+    "bench-fine-tuning": fine_tuning_table,
     "capabilities": capability_table,
     "chapters": chapter_table,
     "commands": command_table,

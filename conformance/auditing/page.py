@@ -1,5 +1,6 @@
 """The verdict of an audit as a page with curves of the recorded updates, and tables of tensors by group."""
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from conformance.auditing.merged import WholeUpdate, whole_run
 from conformance.auditing.rule import TOPICS
 from conformance.auditing.verdict import SIGNS, Verdict, subject
 from conformance.errors import UsageError
-from conformance.report.page import page_templates
+from conformance.report.rendering import page_templates
 
 LEFT, RIGHT, TOP, BOTTOM = 52, 304, 14, 96
 
@@ -47,6 +48,8 @@ def write_page(verdict: Verdict, path: Path) -> None:
         subject=f"{subject(verdict)}.",
         broken=verdict.broken.splitlines()[-1] if verdict.broken else "",
         told=told,
+        count=Counter(finding.outcome for finding in verdict.findings),
+        compiled=facts.compiled,
         quiet={words: findings for words, findings in quiet.items() if findings},
         signs=SIGNS,
         curves=curves_of(verdict.ranks or [facts]),
@@ -85,7 +88,9 @@ def curve(title: str, unit: str, values: list[float | None]) -> Curve | None:
     if not known:
         return None
     low, high = min(value for _, value in known), max(value for _, value in known)
+    top, bottom = f"{high:.4g}", f"{low:.4g}"
     width, height = max(len(values) - 1, 1), high - low
+    flat = top == bottom  # what differs by less than the labels show is noise, as in a norm that is always clipped
 
     def across(number: int) -> float:
         return round(LEFT + (RIGHT - LEFT) * (number - 1) / width, 1)
@@ -93,7 +98,7 @@ def curve(title: str, unit: str, values: list[float | None]) -> Curve | None:
     dots = [
         (
             across(number),
-            round(BOTTOM - (BOTTOM - TOP) * ((value - low) / height if high > low else 0.5), 1),
+            round(BOTTOM - (BOTTOM - TOP) * (0.5 if flat else (value - low) / height), 1),
             f"{value:.6g}",
         )
         for number, value in known
@@ -105,11 +110,16 @@ def curve(title: str, unit: str, values: list[float | None]) -> Curve | None:
         " ".join(f"{x},{y}" for x, y, _ in dots),
         dots,
         [(across(number), number) for number in range(1, len(values) + 1, step)],
-        f"{high:.4g}" if high > low else "",
-        f"{low:.4g}" if high > low else "",
-        "" if high > low else f"{high:.4g}",
+        "" if flat else top,
+        "" if flat else bottom,
+        top if flat else "",
         ", ".join(text for _, _, text in dots),
     )
+
+
+def brief(value: float | tuple[Any, ...]) -> str:
+    """Return a setting with six digits at most."""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def groups_of(facts: Facts) -> list[dict[str, Any]]:
@@ -134,6 +144,6 @@ def groups_of(facts: Facts) -> list[dict[str, Any]]:
                     }
                 )
             shown = {key: value for key, value in group.settings.items() if isinstance(value, int | float | tuple)}
-            settings = ", ".join(f"{key} {value}" for key, value in shown.items() if value is not False)
+            settings = ", ".join(f"{key} {brief(value)}" for key, value in shown.items() if value is not False)
             found.append({"title": f"{name}, group {number}: {len(rows)} tensors", "settings": settings, "rows": rows})
     return found

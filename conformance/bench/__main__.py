@@ -64,7 +64,8 @@ def build_parser() -> argparse.ArgumentParser:
     only = "measure only rows with this text in 'group / size / name'; may be repeated"
     parser.add_argument("--only", action="append", default=[], metavar="TEXT", help=only)
     limit = (
-        "the time for the whole bench: it ends before the first row that would exceed it, and compiles nothing ahead"
+        "the time for the whole bench: it ends before the first row that would exceed it, and under 300 compiles "
+        "nothing ahead"
     )
     parser.add_argument("--limit", type=float, metavar="SECONDS", help=limit)
     out = "the folder to write to (default: reports/bench/CARD; reports/latest for quick, partial and CPU runs)"

@@ -49,7 +49,7 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
             partial(prepare, finetune, settings, config),
             beside=None if name == FIRST else FIRST,
             budget=3.0,
-            seconds=8.5,
+            seconds=10.0,
             priority=6,
         )
         for kind, finetune in KINDS.items()

@@ -35,6 +35,7 @@ from conformance.report.result import replace_json, write_json
 
 PUBLISHED = Path("reports/bench")  # complete runs, by card
 UNFINISHED = "unfinished.json"  # the rows so far, which a killed process leaves behind
+LONG = 300.0  # seconds of a limit in which compiling everything ahead, a minute or two, saves time
 LATEST = Path("reports/latest")  # ignored by git: runs on the CPU, quick ones and parts
 
 
@@ -128,7 +129,7 @@ def measure_all(
     The limit counts from ``started``, by ``perf_counter``; ``everything`` has the cases that others are beside.
     """
     progress = make_console(sys.stderr)
-    if not setting.small and options.limit is None:
+    if not setting.small and (options.limit is None or options.limit >= LONG):
         cases = compile_ahead(cases, lambda line: progress.print(line, markup=False, highlight=False, soft_wrap=True))
     clock = Clock(Device() if setting.small else CudaDevice(setting.device))
     progress.print("Measuring the most that the card can do ...")

@@ -19,7 +19,9 @@ def tables(summary: Summary) -> dict[str, str]:
         for key, rows in grouped(summary.rows).items()
     }
     for group in dict.fromkeys(group for group, _ in parts):
-        sizes = {size: rows for (of, size), rows in parts.items() if of == group}
+        sizes = {size: rows for (of, size), rows in parts.items() if of == group and rows}
+        if not sizes:
+            continue
         measured = [row for rows in sizes.values() for row in rows if row.measured]
         columns = columns_of(measured, CHOICE.get(group, tuple(COLUMNS)))
         heads = "".join(f" {column.head} |" for column in columns)

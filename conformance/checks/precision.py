@@ -13,6 +13,7 @@ LOSS_BOUND = 1e-5
 # Absolute, on cos and sin: one rounding of a finished table to bfloat16 is at most 2^-9 (0.00195 is seen). A phase
 # computed in bfloat16 is off by 0.04 at 64 positions, and by 2 at 2048.
 TABLE_BOUND = 2.0**-8
+COMPILED_BOUND = 1e-2  # of the movement of each tensor; measured in the clause
 MOVEMENT_BOUND = 0.5  # of the float32 run's movement; healthy 0.99 to 1.02, lost to rounding 0.05 and less
 
 
@@ -96,6 +97,35 @@ def tables_close(exact: Mapping[str, Tensor], seen: Mapping[str, Tensor]) -> Non
 def movement(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float:
     """Return how far all elements moved, added up."""
     return float(sum((after[name].double() - before[name].double()).abs().sum().item() for name in before))
+
+
+def moved_alike(start: Mapping[str, Tensor], expected: Mapping[str, Tensor], seen: Mapping[str, Tensor]) -> None:
+    """Check that two runs from the same weights moved each tensor to the same place, relative to how far it moved.
+
+    A tensor that moves less than a thousandth of all together is measured by that: its gradient may be all rounding, as
+    that of the bias of keys is, on which no logit depends.
+
+    Raises:
+        Violation: with the tensor that is farthest off, or the names that only one of them has.
+    """
+    if set(expected) != set(seen):
+        raise Violation("the same tensors", f"only in one of them: {quoted(sorted(set(expected) ^ set(seen)))}")
+    floating = [name for name, tensor in expected.items() if tensor.is_floating_point() and name in start]
+    moves = {name: distance(start[name], expected[name]) for name in floating}
+    least = 1e-3 * sum(move**2 for move in moves.values()) ** 0.5
+    off = {name: distance(expected[name], seen[name]) / max(moves[name], least, 1e-30) for name in floating}
+    worst = max(off, key=lambda name: off[name] if off[name] == off[name] else float("inf"))
+    if not off[worst] <= COMPILED_BOUND:
+        raise Violation(
+            f"every tensor where it ends without torch.compile, within {COMPILED_BOUND:.0%} of its movement",
+            f"{worst} is off by {off[worst]:.1%} of its movement; "
+            f"{sum(not ratio <= COMPILED_BOUND for ratio in off.values())} of {len(off)} tensors are off",
+        )
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    """Return the norm of the difference of two tensors."""
+    return float((one.double() - other.double()).norm())
 
 
 def not_rounded(

@@ -206,6 +206,8 @@ class Calls:
     def is_models(self, module: nn.Module) -> bool:
         """Return True if a module is the model, or wraps it, or holds all that is trained of it."""
         assert self.root is not None
+        if module not in self.wholes and any(part is self.root for part in module.modules()):  # found at once, mostly
+            self.wholes[module] = True
         if module not in self.wholes:
             trained = {id(tensor) for tensor in self.root.parameters() if tensor.requires_grad}
             self.wholes[module] = holds(module, trained)
@@ -241,7 +243,7 @@ class Calls:
             if owner is not None and owned:
                 self.take_owner(owner, candidates)
             return
-        best = max(fitting, key=fitness)
+        best = max(fitting, key=fitness) if len(fitting) > 1 else fitting[0]
         module = best.module
         self.root, wrappers = module, wrapper_prefixes(dict(module.named_modules()))
         same = (c for c in candidates if same_parameters(c.call.module, best.call.module))

@@ -34,11 +34,16 @@ def describe_state(optimizer: Optimizer, names: dict[int, str]) -> dict[str, dic
         getattr(optimizer, "state", {}),
         *(v for group in optimizer.param_groups for v in group.values() if keyed_by_tensor(v)),
     ]
-    return {
-        names[id(tensor)]: {key: plain_value(value) for key, value in entry.items()}
+    entries = {
+        names[id(tensor)]: entry
         for place in places
         for tensor, entry in (place.items() if isinstance(place, dict) else ())
         if isinstance(tensor, Tensor) and id(tensor) in names and isinstance(entry, dict) and entry
+    }
+    copies = iter(copies_of([v for entry in entries.values() for v in entry.values() if isinstance(v, Tensor)]))
+    return {
+        name: {key: next(copies) if isinstance(value, Tensor) else plain_value(value) for key, value in entry.items()}
+        for name, entry in entries.items()
     }
 
 
@@ -170,7 +175,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 def same_parameters(first: nn.Module, second: nn.Module) -> bool:
     """Return True if two modules hold the same parameters, as a wrapper and what it wraps do."""
-    return {id(parameter) for parameter in first.parameters()} == {id(parameter) for parameter in second.parameters()}
+    return first is second or set(map(id, first.parameters())) == set(map(id, second.parameters()))
 
 
 def holds(module: nn.Module, tensors: set[int]) -> bool:
@@ -192,10 +197,22 @@ def copy_of(tensor: Tensor) -> Tensor:
         return bare_copy(tensor)
 
 
-def copied(tensors: dict[str, Tensor]) -> Named[Tensor]:
+def copied(tensors: Mapping[str, Tensor]) -> Named[Tensor]:
     """Return copies of named tensors."""
-    with torch._C.DisableTorchFunction():  # once for all: entering it for each tensor costs as much as the copy
-        return Named({name: bare_copy(tensor) for name, tensor in tensors.items() if not tensor.is_meta})
+    kept = {name: tensor for name, tensor in tensors.items() if not tensor.is_meta}
+    return Named(zip(kept, copies_of(list(kept.values())), strict=True))
+
+
+def copies_of(tensors: list[Tensor]) -> list[Tensor]:
+    """Return copies on the CPU, without history: by one call, where all are plain tensors there."""
+    with torch._C.DisableTorchFunction(), torch.no_grad():
+        plain = tensors and hasattr(torch, "_foreach_clone")  # not in every release since 2.11
+        if plain and all(type(t) in PLAIN and t.device.type == "cpu" and t.layout is torch.strided for t in tensors):
+            return list(torch._foreach_clone(tensors))
+        return [bare_copy(tensor) for tensor in tensors]
+
+
+PLAIN = (Tensor, nn.Parameter)
 
 
 def bare_copy(tensor: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ class Whole:
     keeps_logits = True
 
     def keep(self, tensors: Mapping[str, Tensor]) -> Named[Tensor]:
-        return copied(dict(tensors))
+        return copied(tensors)
 
     def measure(self, tensors: Mapping[str, Tensor], bits: bool = True) -> Measures | None:
         return None

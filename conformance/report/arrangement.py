@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+from conformance.causes import explained_by
 from conformance.clause import Clause
 from conformance.report.result import Report
 
@@ -76,12 +77,15 @@ def rank(column: Shown) -> tuple[bool, list[int], bool]:
 
 
 def worst(columns: Iterable[Shown], clauses: Iterable[Clause]) -> list[Worst]:
-    """Return the clauses that most stacks break: those of the core that every stack must keep come first."""
-    shown = list(columns)
-    found = [
-        Worst(clause, [column for column in shown if column.report.verdict(clause).outcome == "fail"])
-        for clause in clauses
-    ]
+    """Return the clauses that most stacks break: those of the core that every stack must keep come first.
+
+    A failure that another failure of the same stack explains is left out.
+    """
+    causes: list[tuple[Shown, list[str]]] = []
+    for column in columns:
+        failed = [name for name, verdict in column.report.verdicts.items() if verdict.outcome == "fail"]
+        causes.append((column, [name for name in failed if not explained_by(name, failed)]))
+    found = [Worst(clause, [column for column, names in causes if clause.id in names]) for clause in clauses]
     found = [each for each in found if each.columns]
     order = sorted(  # what hangs on one package of an optimizer is no matter for most readers
         found,

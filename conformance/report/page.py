@@ -1,10 +1,8 @@
-"""From result files to pages: the matrix, a page and a badge per subject, and a table in Markdown.
+"""From result files to pages: the matrix, a page and a badge per subject, pages of findings, a table in Markdown.
 
 ``python -m conformance report`` writes them. Each page fetches nothing and is readable without JavaScript.
 """
 
-import base64
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,15 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from conformance.clause import CHAPTERS, Clause, catalogue, in_order
 from conformance.errors import UsageError
 from conformance.reading import make_folder
 from conformance.report.arrangement import arranged, worst
+from conformance.report.findings import Finding, explained
 from conformance.report.markdown import SIGNS, matrix
+from conformance.report.rendering import page_templates, slug_of
 from conformance.report.result import Report, demand, read_json, read_report, repeat_command
+from conformance.report.trend import trends
 from conformance.session import OUTCOMES
 
 FINDINGS = ("fail", "fixed", "error", "deviates")  # told first
@@ -28,6 +28,8 @@ BADGE_COLORS = {"fail": "#b3261e", "fixed": "#b3261e", "error": "#7a3e9d", "devi
 KILL_FIELDS = {"mutants": "mutant published named killed_by errors diff", "harmless": "variant killed_by"}
 
 LISTS = ("named", "killed_by", "errors", "diff")  # the other fields are texts
+PARTS = {"core": "Core", "extension": "Extensions"}
+STALE = ("subject-*.html", "badge-*.svg", "finding-*.html", "kill-matrix.html")
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,8 @@ def read_columns(paths: Sequence[Path]) -> list[Column]:
         machine = " ".join(re.sub(r"\((R|TM)\)|\b(Processor|CPU)\b|@.*", " ", machine).split())
         twins[twin := (report.name, report.version, machine)] += 1
         machine += f" #{twins[twin]}" if twins[twin] > 1 else ""
-        stem = re.sub(r"[^a-z0-9.]+", "-", f"{report.name}-{report.version}-{machine}".lower()).strip("-.") or "subject"
-        slugs = [stem, *(f"{stem}-{number}" for number in range(2, len(columns) + 2))]
         taken = {column.slug for column in columns}
-        columns.append(Column(report, machine, next(slug for slug in slugs if slug not in taken)))
+        columns.append(Column(report, machine, slug_of(f"{report.name}-{report.version}-{machine}", taken, "subject")))
     return columns
 
 
@@ -101,48 +101,68 @@ def chapters_of(columns: Sequence[Column]) -> dict[str, list[Clause]]:
     return chapters
 
 
-def render(columns: Sequence[Column], kill_matrix: Mapping[str, Any] | None, folder: Path) -> list[str]:
-    """Write index.html, matrix.md, and for each column its page and, unless it is partial, its badge.
+def render(
+    columns: Sequence[Column],
+    kill_matrix: Mapping[str, Any] | None,
+    folder: Path,
+    findings: Sequence[Finding] = (),
+) -> list[str]:
+    """Write all pages into a folder.
 
-    Returns the names of these files. Pages and badges of an earlier call are removed: no badge may outlive its result.
+    These are index.html, matrix.md, and for each column its page and, unless it is partial, its badge; kill-matrix.html
+    if there is one, and a page for each finding. Those of an earlier call are removed: no badge may outlive its result.
+
+    Args:
+        columns: the results.
+        kill_matrix: from :func:`read_kill_matrix`; None for no page about it.
+        folder: made if it is not there.
+        findings: that failures link to.
+
+    Returns:
+        The names of the files.
 
     Raises:
         UsageError: if the folder cannot be written.
     """
     chapters = chapters_of(columns)
     clauses = [clause for group in chapters.values() for clause in group]
-    mutants: dict[str, list[Mapping[str, Any]]] = {}
-    for row in kill_matrix["mutants"] if kill_matrix else ():
-        mutants.setdefault("".join(row["named"][:1]).partition("-")[0], []).append(row)
-    killed = Counter(identity for rows in mutants.values() for row in rows for identity in row["killed_by"])
+    own = {id(column.report): column for column in columns}
+    steps = [(own[id(t.older)], own[id(t.newer)], t) for t in trends(column.report for column in columns)]
+    links = {column.slug: explained(findings, column.report) for column in columns}
 
     templates = page_templates()
     templates.globals |= {"chapters": chapters, "titles": CHAPTERS, "clauses": clauses, "known": catalogue()}
-    templates.globals |= {"signs": SIGNS, "findings": FINDINGS, "columns": columns}
+    templates.globals |= {"signs": SIGNS, "bad": FINDINGS, "columns": columns, "explained": links}
+    templates.globals |= {"divided": {part: [clause for clause in clauses if clause.part == part] for part in PARTS}}
+    templates.globals |= {"titled": PARTS}
 
     kinds, others = arranged(columns)
     first = [column for group in kinds.values() for column in group]
-    index: dict[str, Any] = {
-        "kills": kill_matrix,
-        "mutants": mutants,
-        "killed": killed,
-        "kinds": kinds,
-        "others": others,
-    }
-    index |= {"shown": [*first, *others], "worst": worst(first, clauses)}
+    index: dict[str, Any] = {"kinds": kinds, "others": others, "shown": [*first, *others], "steps": steps}
+    index |= {"worst": worst(first, clauses), "findings": findings, "kills": kill_matrix}
     index["total"] = sum((column.report.count(clauses) for column in first), Counter())
     pages = {"index.html": templates.get_template("index.html").render(index)}
     pages["matrix.md"] = matrix([(column.title, column.machine, column.report) for column in columns], chapters)
+    if kill_matrix:
+        pages["kill-matrix.html"] = templates.get_template("kills.html").render(kills_of(kill_matrix, clauses))
     for column in columns:
-        report = column.report
-        subject = {"column": column, "count": report.count(clauses), "reproduced": reproduced(report, folder)}
-        pages[f"subject-{column.slug}.html"] = templates.get_template("subject.html").render(subject)
-        if not report.partial:
-            pages[f"badge-{column.slug}.svg"] = templates.get_template("badge.svg").render(badge(report))
+        told: dict[str, Any] = {"column": column, "count": column.report.count(clauses), "badge": None}
+        told["steps"] = [step for step in steps if column in step[:2]]
+        told["broken"] = findings_of(column.report, clauses)
+        if not column.report.partial:
+            told["badge"] = badge(column.report)
+            drawn = templates.get_template("badge.svg").render(told["badge"])
+            told["drawn"] = Markup(drawn)  # by a template that escapes
+            pages[f"badge-{column.slug}.svg"] = drawn
+        pages[f"subject-{column.slug}.html"] = templates.get_template("subject.html").render(told)
+    for finding in findings:
+        about = [column for column in columns if finding.explains(column.report)]
+        pages[finding.page] = templates.get_template("finding.html").render(finding=finding, about=about)
     make_folder(folder, "--out")
     try:
-        for stale in (*folder.glob("subject-*.html"), *folder.glob("badge-*.svg")):
-            stale.unlink()
+        for stale in STALE:
+            for path in folder.glob(stale):
+                path.unlink()
         for name, text in pages.items():
             (folder / name).write_text(text, encoding="utf-8")
     except OSError as error:
@@ -150,38 +170,28 @@ def render(columns: Sequence[Column], kill_matrix: Mapping[str, Any] | None, fol
     return list(pages)
 
 
-def page_templates() -> Environment:
-    """Return the templates of all pages, with style and script inlined.
+def findings_of(report: Report, clauses: Sequence[Clause]) -> list[Clause]:
+    """Return the clauses that are told first: by outcome, and of those what every stack must keep first."""
 
-    The pages' content policy allows these two texts and nothing else.
-    """
-    templates = Environment(loader=PackageLoader("conformance.report"), autoescape=True, undefined=StrictUndefined)
-    templates.trim_blocks = templates.lstrip_blocks = True
-    templates.filters["prose"] = prose
-    for kind in ("css", "js"):
-        source = templates.get_template(f"page.{kind}").render()
-        digest = base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
-        templates.globals |= {kind: Markup(source), f"{kind}_hash": digest}
-    return templates
+    def place(clause: Clause) -> tuple[int, bool, bool]:
+        return FINDINGS.index(report.verdict(clause).outcome), clause.level != "must", clause.part != "core"
+
+    return sorted((clause for clause in clauses if report.verdict(clause).outcome in FINDINGS), key=place)
 
 
-def prose(text: str) -> Markup:
-    """Return escaped text in which `names` are set as code."""
-    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
-
-
-def reproduced(report: Report, folder: Path) -> dict[str, tuple[str, str]]:
-    """Return, by clause, link and title of what the ``findings`` near the pages reproduce for this subject."""
-    found: dict[str, tuple[str, str]] = {}
-    own = re.compile(rf"# .* {re.escape(report.name)}( {re.escape(report.version)})?, reproduced by hand\n")
-    for ups, parent in enumerate(folder.absolute().parents[:2], 1):
-        for path in sorted((parent / "findings").glob("*.md")):
-            text = path.read_text(encoding="utf-8")
-            if own.match(text):
-                link = "../" * ups + f"findings/{path.name}"
-                titles = re.findall(r"^## \d+\. ([A-Z]+-\d+(?:, [A-Z]+-\d+)*) \(\w+\): (.+)$", text, re.MULTILINE)
-                found |= {identity: (link, title) for several, title in titles for identity in several.split(", ")}
-    return found
+def kills_of(kill_matrix: Mapping[str, Any], clauses: Sequence[Clause]) -> dict[str, Any]:
+    """Return what the page of the kill matrix shows: a table for each chapter, with the clauses that are hit in it."""
+    rows: dict[str, list[Mapping[str, Any]]] = {}
+    for row in kill_matrix["mutants"]:
+        rows.setdefault("".join(row["named"][:1]).partition("-")[0], []).append(row)
+    tables = {}
+    for chapter, mutants in rows.items():
+        hit = {identity for row in mutants for key in ("named", "killed_by", "errors") for identity in row[key]}
+        tables[chapter] = (mutants, [clause for clause in clauses if clause.id in hit])
+    killing = {identity for row in kill_matrix["mutants"] for identity in row["killed_by"]}
+    survived = [row for row in kill_matrix["mutants"] if not {*row["named"]} <= {*row["killed_by"]}]
+    idle = [clause for clause in clauses if clause.id not in killing]
+    return {"tables": tables, "kills": kill_matrix, "survived": survived, "idle": idle}
 
 
 def badge(report: Report) -> dict[str, Any]:

@@ -41,7 +41,8 @@ class Trend:
 def trends(reports: Iterable[Report]) -> list[Trend]:
     """Return what changed from each judged release of a stack to the next, by stack and release."""
     ordered = sorted(reports, key=lambda report: (*stack_of(report), release_order(report.version)))
-    return [Trend(*pair) for _, same in groupby(ordered, key=stack_of) for pair in pairwise(same)]
+    pairs = (pair for _, same in groupby(ordered, key=stack_of) for pair in pairwise(same))
+    return [Trend(*pair) for pair in pairs if pair[0].version != pair[1].version]
 
 
 def stack_of(report: Report) -> tuple[str, bool]:

@@ -52,6 +52,8 @@ class LitGPTLora(LitGPT):
             raise NotApplicable("finetune.lora swaps in a StableEmbedding only if it quantises")
         if recipe.quantised is not None and recipe.precision.endswith("mixed"):
             raise NotApplicable("finetune.lora.setup refuses quantised weights under a mixed precision")
+        if recipe.quantised == "int8":
+            raise NotApplicable("Fabric's BitsandbytesPrecision trains on int8 weights under 16-true only")
         base = self.base(recipe)
         train = TrainArgs(save_interval=recipe.save_every, micro_batch_size=recipe.microbatch_size, epochs=1000)
         train.global_batch_size, train.max_steps, train.lr_warmup_steps = recipe.update_size, recipe.updates, 1

@@ -57,7 +57,7 @@ def test_the_page_stands_alone(tmp_path: Path) -> None:
     assert css is not None
     assert base64.b64encode(hashlib.sha256(css[1].encode()).digest()).decode() in found.source
     classes = {name for _, attributes in found.tags for name in attributes.get("class", "").split()}
-    assert {"float32", "bfloat16", "waits", "floor", "reach", "library"} <= classes
+    assert {"float32", "bfloat16", "either", "waits", "floor", "reach", "library"} <= classes
     assert all(f".{name}" in css[1] for name in classes)
 
 
@@ -66,6 +66,7 @@ def test_the_question_comes_first_and_the_details_are_folded(tmp_path: Path) -> 
     tags = [tag for tag, _ in found.tags]
     assert found.text.index("Which optimizer should I take") < found.text.index("Fastest in training: AdamW fused.")
     assert tags.index("svg") < tags.index("table") < tags.index("details")
+    assert found.text.index("AdamW foreach") < found.text.index("2900 GB/s"), "the card comes after the results"
     assert not [attributes for tag, attributes in found.tags if tag == "details" and "open" in attributes]
 
 
@@ -92,6 +93,27 @@ def test_everything_that_was_measured_is_on_the_page(tmp_path: Path) -> None:
         "580.1",
     ):
         assert expected in text, expected
+
+
+def test_each_colour_has_one_meaning_and_hollow_marks_wait_for_the_host(tmp_path: Path) -> None:
+    run = summary()
+    found = written(tmp_path, run)
+    marks = [attributes["class"].split() for _, attributes in found.tags if "class" in attributes]
+    colours = [set(names) & {"float32", "bfloat16", "either", "bar"} for names in marks]
+    assert all(len(names) <= 1 for names in colours)
+    hollow = [names for names in marks if "waits" in names and "either" not in names]
+    waiting = {row.name for row in run.rows if row.measured and row.waits_for_host}
+    drawn = [choice for choice in choices(run) for row in choice.steps.values() if row.waits_for_host]
+    assert len(hollow) == len(drawn) > 0
+    rows = dict(
+        re.findall(r'<th scope="row">([^<]+?)(?: <b title="The GPU waits[^>]+>(\*)</b>)?(?: <b|</th>)', found.source)
+    )
+    assert {name for name, star in rows.items() if star} == waiting
+    css = re.search(r"<style>(.*?)</style>", found.source, re.DOTALL)
+    assert css is not None
+    for scheme in css[1].split(":root {")[1:3]:
+        names = [re.search(rf"--{name}: (#\w+)", scheme) for name in ("float32", "bfloat16", "own", "bar")]
+        assert len({match[1] for match in names if match}) == 4
 
 
 def test_a_second_run_is_folded_and_named_by_its_folder(tmp_path: Path) -> None:

@@ -84,6 +84,7 @@ def test_every_clause_can_be_explained(capsys: pytest.CaptureFixture[str]) -> No
         (["explain", "DECOY"], "Unknown clause 'DECOY': the nearest is DECAY."),
         (["report", "missing.json"], "missing.json"),
         (["report", "pyproject.toml", "--kill-matrix", "missing.json"], "The kill matrix missing.json cannot be read"),
+        (["report", "pyproject.toml", "--findings", "missing"], "The folder of findings missing has no file *.md"),
     ],
 )
 def test_mistakes_are_one_sentence(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -221,6 +221,41 @@ def test_result_files(
         world.ends_well("report", "result.json", "--kill-matrix", "kills.json", "--out", "pages")
 
 
+MARKDOWN = [
+    "# T",
+    "## 1. DECAY-1 (must): x",
+    "> ## 2. OPT-3",
+    "```\n$ python x.py",
+    "| a |\n|--:|\n| b |",
+    "[a](b.md#c)",
+]
+MARKDOWN += [
+    "<b>DECAY-1</b>",
+    "![i](j)",
+    "[a]: b",
+    "- - -",
+    "    x",
+    "&#xD800;",
+    "<!-- subjects: , x y z -->",
+    "# ",
+    "a\n===",
+]
+
+
+@fuzzed(st.lists(st.one_of(st.sampled_from(MARKDOWN), texts), max_size=8), st.lists(damages, max_size=1))
+def test_findings(world: World, parts: list[str], hits: list[Any]) -> None:
+    """Findings of all kinds of Markdown, that name a script, each other, or nothing that there is."""
+    with world.fresh():
+        Path("findings").mkdir()
+        Path("findings/x.py").write_text("import x\n")
+        for name in ("a.md", "b.md"):
+            text = "<!-- subjects: reference -->\n" + "\n".join(parts)
+            Path("findings", name).write_text(text, encoding="utf-8", errors="surrogatepass")
+        for hit in hits:
+            damage(Path("findings/a.md"), *hit)
+        world.ends_well("report", "result.json", "--findings", "findings", "--out", "pages")
+
+
 @fuzzed(
     st.dictionaries(
         st.one_of(st.sampled_from(["DECAY-1", "OPT-3", "decay-1"]), texts), st.one_of(texts, numbers), max_size=2
@@ -246,6 +281,7 @@ FLAGS = [
     *AUDIT_OPTIONS,
     "--noise",
     "--kill-matrix",
+    "--findings",
     "--out",
     "--help",
     "--verbose",

@@ -41,6 +41,7 @@ def test_an_odd_path_is_told(odd: str, capsys: pytest.CaptureFixture[str]) -> No
     for words in (
         ["report", odd],
         ["report", "ok.json", "--kill-matrix", odd],
+        ["report", "ok.json", "--findings", odd],
         ["report", "ok.json", "--out", odd],
         ["diff", odd, odd],
         ["run", "--clause=DECAY-1", "--deviations", odd],

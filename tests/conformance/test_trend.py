@@ -22,6 +22,7 @@ def test_a_trend_tells_what_is_mended_and_what_is_broken() -> None:
 def test_only_the_next_release_of_the_same_stack_on_the_same_machine_is_compared() -> None:
     found = trends([report("2"), report("10"), report("1"), report("3", name="other"), report("3", gpu="H200")])
     assert [(trend.older.version, trend.newer.version) for trend in found] == [("1", "2"), ("2", "10")]
+    assert not trends([report("2"), report("2")]), "the same release twice"
 
 
 def test_releases_come_in_the_order_of_their_numbers() -> None:

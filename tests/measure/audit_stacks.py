@@ -1,11 +1,13 @@
 """What an audit costs beside whole trainers: the reference, LitGPT's pretraining, transformers' Trainer. On a GPU.
 
 ``python -m tests.measure.audit_stacks --write FILE`` trains GPT-2 124M with each, compiled, in bf16-mixed, once alone
-and once under an audit that lets the run go on. The time of an update is from step to step, with the GPU done.
+once under an audit that lets the run go on, and once alone again, which shows how far two runs of one trainer differ.
+The time of an update is from step to step, with the GPU done.
 """
 
 import argparse
 import contextlib
+import gc
 import itertools
 import json
 import statistics
@@ -109,26 +111,33 @@ def measure(name: str) -> dict[str, Any]:
     """Return the figures of one stack."""
 
     def peak() -> int:
+        gc.collect()  # a model in a circle of references would count for the next run
         found = torch.cuda.max_memory_allocated() if ON_GPU else 0
         if ON_GPU:
             torch.cuda.reset_peak_memory_stats()
         return found
 
-    with tempfile.TemporaryDirectory() as folder, timed() as alone:
-        STACKS[name](folder)
-    memory = peak()
+    def alone() -> float:
+        with tempfile.TemporaryDirectory() as folder, timed() as seconds:
+            STACKS[name](folder)
+        return statistics.median(seconds[WARMUP:])
+
+    before, memory = alone(), peak()
     audit = conformance.audit(updates=RECORDED, then="go-on")
     with tempfile.TemporaryDirectory() as folder, timed() as seconds, audit as verdict:
         STACKS[name](folder)
-    base = statistics.median(alone[WARMUP:])
+    above = max(peak() - memory, 0)
+    again = alone()
+    base = (before + again) / 2
     recorded, after = seconds[WARMUP : RECORDED - 1], seconds[RECORDED + 1 :]
     return {
         "stack": name,
         "device": torch.cuda.get_device_name() if ON_GPU else "cpu",
         "seconds_alone": round(base, 5),
+        "alone_again_to_alone": round(again / before, 4),
         "recorded_to_alone": round(statistics.median(recorded) / base, 4),
         "after_to_alone": round(statistics.median(after) / base, 4),
-        "memory_above_alone_bytes": max(peak() - memory, 0),
+        "memory_above_alone_bytes": above,
         "faults": [finding.rule for finding in verdict.faults],
         "not_looked_at": [finding.rule for finding in verdict.of("not looked at")],
         "broken": verdict.broken,

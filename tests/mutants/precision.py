@@ -93,8 +93,31 @@ MUTANTS = [
         ),
     ),
     mutant(
-        "mixed-weights-rounded-between-updates",
+        "compiled-attention-unscaled",
         "PREC-9",
+        "pytorch#113180 (a higher loss with torch.compile)",
+        (
+            "reference.model.gpt:Attention.forward",
+            "is_causal=past == 0,",
+            "is_causal=past == 0, scale=1.0 if torch.compiler.is_compiling() else None,",
+        ),
+    ),
+    mutant(
+        "compiled-bias-left-out-of-backward",
+        "PREC-9",
+        "pytorch#113180 (a higher loss with torch.compile)",
+        (
+            "reference.model.gpt:Attention.forward",
+            "return self.proj(y.transpose(1, 2).reshape(batch, time, width))",
+            "out = self.proj(y.transpose(1, 2).reshape(batch, time, width))\n"
+            "    if torch.compiler.is_compiling() and self.proj.bias is not None:\n"
+            "        return out - self.proj.bias + self.proj.bias.detach()\n"
+            "    return out",
+        ),
+    ),
+    mutant(
+        "mixed-weights-rounded-between-updates",
+        "PREC-10",
         "pytorch/ao#1124, meta-pytorch/torchtune#2254",
         (
             "reference.training.run:Run.update_once",

@@ -26,6 +26,7 @@ from tests.stacks.script import Script
 from tests.stacks.sharded_by_hand import ShardedByHand
 from tests.stacks.sign_momentum import SignMomentum
 from tests.stacks.sliding_window import SlidingWindow
+from tests.stacks.tensor_parallel import TensorParallel
 from tests.stacks.truncated import TruncatedInit
 from tests.stacks.two_optimizers import TwoOptimizers
 from tests.stacks.z_loss import ZLoss
@@ -79,6 +80,15 @@ STACKS = {
         true=UNGUARDED,
         faults={
             "each rank draws its own weights": ("DIST-8", ["sharded rank 0"]),
+            "each rank clips by its own norm": ("DIST-9", ["clip 0.5, one process against sharded rank 0"]),
+        },
+    ),
+    "tensor parallelism": Case(
+        TensorParallel,
+        chapters=("DIST", "CLIP", "RESUME"),
+        true=UNGUARDED,
+        faults={
+            "every rank adds the bias": ("DIST-9", ["one process against sharded rank 0"]),
             "each rank clips by its own norm": ("DIST-9", ["clip 0.5, one process against sharded rank 0"]),
         },
     ),
