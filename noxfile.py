@@ -149,8 +149,19 @@ def conformance(session: nox.Session) -> None:
 @nox.session(venv_backend="none", requires=["environment"], default=False)
 def tests(session: nox.Session) -> None:
     """Run this project's own tests on all cores; `-- tests/conformance/test_trace.py -k hooks` runs a selection."""
+    tests_of(session)
+
+
+def tests_of(session: nox.Session, *chosen: str) -> None:
+    """Run pytest on all cores, unless the user says on how many."""
     cores = [] if any(word.startswith("-n") for word in session.posargs) else ["-n", "auto", "--dist", "loadfile"]
-    run(session, "-m", "pytest", *cores, *session.posargs, **NO_GPU)
+    run(session, "-m", "pytest", *cores, *chosen, *session.posargs, **NO_GPU)
+
+
+@nox.session(venv_backend="none", requires=["environment"], default=False)
+def slow(session: nox.Session) -> None:
+    """Run the slow tests whole: 2,000 kills, of which CI does 300, 2,004 fuzzed cases, 300 resumes, and the others."""
+    tests_of(session, "-m", "slow or kills")
 
 
 @nox.session(venv_backend="none", requires=["environment"], default=False)

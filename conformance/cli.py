@@ -309,12 +309,13 @@ def report_command(options: argparse.Namespace) -> int:
     from conformance.progress import waiting
     from conformance.report.findings import read_findings
     from conformance.report.page import read_columns, read_kill_matrix, render
+    from conformance.report.result import plain
 
     with waiting("Rendering the pages", Console(file=sys.stderr, highlight=False)):
         kill_matrix = read_kill_matrix(options.kill_matrix) if options.kill_matrix else None
         findings = read_findings(options.findings) if options.findings else []
         first, *others = render(read_columns(options.results), kill_matrix, options.out, findings)
-    print(f"Written: {options.out / first}, and beside it {', '.join(others)}")
+    print(plain(f"Written: {options.out / first}, and beside it {', '.join(others)}"))
     if not findings:
         print("No page tells how a failure was reproduced by hand: --findings FOLDER adds such pages.")
     return 0

@@ -14,7 +14,7 @@ from conformance.deviations import load_deviations
 from conformance.loading import load_subject
 from conformance.options import FAILED, PASSED, Format, Options
 from conformance.report.environment import environment
-from conformance.report.result import Named, Report, replace_json, report_of, require_writable, write_json
+from conformance.report.result import Named, Report, plain, replace_json, report_of, require_writable, write_json
 from conformance.session import Result, Session
 from conformance.supervision import JOURNAL
 
@@ -91,5 +91,5 @@ class Sitting:
         if written is not None:
             elsewhere = "" if written == self.report_file else f" ({self.report_file} could not be written)"
             # Not among output that a program reads.
-            print(f"Written: {written}{elsewhere}", file=console.file if form == "text" else sys.stderr)
+            print(plain(f"Written: {written}{elsewhere}"), file=console.file if form == "text" else sys.stderr)
         return FAILED if report.failed else PASSED

@@ -47,6 +47,10 @@ class RunTimeout(BaseException):
 class RunEnded(BaseException):
     """A run tried to end the whole process. Not an Exception: a stack that catches those would go on."""
 
+    def __init__(self, status: int) -> None:
+        super().__init__(f"the run called os._exit({status})")
+        self.status = status
+
 
 class NotWritten(ConformanceError, FileNotFoundError):
     """A checkpoint lacks a file that it should have."""

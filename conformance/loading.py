@@ -5,11 +5,13 @@ import os
 import re
 import sys
 from collections.abc import Mapping
+from importlib.machinery import PathFinder, SourceFileLoader
 from pathlib import Path
 from typing import cast
 
 from conformance.capabilities import CAPABILITIES, nearest
 from conformance.errors import UsageError, describe_error
+from conformance.scripts import parsed, trains_on_import
 from conformance.subject import Subject
 
 BUILT_IN = {
@@ -27,6 +29,10 @@ BUILT_IN = {
     "x-transformers": "conformance.subjects.x_transformers:XTransformers",
 }
 """Subjects that come with the suite. Each is installed by an extra of the same name; nanogpt needs none."""
+INSTEAD = (
+    "audit it with python -m conformance audit -- {0}, or write an adapter for it with python -m conformance "
+    "new-adapter {0}."
+)
 POLICY_METHODS = ("initial", "decays", "learning_rate")
 
 
@@ -41,12 +47,15 @@ def load_subject(spec: str) -> Subject:
     """
     path = BUILT_IN.get(spec, spec)
     module_name, colon, attribute = path.partition(":")
+    if not colon and Path(spec).suffix == ".py" and Path(spec).is_file():
+        raise UsageError(f"the subject {spec!r} is a file, but no adapter in it is named: {INSTEAD.format(spec)}")
     if not colon:
         raise UsageError(f"unknown subject {spec!r}: give one of {', '.join(sorted(BUILT_IN))}, or module:Attribute.")
     if module_name.endswith(".py"):
         module_name = module_of(Path(module_name), spec)
     if os.getcwd() not in sys.path:  # as `python -m` has it: an adapter is often a file beside the user
         sys.path.insert(0, os.getcwd())
+    require_no_script(module_name, spec)
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
@@ -72,6 +81,38 @@ def load_subject(spec: str) -> Subject:
     except BaseException as error:  # a constructor or a property may raise anything
         raise UsageError(f"{doing} the subject {spec!r} raised {describe_error(error)}.") from error
     return cast(Subject, subject)
+
+
+def require_no_script(module_name: str, spec: str) -> None:
+    """Raise UsageError if importing a module would train: it is a script, not an adapter. Its text tells."""
+    file = None if module_name in sys.modules else source_of(module_name)
+    if file is None:
+        return
+    try:
+        tree = parsed(file)
+    except UsageError:  # not Python: its import tells
+        return
+    if trains_on_import(tree):
+        raise UsageError(
+            f"the subject {spec!r} is a script, which would train while it is imported: "
+            f"{INSTEAD.format(os.path.relpath(file))}"
+        )
+
+
+def source_of(module_name: str) -> Path | None:
+    """Return the file of a module, without importing the packages around it; None if there is none to read."""
+    found, places = None, None
+    parts = module_name.split(".")
+    for count in range(1, len(parts) + 1):
+        try:
+            found = PathFinder.find_spec(".".join(parts[:count]), places)
+        except (ImportError, ValueError, OSError):  # a name that no module can have
+            return None
+        if found is None:
+            return None
+        places = list(found.submodule_search_locations or ())
+    source = found is not None and isinstance(found.loader, SourceFileLoader)
+    return Path(found.origin) if source and found is not None and found.origin is not None else None
 
 
 def module_of(path: Path, spec: str) -> str:

@@ -70,6 +70,31 @@ def parsed(path: Path) -> ast.Module:
         raise UsageError(f"the script {path}{where} is not Python: {getattr(error, 'msg', error)}.") from error
 
 
+def trains_on_import(tree: ast.Module) -> bool:
+    """Return whether a module calls ``backward`` as it is imported: outside functions, or in one that it calls there.
+
+    What stands under ``if __name__ == "__main__"`` does not count.
+    """
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    training = {f.name for f in functions if any(is_call_of(node, {"backward"}) for node in ast.walk(f))}
+    return any(is_call_of(node, {"backward", *training}) for node in at_once(tree))
+
+
+def is_call_of(node: ast.AST, names: set[str]) -> bool:
+    """Return whether a node calls a function or a method of one of these names."""
+    called = node.func if isinstance(node, ast.Call) else None
+    return isinstance(called, ast.Name | ast.Attribute) and getattr(called, "attr", getattr(called, "id", "")) in names
+
+
+def at_once(node: ast.AST) -> Iterator[ast.AST]:
+    """Yield the nodes that run when a module is imported."""
+    for child in ast.iter_child_nodes(node):
+        guarded = isinstance(child, ast.If) and "__main__" in ast.dump(child.test)
+        if not guarded and not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield child
+            yield from at_once(child)
+
+
 def followed(statement: ast.stmt, names: Any) -> Iterator[ast.stmt]:
     """Yield a statement, and after it an assignment of the adapter's value to each of the names that it binds."""
     for field in ("body", "orelse", "finalbody"):

@@ -282,6 +282,9 @@ class DataConfig:
         check_types(self)
         if self.microbatch_size < 1:
             raise ConfigurationError(f"microbatch_size is {self.microbatch_size}, but must be at least 1.")
+        for name in ("path", "stream"):
+            if getattr(self, name) == "":  # such as a variable of the shell that is not set: not the current folder
+                raise ConfigurationError(f"{name} is empty: give a folder.")
 
 
 def check_types(config: Any) -> None:

@@ -244,8 +244,8 @@ def lock(directory: Path) -> Iterator[bool]:
     try:
         import fcntl
 
-        descriptor = os.open(directory, os.O_RDONLY)
-    except (ImportError, OSError):
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)  # a pipe would be waited for
+    except (ImportError, OSError, ValueError):  # the last: a NUL in its name
         yield True
         return
     try:
@@ -267,8 +267,8 @@ def require_alone(directory: Path, held: contextlib.ExitStack) -> None:
         )
 
 
-def require_writable(directory: Path) -> None:
-    """Raise CheckpointError if nothing can be written there. For the start of a run, before hours are spent."""
+def require_utf8(directory: Path) -> None:
+    """Raise CheckpointError if the name of a directory has bytes that are no text: torch and safetensors refuse it."""
     try:
         str(directory).encode()
     except UnicodeEncodeError as error:
@@ -276,6 +276,11 @@ def require_writable(directory: Path) -> None:
             f"the name of the directory {str(directory)!a} is not UTF-8, and torch cannot read files there: "
             "choose another."
         ) from error
+
+
+def require_writable(directory: Path) -> None:
+    """Raise CheckpointError if nothing can be written there. For the start of a run, before hours are spent."""
+    require_utf8(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=directory).close()

@@ -23,7 +23,8 @@ from conformance.auditing.verdict import Verdict, annotations, as_json, print_le
 from conformance.errors import UsageError
 from conformance.options import FAILED, PASSED, USAGE
 from conformance.reading import make_folder
-from conformance.report.result import require_writable, write_json
+from conformance.report.result import plain, require_writable, write_json
+from conformance.scripts import parsed
 
 NOTHING_SEEN = """\
 The audit saw no update: the script ended before an optimizer stepped, or it trains in a process that it starts itself.
@@ -49,21 +50,21 @@ def audit_script(options: argparse.Namespace) -> int:
 
     def write(verdict: Verdict) -> None:
         if report is not None:
-            print(f"Written: {write_json(report, verdict.as_json())}", file=stderr)
+            print(plain(f"Written: {write_json(report, verdict.as_json())}"), file=stderr)
         if page is not None:
             write_page(verdict, page)
-            print(f"Written: {page}", file=stderr)
+            print(plain(f"Written: {page}"), file=stderr)
 
     if not options.quiet and place()[0] == 0:
         count = f"{updates} update{'s' * (updates != 1)}"
-        print(f"Auditing {shlex.join(command)}: watching {count}.", file=stderr, flush=True)
+        print(plain(f"Auditing {shlex.join(command)}: watching {count}."), file=stderr, flush=True)
     second = check_command(resume_command(options.resume_with)) if options.resume_with else None
     start = partial(audited, updates, options.then, expected, allowed, options.strict, done)
     code, verdict = run_script(command, start)
     if folder is not None and verdict.facts is not None:
         saved = save(verdict.facts, folder)
         if not options.quiet:
-            print(f"Written: {saved}", file=stderr)
+            print(plain(f"Written: {saved}"), file=stderr)
     if code:
         return code
     if verdict.facts is None or (not verdict.facts.updates and not verdict.broken):
@@ -161,9 +162,11 @@ def check_command(command: list[str]) -> list[str]:
         raise UsageError(
             f"no such script: {command[0]}. Give the path of a Python file, or -m and the name of a module."
         )
+    if Path(command[0]).suffix == ".py":  # Python also runs archives
+        parsed(Path(command[0]))
     return command
 
 
 def check_folder(name: str | None) -> Path | None:
-    """Return the folder for the trace, made if it is not there."""
-    return make_folder(Path(name), "--trace") if name else None
+    """Return the folder for the trace, made if it is not there, wherever the script goes from here."""
+    return make_folder(Path(name), "--trace").absolute() if name else None

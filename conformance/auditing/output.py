@@ -59,7 +59,10 @@ def heard(hear: Hear) -> "Iterator[Loggers]":
 @contextlib.contextmanager
 def teed(name: str, hear: Hear) -> Iterator[None]:
     """Put a Tee around sys.stdout or sys.stderr, if it is a stream with bytes below it."""
-    original: TextIO = getattr(sys, name)
+    original: TextIO | None = getattr(sys, name)
+    if original is None:  # closed: a script prints in vain
+        yield
+        return
     if not isinstance(original, io.TextIOWrapper):  # a notebook's, or a test's: those are not ours to wrap
         with told_by_method(original, hear):
             yield

@@ -15,6 +15,9 @@ from conformance.auditing.output import heard
 from conformance.auditing.processes import exchanged, place
 from conformance.auditing.verdict import Verdict
 from conformance.auditing.watcher import Auditor, Stopped
+from conformance.errors import RunEnded
+from conformance.options import INTERRUPTED
+from conformance.recording.limits import no_sudden_exit
 from conformance.report.environment import environment
 
 
@@ -91,20 +94,39 @@ def run_script(
     try:
         with start() as verdict:
             try:
-                if module:
-                    runpy.run_module(name, run_name="__main__", alter_sys=True)
-                else:
-                    runpy.run_path(name, run_name="__main__")
-            except SystemExit as end:
-                code = exit_code(end)
-            except Stopped:
-                raise
-            except BaseException as error:
-                tell(error)
-                code = 130 if isinstance(error, KeyboardInterrupt) else 1
+                with no_sudden_exit(everywhere=False):
+                    if module:
+                        runpy.run_module(name, run_name="__main__", alter_sys=True)
+                    else:
+                        runpy.run_path(name, run_name="__main__")
+            except BaseException as raised:
+                error = own(raised)
+                if isinstance(error, Stopped):
+                    raise error from None
+                code = ended(error)
     finally:
         sys.argv[:], sys.path[:] = kept_argv, kept_path
     return code, verdict
+
+
+def own(error: BaseException) -> BaseException:
+    """Return what ended a script, where runpy stumbles over its emptied ``sys.argv`` afterwards."""
+    if not isinstance(error, IndexError) or error.__context__ is None:
+        return error
+    return error.__context__ if "runpy" in traceback.extract_tb(error.__traceback__)[-1].filename else error
+
+
+def ended(error: BaseException) -> int:
+    """Return the exit code of a script that ended so, and print what Python would."""
+    if isinstance(error, SystemExit):
+        return exit_code(error)
+    if isinstance(error, RunEnded):
+        return error.status
+    if isinstance(error, KeyboardInterrupt):  # where it came is of no interest: often in the audit's own part
+        print("Interrupted.", file=sys.stderr)
+        return INTERRUPTED
+    tell(error)
+    return 1
 
 
 def exit_code(end: SystemExit) -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,23 @@ LEFT_OUT = {"said", "given", "probed", "noticed", "checkpoints", "messages", "ch
 
 
 def save(facts: Facts, folder: Path) -> Path:
-    """Write the record of this process, and return the file."""
+    """Write the record of this process, and return the file.
+
+    Raises:
+        UsageError: if the disk does not take it.
+    """
     path = folder / f"process-{facts.rank}.pt"
     partial = path.with_suffix(f".partial-{os.getpid()}")
-    torch.save({"schema": SCHEMA, "facts": encoded(facts)}, partial)
-    os.replace(partial, path)
+    try:
+        with partial.open("wb") as file:  # so that the system's errors, of a full disk say, are Python's
+            torch.save({"schema": SCHEMA, "facts": encoded(facts)}, file)
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # torch makes the second of the first
+        said = error if isinstance(error, OSError) else error.__context__
+        reason = getattr(said, "strerror", None) or describe_error(error)
+        raise UsageError(f"the record could not be written to {folder}: {reason}.") from error
+    finally:
+        partial.unlink(missing_ok=True)
     return path
 
 
@@ -64,9 +77,13 @@ def read(path: Path) -> Facts:
     """Return one record."""
     require_file(path, "record", most=None)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged file makes torch raise
-        raise UsageError(f"the record {path} cannot be read: {describe_error(error)}") from None
+        with warnings.catch_warnings(action="ignore"), path.open("rb") as file:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception:  # whatever a damaged file makes torch raise
+        # Without torch's own words: they advise to switch the protection against hostile files off.
+        raise UsageError(
+            f"the record {path} cannot be read: it is damaged, or holds more than tensors and values. Make it again."
+        ) from None
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         raise UsageError(
             f"the record {path} does not have schema {SCHEMA}, which this version reads: record the run again."

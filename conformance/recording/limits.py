@@ -30,14 +30,21 @@ def time_limit(seconds: float | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def no_sudden_exit() -> Iterator[None]:
-    """Raise RunEnded inside the block where ``os._exit`` is called, which would end the judge without a word."""
+def no_sudden_exit(everywhere: bool = True) -> Iterator[None]:
+    """Raise RunEnded inside the block where ``os._exit`` is called, which would end the judge without a word.
+
+    The number that it was called with is the error's ``status``.
+
+    Args:
+        everywhere: also in threads beside the main one, where the error ends the thread only, and the run goes on.
+    """
     original, process = os._exit, os.getpid()
 
     def refuse(status: int) -> None:
-        if os.getpid() != process:  # a process that the run has forked may end as it likes
+        other = not everywhere and threading.current_thread() is not threading.main_thread()
+        if os.getpid() != process or other:  # a process that the run has forked may end as it likes
             original(status)
-        raise RunEnded(f"the run called os._exit({status})")
+        raise RunEnded(status)
 
     os._exit = refuse  # type: ignore[assignment] # which returns as little
     try:

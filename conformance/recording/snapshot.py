@@ -207,7 +207,7 @@ def copies_of(tensors: list[Tensor]) -> list[Tensor]:
     """Return copies on the CPU, without history: by one call, where all are plain tensors there."""
     with torch._C.DisableTorchFunction(), torch.no_grad():
         plain = tensors and hasattr(torch, "_foreach_clone")  # not in every release since 2.11
-        if plain and all(type(t) in PLAIN and t.device.type == "cpu" and t.layout is torch.strided for t in tensors):
+        if plain and all(type(t) in PLAIN and t.is_cpu and not t.is_sparse for t in tensors):
             return list(torch._foreach_clone(tensors))
         return [bare_copy(tensor) for tensor in tensors]
 

@@ -5,6 +5,7 @@ import ast
 import json
 import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from conformance.auditing.run import audited, run_script
 from conformance.errors import UsageError
+from conformance.options import INTERRUPTED
 from conformance.recipe import Recipe
+from conformance.report.result import plain
 from conformance.scripts import parsed
 from conformance.skeleton.found import Found, found_in, shortened
 from conformance.skeleton.names import Setting, likely_places, settings_of
@@ -44,12 +47,14 @@ def new_adapter(options: argparse.Namespace) -> int:
     tree = parsed(script)
     stem = re.sub(r"\W", "_", script.stem)
     out = Path(options.out or f"{stem}_adapter.py")
-    check_out(out)
-    print(
-        f"Running {script} until it has made {UPDATES} updates, to see how it trains ...", file=sys.stderr, flush=True
-    )
-    began = time.time_ns()
+    target = out.absolute()  # wherever the script goes from here
+    check_out(target)
+    began_with = f"Running {script} until it has made {UPDATES} updates, to see how it trains ..."
+    print(plain(began_with), file=sys.stderr, flush=True)
+    began, places = time.time_ns(), {Path.cwd(), script.resolve().parent}
     code, verdict = run_script([str(script), *options.arguments], partial(audited, UPDATES))
+    if code == INTERRUPTED:
+        return INTERRUPTED
     if code:
         raise UsageError(f"{script} ended with exit code {code}: run it by itself, and give its arguments after --.")
     facts = verdict.facts
@@ -59,13 +64,13 @@ def new_adapter(options: argparse.Namespace) -> int:
         raise UsageError(
             f"{script} made no update that was seen: give it arguments after --, with which it trains in one process."
         )
-    found = found_in(facts, len(facts.updates) < UPDATES, written_since(began, {Path.cwd(), script.resolve().parent}))
+    found = found_in(facts, len(facts.updates) < UPDATES, written_since(began, places))
     content = skeleton(script, tree, out, options.arguments, found)
-    check_out(out)  # the script itself may have written it
-    with out.open("x", encoding="utf-8") as file:
+    check_out(target)  # the script itself may have written it
+    with target.open("x", encoding="utf-8") as file:
         file.write(content)
-    print(f"Written: {out}. Its questions are numbered; judge it now, and after each answer:", file=sys.stderr)
-    print(f"  python -m conformance run --subject {out}:{class_name(stem)}")
+    print(plain(f"Written: {out}. Its questions are numbered; judge it now, and after each answer:"), file=sys.stderr)
+    print(plain(f"  python -m conformance run --subject {shlex.quote(f'{out}:{class_name(stem)}')}"))
     return 0
 
 

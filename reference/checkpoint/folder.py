@@ -29,7 +29,18 @@ from torch import Tensor, nn
 from reference.checkpoint.weights import misfit, read_weights, write_weights
 from reference.config import GPTConfig, check_saved
 from reference.errors import CheckpointError, ConfigurationError, cause_of, first_line
-from reference.files import SUMS, digest, hidden, is_intact, new_folder, read_json, read_sums, recover, tidy
+from reference.files import (
+    SUMS,
+    digest,
+    hidden,
+    is_intact,
+    new_folder,
+    read_json,
+    read_sums,
+    recover,
+    require_utf8,
+    tidy,
+)
 from reference.finetuning.config import FinetuneConfig, saved_finetuning
 from reference.finetuning.merged import merged_weights
 from reference.finetuning.quantised import load_packed, without_packed
@@ -81,6 +92,7 @@ def save(
     state_dict = weights.state_dict() if isinstance(weights, nn.Module) else weights
     plain = {"format": FORMAT, "tokenizer": None} | config
     content = {**files, CONFIG: (json.dumps(plain, indent=2, default=str) + "\n").encode()}
+    require_utf8(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         tidy(folder.parent, STEPS)
@@ -203,6 +215,7 @@ def verify(folder: Path, name: str) -> None:
     Raises:
         CheckpointError: if it is damaged, missing or that of another checkpoint.
     """
+    require_utf8(folder)
     sums = read_sums(folder)
     try:
         if sums is None and b'"format"' in (folder / CONFIG).read_bytes():

@@ -14,7 +14,7 @@ from reference.cli.settings import Settings
 from reference.cli.starting import checkpoint_folder
 from reference.cli.train import logged
 from reference.config import DataConfig, GPTConfig, TrainConfig
-from reference.errors import ConfigurationError
+from reference.errors import ConfigurationError, printable, quoted
 from reference.files import write_file
 
 logger = logging.getLogger("reference")
@@ -71,7 +71,7 @@ def prepare_command(words: Sequence[str]) -> int:
             progress=True,
             field=options.record_field,
         )
-    print(written.describe())
+    print(printable(written.describe()))
     return 0
 
 
@@ -197,7 +197,7 @@ def export_command(words: Sequence[str]) -> int:
     export = export_adapter if options.format == "peft" else export_huggingface
     with logged(), waiting("Exporting"):
         written = export(checkpoint_folder(options.checkpoint), options.out)
-    print(f"Written: {written}")
+    print(printable(f"Written: {written}"))
     return 0
 
 
@@ -227,7 +227,7 @@ def import_command(words: Sequence[str]) -> int:
     with logged():
         with waiting("Importing"):
             folder = import_huggingface(options.source, options.out)
-        print(f"Written: {folder}")
+        print(printable(f"Written: {folder}"))
         write_settings(folder)
     return 0
 
@@ -245,7 +245,7 @@ def write_settings(folder: Path) -> None:
     shape = "gpt2-124m" if run.model.position == "learned" else "llama-1.2b"
     settings = Settings(shape, run.model, run.train, run.data, str(folder.parent), resume="auto")
     write_file(path, settings.yaml().encode())
-    print(f"Written: {path}", file=sys.stderr)
+    print(printable(f"Written: {path}"), file=sys.stderr)
     tokenizer = {"bytes": "bytes", None: "TOKENIZER.json"}.get(saved["tokenizer"], folder)
-    again = f"python -m reference prepare --text YOUR-TEXT --tokenizer {tokenizer} --out {data}"
-    print(f"To fine-tune it: {again}, then python -m reference train --config {path}", file=sys.stderr)
+    again = f"python -m reference prepare --text YOUR-TEXT --tokenizer {quoted(tokenizer)} --out {quoted(data)}"
+    print(f"To fine-tune it: {again}, then python -m reference train --config {quoted(path)}", file=sys.stderr)

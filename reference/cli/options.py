@@ -4,8 +4,8 @@ import contextlib
 import difflib
 import functools
 import json
-from argparse import ArgumentError, RawDescriptionHelpFormatter
-from collections.abc import Mapping, Sequence
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
@@ -13,11 +13,11 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import docstring_parser
 import yaml  # type: ignore[import-untyped] # PyYAML has no types of its own
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, get_loader
 
 from reference.cli.yamltext import require_bounded
 from reference.config import allows, check_types, in_words, shown
-from reference.errors import ConfigurationError
+from reference.errors import ConfigurationError, first_line
 
 Options = TypeVar("Options")
 
@@ -151,8 +151,21 @@ def parse(
             require_bounded(value.partition("=")[2] if value.startswith("--") else value, option or value[:50])
     try:
         return dict(parser.parse_args(words).as_dict())
-    except (ArgumentError, ValueError, TypeError) as error:  # the others: values that no argument can have
-        raise ConfigurationError(f"{' '.join(str(error).split()).rstrip('.')}.") from error
+    except Exception as error:  # the library's own, and whatever YAML's constructors raise
+        told = next(unreadable(words), " ".join(str(error).split()).rstrip("."))
+        raise ConfigurationError(f"{told}.") from error
+
+
+def unreadable(words: Sequence[str]) -> Iterator[str]:
+    """Yield what is wrong with the values of a command line that are YAML, but of which nothing can be made."""
+    for option, value in zip(["", *words], words):
+        name, text = (value.partition("=")[::2]) if value.startswith("--") else (option, value)
+        try:
+            get_loader("yaml")(text)
+        except yaml.YAMLError:
+            continue
+        except Exception as error:
+            yield f"{name} is {shown(text)}, which cannot be read ({first_line(error)[:100].rstrip('.')})"
 
 
 def with_underscores(word: str) -> str:

@@ -1,6 +1,7 @@
 """Named runs: shape, training settings and data together, each of which the command line may change."""
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +91,18 @@ PRESETS = {
 }
 
 
+TUNED = 2e-5  # AdamW's peak rate for trained weights
+MUON_BESIDE_ADAMW = 10  # times AdamW's rate
+
+
+def tuning_rate(optimizer: str, arguments: Mapping[str, Any]) -> float | None:
+    """Return a rate at which an optimizer tunes trained weights; None for one whose rates are not known here."""
+    name = optimizer.rpartition(".")[2].lower()
+    if name == "muon":
+        return TUNED * (1 if arguments.get("adjust_lr_fn") == "match_rms_adamw" else MUON_BESIDE_ADAMW)
+    return TUNED if "adam" in name else None
+
+
 def fine_tuning(model: GPTConfig, folder: str) -> Preset:
     """Return the run that goes on from imported weights, at rates that do not destroy what they know.
 
@@ -102,7 +115,7 @@ def fine_tuning(model: GPTConfig, folder: str) -> Preset:
     """
     train = TrainConfig(
         updates=500,
-        optimizer_args=adamw(2e-5, weight_decay=0.01),
+        optimizer_args=adamw(TUNED, weight_decay=0.01),
         warmup=0,
         clip=1.0,
         evaluate_every=50,

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from reference.errors import printable
 from reference.heartbeat import heartbeat
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def waiting(what: str) -> Iterator[None]:
 
     def tell() -> None:
         seconds = time.monotonic() - began
-        console.print(f"{what}: {seconds:.0f} s so far", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"{what}: {seconds:.0f} s so far")
 
     with heartbeat(tell):
         yield
@@ -64,6 +65,12 @@ def live_line(updates: int, console: "Console") -> Iterator[Callable[["Record"],
             live.stop()
 
 
+def say(console: "Console", text: str) -> None:
+    """Print text as it is. Where stderr cannot be written any more, nothing is said: no message is worth a run."""
+    with contextlib.suppress(OSError, SystemExit):  # rich makes the second of a pipe that nobody reads
+        console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+
+
 class ConsoleHandler(logging.Handler):
     """Prints log records above the live line instead of through it."""
 
@@ -74,7 +81,7 @@ class ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record: as it is, or with its level if that is a warning or worse."""
         level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        self.console.print(f"{level}{record.getMessage()}", markup=False, highlight=False, soft_wrap=True)
+        say(self.console, f"{level}{record.getMessage()}")
 
 
 @contextlib.contextmanager

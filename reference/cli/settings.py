@@ -11,10 +11,10 @@ from jsonargparse import ArgumentParser
 from reference import files
 from reference.cli.everyday import SHORT, everyday_help, spelt_out, take_help
 from reference.cli.options import add_options, build, hint, new_parser, parse
-from reference.cli.presets import PRESETS, find_preset
+from reference.cli.presets import MUON_BESIDE_ADAMW, PRESETS, find_preset
 from reference.cli.starting import preset_of, run_name, start_of, value_of
 from reference.cli.yamltext import LONGEST, load_yaml
-from reference.config import DataConfig, GPTConfig, TrainConfig, as_plain, shown
+from reference.config import DataConfig, GPTConfig, TrainConfig, allows, as_plain, in_words, shown
 from reference.errors import ConfigurationError
 from reference.finetuning.config import FinetuneConfig
 
@@ -42,7 +42,8 @@ examples:
 The command line wins over files, a later file over an earlier one, and files over the preset. A mapping
 (optimizer_args) in a file replaces the preset's as a whole. Write numbers as 0.0003 or 3e-4, and None as null.
 
-exit code: 0 done, 1 failed, 2 the settings were wrong, 130 or 143 stopped by Ctrl-C or SIGTERM, with a checkpoint
+exit code: 0 done, 1 failed, 2 the settings were wrong; 130, 143 or 129 stopped by Ctrl-C, SIGTERM or a terminal that
+was closed, with a checkpoint
 """
 
 
@@ -109,7 +110,7 @@ def read_settings(arguments: Sequence[str]) -> Settings:
     told = [found["train"]["optimizer"] for found in contents if "optimizer" in found.get("train", {})]
     optimizer = value_of(others, "--train.optimizer") or next(reversed(told), None)
     if optimizer == MUON and not is_given("optimizer_args", contents, others):
-        contents = [{"train": muon_beside(preset_train(preset, start, adapters))}, *contents]
+        contents = [{"train": muon_beside(preset_train(preset, start, adapters), start is not None)}, *contents]
     parser, known, defaults = build_parser(preset, contents, start, adapters)
     if topic is not None:
         print_help(topic, parser, defaults)
@@ -180,13 +181,15 @@ def preset_train(preset_name: str, start: Path | None, adapters: bool) -> TrainC
     return (find_preset(preset_name) if start is None else preset_of(start, adapters)).train
 
 
-def muon_beside(train: TrainConfig) -> dict[str, Any]:
+def muon_beside(train: TrainConfig, tuned: bool) -> dict[str, Any]:
     """Return the optimizers' arguments for Muon: the preset's, which are AdamW's, go to the rest of the tensors.
 
-    Muon's rate is the one of its author's implementation (https://github.com/KellerJordan/Muon).
+    Muon's rate is the one of its author's implementation (https://github.com/KellerJordan/Muon). Trained weights are
+    tuned at ten times AdamW's: each element of a matrix of a thousand rows then moves about as far.
     """
     decay = train.optimizer_args["weight_decay"]
-    return {"optimizer_args": {"lr": 0.02, "weight_decay": decay}, "optimizer_rest_args": dict(train.optimizer_args)}
+    rate = MUON_BESIDE_ADAMW * train.optimizer_args["lr"] if tuned else 0.02
+    return {"optimizer_args": {"lr": rate, "weight_decay": decay}, "optimizer_rest_args": dict(train.optimizer_args)}
 
 
 def is_given(name: str, contents: Sequence[dict[str, Any]], words: Sequence[str]) -> bool:
@@ -278,4 +281,9 @@ def checked(content: Any, source: str) -> dict[str, Any]:
                 raise ConfigurationError(
                     f"{source} has the unknown name {shown(name)}: {hint(name, names, 'python -m reference train')}"
                 )
+    for config, values in ((Settings, content), *((GROUPS[key], content[key]) for key in GROUPS if key in content)):
+        for field in dataclasses.fields(config):
+            if field.name in values and field.name not in GROUPS and not allows(field.type, values[field.name]):
+                kind = in_words(field.type)
+                raise ConfigurationError(f"{field.name} is {shown(values[field.name])}, but must be {kind}.")
     return content

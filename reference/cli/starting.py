@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from reference.cli.presets import Preset, fine_tuning
-from reference.config import DataConfig, GPTConfig
+from reference.config import DataConfig, GPTConfig, shown
 from reference.errors import CheckpointError, ConfigurationError, first_line
 from reference.files import read_json
 
@@ -29,8 +29,11 @@ def start_of(contents: Sequence[dict[str, Any]], words: Sequence[str]) -> Path |
         raise ConfigurationError(
             "--preset gives a model's shape, and --init_from takes it from a folder: leave one out."
         )
-    if named == "":  # such as a variable of the shell that is not set
-        raise ConfigurationError("--init_from: the name is empty.")
+    for option, given in (("--init_from", named), ("--resume", value_of(words, "--resume"))):
+        if given == "":  # such as a variable of the shell that is not set
+            raise ConfigurationError(f"{option}: the name is empty.")
+        if given is not None and "\0" in given:
+            raise ConfigurationError(f"{option} is {shown(given)}, but must not hold a NUL character.")
     complete = any("model" in content for content in contents)
     filed = next((content["init_from"] for content in contents if content.get("init_from")), None)
     start = named if named is not None else None if complete else filed
@@ -146,11 +149,16 @@ def checkpoint_folder(path: Path) -> Path:
         CheckpointError: if it is neither.
     """
     from reference.checkpoint import find
-    from reference.checkpoint.folder import is_complete
+    from reference.checkpoint.folder import FILES, lacking
 
-    if is_complete(path):
+    absent = lacking(path)
+    if not absent:
         return path
     found = find("auto", path)
+    if found is None and any(name not in absent for name in FILES):
+        raise CheckpointError(
+            f"{path} is not a whole checkpoint, because it lacks {', '.join(absent)}: copy it again, or give another."
+        )
     if found is None:
         raise CheckpointError(
             f"{path} is not a checkpoint and holds none: give a folder like out/tiny, or out/tiny/step-00000100."

@@ -4,17 +4,16 @@ import contextlib
 import dataclasses
 import logging
 import os
-import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reference.cli.presets import PRESETS
+from reference.cli.presets import PRESETS, tuning_rate
 from reference.cli.settings import Settings, read_settings
 from reference.cli.starting import checkpoint_to_resume, require_shape, run_name, tokenizer_of
 from reference.config import DataConfig
-from reference.errors import CheckpointError, ConfigurationError, ExplainedError
+from reference.errors import CheckpointError, ConfigurationError, ExplainedError, quoted
 from reference.files import write_file
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("reference")
 
-GENTLE = 2e-4  # a rate above it is not for fine-tuning
+GENTLE = 10  # times the rate that tunes trained weights: what is above is not for that
 
 
 @contextlib.contextmanager
@@ -58,7 +57,7 @@ def train(settings: Settings) -> int:
     """Run what the settings describe and return the exit code."""
     from rich.console import Console
 
-    from reference.cli.progress import live_line, logging_to, waiting
+    from reference.cli.progress import live_line, logging_to, say, waiting
 
     with waiting("Loading PyTorch"):
         import torch
@@ -71,11 +70,16 @@ def train(settings: Settings) -> int:
 
     console = Console(stderr=True)
     require_processors(settings)
-    folder = checkpoint_to_resume(settings.resume, Path(settings.directory))
     first_rank = getattr(rank_zero_only, "rank", 0) == 0
     directory = Path(settings.directory)
     with contextlib.ExitStack() as stack:
         stack.enter_context(logging_to(console, first_rank))
+        folder = checkpoint_to_resume(settings.resume, directory)
+        if folder is None and settings.init_from is None and settings.finetune.lora_rank is not None:
+            raise ConfigurationError(
+                "lora_rank trains adapters beside weights that stay as they are, but this run would start from random "
+                "ones: name trained weights with --init_from, or leave lora_rank out."
+            )
         settings, training, validation = open_data(settings)
         warn_of_rate(folder, settings)
         if folder is not None and settings.resume not in (True, "auto"):  # a path: of a run or an import elsewhere
@@ -102,18 +106,19 @@ def train(settings: Settings) -> int:
             ) from error
         except (ExplainedError, OSError):
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # the second: of an optimizer's class that ends the process
             if (told := explain(error, settings)) is None:
                 raise  # a fault of the program
             raise told from error
     if first_rank:
         files = [directory / "config.yaml", metrics_file(directory), *checkpoints(directory)[-1:]]
-        print(f"Written: {', '.join(str(file) for file in files if file.exists())}", file=sys.stderr)
-        again = f"python -m reference train --config {directory / 'config.yaml'} --resume auto"
+        if written := [str(file) for file in files if file.exists()]:
+            say(console, f"Written: {', '.join(written)}")
         if result.stopped is not None:
-            print(f"Go on with: {again}", file=sys.stderr)
+            again = f"python -m reference train --config {quoted(directory / 'config.yaml')} --resume auto"
+            say(console, f"Go on with: {again}")
         elif run.save_every is not None:
-            print(f"Try: python -m reference generate --checkpoint {directory}", file=sys.stderr)
+            say(console, f"Try: python -m reference generate --checkpoint {quoted(directory)}")
     return 0 if result.stopped is None else 128 + result.stopped
 
 
@@ -199,23 +204,24 @@ def prepare_for_weights(start: Path, folder: Path) -> None:
 
 
 def warn_of_rate(folder: Path | None, settings: Settings) -> None:
-    """Log a warning if a run goes on from imported weights at the rates of pretraining."""
+    """Log a warning if a run goes on from trained weights at the rates of pretraining."""
     from reference.checkpoint.folder import number
+    from reference.optimizers import roles
 
-    rate = settings.train.optimizer_args.get("lr")
-    if not isinstance(rate, float) or rate <= GENTLE:
+    imported = folder is not None and number(folder) == 0
+    tuned = folder is None and settings.init_from is not None and settings.finetune.lora_rank is None
+    if not imported and not tuned:
         return
-    if folder is None and settings.init_from is not None and settings.finetune.lora_rank is None:
+    for role, option in zip(roles(settings.train), ("optimizer_args", "optimizer_rest_args")):
+        rate, right = role.optimizer_args.get("lr"), tuning_rate(role.optimizer, role.optimizer_args)
+        if right is None or not isinstance(rate, float) or rate <= GENTLE * right:
+            continue
+        advice = f"set --train.{option}.lr {right:.0e}".replace("e-0", "e-")
+        if folder is not None:
+            advice += f", or give --config {quoted(folder.parent / 'config.yaml')}"
         logger.warning(
-            "a learning rate of %g is for pretraining, and may destroy what the weights of %s know: set "
-            "--train.optimizer_args.lr 2e-5",
-            *(rate, settings.init_from),
-        )
-    if folder is not None and number(folder) == 0:
-        logger.warning(
-            "a learning rate of %g is for pretraining, and may destroy what the weights of %s know: set "
-            "--train.optimizer_args.lr 2e-5, or give --config %s",
-            *(rate, folder, folder.parent / "config.yaml"),
+            "a learning rate of %g is for pretraining, and may destroy what the weights of %s know: %s",
+            *(rate, folder or settings.init_from, advice),
         )
 
 

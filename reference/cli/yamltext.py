@@ -4,7 +4,7 @@ from typing import Any
 
 from jsonargparse import get_loader
 
-from reference.errors import ConfigurationError
+from reference.errors import ConfigurationError, first_line
 
 LONGEST = 1 << 16  # bytes of a file or an option; the longest file of settings that is printed has some 3,000
 DEEPEST = 32  # levels of nesting
@@ -26,10 +26,12 @@ def load_yaml(text: str, source: str) -> Any:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ConfigurationError(f"{source} is not valid YAML{where}: {problem or 'it cannot be read'}.") from error
-    except (ValueError, TypeError) as error:  # of values: a date that is none, a number of 5,000 digits, a list as key
-        if isinstance(error, ConfigurationError):
-            raise
-        raise ConfigurationError(f"{source} holds a value that cannot be read: {str(error)[:100]}.") from error
+    except ConfigurationError:
+        raise
+    except Exception as error:  # of values, whose constructors raise anything: a date that is none, a list as key
+        raise ConfigurationError(
+            f"{source} holds a value that cannot be read: {first_line(error)[:100].rstrip('.')}."
+        ) from error
 
 
 def require_bounded(text: str, source: str) -> None:

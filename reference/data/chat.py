@@ -17,14 +17,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from reference.data.timelimit import time_limit
 from reference.data.tokenizer import FileTokenizer, Tokenizer
-from reference.errors import ConfigurationError, DataError
+from reference.errors import ConfigurationError, DataError, first_line
 from reference.files import read_file, read_json
 
 if TYPE_CHECKING:
     from jinja2 import Template
 
 TEMPLATE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
+PATIENCE = 5.0  # seconds that a template may take for a conversation
+LONGEST = 1 << 26  # characters that it may write
 Message = dict[str, Any]
 
 
@@ -123,29 +126,45 @@ class ChatTemplate:
                 return [marked[0], *body, marked[1]]
 
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+            trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols], optimized=False
         )
         environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
         environment.globals["raise_exception"] = refuse
         environment.globals["strftime_now"] = lambda form: datetime(2000, 1, 1).strftime(form)  # the same every day
         try:
-            return environment.from_string(self.text)
-        except TemplateError as error:
+            with time_limit(PATIENCE):
+                return environment.from_string(self.text)
+        except Exception as error:  # what is nested too deeply, too, and what takes too long
+            said = first_line(error)[:100].rstrip(".") if isinstance(error, TemplateError) else type(error).__name__
             raise ConfigurationError(
-                f"the chat template in {self.folder} is not a template of Jinja ({error}): get it again."
+                f"the chat template in {self.folder} is not a template of Jinja ({said}): get it again."
             ) from error
 
     def rendered(self, messages: Sequence[Message], prompt: bool = False) -> str:
-        """Return messages as text, with marks; ``prompt``: ends where the assistant begins to speak."""
+        """Return messages as text, with marks; ``prompt``: ends where the assistant begins to speak.
+
+        Raises:
+            Unsuited: if the template fails on the messages. It is a program, which may raise anything.
+            DataError: if it takes too long, or writes too much.
+        """
         from jinja2 import TemplateError
 
         tokens = {name: token_text(value) for name, value in self.config.items() if name.endswith("_token")}
         try:
-            return self.template.render(messages=list(messages), add_generation_prompt=prompt, **tokens)
+            with time_limit(PATIENCE):
+                text = self.template.render(messages=list(messages), add_generation_prompt=prompt, **tokens)
+        except TimeoutError as error:
+            raise DataError(f"the chat template in {self.folder} does not end ({error}): get it again.") from error
         except TemplateError as error:
-            raise Unsuited(f"the chat template refuses it: {str(error).splitlines()[0][:80]}") from error
-        except (TypeError, ValueError, KeyError, IndexError, AttributeError, RecursionError) as error:
+            raise Unsuited(f"the chat template refuses it: {first_line(error)[:80].rstrip('.')}") from error
+        except Exception as error:
             raise Unsuited(f"the chat template fails on it: {type(error).__name__}") from error
+        if len(text) > LONGEST:
+            raise DataError(
+                f"the chat template in {self.folder} writes {len(text):,} characters for a conversation, but at most "
+                f"{LONGEST:,} are allowed: get it again."
+            )
+        return text
 
     def conversation(self, messages: Any) -> Conversation:
         """Return a conversation as text, and where the assistant speaks in it.

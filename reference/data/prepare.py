@@ -134,7 +134,7 @@ def prepare(
         DataError: if there is no text, or the disk does not take the files.
     """
     if not 0.0 < validation_share < 1.0:
-        raise ConfigurationError(f"validation_share is {validation_share}, but must lie between 0 and 1.")
+        raise ConfigurationError(f"validation_share is {validation_share}, but must be more than 0 and less than 1.")
     if out.exists() and not out.is_dir():
         raise ConfigurationError(f"{out} is a file: give a folder to write the token files to.")
     trained = tokenizer.startswith("bpe:") and end_of_document is None  # load_tokenizer refuses both together

@@ -77,8 +77,15 @@ def examine_records(
         origin, reason = skipped[0]
         raise DataError(f"no conversation is left of {len(skipped):,}; the first, {origin}: {reason}.")
     if not documents:
-        there = f"their fields are: {', '.join(list(names)[:10])}" if names else "they hold no other record"
-        raise DataError(f"no record has text in the field {field!r} ({there}): name one of them with --field.")
+        if not skipped:
+            raise DataError(f"there is no record in {', '.join(map(str, paths[:3]))}: give files that hold some.")
+        origin, reason = skipped[0]
+        if not names:
+            raise DataError(f"no record is left of {len(skipped):,}; the first, {origin}: {reason}.")
+        there = ", ".join(list(names)[:10])
+        raise DataError(
+            f"no record has text in the field {field!r} (their fields are: {there}): name one of them with --field."
+        )
     return [documents[key] for key in sorted(documents)], skipped, chats
 
 

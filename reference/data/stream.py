@@ -38,7 +38,7 @@ class TextStream:
         microbatch_size: B, sequences per microbatch.
 
     Raises:
-        DataError: if the folder is not there.
+        DataError: if one of the folders is not there.
         ConfigurationError: if there is no tokenizer.
     """
 
@@ -46,6 +46,8 @@ class TextStream:
         self.folder, self.block_size, self.microbatch_size = Path(folder), block_size, microbatch_size
         if not self.folder.is_dir():
             raise DataError(f"there is no folder {folder} with text that grows: make it, or correct data.stream.")
+        if not Path(data).is_dir():
+            raise DataError(f"there is no data in {data}: write it with `python -m reference prepare --out {data}`.")
         self.encoder = load_tokenizer(data)
         self.tokenizer, self.vocab_size = self.encoder.name, self.encoder.vocab_size
         self.end_of_document = self.encoder.end_of_document

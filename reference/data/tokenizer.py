@@ -255,6 +255,8 @@ def load_tokenizer(source: str | Path, end: str | None = None) -> Tokenizer:
     Raises:
         ConfigurationError: if there is none.
     """
+    if end == "":
+        raise ConfigurationError("--end-of-document is empty: name a token, such as <eos>, or leave it out.")
     if end is not None and (str(source) == ByteTokenizer.name or str(source).startswith("bpe:")):
         raise ConfigurationError(
             f"--end-of-document is for a tokenizer.json only, and {source} has its own end of a document: leave it out."
@@ -275,7 +277,7 @@ def load_tokenizer(source: str | Path, end: str | None = None) -> Tokenizer:
     try:
         return FileTokenizer(read_file(path), str(path), end or (ending if isinstance(ending, int) else None))
     except OSError as error:
-        if MODEL_NAME.fullmatch(str(source)) and not path.exists():
+        if MODEL_NAME.fullmatch(str(source)) and not Path(source).exists():
             raise ConfigurationError(
                 f"there is no file or folder {source}. If it is a model of the Hugging Face Hub, get its tokenizer "
                 f"with 'hf download {source} {FILE} --local-dir {path.name}' (from pip install huggingface-hub), and "

@@ -181,7 +181,7 @@ class TokenData:
         """See :meth:`once`."""
         size, length = self.microbatch_size, self.block_size
         windows = -(-(self.tokens - 1) // length)
-        in_order = np.memmap(self.folder / f"{self.split}.bin", self.dtype, mode="r")  # here reading ahead is right
+        in_order = self.in_order()
         for number in range(-(-windows // (size * world_size))):
             ids = torch.zeros(size, length, dtype=torch.int64)
             targets = torch.full((size, length), IGNORE)
@@ -194,6 +194,20 @@ class TokenData:
                     kept = np.array(self.mask[window * length + 1 : window * length + len(part)])
                     targets[row, : len(part) - 1].masked_fill_(~torch.from_numpy(kept), IGNORE)
             yield ids, targets
+
+    def in_order(self) -> npt.NDArray[Any]:
+        """Return the tokens for reading one after the other, where reading ahead is right.
+
+        Raises:
+            DataError: if the file has another length than when this was made, perhaps hours ago.
+        """
+        path = self.folder / f"{self.split}.bin"
+        if (size := path.stat().st_size) != self.tokens * self.dtype.itemsize:
+            raise DataError(
+                f"{path} was changed while it was in use: it has {size:,} bytes now, and had "
+                f"{self.tokens * self.dtype.itemsize:,}. Prepare data in a folder that no run reads, and resume."
+            )
+        return np.memmap(path, self.dtype, mode="r")
 
     def verify(self) -> None:
         """Read the whole token file and compare its checksum.

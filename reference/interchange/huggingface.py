@@ -188,6 +188,7 @@ def import_huggingface(folder: str | Path, out: str | Path) -> Path:
         ConfigurationError: if reference.GPT cannot express the model; it names the field.
     """
     folder, target = Path(folder), checkpoint.step_folder(Path(out), 0)
+    files.require_utf8(folder)
     if target.exists():
         raise CheckpointError(f"{target} is there already: give another directory.")
     layout, config = our_config(folder / CONFIG)

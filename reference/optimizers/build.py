@@ -125,7 +125,7 @@ def create_one(
     except Exception as error:  # a constructor may raise anything
         said = first_line(error)[:150].rstrip(".")
         raise ConfigurationError(f"{config.optimizer} refused its arguments {keywords}: {said}.") from error
-    if any("lr" not in group for group in optimizer.param_groups):
+    if not optimizer.param_groups or any("lr" not in group for group in optimizer.param_groups):
         raise ConfigurationError(
             f"{config.optimizer} keeps no lr in its parameter groups, but the schedule must set it there: "
             "choose another optimizer."

@@ -44,8 +44,17 @@ def find_class(class_path: str) -> type[Optimizer]:
     if found is None:
         raise absent(module_name, name, dir(module))
     if not (inspect.isclass(found) and issubclass(found, Optimizer)):
-        raise ConfigurationError(f"{class_path} is not a torch.optim.Optimizer, but {found!r}.")
+        raise ConfigurationError(f"{class_path} is not a torch.optim.Optimizer, but {kind_of(found)}.")
+    if not callable(found.step):
+        raise ConfigurationError(f"{class_path} has no method step(): choose another optimizer.")
     return found
+
+
+def kind_of(value: object) -> str:
+    """Return what something is, in words."""
+    if inspect.isclass(value):
+        return "another class"
+    return "a module" if inspect.ismodule(value) else f"a {type(value).__name__}"
 
 
 def unimportable(class_path: str, error: BaseException) -> ConfigurationError:

@@ -3,12 +3,13 @@
 import dataclasses
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from reference import checkpoint
 from reference.config import GPTConfig
-from reference.errors import ConfigurationError
+from reference.errors import ConfigurationError, first_line
 from reference.finetuning.config import FinetuneConfig
 from reference.model.gpt import GPT
 from reference.model.loss import batch_loss
@@ -29,9 +30,41 @@ def load_base(folder: str | Path) -> GPT:
     Raises:
         CheckpointError: if there is none, or it is damaged or of a module that is not a reference.GPT.
     """
+    return checkpoint.load_for_inference(base_folder(folder))
+
+
+def base_folder(folder: str | Path) -> Path:
+    """Return the checkpoint to start from: the folder itself, or the newest one in a run's directory."""
     path = Path(folder)
-    newest = checkpoint.checkpoints(path)[-1:]
-    return checkpoint.load_for_inference(newest[0] if newest else path)
+    return next(reversed(checkpoint.checkpoints(path)), path)
+
+
+def require_same_ids(folder: Path, source: Any) -> None:
+    """Raise ConfigurationError if token files were written with ids that mean something else to trained weights.
+
+    A chat model's tokenizer has its base's ids and more special tokens; that is no other tokenizer here, as it is to a
+    run that goes on from its own checkpoint. Other sources tell nothing to compare.
+    """
+    trained, given = checkpoint.load_config(folder)["tokenizer"], getattr(source, "tokenizer", None)
+    file = getattr(source, "tokenizer_file", None)
+    if not isinstance(trained, str) or not isinstance(given, str):
+        return
+    if trained != given or (file is not None and words_of(file) != words_of(folder / trained)):
+        raise ConfigurationError(
+            f"the weights of {folder} were trained with a tokenizer other than that of the data in {source.folder} "
+            f"({given}), so the ids would mean nothing to them: prepare the text with --tokenizer "
+            f"{folder if trained != 'bytes' else trained}."
+        )
+
+
+def words_of(file: Path) -> dict[str, int]:
+    """Return the ids of a tokenizer.json by token, without those that were added to its model, such as special ones."""
+    from tokenizers import Tokenizer
+
+    try:
+        return dict(Tokenizer.from_str(file.read_text(encoding="utf-8")).get_vocab(with_added_tokens=False))
+    except Exception as error:  # the library raises nothing narrower
+        raise ConfigurationError(f"{file} is not a tokenizer.json ({first_line(error)[:100]}).") from error
 
 
 def started_from(model: ModelSource | None, base: GPT, folder: str | Path) -> GPTConfig:

@@ -1,6 +1,7 @@
-"""Ctrl-C and SIGTERM: the first one asks the run to save and stop, a second one stops it at once.
+"""Ctrl-C, SIGTERM and SIGHUP: the first one asks the run to save and stop, a second one stops it at once.
 
-While a run waits for other nodes there is nothing to save, and both end it.
+SIGHUP comes when the terminal is closed or the connection breaks; where nohup has it ignored, it stays ignored. While a
+run waits for other nodes there is nothing to save, and each of them ends it.
 """
 
 import contextlib
@@ -11,6 +12,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 TOGETHER = 1.0  # seconds
+HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
+ENDING = [number for number in (signal.SIGINT, signal.SIGTERM, HANGUP) if number is not None]
 
 
 class Stop:
@@ -23,10 +26,10 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[Stop]:
-    """Note SIGINT and SIGTERM instead of acting on them; afterwards they act as before.
+    """Note the signals that end a run instead of acting on them; afterwards they act as before.
 
     With the first signal the previous handlers are back: a second Ctrl-C raises KeyboardInterrupt, a second SIGTERM
-    ends the process. The other signal, if it comes within a second, belongs to the first: some launchers send both.
+    ends the process. Another one, if it comes within a second, belongs to the first: some launchers send both.
     """
     stop = Stop()
 
@@ -38,7 +41,7 @@ def stop_on_signals() -> Iterator[Stop]:
 
 
 def ended_by_signals() -> contextlib.AbstractContextManager[None]:
-    """Let SIGINT and SIGTERM end the process, by the operating system; afterwards they act as before.
+    """Let these signals end the process, by the operating system; afterwards they act as before.
 
     PyTorch waits for other nodes in C++, for half an hour, where no handler of Python runs: not even Ctrl-C would be
     heard.
@@ -48,14 +51,16 @@ def ended_by_signals() -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def handled_by(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> Iterator[None]:
-    """Handle SIGINT and SIGTERM in the block; a function handles the first of them only.
+    """Handle the signals that end a run in the block; a function handles the first of them only.
 
     In a thread other than the main one, where Python allows no handlers, nothing is changed.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in ENDING}
+    if before.get(HANGUP) == signal.SIG_IGN:  # nohup
+        del before[HANGUP]
 
     def put_back() -> None:
         for number, previous in before.items():
@@ -65,14 +70,16 @@ def handled_by(handler: Callable[[int, FrameType | None], None] | signal.Handler
         put_back()
         assert callable(handler)
         handler(number, frame)
-        other, began = next(n for n in before if n != number), time.monotonic()
+        began = time.monotonic()
 
         def act(number: int, frame: FrameType | None) -> None:
             if time.monotonic() - began > TOGETHER:
                 put_back()
                 signal.raise_signal(number)
 
-        signal.signal(other, act)
+        for other in before:
+            if other != number:
+                signal.signal(other, act)
 
     for number in before:
         signal.signal(number, handler if isinstance(handler, signal.Handlers) else once)

@@ -28,7 +28,14 @@ from reference.training.launch import is_sharded
 from reference.training.run import Run
 from reference.training.saving import on_rank_zero, restore, save, warn_about_order
 from reference.training.setup import ModelSource, set_up
-from reference.training.starting import announce, load_base, resumed_finetuning, started_from
+from reference.training.starting import (
+    announce,
+    base_folder,
+    load_base,
+    require_same_ids,
+    resumed_finetuning,
+    started_from,
+)
 from reference.training.stopping import Stop, stop_on_signals
 from reference.training.throughput import device_peak, flops_per_token
 
@@ -117,8 +124,8 @@ class Trainer:
     ) -> FitResult:
         """Train to the last update and return what the run leaves.
 
-        Ctrl-C or SIGTERM end the run after the update that is running, with a checkpoint, and ``stopped`` in the
-        result says so; a second one acts at once.
+        Ctrl-C, SIGTERM or SIGHUP end the run after the update that is running, with a checkpoint, and ``stopped`` in
+        the result says so; a second one acts at once.
 
         Args:
             train: a TokenData; or batches of token ids (B, T + 1), or pairs of ids and targets (B, T)
@@ -143,6 +150,8 @@ class Trainer:
             require_vocabulary(run.module, train, validation)
             if folder is not None:
                 require_tokenizer(folder, train)
+            elif init_from is not None:
+                require_same_ids(base_folder(init_from), train)
             done = restore(run, folder) if folder is not None else 0
             if done >= config.updates:
                 logger.warning(

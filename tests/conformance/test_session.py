@@ -330,6 +330,38 @@ def test_a_subject_that_is_not_there(spec: str, message: str) -> None:
         load_subject(spec)
 
 
+@pytest.mark.parametrize(
+    ("text", "attribute"),
+    [
+        ("import torch\nmodel = torch.nn.Linear(1, 1)\nfor _ in range(3):\n    model(x).sum().backward()", "model"),
+        ("class GPT: ...\ndef train():\n    loss.backward()\ntrain()", "GPT"),
+        ("class GPT: ...\nif True:\n    with x:\n        torch.autograd.backward(loss)", "GPT"),
+    ],
+)
+def test_a_script_is_not_run_by_accident(
+    text: str, attribute: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("package").mkdir()
+    Path("package/__init__.py").write_text("raise KeyError('it was run')")
+    for file, spec in (("train_it.py", f"train_it:{attribute}"), ("package/it.py", f"package.it:{attribute}")):
+        Path(file).write_text(f"open('ran', 'w')\n{text}\n")
+        with pytest.raises(UsageError, match=rf"is a script, .* python -m conformance audit -- {file}, or write"):
+            load_subject(spec)
+    with pytest.raises(UsageError, match="no adapter in it is named: audit it with python -m conformance audit"):
+        load_subject("train_it.py")
+    assert not Path("ran").exists()
+
+
+def test_an_adapter_that_trains_only_when_asked_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one in the file of the loop, whose script is under ``if __name__ == "__main__"``."""
+    monkeypatch.syspath_prepend(tmp_path)
+    loop = "def train(model):\n    model(1).backward()\nif __name__ == '__main__':\n    train(None)\n"
+    (tmp_path / "one_file_of_both.py").write_text(f"from {__name__} import Fake\n{loop}class Mine(Fake): ...\n")
+    assert load_subject("one_file_of_both:Mine").name == Fake.name
+
+
 DEVIATIONS = [
     (None, "cannot be read: No such file"),
     ("OPT-1 =", "is not TOML"),

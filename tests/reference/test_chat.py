@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch.nn import functional as F
 from reference import TokenData, TrainConfig, Trainer
 from reference.config import IGNORE
 from reference.data.prepare import Prepared, prepare
+from reference.data.timelimit import time_limit
 from reference.data.tokenizer import load_tokenizer
 from reference.errors import ConfigurationError, DataError
 from tests.sentences import sentence_of
@@ -230,3 +233,52 @@ def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigurationError, match=words):
             again(tmp_path, name)
+
+
+@pytest.mark.parametrize(
+    ("template", "sentence"),
+    [
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "does not end (it took"),
+        ("{{ 'x' * 99999 }}", "writes 99,999 characters for a conversation, but at most 1,000 are allowed"),
+        ("{% for a in range(10**9) %}{% endfor %}", "the chat template fails on it: OverflowError"),
+        ("{{ 'x' * 10**17 }}", "the chat template fails on it: MemoryError"),
+        ("{{ ''.__class__.__mro__ }}", "refuses it: access to attribute '__class__' of 'str' object is unsafe"),
+        ("{{ raise_exception('') }}", "the chat template refuses it"),
+        ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "is not a template of Jinja (RecursionError)"),
+    ],
+)
+def test_a_template_is_a_program_that_is_bounded(
+    template: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reference.data.chat.PATIENCE", 0.3)
+    monkeypatch.setattr("reference.data.chat.LONGEST", 1000)
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"m": chat}) + "\n" for chat in chats(2)))
+    tokenizer = str(model_folder(tmp_path / "model", template))
+    source = [str(tmp_path / "chats.jsonl")]
+    kinds = (ConfigurationError, DataError)
+    with pytest.raises(kinds) as caught:
+        prepare(source, tokenizer, tmp_path / "out", field="m")
+    assert sentence in str(caught.value)
+    assert len(str(caught.value)) < 400
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_timer_that_ran_before_a_time_limit_goes_on() -> None:
+    rung: list[int] = []
+    before = signal.signal(signal.SIGALRM, lambda number, _: rung.append(number))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(TimeoutError, match=r"longer than 0.01 seconds"):
+            wait_for_ever(0.01)
+        while not rung:
+            time.sleep(0.01)
+        assert rung == [signal.SIGALRM]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def wait_for_ever(limit: float) -> None:
+    with time_limit(limit):
+        while True:
+            time.sleep(0.001)

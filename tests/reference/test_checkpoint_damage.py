@@ -41,7 +41,7 @@ def test_a_failed_write_leaves_the_previous_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr(target, full_disk)
         message = sentence_of(CheckpointError, lambda: saved(tmp_path, update=update, seed=2))
-    assert "could not be written: [Errno 28] No space left on device. Earlier checkpoints are complete; " in message
+    assert "could not be written: No space left on device. Earlier checkpoints are complete; " in message
     assert checkpoint.find(True, tmp_path) == previous
     assert checkpoint.load_config(previous)["train"] == {"seed": 1}
     assert os.listdir(tmp_path) == ["step-00000001"]

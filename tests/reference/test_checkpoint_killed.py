@@ -256,7 +256,7 @@ def copies(folder: Path, value: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "kills", [15, pytest.param(300, marks=pytest.mark.slow), pytest.param(2000, marks=pytest.mark.planted)]
+    "kills", [15, pytest.param(300, marks=pytest.mark.slow), pytest.param(2000, marks=pytest.mark.kills)]
 )
 def test_killed_at_random_moments(tmp_path: Path, kills: int) -> None:
     problems = list(problems_at_random_moments(tmp_path, kills))

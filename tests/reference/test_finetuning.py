@@ -12,6 +12,7 @@ from torch import nn
 from reference.__main__ import main
 from reference.checkpoint import load_for_inference
 from reference.cli.settings import read_settings
+from reference.cli.train import warn_of_rate
 from reference.config import GPTConfig
 from reference.errors import CheckpointError, ConfigurationError
 from reference.finetuning import FinetuneConfig
@@ -172,6 +173,31 @@ def test_adapters_learn_faster(started: Path, words: list[str], rate: float) -> 
 def test_a_rate_of_pretraining_is_told(started: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--init_from", "out/base", *SHORT, "--train.optimizer_args.lr", "3e-3"]) == 0
     assert "a learning rate of 0.003 is for pretraining" in capsys.readouterr().err
+
+
+MUON = ["--optimizer", "torch.optim.Muon"]
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        (["--lr", "3e-3"], ["optimizer_args.lr 2e-5"]),
+        ([*MUON, "--lr", "0.02"], ["optimizer_args.lr 2e-4"]),
+        ([*MUON, "--train.optimizer_rest_args.lr", "0.01"], ["optimizer_rest_args.lr 2e-5"]),
+        ([*MUON, "--train.optimizer_args", "{lr: 0.02, adjust_lr_fn: match_rms_adamw}"], ["optimizer_args.lr 2e-5"]),
+        (["--optimizer", "torch.optim.SGD", "--train.optimizer_args", "{lr: 0.1}"], []),
+        (MUON, []),
+        ([], []),
+    ],
+)
+def test_the_rate_that_is_advised_is_the_optimizers(
+    started: Path, words: list[str], advice: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Muon's rates are not AdamW's, and of SGD's none is known to be too large."""
+    caplog.set_level("WARNING", "reference")
+    warn_of_rate(None, read_settings(["--init_from", "out/base", *words]))
+    said = [record.getMessage() for record in caplog.records]
+    assert [text.rpartition("set --train.")[2] for text in said] == advice
 
 
 @pytest.mark.parametrize(

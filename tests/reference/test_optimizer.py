@@ -73,7 +73,7 @@ def decayed_names(model: nn.Module, decay: str) -> set[str]:
         ("torch.optim.AdmW", "torch.optim has no 'AdmW'; did you mean torch.optim.AdamW?"),
         ("torch.optim.Quokka", "torch.optim has no 'Quokka'."),
         ("no_such_package.Adam", "the optimizer 'no_such_package.Adam' cannot be imported (No module named"),
-        ("torch.nn.Linear", "torch.nn.Linear is not a torch.optim.Optimizer, but <class"),
+        ("torch.nn.Linear", "torch.nn.Linear is not a torch.optim.Optimizer, but another class."),
     ],
 )
 def test_a_path_without_optimizer_is_refused(path: str, sentence: str) -> None:

@@ -18,11 +18,14 @@ REFUSED = {
 NO_BIAS = ("bitsandbytes.optim.LAMB8bit", "bitsandbytes.optim.LARS8bit")  # a tensor that starts at zero stays there
 COARSE = ("pytorch_optimizer.Prodigy",)  # its first rates are lost in the rounding of 16-bit weights
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*torch.cuda.amp.autocast:FutureWarning",
-    "ignore:CUDA is not available",
     "default::UserWarning",  # what other libraries warn of is theirs
     "default::DeprecationWarning",
     "default::FutureWarning",
+    # The last filter wins. Known, and of no interest here, where the CPU is all that there is:
+    "ignore:.*torch.cuda.amp.autocast:FutureWarning",
+    "ignore:CUDA is not available",
+    "ignore:Paged optimizers are not supported on CPU",
+    "ignore:.*torch.jit.*:DeprecationWarning",
 )
 
 

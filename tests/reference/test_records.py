@@ -64,9 +64,15 @@ def test_what_is_left_out_is_told_by_its_number(tmp_path: Path) -> None:
         ("a.jsonl", '{"body": "x"}', "text", "no record has text in the field 'text' (their fields are: body): name"),
         ("a.jsonl", '{"text": "x"}\n[1]', "text", "line 2 of {path} is not a JSON object"),
         ("a.jsonl", '{"text": "x"}\nnot', "text", "line 2 of {path} is not JSON"),
-        ("a.jsonl", "\n", "text", "no record has text in the field 'text' (they hold no other record)"),
+        ("a.jsonl", "\n", "text", "there is no record in {path}: give files that hold some."),
         ("a.txt", "text", "text", "{path} is not a file of records (.jsonl, "),
-        ("a.csv", 'text\n"un\0closed', "text", "no record has text in the field 'text'"),
+        (
+            "a.csv",
+            'text\n"un\0closed',
+            "text",
+            "no record is left of 1; the first, {path}:1: empty, or holds NUL bytes.",
+        ),
+        ("a.jsonl", '{"text": "\\ud800"}', "text", "no record is left of 1; the first, {path}:1: not UTF-8."),
     ],
 )
 def test_what_cannot_be_read_is_one_sentence(name: str, content: str, field: str, message: str, tmp_path: Path) -> None:

@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 
+from reference import files
 from reference.config import GPTConfig, TrainConfig
 from reference.data import TokenData, write_tokens
 from reference.training.trainer import FitResult, Record, Trainer
+from tests.reference.test_averages import FREE
 from tests.reference.test_resume import PowerCut, differences, end_of
 
 CASES, MORE = 12, 300
@@ -44,7 +46,17 @@ OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
     ("bitsandbytes.optim.AdamW8bit", {"lr": 0.01}),
     ("bitsandbytes.optim.Lion", {"lr": 0.001}),
     ("grokadamw.GrokAdamW", {"lr": 0.01}),
+    ("torch.optim.Muon", {"lr": 0.02}),
+    ("torch.optim.Muon", {"lr": 0.001, "adjust_lr_fn": "match_rms_adamw", "nesterov": False}),
+    (FREE["optimizer"], FREE["optimizer_args"]),
 ]
+RESTS: list[tuple[str | None, dict[str, Any]]] = [
+    (None, {"lr": 0.01}),
+    ("torch.optim.SGD", {"lr": 0.1, "momentum": 0.9}),
+    (FREE["optimizer"], FREE["optimizer_args"]),
+]
+"""What trains the rest of the tensors beside Muon."""
+INTERRUPTIONS = ["exception", "SIGINT", "SIGTERM", "SIGHUP", "while saving"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +68,7 @@ class Case:
     rows: int
     tokens: int
     cuts: tuple[tuple[int, str], ...]
-    """After which updates, and by what: an exception, a signal, or merely a resume from an earlier checkpoint."""
+    """After which updates, and by what: an exception, a signal, or one while the next checkpoint is written."""
 
 
 def drawn(seed: int) -> Case:
@@ -79,11 +91,14 @@ def drawn(seed: int) -> Case:
     warmup = draw.randint(0, updates)
     schedule = draw.choice(["cosine", "wsd", "constant"])
     path, arguments = draw.choice(OPTIMIZERS)
+    rest, rest_arguments = draw.choice(RESTS) if path == "torch.optim.Muon" else (None, {})
     train = {
         "updates": updates,
         "microbatches": draw.randint(1, 3),
         "optimizer": path,
         "optimizer_args": arguments,
+        "optimizer_rest": rest,
+        "optimizer_rest_args": rest_arguments,
         "warmup": warmup,
         "schedule": schedule,
         "min_lr": draw.choice([None, 0.0]),
@@ -102,20 +117,28 @@ def drawn(seed: int) -> Case:
         "accelerator": "cpu",
     }
     places = sorted(draw.sample(range(1, updates), k=min(draw.randint(1, 3), updates - 1)))
-    cuts = tuple((place, draw.choice(["exception", "SIGINT", "SIGTERM"])) for place in places)
+    cuts = tuple((place, draw.choice(INTERRUPTIONS)) for place in places)
     return Case(kind(**shape), train, draw.randint(1, 3), draw.randint(60, 400), cuts)
 
 
-def ending(update: int, how: str) -> Callable[[Record], None]:
+def ending(update: int, how: str, patch: pytest.MonkeyPatch) -> Callable[[Record], None]:
     """A callback that interrupts a run after an update."""
 
     def end(record: Record) -> None:
         if record.update == update:
             if how == "exception":
                 raise PowerCut
+            if how == "while saving":
+                patch.setattr(files, "replace_folder", cut)
+                return
             signal.raise_signal(signal.Signals[how])
 
     return end
+
+
+def cut(new: Path, folder: Path) -> None:
+    """In place of giving a written checkpoint its name."""
+    raise PowerCut
 
 
 def difference(case: Case, folder: Path) -> str:
@@ -135,8 +158,8 @@ def difference(case: Case, folder: Path) -> str:
     done: list[Record] = []
     for update, how in case.cuts:
         kept: list[Record] = []
-        with contextlib.suppress(PowerCut):
-            fit("cut", kept.append, ending(update, how), resume="auto")
+        with contextlib.suppress(PowerCut), pytest.MonkeyPatch.context() as patch:
+            fit("cut", kept.append, ending(update, how, patch), resume="auto")
         done = [record for record in done if not kept or record.update < kept[0].update] + kept
     resumed = fit("cut", resume="auto")
     first = resumed.records[0].update if resumed.records else math.inf
@@ -152,6 +175,26 @@ def difference(case: Case, folder: Path) -> str:
 def test_an_interrupted_run_of_any_kind_is_bit_equal(tmp_path: Path, seed: int) -> None:
     case = drawn(seed)
     assert difference(case, tmp_path) == "", case
+
+
+def test_the_drawing_leaves_nothing_out() -> None:
+    cases = [drawn(seed) for seed in range(MORE)]
+
+    def values(name: str) -> set[Any]:
+        return {case.train[name] for case in cases}
+
+    assert {(c.train["optimizer"], str(c.train["optimizer_args"])) for c in cases} == {
+        (path, str(arguments)) for path, arguments in OPTIMIZERS
+    }
+    assert values("optimizer_rest") == {path for path, _ in RESTS}
+    assert values("precision") == {"32-true", "bf16-mixed", "bf16-true"}
+    assert values("schedule") == {"cosine", "wsd", "constant"}
+    assert values("microbatches") == {1, 2, 3}
+    assert values("clip") == {None, 0.5, 1e-3}
+    assert values("activation_checkpointing") == values("stable_embedding") == {False, True}
+    assert {case.model.tie_embeddings for case in cases} == {False, True}
+    assert {case.model.dropout for case in cases} == {0.0, 0.1, 0.5}
+    assert {how for case in cases for _, how in case.cuts} == set(INTERRUPTIONS)
 
 
 def test_a_fault_in_what_is_saved_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

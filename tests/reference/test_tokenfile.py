@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from reference.data import tokenfile, write_tokens
+from reference.data import TokenData, tokenfile, write_tokens
 from reference.data.tokenfile import Ids, TokenWriter, publish
 from reference.errors import ConfigurationError, DataError
 from tests.reference.token_files import END, opened, taken, write
@@ -324,3 +324,13 @@ def test_a_disk_that_is_full_at_the_last_moment_has_changed_nothing(
         patch.setattr(Path, "write_bytes", full)
         assert "(No space left on device): make room" in sentence_of(DataError, lambda: writers([4, 5, 6]))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("left", [0, 3, 6])
+def test_a_file_that_was_cut_short_since_is_told(left: int, tmp_path: Path) -> None:
+    write_tokens(tmp_path, "train", [[1, 2, 3, 4]], vocab_size=8, tokenizer="bytes", end_of_document=5)
+    data = TokenData(tmp_path, "train", block_size=2, microbatch_size=1, seed=0)
+    assert len(list(data.once())) == 2
+    os.truncate(tmp_path / "train.bin", left)
+    message = sentence_of(DataError, lambda: list(data.once()))
+    assert f"was changed while it was in use: it has {left} bytes now, and had 10." in message
