@@ -2,6 +2,8 @@
 
 ``python -m tests.mutants.blind --write reports/blind-mutants.json``. A file that is there keeps what each fault got at
 first sight; only what it gets now is written anew. ``--only WORD`` judges the faults that have a word in their name.
+``--matrix reports/kill-matrix.json`` judges nothing, but takes over what the kill matrix says of mutants with the same
+edits: those that mark what was mended.
 """
 
 import argparse
@@ -24,6 +26,7 @@ from conformance.causes import in_order_of_cause
 from conformance.clause import catalogue
 from conformance.report.environment import environment
 from conformance.subjects.reference import Reference
+from tests.mutants import MUTANTS
 from tests.mutants.blind import FAULTS
 from tests.mutants.blind.causes import CAUSES
 from tests.mutants.kill_matrix import diff, outcomes, until_one_fails
@@ -48,6 +51,21 @@ def judged(index: int) -> dict[str, Any]:
     return {**told, "names the cause": named, "errors": errors}
 
 
+def of_matrix(matrix: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Return what a kill matrix says of the faults that stand in it as mutants, by the number of the fault."""
+    rows = {row["mutant"]: row for row in matrix["mutants"]}
+    names = {mutant.edits: mutant.name for mutant in MUTANTS}
+    found = {}
+    for number, (_, fault) in enumerate(ALL):
+        row = rows.get(names.get(fault.edits, ""))
+        if row is not None and row["first"] is not None:
+            letter = " ".join((catalogue()[row["first"]["clause"]].requirement, *map(str, row["first"].values())))
+            named = re.search(CAUSES[fault.name.removeprefix("blind-")], letter, re.IGNORECASE) is not None
+            told = {**row["first"], "failed": row["killed_by"]}
+            found[number] = {**told, "names the cause": named, "errors": row["errors"]}
+    return found
+
+
 def judge(indices: list[int], console: Console) -> list[dict[str, Any]]:
     """Return what the clauses make of these faults, judged on all cores."""
     torch.set_num_threads(1)  # as in kill_matrix: OpenMP's threads do not survive the fork
@@ -63,6 +81,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants.blind", description=__doc__)
     parser.add_argument("--write", type=Path, metavar="FILE", help="keep the judgements as JSON")
     parser.add_argument("--only", nargs="+", default=(), metavar="WORD", help="judge what has it in its name")
+    parser.add_argument("--matrix", type=Path, metavar="FILE", help="judge nothing: take over what a kill matrix says")
     arguments = parser.parse_args()
     console, path = Console(), arguments.write
     before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else {}
@@ -71,7 +90,10 @@ def main() -> int:
         for n, (_, fault) in enumerate(ALL)
         if not arguments.only or any(word in fault.name for word in arguments.only)
     ]
-    now = dict(zip(chosen, judge(chosen, console), strict=True))
+    if arguments.matrix:
+        now = of_matrix(json.loads(arguments.matrix.read_text(encoding="utf-8")))
+    else:
+        now = dict(zip(chosen, judge(chosen, console), strict=True))
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     told = {"date": date, "clauses": len(catalogue()), "environment": environment()}
     rows = []
