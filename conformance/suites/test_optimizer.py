@@ -135,9 +135,13 @@ def test_class_with_any_keywords(runs: Runs) -> None:
     bound="equality",
 )
 def test_class_with_own_argument(runs: Runs) -> None:
-    """An optimizer class that requires an argument of its own receives that argument from the user."""
+    """An optimizer class that requires an argument of its own, and knows no weight_decay, receives that argument from
+    the user, and every trainable tensor.
+    """
     run = starts(runs, "conformance.probes.NeedsHorizon", horizon=42)
     optimizer.keywords_arrive(run.update(0).groups, {"horizon": 42})
+    if runs.asks("0.2"):  # a stack may gather the tensors in another way where there are no groups by decay
+        covered_once([group.tensors for group in run.update(0).groups], run.trainable)
 
 
 @clause(

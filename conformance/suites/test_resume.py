@@ -389,3 +389,36 @@ def test_resume_with_two_optimizers(runs: Runs) -> None:
     same_from(runs, recipe, 2, "with Muon beside another optimizer")
     if runs.has("bf16-true"):
         same_from(runs, replace(recipe, precision="bf16-true"), 2, "with Muon beside another optimizer under bf16-true")
+
+
+@clause(
+    "RESUME-13",
+    since="0.2",
+    needs=("resume",),
+    why="Long runs are interrupted more than once. A stack that counts from its own start saves a wrong number "
+    "of updates in the checkpoints of a resumed run, and only a second resume shows it.",
+    mend="Count updates from the start of the first run, and save that number.",
+    source="pytorch/torchtitan#571 (wrong step when resuming for the second time)",
+)
+def test_resumed_twice(runs: Runs) -> None:
+    """A run that is resumed from the checkpoint of a resumed run makes the updates that are left, and has the same
+    parameters as a run that was never interrupted, bit for bit.
+    """
+    recipe = interrupted(runs)
+    whole = runs.trace(recipe)
+    second = runs.attempt(replace(recipe, resume=saved(whole, 2)))
+    try:
+        for _, one, other in paired(whole.updates[2:], second.trace.updates, "the run resumed once"):
+            same_after(one, other, "the run resumed once")
+    except Violation:
+        raise NotApplicable("a run that is resumed once already goes on otherwise: see RESUME-1") from None
+    # A trace counts its own updates, but a checkpoint of a resumed run is that of update 4 to its stack.
+    checkpoint = replace(saved(second.trace, 2), update=4)
+    tried = runs.attempt(replace(recipe, resume=checkpoint, save_every=None))
+    if tried.error is not None:
+        raise Violation("a run that goes on after the second resume, at update 4", describe_error(tried.error))
+    left = len(whole.updates) - 4
+    if len(tried.trace.updates) != left:
+        raise Violation(f"{left} updates after the second resume, at update 4", f"{len(tried.trace.updates)} updates")
+    for number, one, other in paired(whole.updates[4:], tried.trace.updates, "the run resumed twice"):
+        same_after(one, other, f"parameters after update {number + 4} of the run resumed twice")
