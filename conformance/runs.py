@@ -211,7 +211,8 @@ class Runs:
         """Return the traces of all ranks of a run on several processes.
 
         Raises:
-            RunFailed: if a rank raised.
+            NotApplicable: if the adapter said on a rank that the stack refuses such a recipe by design.
+            RunFailed: if a rank raised something else.
         """
         from conformance.recording.ranks import run_on_ranks
 

@@ -26,7 +26,8 @@ def run_on_ranks(subject: Subject, recipe: Recipe, directory: Path) -> "list[Tra
     """Train ``recipe`` on ``recipe.world_size`` processes and give back their traces, by rank.
 
     Raises:
-        RunFailed: if a rank raised or did not end in time.
+        NotApplicable: if a rank raised it before its first update: the stack refuses the recipe by design.
+        RunFailed: if a rank raised something else, or did not end in time.
     """
     if recipe.sharded:
         importlib.import_module("torch.distributed.fsdp")  # once, before the ranks fork
@@ -93,7 +94,7 @@ def run_rank(rank: int, subject: Subject, recipe: Recipe, directory: Path, port:
 
     from conformance.recording import record
 
-    failure, refusal = "", None
+    failure = refusal = ""
     with open(os.devnull, "w") as nowhere:
         for stream in (1, 2):  # by number: handlers of loggers and native code keep the streams they once had
             os.dup2(nowhere.fileno(), stream)
@@ -101,11 +102,10 @@ def run_rank(rank: int, subject: Subject, recipe: Recipe, directory: Path, port:
         with record(directory, recipe.zero_gradients, rank, recipe.nan_gradient, keep) as trace:
             try:
                 subject.train(dataclasses.replace(recipe, directory=directory))
-            except NotApplicable as error:
-                late = f", after {len(trace.updates)} updates: it must do so before it trains" if trace.updates else ""
-                failure, refusal = f"rank {rank} raised {describe_error(error)}{late}", None if late else str(error)
             except BaseException as error:
                 failure = f"rank {rank} raised {describe_error(error)}"
+                if isinstance(error, NotApplicable) and not trace.updates:  # after one, it is the adapter's mistake
+                    refusal = f"{REFUSED}{error}"
         # Sent before the process group is left, which makes the others fail; so the first to arrive is the cause. As
         # bytes: a tensor sent as an object would be passed by a file descriptor that dies with this process.
         pipe.send_bytes(pickle.dumps((trace, failure, refusal)))
@@ -118,8 +118,8 @@ def receive_all(pipes: dict[Connection, int]) -> "list[Trace]":
     """Return the traces that the ranks send, by rank.
 
     Raises:
+        NotApplicable: as soon as a rank sent that the stack refuses the recipe.
         RunFailed: as soon as a rank raised or died, with the first to do so: the others only lose their peer.
-        NotApplicable: if the first to raise refused the recipe before it trained.
     """
     from conformance.recording.masters import complete
 
@@ -135,9 +135,9 @@ def receive_all(pipes: dict[Connection, int]) -> "list[Trace]":
             try:
                 traces[rank], failure, refusal = pickle.loads(pipe.recv_bytes())
             except EOFError:
-                failure, refusal = f"rank {rank} died without sending its trace", None
-            if refusal is not None:
-                raise NotApplicable(f"{REFUSED}{refusal}")
+                failure, refusal = f"rank {rank} died without sending its trace", ""
+            if refusal:
+                raise NotApplicable(refusal)
             if failure:
                 raise RunFailed(failure)
     found = [traces[rank] for rank in sorted(traces)]

@@ -49,7 +49,7 @@ class Stuck(Reference):
 @pytest.mark.parametrize(
     ("name", "error", "told"),
     [
-        ("reads", "FileNotFoundError('no input.txt')", "ERROR in 11 clauses"),
+        ("reads", "FileNotFoundError('no input.txt')", " clauses  all with the same reason"),
         ("asks", "NotApplicable('question 2 is open')", "Nothing was judged: question 2 is open."),
     ],
 )
