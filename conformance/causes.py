@@ -29,6 +29,7 @@ FOLLOWS: Mapping[str, tuple[str, ...]] = {
     "ACC-6": ("EVAL-1", "DIST-3"),
     "RESUME-1": ("RESUME-2", "DROP-1", "EVAL-8", "EVAL-7", "OPT-12", "INIT-6", "RESUME-7"),
     "RESUME-2": ("DATA-3",),
+    "DIST-12": ("RESUME-1", "RESUME-2"),
     "DATA-6": ("LOSS-1",),
     "CAUSAL-1": ("CAUSAL-2",),
 }
