@@ -16,7 +16,8 @@ from reference.data.chat import ChatTemplate, Conversation
 from reference.data.documents import SPLITS, Document, divide, examine, find_files, read, standard_library, total_size
 from reference.data.readback import Readback
 from reference.data.records import SUFFIXES, examine_records
-from reference.data.tokenfile import TokenWriter, open_sidecar, publish
+from reference.data.sidecar import open_sidecar
+from reference.data.tokenfile import TokenWriter, publish
 from reference.data.tokenizer import (
     FILE,
     TEMPLATE,
