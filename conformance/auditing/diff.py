@@ -174,6 +174,10 @@ def gradients(a: WholeUpdate, b: WholeUpdate, sizes: dict[str, int], limit: floa
         yield Difference("gradient", math.inf, limit, tuple(one_sided), words)
         return
     found = vectors("gradient", a.gradients, b.gradients, sizes, limit)
+    # One tensor that differs changes the norm, and clipping by it then scales all others, too.
+    unclipped = vectors("gradient", a.unclipped, b.unclipped, sizes, limit)
+    if found.parts and unclipped.parts:
+        found = unclipped
     seen_before = bool(a.accumulated.norms and b.accumulated.norms)
     earlier = vectors("gradient", Values({}, a.accumulated.norms), Values({}, b.accumulated.norms), sizes, limit)
     if seen_before and earlier.parts and not found.parts:
@@ -184,7 +188,7 @@ def gradients(a: WholeUpdate, b: WholeUpdate, sizes: dict[str, int], limit: floa
             if factor
             else found
         )
-    elif seen_before and found.parts and not earlier.parts:
+    elif found.parts and (not unclipped.parts or (seen_before and not earlier.parts)):
         yield replace(found, phase="clipped gradient")
     else:
         yield found

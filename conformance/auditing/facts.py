@@ -1,5 +1,6 @@
 """What an audit knows of one process's run, as plain data: the trace, and what only an audit looks for."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -151,6 +152,15 @@ class Facts:
     @property
     def updates(self) -> list[Update]:
         return self.trace.updates
+
+
+def clip_factor(facts: Facts, number: int) -> float:
+    """Return by how much clipping to a norm scaled the gradients of an update; 1 if it did not, or that is unknown."""
+    clips = [clip for clip in facts.clips if clip.update == number]
+    if len(clips) != 1 or clips[0].kind != "norm" or clips[0].norm is None:
+        return 1.0
+    norm, limit = float(clips[0].norm), clips[0].limit
+    return min(1.0, limit / (norm + 1e-6)) if math.isfinite(norm) and limit > 0 else 1.0  # as in clip_grad_norm_
 
 
 def fetch(facts: Facts) -> None:

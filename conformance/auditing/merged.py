@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from conformance.auditing.facts import Facts
+from conformance.auditing.facts import Facts, clip_factor
 from conformance.recording.trace import Measures, Named
 
 
@@ -38,6 +38,8 @@ class WholeUpdate:
     """Gradients when the last backward had ended: norms only."""
     gradients: Values
     """As the step found them."""
+    unclipped: Values
+    """As clipping found them: the same, if nothing clipped them."""
     without: frozenset[str]
     """Tensors that had no gradient."""
     before: Values
@@ -103,13 +105,20 @@ def whole_update(ranks: list[Facts], number: int) -> WholeUpdate:
     groups = {name: group.settings for group in updates[0].groups for name in group.tensors}
     limits = [clip.limit for clip in first.clips if clip.update == number]
     gradients = [{name: value for name, value in update.gradients.items() if value is not None} for update in updates]
+    at_step = joined(ranks, gradients, [update.measured_gradients for update in updates])
+    clipped = {name for clip in first.clips for name in clip.tensors} - first.sharded
+    factor = clip_factor(first, number)
     return WholeUpdate(
         rows=tuple(rows),
         first_row=tuple(forwards[0][0].ids[0].tolist()) if forwards[0] else (),
         entropy=sum(entropy.total for entropy in entropies) / targets if targets else None,
         loss=sum(losses) / len(losses) if losses else None,
         accumulated=joined(ranks, [{} for _ in ranks], last),
-        gradients=joined(ranks, gradients, [update.measured_gradients for update in updates]),
+        gradients=at_step,
+        unclipped=Values(
+            {name: value / factor if name in clipped else value for name, value in at_step.samples.items()},
+            {name: norm / factor if name in clipped else norm for name, norm in at_step.norms.items()},
+        ),
         without=frozenset(name for name, value in updates[0].gradients.items() if value is None),
         before=joined(ranks, [update.before for update in updates], [None for _ in ranks]),
         after=joined(ranks, [update.after for update in updates], [update.measured_after for update in updates]),

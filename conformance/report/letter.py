@@ -147,7 +147,7 @@ def advice(report: Report, clauses: Mapping[str, Clause]) -> Iterator[str]:
             verdict.reason.removeprefix(REFUSED) for verdict in verdicts if not verdict.reason.startswith("lacks ")
         )
         why = f": {reasons.most_common(1)[0][0]}" if reasons else ", because the adapter lacks what the clauses need"
-        yield f"Nothing was judged{why.rstrip('.')}."
+        yield f"Nothing was judged{why.rstrip('.')}" + ("" if why.endswith("?") else ".")
     outcomes = {verdict.id: verdict.outcome for verdict in verdicts if verdict.outcome in ("pass", "fail")}
     for capability in CAPABILITIES:
         needing = [i for i in outcomes if i in clauses and capability in clauses[i].needs]

@@ -21,7 +21,7 @@ USUAL = {
     " accumulation accumulategradbatches microbatches",
     "updates": "maxiters maxsteps steps numsteps iterations numiterations iters updates trainsteps"
     " trainingsteps niters",
-    "lr": "lr learningrate maxlr peaklr rate",
+    "lr": "lr learningrate maxlr peaklr peak baselr rate",
     "weight_decay": "weightdecay wd decay",
     "clip": "gradclip clip maxgradnorm clipnorm gradientclipval maxnorm clipgrad",
     "dropout": "dropout pdrop dropoutp",
@@ -31,6 +31,18 @@ USUAL = {
 }
 """Names as scripts write them, without case and separators, for each field."""
 FIELDS = {name: field for field, names in USUAL.items() for name in names.lower().split()}
+NO_NUMBERS = (
+    ast.List,
+    ast.Tuple,
+    ast.Set,
+    ast.Dict,
+    ast.ListComp,
+    ast.SetComp,
+    ast.DictComp,
+    ast.GeneratorExp,
+    ast.Lambda,
+)
+"""Expressions whose values set no field: ``decay = [p for p in ...]`` is a list of tensors."""
 VALUES = {
     "lr": "recipe.optimizer.rate",
     "weight_decay": 'dict(recipe.optimizer.arguments).get("weight_decay", 0.0)',
@@ -73,7 +85,11 @@ def settings_of(tree: ast.Module, seen: Mapping[str, Any]) -> tuple[list[Setting
         tree: of the script.
         seen: by field, what the audit saw; a guess with another value does not count.
     """
-    by_name = [Setting(name, FIELDS[plain(name)], value) for name, value in constants(tree) if plain(name) in FIELDS]
+    by_name = [
+        Setting(name, FIELDS[plain(name)], literal(value))
+        for name, value in constants(tree)
+        if plain(name) in FIELDS and not isinstance(value, NO_NUMBERS)
+    ]
     by_option = [Setting(n, FIELDS[plain(n[2:])], value) for n, value in options(tree) if plain(n[2:]) in FIELDS]
     return first_of_each(by_name, seen), first_of_each(by_option, seen)
 
@@ -93,19 +109,19 @@ def agrees(value: Any, wanted: Any) -> bool:
     return isinstance(value, int | float) and abs(value - wanted) <= 1e-6 * abs(wanted)
 
 
-def constants(tree: ast.Module) -> Iterator[tuple[str, Any]]:
-    """Yield names that get a plain value at the top level, also several at once, and those values."""
+def constants(tree: ast.Module) -> Iterator[tuple[str, ast.expr]]:
+    """Yield names that get a value at the top level, also several at once, and the expressions of those values."""
     for statement in tree.body:
         if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
             target, value = statement.targets[0], statement.value
             if isinstance(target, ast.Name):
-                yield target.id, literal(value)
+                yield target.id, value
             elif isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and len(target.elts) == len(value.elts):
                 for part, its in zip(target.elts, value.elts, strict=True):
                     if isinstance(part, ast.Name):
-                        yield part.id, literal(its)
+                        yield part.id, its
         elif isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and statement.value:
-            yield statement.target.id, literal(statement.value)
+            yield statement.target.id, statement.value
 
 
 def options(tree: ast.Module) -> Iterator[tuple[str, Any]]:

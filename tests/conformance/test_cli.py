@@ -51,6 +51,7 @@ class Stuck(Reference):
     [
         ("reads", "FileNotFoundError('no input.txt')", " clauses  all with the same reason"),
         ("asks", "NotApplicable('question 2 is open')", "Nothing was judged: question 2 is open."),
+        ("asks_what", "NotApplicable('what sets it?')", "Nothing was judged: what sets it?\n"),
     ],
 )
 def test_what_stops_every_clause_is_told_once(

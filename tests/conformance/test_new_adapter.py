@@ -1,5 +1,6 @@
 """new-adapter: a skeleton that says what was seen, asks for the rest, and is judged at once without an error."""
 
+import ast
 import importlib.util
 import json
 import sys
@@ -13,6 +14,7 @@ from conformance.recording.files import Files
 from conformance.scripts import run_script
 from conformance.skeleton.command import class_name
 from conformance.skeleton.found import rounded
+from conformance.skeleton.names import settings_of
 from tests.audits.runner import NEEDS, SCRIPTS, start
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -144,6 +146,12 @@ def test_a_script_finds_what_it_reads(folder: Path) -> None:
     assert (out / "data" / "input.txt").is_symlink()
     (out / "ckpt.pt").write_text("state", encoding="utf-8")
     assert files.written() == [out / "ckpt.pt"]  # the data are no checkpoint
+
+
+def test_a_list_sets_no_number() -> None:
+    tree = ast.parse("decay = [p for p in model.parameters() if p.dim() > 1]\npeak = 1e-3\naccumulate = 4 // world\n")
+    names, _ = settings_of(tree, {"lr": 1e-3})
+    assert [(setting.name, setting.field) for setting in names] == [("peak", "lr"), ("accumulate", "microbatches")]
 
 
 @pytest.mark.parametrize(

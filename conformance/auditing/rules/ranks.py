@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from conformance.auditing.entropies import weights
-from conformance.auditing.facts import Facts
+from conformance.auditing.facts import Facts, clip_factor
 from conformance.auditing.rule import Doubt, Seen, rule
 from conformance.errors import NotApplicable, Violation, quoted
 from conformance.recording.snapshot import equal_values
@@ -145,15 +145,25 @@ def same_weights(seen: Seen) -> None:
         bad = apart([update.measured_after for update in updates], [update.after for update in updates], names)
         if bad:
             gradients = [name for name in bad if not one_norm(ranks, number, name)]
+            factors = [clip_factor(facts, number) for facts in ranks]
             cause = f"; the gradients of {quoted(gradients)} are not reduced" if gradients else ""
+            if max(factors) > 1.001 * min(factors):
+                told = ", ".join(f"{factor:.3g}" for factor in factors[:8])
+                cause += f"; clipping multiplies the gradients by another factor on each process: {told}"
             raise Violation(f"equal replicas after update {number + 1}", f"they differ in {quoted(bad)}{cause}")
 
 
 def one_norm(ranks: list[Facts], number: int, name: str) -> bool:
-    """Return True if a tensor's gradient in an update has the same norm on all processes."""
+    """Return True if a tensor's gradient in an update has the same norm on all processes, before clipping."""
     found = [facts.updates[number].measured_gradients for facts in ranks]
     norms = [measure.norms[name].item() for measure in found if measure is not None and name in measure.norms]
-    return len(norms) == len(ranks) and max(norms) == min(norms)
+    if len(norms) != len(ranks):
+        return False
+    factors = [clip_factor(facts, number) for facts in ranks]
+    if max(factors) == min(factors):
+        return max(norms) == min(norms)
+    norms = [norm / factor for norm, factor in zip(norms, factors, strict=True)]
+    return max(norms) <= (1 + 1e-3) * min(norms)  # clipping rounds, in 16 bits by up to 2**-9
 
 
 @rule(

@@ -44,6 +44,12 @@ for _ in range(4):
     loss.backward()
     if options.fault == "one tensor" and rank == 1:
         model[3].bias.grad.mul_(2)
+    if options.fault == "clipped":  # reduced by hand but for one tensor, which moves the norm that all are clipped by
+        for name, parameter in model.named_parameters():
+            if name != "3.bias":
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= world
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
     optimizer.step()
     optimizer.zero_grad()
 if world > 1:

@@ -104,10 +104,15 @@ def test_runs_that_should_agree_do(second: Run, compared: Compared) -> None:
         (Run(mixed=True), "in update 1", "precision"),
         (Run(dropout=0.5), "in update 1, in the forward", "dropout"),
         (Run(tampered="2.weight"), "in the clipped gradient", "2.weight"),
+        (
+            Run(tampered="2.weight"),
+            "in update 1",
+            "Tensors: 2.weight Largest",
+        ),  # and not those that clipping scaled with it
         (Run(frozen="2.weight"), "in update 1, in the gradient", "part of the model gets no gradient"),
         (Run(wide=True), "at the start", "different initial weights"),
     ],
-    ids=["seed", "data", "rate", "scale", "clip", "precision", "dropout", "one tensor", "frozen", "shape"],
+    ids=["seed", "data", "rate", "scale", "clip", "precision", "dropout", "one tensor", "only one", "frozen", "shape"],
 )
 def test_the_first_difference_is_named(second: Run, where: str, cause: str, compared: Compared) -> None:
     code, text = compared(Run(), second)

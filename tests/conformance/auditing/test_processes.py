@@ -68,6 +68,7 @@ def test_a_healthy_parallel_run_is_accused_of_nothing_and_equals_one_process(
         ("none", "", "replicas-apart"),
         ("ddp", "data", "same-data"),
         ("ddp", "one tensor", "replicas-apart"),
+        ("none", "clipped", "replicas-apart"),
         ("none", "start", "starts-differ"),
     ],
 )
@@ -75,6 +76,7 @@ def test_a_fault_between_processes_is_named(kind: str, fault: str, rule: str, tm
     seen = found(audit(tmp_path / "two", kind, fault), "fault")
     assert rule in seen
     assert fault != "one tensor" or "3.bias" in seen[rule]
+    assert fault != "clipped" or "; the gradients of 3.bias are not reduced; clipping multiplies" in seen[rule]
 
 
 def test_two_nodes_write_one_report(tmp_path: Path) -> None:
