@@ -323,7 +323,12 @@ def report_command(options: argparse.Namespace) -> int:
         kill_matrix = read_kill_matrix(options.kill_matrix) if options.kill_matrix else None
         findings = read_findings(options.findings) if options.findings else []
         first, *others = render(read_columns(options.results), kill_matrix, options.out, findings)
-    print(plain(f"Written: {options.out / first}, and beside it {', '.join(others)}"))
+    beside = (
+        f"{len(others)} files: pages of stacks and findings, badges, matrix.md"
+        if len(others) > 8
+        else ", ".join(others)
+    )
+    print(plain(f"Written: {options.out / first}, and beside it {beside}"))
     if not findings:
         print("No page tells how a failure was reproduced by hand: --findings FOLDER adds such pages.")
     return 0

@@ -86,6 +86,12 @@ def results_page() -> str:
         "without the suite: see [the findings](../reports/findings/README.md). [Verdicts](verdicts.md) says "
         "what a failure means. A legend stands below each table.\n"
     )
+    lines.append(
+        "The figures are those of the files in `reports/conformance/`. In each, `judged as` names the subject, and "
+        "`gpt-conformance` the version of the suite: `python -m conformance run --subject SUBJECT` judges that stack "
+        "again, if it is installed. A clause is not judged (·) where it, or a capability that it needs, is newer than "
+        "the file. What deviates (≈) is declared in `reports/deviations/`, to be named with `--deviations`.\n"
+    )
     for title, reports in (("On a CPU", on_cpu), ("On a GPU", on_gpu)):
         machines = dict.fromkeys(machine(report) for report in reports)
         lines.append(f"## {title}\n\n{'; '.join(machines)}.\n")
