@@ -23,10 +23,13 @@ FOLLOWS: Mapping[str, tuple[str, ...]] = {
     "PREC-2": ("PREC-4",),
     "PREC-3": ("DATA-6",),
     "EMB-8": ("EVAL-1", "EVAL-3"),
+    "EMB-14": ("ACC-6",),
+    "EMB-15": ("EVAL-9",),
     "ACC-5": ("ACC-10",),
     "ACC-6": ("EVAL-1", "DIST-3"),
     "RESUME-1": ("RESUME-2", "DROP-1", "EVAL-8", "EVAL-7", "OPT-12", "INIT-6", "RESUME-7"),
     "RESUME-2": ("DATA-3",),
+    "DIST-12": ("RESUME-1", "RESUME-2"),
     "DATA-6": ("LOSS-1",),
     "CAUSAL-1": ("CAUSAL-2",),
 }

@@ -154,7 +154,15 @@ def build_parser() -> argparse.ArgumentParser:
     explain.add_argument("--format", choices=("text", "json"), default="text", help="what to print (default: text)")
     explain.set_defaults(command=explain_command)
 
-    report = commands.add_parser("report", help="turn result files into pages, a Markdown table and badges")
+    report = commands.add_parser(
+        "report",
+        help="turn result files into pages, a Markdown table and badges",
+        description="Turn result files into pages, a Markdown table and badges.\n"
+        "If the files hold two releases of a stack, the pages say what the newer one mends and breaks.",
+        formatter_class=plain,
+        epilog="examples:\n  python -m conformance report conformance.json --out pages\n"
+        "  python -m conformance report old.json new.json\n",
+    )
     report.add_argument("results", nargs="+", type=Path, metavar="FILE", help="a JSON file that run --report wrote")
     report.add_argument(
         "--kill-matrix", type=Path, metavar="FILE", help="also show this JSON file of nox -s mutants -- --write FILE"

@@ -64,6 +64,8 @@ class Unavailable(ConformanceError):
     """A case of the bench cannot run here. The message is one sentence, and becomes the row's reason."""
 
 
+REFUSED = "the stack refuses what the clause asks for: "
+"""What stands before a reason that train() gave with NotApplicable."""
 LONGEST = 380  # characters of a message
 
 

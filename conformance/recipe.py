@@ -157,7 +157,7 @@ class Recipe:
     activation_checkpointing: bool = False
     """Recompute activations in the backward instead of keeping them (capability activation-checkpointing)."""
     compile: bool = False
-    """Train through torch.compile; the recorder keeps it eager (capability compile)."""
+    """Train through torch.compile (capability compile). A recorded run keeps it eager; PREC-9 lets it compile."""
     world_size: int = 1
     """Ranks, on the CPU with gloo, started by the suite with torchrun's environment variables."""
     sharded: bool = False

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar, cast, get_args
 from conformance.blame import raised_by_adapter
 from conformance.capabilities import CAPABILITIES
 from conformance.errors import (
+    REFUSED,
     AdapterFailed,
     ConformanceError,
     NotApplicable,
@@ -182,7 +183,7 @@ class Runs:
                     f"train() raised NotApplicable after {len(attempt.trace.updates)} updates: it must do so before it "
                     "trains"
                 ) from attempt.error
-            raise NotApplicable(f"the stack refuses what the clause asks for: {attempt.error}")
+            raise NotApplicable(f"{REFUSED}{attempt.error}")
         if attempt.error is not None and raised_by_adapter(attempt.error, self.subject):
             raise AdapterFailed(describe_error(attempt.error)) from attempt.error
         return attempt
@@ -210,7 +211,8 @@ class Runs:
         """Return the traces of all ranks of a run on several processes.
 
         Raises:
-            RunFailed: if a rank raised.
+            NotApplicable: if the adapter said on a rank that the stack refuses such a recipe by design.
+            RunFailed: if a rank raised something else.
         """
         from conformance.recording.ranks import run_on_ranks
 

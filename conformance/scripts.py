@@ -4,7 +4,7 @@ import ast
 import sys
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import chdir
+from contextlib import chdir, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -19,6 +19,7 @@ def run_script(
     arguments: Sequence[object] = (),
     settings: Mapping[str, Any] | None = None,
     folder: Path | None = None,
+    files: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Run a script as its users do, with other values for names at its top level, and return its globals.
 
@@ -31,9 +32,12 @@ def run_script(
         arguments: its command line, without its name.
         settings: values by name: numbers, functions, classes.
         folder: the working directory of the run, into which the script then writes; None: as it is.
+        files: relative paths of what the script reads (``input.txt``). Each is looked for in the current folder and
+            beside the script, and linked into ``folder``.
 
     Raises:
-        UsageError: if the script cannot be read or parsed, or binds none of the names at its top level.
+        UsageError: if the script cannot be read or parsed, or binds none of the names at its top level, or if a file
+            that it reads is not there.
         RuntimeError: if the script ends with an exit code other than 0.
     """
     file, values = Path(path).resolve(), dict(settings or {})
@@ -49,6 +53,9 @@ def run_script(
     module = types.ModuleType("__main__")
     module.__dict__.update({"__file__": str(file), VALUES: values})
     words = [str(file), *map(str, arguments)]
+    sources = Path.cwd(), file.parent
+    if folder is not None:
+        link(file.name, files, sources, folder)
     replaced = patch.multiple(sys, argv=words, path=[str(file.parent), *sys.path])
     with chdir(folder or Path.cwd()), replaced, patch.dict(sys.modules, {"__main__": module}):
         try:
@@ -56,7 +63,29 @@ def run_script(
         except SystemExit as end:
             if end.code not in (None, 0):
                 raise RuntimeError(f"{file.name} ended with the exit code or message {end.code!r}") from end
+        except FileNotFoundError as error:
+            name = str(error.filename)
+            if folder is None or Path(name).is_absolute() or not any((source / name).exists() for source in sources):
+                raise
+            raise UsageError(
+                f"{file.name} reads {name}, which is not in the folder that it runs in: name it in the adapter's call, "
+                f"run_script(..., files=[{name!r}])."
+            ) from error
     return module.__dict__
+
+
+def link(script: str, names: Sequence[str], sources: Sequence[Path], folder: Path) -> None:
+    """Link what a script reads into the folder that it runs in, from the first of some folders that has it."""
+    for name in names:
+        found = next((source / name for source in sources if (source / name).exists()), None)
+        if found is None or Path(name).is_absolute():
+            raise UsageError(
+                f"{script} is said to read {name}, which is neither in the current folder nor beside the script: "
+                "correct the relative path in the files of run_script()."
+            )
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):  # another rank was first, or an earlier run wrote there
+            (folder / name).symlink_to(found.resolve())
 
 
 def parsed(path: Path) -> ast.Module:

@@ -286,7 +286,24 @@ def escaped(text: str) -> str:
 
 
 PAGES: dict[str, Callable[[], str]] = {"docs/clauses.md": clauses_page, "docs/results.md": results_page}
+
+
+def blind_table() -> str:
+    """Return how many of the blind faults of each chapter a clause killed: at first sight, and now."""
+    found = read_json(REPORTS / "blind-mutants.json", "blind faults")
+    rows = ["| chapter | faults | killed at first sight | the first letter named the cause | killed now |"]
+    rows.append("|---|---|---|---|---|")
+    chapters = dict.fromkeys(row["chapter"] for row in found["faults"])
+    for chapter in (*chapters, None):
+        those = [row for row in found["faults"] if chapter in (row["chapter"], None)]
+        first, now = ([row[sight] for row in those if row[sight]["clause"]] for sight in ("first sight", "now"))
+        cells = (len(those), len(first), sum(judged["names the cause"] for judged in first), len(now))
+        rows.append(f"| {chapter or '**all**'} | {' | '.join(map(str, cells))} |")
+    return "\n".join(rows) + "\n"
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
+    "blind": blind_table,
     "audit-score": audit_score_table,
     "audit-rules": audit_rules,
     "audit-stacks": audit_stacks_table,

@@ -47,11 +47,13 @@ def test_the_adapter_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     (tmp_path / "my_adapter.py").write_text(adapter)
     with Session(load_subject("my_adapter:Mine")) as session:
         results = [session.judge(clause) for clause in catalogue().values()]
-    counted = {outcome: sum(r.outcome == outcome for r in results) for outcome in ("pass", "fail", "error")}
+    counted = {outcome: sum(r.outcome == outcome for r in results) for outcome in ("pass", "fail", "n/a", "error")}
     text = README.read_text(encoding="utf-8")
     said = re.search(r"The loop passes (\d+) clauses and fails (\w+):", text)
+    rest = re.search(r"The other (\d+) are `n/a`", text)
     assert said
-    assert counted == {"pass": int(said[1]), "fail": {"three": 3}[said[2]], "error": 0}
+    assert rest
+    assert counted == {"pass": int(said[1]), "fail": {"three": 3}[said[2]], "n/a": int(rest[1]), "error": 0}
     failed = {result.clause.id for result in results if result.outcome == "fail"}
     assert failed == set(re.findall(r"\(([A-Z]+-\d+)\)", text.partition("The loop passes")[2].partition("]")[0]))
 

@@ -99,6 +99,8 @@ class Facts:
     trace: Trace = field(default_factory=Trace)
     rank: int = 0
     world: int = 1
+    connected: bool = True
+    """torch.distributed had a process group when the first backward began, or was not looked at."""
     asked: int = 4
     """Updates that were to be recorded."""
     backwards: list[Backward] = field(default_factory=list)

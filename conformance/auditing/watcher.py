@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -258,6 +259,7 @@ class Auditor:
             self.leaves = [leaf for leaf in leaves if id(leaf) not in names]
         if module is None:
             return
+        facts.connected = dist.is_available() and dist.is_initialized()
         for name, part in module.named_modules():
             if chances_of(part):
                 facts.dropout[name or type(part).__name__] = part.training

@@ -173,7 +173,7 @@ def prepare(peer: Peer, config: GPTConfig, setting: Setting) -> Prepared:
             model = peer.build(config).to(device).train()
     except ImportError as error:
         raise Unavailable(
-            f"{peer.package} cannot be imported ({error}): pip install gpt-conformance[peers]."
+            f"{peer.package} cannot be imported ({error}): pip install 'gpt-conformance[peers]'."
         ) from error
     microbatch = 2 if setting.small else MICROBATCH
     batches = random_batches(config, microbatch, device)

@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 import gc
-import importlib
+import importlib.util
 import os
 import shutil
 import signal
@@ -77,6 +77,8 @@ def run_bench(options: argparse.Namespace) -> int:
         ClockError: if the clock cannot be trusted on this device.
     """
     started = time.perf_counter()
+    if importlib.util.find_spec("pytest_benchmark") is None:
+        raise UsageError("the bench needs pytest-benchmark: install it with pip install 'gpt-conformance[bench]'.")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UsageError(
             "there is no CUDA device: run the bench on a machine with a GPU, or add `--device cpu` for a small "

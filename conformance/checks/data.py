@@ -104,6 +104,26 @@ def predicts_next(logits: Sequence[Tensor], rows: Sequence[Tensor], losses: Sequ
         )
 
 
+def divided_by_counts(logits: Sequence[Tensor], rows: Sequence[Tensor], losses: Sequence[float]) -> bool:
+    """Return True if each loss is the sum of the cross entropies of the next tokens, divided by a whole number.
+
+    transformers' Trainer divides by one target too many in each sequence of a GPT-2: other clauses judge by how many.
+
+    Args:
+        logits: of each microbatch, (B, T, V) or (B, T + 1, V).
+        rows: their tokens, (B, T + 1); -100 is ignored.
+        losses: their losses.
+    """
+    length = rows[0].shape[1] - 1
+    for scores, tokens, loss in zip(logits, rows, losses, strict=True):
+        targets = tokens[:, 1:]
+        total = mean_entropy(scores[:, :length], targets) * int((targets != IGNORED).sum())
+        number = total / loss if loss else 0.0
+        if round(number) < 1 or abs(number - round(number)) > 1e-3:
+            return False
+    return True
+
+
 def targets_are_next(targets: Sequence[Tensor], rows: Sequence[Tensor]) -> None:
     """Check that the targets of cross entropies are each token's next one.
 

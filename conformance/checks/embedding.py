@@ -49,6 +49,28 @@ def swapped(embeddings: Iterable[EmbeddingInfo]) -> list[str]:
     return [info.name for info in embeddings if info.kind.endswith(f".{STABLE}")]
 
 
+def norms_trained(tensors: Mapping[str, TensorInfo], names: Iterable[str]) -> None:
+    """Check that the norm of each StableEmbedding is trained where its table is.
+
+    Args:
+        tensors: of the run.
+        names: of the modules that were swapped.
+
+    Raises:
+        Violation: naming tensors of norms that are frozen.
+    """
+    frozen = [
+        f"{name}.norm.{part}"
+        for name in names
+        for part in ("weight", "bias")
+        if f"{name}.norm.{part}" in tensors
+        and f"{name}.weight" in tensors
+        and tensors[f"{name}.weight"].trainable > tensors[f"{name}.norm.{part}"].trainable
+    ]
+    if frozen:
+        raise Violation("the norm of a swapped embedding is trained beside its table", f"frozen: {quoted(frozen)}")
+
+
 def state_bits(state: Mapping[str, Mapping[str, object]], tensors: Mapping[str, TensorInfo], wide: set[str]) -> None:
     """Check that state has 32 bits for the tensors in ``wide``, and 8 bits for every other large tensor.
 

@@ -65,6 +65,29 @@ def frozen_alike(plain: Iterable[str], stable: Iterable[str], embeddings: Collec
         raise Violation("the same tensors are trained with and without StableEmbedding, but for the embedding", seen)
 
 
+def base_frozen(tensors: Mapping[str, TensorInfo], base: Collection[str], embeddings: Iterable[str]) -> None:
+    """Check that no tensor of the model that a run starts from is trained, but those of embeddings.
+
+    Args:
+        tensors: of the run, whose names may have something before those of the base.
+        base: names of the tensors of the model that it starts from.
+        embeddings: names of the run's embeddings; what lies in one may be trained.
+
+    Raises:
+        Violation: naming tensors that are trained.
+    """
+    inside = tuple(f"{name}." for name in embeddings)
+    trained = [
+        name
+        for name, info in tensors.items()
+        if info.trainable
+        and not name.startswith(inside)
+        and any(name == known or name.endswith(f".{known}") for known in base)
+    ]
+    if trained:
+        raise Violation("the model's own tensors are frozen, but for embeddings", f"trained: {quoted(trained)}")
+
+
 def same_first_loss(before: float, after: float, messages: Iterable[str]) -> None:
     """Check that the first loss of a run is that of the model it started from, or that a message says how it moves.
 

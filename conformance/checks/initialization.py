@@ -115,6 +115,24 @@ def starts_differ(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> 
         raise Violation("another seed gives other random weights", f"equal under both seeds: {quoted(equal)}")
 
 
+def starts_apart(tensors: Mapping[str, Tensor]) -> None:
+    """Check that no two tensors that are drawn at random start with the same values.
+
+    Raises:
+        Violation: naming tensors that do.
+    """
+    drawn = {name: t for name, t in tensors.items() if t.numel() > 1 and t.unique().numel() > 2}
+    names = list(drawn)
+    alike = [
+        f"{other} = {name}"
+        for number, name in enumerate(names)
+        for other in names[number + 1 :]
+        if drawn[name].shape == drawn[other].shape and torch.equal(drawn[name], drawn[other])
+    ]
+    if alike:
+        raise Violation("every random tensor starts with values of its own", f"the same values: {quoted(alike)}")
+
+
 def starts_ignorant(loss: float, vocabulary: int) -> None:
     """Check that the first loss is that of a model that knows nothing: ln V nats per token.
 

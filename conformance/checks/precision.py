@@ -126,3 +126,32 @@ def moved_alike(start: Mapping[str, Tensor], expected: Mapping[str, Tensor], see
 def distance(one: Tensor, other: Tensor) -> float:
     """Return the norm of the difference of two tensors."""
     return float((one.double() - other.double()).norm())
+
+
+def not_rounded(
+    before: Mapping[str, Tensor], after: Mapping[str, Tensor], later: Mapping[str, Tensor], when: str
+) -> None:
+    """Check that float32 tensors which an update has moved still hold more than bfloat16 numbers at the next.
+
+    Args:
+        before: tensors before the update.
+        after: after it.
+        later: before the next.
+        when: that is, for the message.
+
+    Raises:
+        Violation: naming tensors that hold bfloat16 numbers only.
+    """
+    rounded = [
+        name
+        for name, tensor in later.items()
+        if tensor.dtype == torch.float32
+        and tensor.numel() >= 64  # a few values may be bfloat16 numbers by chance
+        and not torch.equal(before[name], after[name])
+        and torch.equal(tensor, tensor.bfloat16().float())
+    ]
+    if rounded:
+        raise Violation(
+            f"float32 values in float32 weights {when}",
+            f"{len(rounded)} of {len(later)} tensors hold bfloat16 numbers alone: {quoted(rounded)}",
+        )

@@ -34,6 +34,8 @@ class Files:
             try:
                 if not path.is_file() or NOT_A_CHECKPOINT.search(path.name):
                     continue
+                if path.is_symlink() and not path.resolve().is_relative_to(self.directory.resolve()):
+                    continue  # data that the run reads
                 stat = path.stat()
             except OSError:  # removed meanwhile
                 continue

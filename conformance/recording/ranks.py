@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from conformance.errors import RunFailed, describe_error
+from conformance.errors import REFUSED, NotApplicable, RunFailed, describe_error
 from conformance.recipe import Recipe
 from conformance.subject import Subject
 
@@ -26,7 +26,8 @@ def run_on_ranks(subject: Subject, recipe: Recipe, directory: Path) -> "list[Tra
     """Train ``recipe`` on ``recipe.world_size`` processes and give back their traces, by rank.
 
     Raises:
-        RunFailed: if a rank raised or did not end in time.
+        NotApplicable: if a rank raised it before its first update: the stack refuses the recipe by design.
+        RunFailed: if a rank raised something else, or did not end in time.
     """
     if recipe.sharded:
         for module in ("torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict"):
@@ -94,7 +95,7 @@ def run_rank(rank: int, subject: Subject, recipe: Recipe, directory: Path, port:
 
     from conformance.recording import record
 
-    failure = ""
+    failure = refusal = ""
     with open(os.devnull, "w") as nowhere:
         for stream in (1, 2):  # by number: handlers of loggers and native code keep the streams they once had
             os.dup2(nowhere.fileno(), stream)
@@ -104,9 +105,11 @@ def run_rank(rank: int, subject: Subject, recipe: Recipe, directory: Path, port:
                 subject.train(dataclasses.replace(recipe, directory=directory))
             except BaseException as error:
                 failure = f"rank {rank} raised {describe_error(error)}"
+                if isinstance(error, NotApplicable) and not trace.updates:  # after one, it is the adapter's mistake
+                    refusal = f"{REFUSED}{error}"
         # Sent before the process group is left, which makes the others fail; so the first to arrive is the cause. As
         # bytes: a tensor sent as an object would be passed by a file descriptor that dies with this process.
-        pipe.send_bytes(pickle.dumps((trace, failure)))
+        pipe.send_bytes(pickle.dumps((trace, failure, refusal)))
         pipe.close()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -116,6 +119,7 @@ def receive_all(pipes: dict[Connection, int]) -> "list[Trace]":
     """Return the traces that the ranks send, by rank.
 
     Raises:
+        NotApplicable: as soon as a rank sent that the stack refuses the recipe.
         RunFailed: as soon as a rank raised or died, with the first to do so: the others only lose their peer.
     """
     from conformance.recording.masters import complete
@@ -130,9 +134,11 @@ def receive_all(pipes: dict[Connection, int]) -> "list[Trace]":
             assert isinstance(pipe, Connection)
             rank = waiting.pop(pipe)
             try:
-                traces[rank], failure = pickle.loads(pipe.recv_bytes())
+                traces[rank], failure, refusal = pickle.loads(pipe.recv_bytes())
             except EOFError:
-                failure = f"rank {rank} died without sending its trace"
+                failure, refusal = f"rank {rank} died without sending its trace", ""
+            if refusal:
+                raise NotApplicable(refusal)
             if failure:
                 raise RunFailed(failure)
     found = [traces[rank] for rank in sorted(traces)]

@@ -230,13 +230,14 @@ class Checkpoint:
     """For each of the files: a copy of its content, and the time (ns) and size of the file when it was copied."""
 
     def find(self, name: str) -> Path:
-        """Return the file called ``name``; for adapters, which know what their stack calls its files.
+        """Return the file or folder called ``name``; for adapters, which know what their stack calls its files.
 
         If a file of the checkpoint was written over since, the path is that of a copy, in a folder with copies of
         all files of the checkpoint.
 
         Args:
-            name: a name, or a pattern such as ``*.ckpt`` that fits the name or the end of the path.
+            name: a name, or a pattern such as ``*.ckpt`` that fits the name or the end of the path of a file, or else
+                the name of a folder that holds files of the checkpoint, such as ``step-*``.
 
         Raises:
             NotWritten: if there is no such file; the message lists those that were written.
@@ -246,6 +247,10 @@ class Checkpoint:
         for path, place in zip(self.files, self.places(), strict=True):
             if fnmatch(path.name, name) or path.match(name):
                 return place
+        for path, place in zip(self.files, self.places(), strict=True):
+            for above, folder in zip(path.parents, place.parents, strict=False):
+                if fnmatch(above.name, name):
+                    return folder
         raise NotWritten(f"no {name} was written at update {self.update}, only {[p.name for p in self.files]}")
 
     def places(self) -> tuple[Path, ...]:

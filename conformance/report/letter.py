@@ -1,14 +1,17 @@
 """The result as a doctor's letter: what was checked, what is wrong, why it matters, how to mend it."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from conformance.capabilities import CAPABILITIES
 from conformance.causes import explained_by, in_order_of_cause
 from conformance.clause import CHAPTERS, Clause, chapter_and_number
+from conformance.errors import REFUSED
 from conformance.report.result import Report, Verdict, repeat_command
 from conformance.session import OUTCOMES
 from conformance.version import DISTRIBUTION
@@ -50,14 +53,20 @@ def print_letter(console: Console, report: Report, clauses: Mapping[str, Clause]
         if rows:
             console.print(tally(title, rows))
     told = [verdict.id for verdict in report.verdicts.values() if verdict.outcome in TOLD]
+    same = alike(report)
     for identity in in_order_of_cause(told):
-        print_finding(console, report, report.verdicts[identity], clauses.get(identity), verbose)
+        if identity not in same:
+            print_finding(console, report, report.verdicts[identity], clauses.get(identity), verbose)
+        elif same[identity][0] == identity:
+            print_alike(console, report, same[identity], verbose)
     print_reasons(console, report)
     total = Text("\nResult: ", style="bold")
     for number, (outcome, found) in enumerate((o, n) for o, n in report.summary().items() if n):
         total.append(", " if number else "", style="not bold").append(f"{found} {outcome}", style=STYLES[outcome])
     seconds = sum(verdict.seconds for verdict in report.verdicts.values())
     console.print(total.append(f", {seconds:.1f} s", style="not bold"))
+    for line in advice(report, clauses):
+        console.print(Text(line, "yellow"))
     if report.partial:
         console.print(
             Text("Partial: not all clauses were judged, so this is not a result for the stack as a whole.", "yellow")
@@ -107,6 +116,46 @@ def print_finding(console: Console, report: Report, verdict: Verdict, clause: Cl
     console.print(repeat, soft_wrap=True)
     if verbose and verdict.traceback:
         console.print(Text(verdict.traceback, style="dim"))
+
+
+def alike(report: Report) -> dict[str, list[str]]:
+    """Return the clauses that ended with the same error, for each of them, where there are more than two."""
+    by_reason: dict[str, list[str]] = {}
+    for verdict in report.verdicts.values():
+        if verdict.outcome == "error":
+            by_reason.setdefault(verdict.reason, []).append(verdict.id)
+    return {identity: ids for ids in by_reason.values() if len(ids) > 2 for identity in ids}
+
+
+def print_alike(console: Console, report: Report, ids: list[str], verbose: bool) -> None:
+    """Print an error that kept several clauses from a verdict, once."""
+    first = report.verdicts[ids[0]]
+    console.print(Text(f"\nERROR in {len(ids)} clauses", style=STYLES["error"]).append("  all with the same reason"))
+    for label, text in (("Reason", first.reason), ("Clauses", ", ".join(ids))):
+        console.print(Padding(Text(f"{label}: ", style="dim").append(text, style="default not dim"), (0, 0, 0, 2)))
+    repeat = Text("  Repeat: ", style="dim").append(repeat_command(report.spec, first.id), style="not dim")
+    console.print(repeat, soft_wrap=True)
+    if verbose and first.traceback:
+        console.print(Text(first.traceback, style="dim"))
+
+
+def advice(report: Report, clauses: Mapping[str, Clause]) -> Iterator[str]:
+    """Yield what to do about a result that says more about the adapter than about the stack."""
+    verdicts = report.verdicts.values()
+    if verdicts and all(verdict.outcome == "n/a" for verdict in verdicts):
+        reasons = Counter(
+            verdict.reason.removeprefix(REFUSED) for verdict in verdicts if not verdict.reason.startswith("lacks ")
+        )
+        why = f": {reasons.most_common(1)[0][0]}" if reasons else ", because the adapter lacks what the clauses need"
+        yield f"Nothing was judged{why.rstrip('.')}."
+    outcomes = {verdict.id: verdict.outcome for verdict in verdicts if verdict.outcome in ("pass", "fail")}
+    for capability in CAPABILITIES:
+        needing = [i for i in outcomes if i in clauses and capability in clauses[i].needs]
+        if len(needing) > 2 and all(outcomes[i] == "fail" for i in needing):
+            yield (
+                f"Every clause that needs {capability} fails ({', '.join(needing)}): if the stack has no such option, "
+                f"name {capability} in the adapter's lacks."
+            )
 
 
 def print_reasons(console: Console, report: Report) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import contextlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -24,6 +26,8 @@ from conformance.skeleton.found import Found, found_in, shortened
 from conformance.skeleton.names import Setting, likely_places, settings_of
 
 UPDATES = 4
+MOST = 20
+"""Files that the skeleton names."""
 MANY = 20_000
 """Files that are looked at in a folder; there may be a data set in it."""
 NEEDED = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "microbatch_size", "updates", "lr")
@@ -51,8 +55,9 @@ def new_adapter(options: argparse.Namespace) -> int:
     check_out(target)
     began_with = f"Running {script} until it has made {UPDATES} updates, to see how it trains ..."
     print(plain(began_with), file=sys.stderr, flush=True)
-    began, places = time.time_ns(), {Path.cwd(), script.resolve().parent}
-    code, verdict = run_script([str(script), *options.arguments], partial(audited, UPDATES))
+    source, here, began = script.resolve(), Path.cwd(), time.time_ns()
+    with opened() as paths:
+        code, verdict = run_script([str(script), *options.arguments], partial(audited, UPDATES))
     if code == INTERRUPTED:
         return INTERRUPTED
     if code:
@@ -64,7 +69,8 @@ def new_adapter(options: argparse.Namespace) -> int:
         raise UsageError(
             f"{script} made no update that was seen: give it arguments after --, with which it trains in one process."
         )
-    found = found_in(facts, len(facts.updates) < UPDATES, written_since(began, places))
+    written, read = written_since(began, {here, source.parent}), read_only(paths, began, here, source)
+    found = found_in(facts, len(facts.updates) < UPDATES, written, read)
     content = skeleton(script, tree, out, options.arguments, found)
     check_out(target)  # the script itself may have written it
     with target.open("x", encoding="utf-8") as file:
@@ -106,6 +112,44 @@ def written_since(began: int, folders: set[Path]) -> dict[str, int]:
     return found
 
 
+@contextlib.contextmanager
+def opened() -> Iterator[list[str]]:
+    """Yield a list of paths: the relative ones that Python opens for reading while the current folder is this one."""
+    found: list[str] = []
+    here, watching = os.getcwd(), True
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:  # it stays for the life of the process
+        if not watching or event != "open" or not isinstance(arguments[0], str) or arguments[1] not in ("r", "rb"):
+            return
+        if not os.path.isabs(arguments[0]) and os.getcwd() == here:
+            found.append(os.path.normpath(arguments[0]))
+
+    sys.addaudithook(hook)
+    try:
+        yield found
+    finally:
+        watching = False
+
+
+def read_only(paths: Sequence[str], began: int, here: Path, script: Path) -> list[str]:
+    """Return which of some relative paths are files older than a time (ns), other than the script.
+
+    Args:
+        paths: relative to ``here``. One that leads above it is left out: it cannot be linked into another folder.
+        began: when the script began.
+        here: the folder in which it began.
+        script: its absolute path.
+    """
+    found = []
+    for path in dict.fromkeys(paths):
+        with contextlib.suppress(OSError):
+            if path.startswith("..") or not path.isprintable() or os.path.samefile(here / path, script):
+                continue
+            if (here / path).stat().st_mtime_ns < began:
+                found.append(path)
+    return found[:MOST]
+
+
 def files_below(folder: Path) -> Iterator[Path]:
     """Yield the files below a folder, except hidden ones and what Python compiles."""
     for place, folders, files in os.walk(folder):
@@ -134,7 +178,8 @@ def skeleton(script: Path, tree: ast.Module, out: Path, given: Sequence[str], fo
     kinds = sorted({kind.partition("(")[0] for kind in found.initial.values()}) or ["Normal"]
     recipe, script_name = Recipe(), shortened(script.name)
     unset = [field for field in NEEDED if field not in mapped]
-    questions = ("claims", "files", "initial") if found.constant_rate else ("schedule", "claims", "files", "initial")
+    fixed_clip = has(found, "clip") and "clip" not in mapped
+    questions = [*["clip"] * fixed_clip, *["schedule"] * (not found.constant_rate), "claims", "files", "initial"]
     template = environment().get_template("adapter.py.jinja")
     return template.render(
         script=script_name,
@@ -154,6 +199,8 @@ def skeleton(script: Path, tree: ast.Module, out: Path, given: Sequence[str], fo
         unset=", ".join(WORDS[field] for field in unset),
         likely=likely_places(tree, unset, found.seen),
         claims=claims,
+        fixed_clip=fixed_clip,
+        reads=[json.dumps(path) for path in found.reads],
         hints=list(hints(script_name, found, mapped)),
         lacking=lacking(script_name, found, mapped),
     )
@@ -209,6 +256,7 @@ def described(found: Found) -> Iterator[tuple[str, str]]:
     yield "learning rates", f"{found.rates}{' (constant)' if found.constant_rate else ''}"
     yield "dropout", "yes" if found.dropout else "no"
     yield "evaluates", "yes" if found.evaluates else "not in these updates"
+    yield "files read", ", ".join(map(shortened, found.reads[:5])) or "none by a relative path"
     yield "seed", f"{found.seed}" if found.seed is not None else "not seen"
     yield "loop", f"it ended after {found.updates} updates" if found.ended else f"more than {found.updates} updates"
     yield "printed", " | ".join(found.said) or "nothing"
@@ -219,7 +267,7 @@ def described(found: Found) -> Iterator[tuple[str, str]]:
 def hints(script: str, found: Found, mapped: set[str]) -> Iterator[str]:
     """Yield what a script seems to do and the adapter does not claim, as capabilities."""
     for capability, field in CLAIMS.items():
-        if has(found, capability) and field not in mapped:
+        if has(found, capability) and field not in mapped and capability != "clip":  # a question of its own
             yield f'"{capability}": seen, but no name or option of {script} was found that sets it'
     if not found.constant_rate:
         yield '"schedule": the learning rate changes from update to update (recipe.warmup, recipe.minimum_lr)'

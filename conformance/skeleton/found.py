@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,15 +48,18 @@ class Found:
     said: tuple[str, ...]
     files: tuple[str, ...]
     checkpoint: str | None
+    reads: tuple[str, ...]
+    """Relative paths."""
 
 
-def found_in(facts: Facts, ended: bool, files: Mapping[str, int]) -> Found:
+def found_in(facts: Facts, ended: bool, files: Mapping[str, int], reads: Sequence[str] = ()) -> Found:
     """Return what an adapter's skeleton says of a run.
 
     Args:
         facts: of the audit; at least one update.
         ended: whether the script ended by itself.
         files: those that it wrote, with their sizes in bytes.
+        reads: relative paths of those that it read.
     """
     trace = facts.trace
     rates = [step.groups[0].settings.get("lr") for update in facts.updates for step in update.steps[:1] if step.groups]
@@ -101,6 +104,7 @@ def found_in(facts: Facts, ended: bool, files: Mapping[str, int]) -> Found:
         said=tuple(dict.fromkeys(shortened(line.text) for line in facts.said))[:4],
         files=tuple(map(shortened, files)),
         checkpoint=next((shortened(n) for n, size in files.items() if is_checkpoint(n, size, weights)), None),
+        reads=tuple(reads),
     )
 
 
@@ -179,8 +183,20 @@ def distribution(facts: Facts, names: list[str]) -> str:
     if abs(mean) > deviation / 2:  # the norm is that of the mean, too
         return f"Normal({mean:.2g}, {samples.std().item():.2g})"
     if is_uniform(samples / deviation):
-        return f"Uniform({-math.sqrt(3) * deviation:.2g}, {math.sqrt(3) * deviation:.2g})"
-    return f"Normal(0.0, {deviation:.2g})"
+        bound = rounded(math.sqrt(3) * deviation, math.sqrt(0.2 / size))
+        return f"Uniform(-{bound}, {bound})"
+    return f"Normal(0.0, {rounded(deviation, math.sqrt(0.5 / size))})"
+
+
+def rounded(value: float, error: float) -> str:
+    """Return the shortest number within two standard errors of a measured one: what somebody may have written.
+
+    Args:
+        value: measured, above 0.
+        error: its standard error, relative to it: sqrt((kurtosis - 1) / 4n) of a deviation.
+    """
+    texts = [f"{value:.{digits}g}" for digits in range(1, 5)]
+    return next((text for text in texts if abs(float(text) - value) <= 2 * error * value), texts[-1])
 
 
 def is_uniform(samples: Tensor) -> bool:

@@ -8,7 +8,7 @@ from conformance.errors import Violation, quoted
 from conformance.recipe import OptimizerChoice, Recipe
 from conformance.recording.trace import Trace
 from conformance.runs import Runs
-from conformance.suites import ADAMW, seen, shapes
+from conformance.suites import ADAMW, asked_for, seen, shapes
 
 MEMORY = "conformance.probes:MemoryTransformer"
 STRONG = OptimizerChoice.of(ADAMW, lr=1e-2, weight_decay=0.1)
@@ -101,19 +101,17 @@ def test_decay_as_declared(runs: Runs) -> None:
         check_factors(runs, recipe, runs.trace(recipe))
 
 
-def check_factors(runs: Runs, recipe: Recipe, run: Trace) -> None:
-    """Check that the first step of a run without gradients acts as the subject's policy says."""
-    update = run.update(0)
-    rates = {name: runs.policy.rate(recipe, 0, run.tensors[name]) for name in run.trainable}
+def check_factors(runs: Runs, recipe: Recipe, run: Trace, number: int = 0) -> None:
+    """Check that a step of a run without gradients acts as the subject's policy says: the first, or number n from 0."""
+    update = run.update(number)
+    rates = {name: runs.policy.rate(recipe, number, run.tensors[name]) for name in run.trainable}
     strength = dict(recipe.optimizer.arguments)["weight_decay"]
-    factors = {
-        name: 1.0 - rates[name] * strength if runs.policy.decays(recipe, run.tensors[name]) else 1.0
-        for name in run.trainable
-    }
+    decays = {name: runs.policy.decays(recipe, run.tensors[name]) for name in run.trainable}
+    factors = {name: 1.0 - rates[name] * strength if decays[name] else 1.0 for name in run.trainable}
     decay.decay_acts(update.before, update.after, factors)
     # A tensor of zeros (a fresh bias, a gain stored as its offset from 1) shows nothing: there its group must do.
     acting = {name: group.settings.get("weight_decay", 0.0) != 0 for group in update.groups for name in group.tensors}
-    wrong = [n for n in factors if not update.before[n].any() and acting.get(n, False) != (factors[n] != 1.0)]
+    wrong = [n for n in factors if not update.before[n].any() and acting.get(n, False) != decays[n]]
     if wrong:
         raise Violation(
             "tensors of zeros are in groups that decay as the policy declares", f"these are not: {quoted(wrong)}"
@@ -196,3 +194,24 @@ def test_groups_independent_of_wrappers(runs: Runs) -> None:
 def decays_by_name(run: Trace) -> dict[str, object]:
     """Return the weight decay of each tensor."""
     return {name: group.settings.get("weight_decay") for group in run.update(0).groups for name in group.tensors}
+
+
+@clause(
+    "DECAY-9",
+    since="0.2",
+    needs=("keywords", "schedule"),
+    why="If the decay itself follows the schedule, it is multiplied by the rate twice, and hardly acts in most of the "
+    "run; the closed form of each step shows nothing, because it takes the setting as it finds it.",
+    mend="Leave weight_decay as the user gave it: the optimizer multiplies it by the rate of the update.",
+    source="NVIDIA-NeMo/Automodel#3883, NVIDIA/Megatron-LM#7468 (a decay other than the one that was asked for)",
+    bound="as DECAY-4, in each of four updates",
+)
+def test_decay_under_a_schedule(runs: Runs) -> None:
+    """Under a schedule, with zero gradients, every step multiplies each decayed tensor by 1 - lr * weight_decay, with
+    the rate of that update and the weight decay that the user gave, and leaves every other tensor alone.
+    """
+    recipe = Recipe(optimizer=STRONG, zero_gradients=True, updates=4, warmup=1, minimum_lr=2e-3)
+    for scheduled in shapes(runs, recipe):
+        run = runs.trace(scheduled)
+        for number in range(len(asked_for(scheduled, run))):
+            check_factors(runs, scheduled, run, number)

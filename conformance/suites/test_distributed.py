@@ -220,7 +220,8 @@ def test_sharded_updates(runs: Runs) -> None:
     the sequences, and moves the parameters alike, up to rounding, with and without clipping.
     """
     recipe = unsharded(runs)  # clipped gradients alone would not show a sum where a mean is due
-    for each in [recipe, replace(recipe, clip=0.5, save_every=None)] if runs.has("clip") else [recipe]:
+    limits = (0.5, 1000.0) if runs.has("clip") else ()  # below the norm, and so far above that nothing is clipped
+    for each in [recipe, *(replace(recipe, clip=limit, save_every=None) for limit in limits)]:
         one = runs.trace(each)
         for run in runs.ranks(sharded(each)):
             before, other_before = one.initial, run.initial
@@ -273,3 +274,34 @@ def test_a_sharded_run_takes_up_one_process(runs: Runs) -> None:
         what = f"at the start of sharded rank {run.rank}, which goes on from one process"
         tensors_equal(whole.update(-1).after, run.initial, f"parameters {what}")
         states_equal(whole.update(-1).state_after, run.update(0).state_before, f"optimizer state {what}")
+
+
+@clause(
+    "DIST-12",
+    since="0.2",
+    needs=("two-ranks", "resume"),
+    why="If a resumed run divides the data by another rule, both ranks train on the same sequences from then on, and "
+    "the others are never seen.",
+    mend="Give each rank its rank and the number of ranks again when the data goes on.",
+    source="TinyLlama#69, wyim-pgl/transgenic#59 (a resumed loader skips the wrong samples)",
+    bound="the sequences themselves, in order; bit equality of the parameters",
+)
+def test_two_ranks_go_on(runs: Runs) -> None:
+    """Two ranks that are resumed go on with the sequences that come next on each of them, and have the same parameters
+    as two ranks that were never interrupted, bit for bit.
+    """
+    recipe = shuffled_on_two_ranks() if runs.has("sampler") else on_two_ranks(interrupted(runs))
+    rows = recipe.dataset() if recipe.samples else torch.cat([torch.cat(recipe.batches(rank)) for rank in range(2)])
+    whole = runs.ranks(recipe)
+    try:
+        later = runs.ranks(replace(recipe, resume=saved(whole[0], 2), save_every=None))
+    except RunFailed as error:
+        raise Violation("two ranks that go on after update 2 of two ranks", str(error)) from error
+    for one, other in zip(whole, later, strict=True):
+        expected, found = by_update(one, rows)[2:], by_update(other, rows)
+        if expected != found:
+            raise Violation(f"after the resume rank {one.rank} goes on with samples {expected}", f"it takes {found}")
+    for one, other in zip(whole, later, strict=True):
+        what = f"rank {one.rank} resumed against rank {one.rank} not interrupted"
+        for number, update, resumed_one in paired(one.updates[2:], other.updates, what):
+            tensors_equal(update.after, resumed_one.after, f"parameters after update {number + 2}, {what}")

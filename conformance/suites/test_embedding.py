@@ -97,12 +97,14 @@ def test_options_survive_swap(runs: Runs) -> None:
     bound="exactly once; bit inequality after four updates",
 )
 def test_live_tensors_optimised(runs: Runs) -> None:
-    """The optimizer owns and trains the tensors of the swapped embedding, and holds no tensor of the one it
+    """The optimizer owns and trains the table and the norm of the swapped embedding, and holds no tensor of the one it
     replaced.
     """
     for recipe in shapes(runs, replace(STABLE, updates=4)):
         run = runs.trace(recipe)
-        require_swap(run)
+        stable = require_swap(run)
+        if runs.asks("0.2"):
+            embedding.norms_trained(run.tensors, stable)
         names = run.trainable
         groups = [group.tensors for group in run.update(0).groups]
         decay.covered_once(groups, names)
@@ -121,8 +123,12 @@ def test_live_tensors_optimised(runs: Runs) -> None:
     bound="dtype of the state",
 )
 def test_state_in_32_bits(runs: Runs) -> None:
-    """Under an 8-bit optimizer, the swapped embedding has 32-bit state and every other large tensor has 8-bit state."""
-    for recipe in shapes(runs, STABLE):
+    """Under an 8-bit optimizer, every swapped embedding has 32-bit state and every other large tensor has 8-bit
+    state.
+    """
+    # With 128 positions their table is large enough for 8-bit state, too.
+    long = shapes(runs, replace(STABLE, block_size=128, updates=1)) if runs.asks("0.2") else []
+    for recipe in (*shapes(runs, STABLE), *long):
         run = runs.trace(recipe)
         wide = {f"{name}.weight" for name in require_swap(run)}
         embedding.state_bits(run.update(-1).state_after, run.tensors, wide)

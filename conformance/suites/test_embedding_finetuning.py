@@ -341,3 +341,21 @@ def test_what_quantised_weights_change_is_told(runs: Runs) -> None:
     for start in starts(runs, replace(TUNED, quantised="nf4")):
         run = tuned(runs, start)
         finetuning.same_first_loss(base_loss(runs, start), first_loss(run, start), run.messages)
+
+
+@clause(
+    "EMB-19",
+    since="0.2",
+    needs=("finetune",),
+    why="A tensor of the model that is trained beside the adapters is not in the adapters' file: whoever loads them "
+    "beside the original model gets another function.",
+    mend="Freeze every parameter of the model first, and then add the adapters; unfreeze embeddings only.",
+    source="changjonathanc/minLoRA#2 (what is frozen beside LoRA), huggingface/peft: bias and modules_to_save",
+    bound="membership",
+)
+def test_only_adapters_are_trained(runs: Runs) -> None:
+    """Fine-tuning trains the adapters, and of the model that it starts from nothing but embeddings."""
+    for start in starts(runs):
+        base = runs.trace(replace(BASE, shape=start.shape)).tensors
+        for _, run in variants(runs, start):
+            finetuning.base_frozen(run.tensors, base, [info.name for info in run.embeddings])

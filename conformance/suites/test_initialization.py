@@ -264,3 +264,17 @@ def test_foreign_module_keeps_its_start(runs: Runs) -> None:
             wrong.append(f"{name} is {run.initial[name].double().mean().item():.4g} in the mean, not {value:g}")
     if wrong:
         raise Violation("a module of somebody else's starts from its own values", quoted(wrong))
+
+
+@clause(
+    "INIT-14",
+    since="0.2",
+    why="Layers that start equal stay alike for long, so the model has fewer different layers than it seems; each "
+    "tensor by itself looks as declared.",
+    mend="Draw all tensors from one generator, or seed each by its name; do not set the same seed before each layer.",
+    source="netket/netket#241 (the same seed for all layers)",
+)
+def test_no_two_tensors_start_alike(runs: Runs) -> None:
+    """No two tensors that are drawn at random start with the same values."""
+    for recipe in shapes(runs, Recipe(n_layer=4, updates=1)):
+        initialization.starts_apart(runs.start(recipe).initial)

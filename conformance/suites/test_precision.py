@@ -1,5 +1,6 @@
 """PREC: computed in the precision that was asked for, and the loss in float32 whatever that is."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -282,3 +283,21 @@ def test_compiled_as_without(runs: Runs) -> None:
         except RunFailed as failed:
             raise Violation("a run with torch.compile that trains to its end", str(failed)) from failed
         precision.moved_alike(start, expected, runs.load(saved(fast, recipe.updates)).state_dict())
+
+
+@clause(
+    "PREC-10",
+    since="0.2",
+    needs=("bf16-mixed",),
+    why="Weights in float32 whose values are rounded to 16 bits between the updates lose every small update, as 16-bit "
+    "weights do; their dtype shows nothing.",
+    mend="Keep the weights that the optimizer steps on, and round copies of them for the forward only.",
+    source="pytorch/ao#1124, meta-pytorch/torchtune#2254",
+    bound="values that are no bfloat16 numbers, in each float32 tensor of 64 elements and more that the update before "
+    "has moved (a healthy tensor has bfloat16 numbers alone with a chance of 2^-1024)",
+)
+def test_weights_keep_their_digits(runs: Runs) -> None:
+    """Under bf16-mixed, float32 weights keep float32 values from one update to the next."""
+    run = runs.trace(Recipe(precision="bf16-mixed"))
+    for number, (update, later) in enumerate(itertools.pairwise(run.updates), start=1):
+        precision.not_rounded(update.before, update.after, later.before, f"before update {number + 1}")

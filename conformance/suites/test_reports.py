@@ -127,13 +127,18 @@ def test_reported_rate(runs: Runs) -> None:
     bound="all digits of the number reported",
 )
 def test_reported_norm(runs: Runs) -> None:
-    """The last gradient norm that the run reports is that of a whole gradient, before clipping."""
+    """The last gradient norm that the run reports is that of a whole gradient, before clipping, with one microbatch and
+    with several.
+    """
     # So that the gradients are those of a run that clips none.
     still = replace(everyday(runs).optimizer, arguments=(("lr", STILL),))
     plain = Recipe(optimizer=still, microbatch_size=4)
-    norms = [total_norm(update.gradients) for update in runs.trace(plain).updates]
-    run = runs.trace(clipped(replace(plain), norms[0], 0.1))
-    found = gradient_norms(run.messages)
-    if not found:
-        raise NotApplicable("no message of the run gives a gradient norm")
-    one_is_among(found[-1:], norms, f"one of the norms {', '.join(f'{norm:.4g}' for norm in norms)}")
+    split = replace(plain, microbatch_size=1, microbatches=4)
+    for recipe in [plain, split] if runs.has("microbatches") and runs.asks("0.2") else [plain]:
+        norms = [total_norm(update.gradients) for update in runs.trace(recipe).updates]
+        run = runs.trace(clipped(recipe, norms[0], 0.1))
+        found = gradient_norms(run.messages)
+        if not found:
+            raise NotApplicable("no message of the run gives a gradient norm")
+        listed = ", ".join(f"{norm:.4g}" for norm in norms)
+        one_is_among(found[-1:], norms, f"with {recipe.microbatches} microbatches, one of the norms {listed}")

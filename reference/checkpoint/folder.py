@@ -6,6 +6,7 @@ A checkpoint is a folder ``step-00000100`` with
     state.pt            optimizer state, progress, precision state: tensors and plain values only
     config.json         the model's configuration, if it has one, the training configuration, the tokenizer's name
     tokenizer.json      the tokenizer, if it has a file
+    chat_template.jinja its chat template, if it has one
     SHA256SUMS          checksums of them all, checked on load
 
 It appears complete or not at all (reference.files), so a run that is killed while saving leaves the previous

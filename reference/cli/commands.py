@@ -218,7 +218,7 @@ def import_command(words: Sequence[str]) -> int:
     examples = (
         "  python -m reference import --format huggingface --from path/to/gpt2 --out out/gpt2\n"
         "  python -m reference generate --checkpoint out/gpt2 --prompt 'Hello'\n"
-        "  python -m reference train --init_from out/gpt2 --data.path data/mine             fine-tune it"
+        "  python -m reference train --init_from out/gpt2 --data data/mine                  fine-tune it"
     )
     options = read("import", ImportOptions, examples, words)
     with waiting("Loading PyTorch"):

@@ -84,6 +84,11 @@ class ConsoleHandler(logging.Handler):
         say(self.console, f"{level}{record.getMessage()}")
 
 
+def is_about_the_run(record: logging.LogRecord) -> bool:
+    """Return False for what bitsandbytes logs on a CPU when it is imported: that a package could be added."""
+    return "pip install kernels" not in record.getMessage()
+
+
 @contextlib.contextmanager
 def logging_to(console: "Console", first_rank: bool = True) -> Iterator[None]:
     """Show what the logger ``reference`` says; ranks but the first only warnings."""
@@ -92,6 +97,7 @@ def logging_to(console: "Console", first_rank: bool = True) -> Iterator[None]:
     before = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO if first_rank else logging.WARNING)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(is_about_the_run)
     logger.propagate = False  # else the root logger, if anything configured it, would say it again
     try:
         yield

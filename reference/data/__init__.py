@@ -3,8 +3,10 @@
 documents.py   text files, found, examined and divided into training and validation
 tokenizer.py   text to token ids and back: bytes, or a tokenizer.json
 prepare.py     the two together: write a data folder
+encode.py      its documents to token ids, piece by piece
 readback.py    what a tokenizer loses, by decoding a sample again
-tokenfile.py   token files on the disk, checked when they are opened
+tokenfile.py   token files on the disk, written completely or not at all
+sidecar.py     what a token file says of itself, checked when it is opened
 tokens.py      sequences from token files, in another order every epoch
 stream.py      sequences from text files that grow
 chat.py        chats by the tokenizer's own template

@@ -8,7 +8,7 @@ a turn is what it adds to the text before it and to the prompt for its generatio
 
 import json
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -18,14 +18,14 @@ import numpy as np
 import numpy.typing as npt
 
 from reference.data.timelimit import time_limit
-from reference.data.tokenizer import FileTokenizer, Tokenizer
+from reference.data.tokenizer import TEMPLATE, FileTokenizer, Tokenizer
 from reference.errors import ConfigurationError, DataError, first_line
 from reference.files import read_file, read_json
 
 if TYPE_CHECKING:
     from jinja2 import Template
 
-TEMPLATE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
+CONFIG = "tokenizer_config.json"
 PATIENCE = 5.0  # seconds that a template may take for a conversation
 LONGEST = 1 << 26  # characters that it may write
 Message = dict[str, Any]
@@ -56,6 +56,32 @@ class Conversation:
         return cls(text, tuple((start, stop) for start, stop in spans), said)
 
 
+def config_in(folder: Path) -> dict[str, Any]:
+    """Return what a folder's tokenizer_config.json says; nothing if it is not there."""
+    path = folder / CONFIG
+    if not path.exists():
+        return {}
+    try:
+        return read_json(path)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{path} cannot be read ({error}): get it again.") from error
+
+
+def template_in(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """Return the chat template of a folder, of several the one called default; or None.
+
+    Args:
+        folder: of the tokenizer.
+        config: what its tokenizer_config.json says.
+    """
+    found = config.get("chat_template")
+    if (folder / TEMPLATE).is_file():
+        found = read_file(folder / TEMPLATE).decode(errors="replace")
+    if isinstance(found, list):
+        found = {e.get("name"): e.get("template") for e in found if isinstance(e, dict)}.get("default")
+    return found if isinstance(found, str) else None
+
+
 class ChatTemplate:
     """The chat template beside a tokenizer.json.
 
@@ -75,31 +101,17 @@ class ChatTemplate:
             )
         self.tokenizer = tokenizer
         self.folder = Path(source) if Path(source).is_dir() else Path(source).parent
-        self.config = self.read_config()
+        self.config = config_in(self.folder)
         self.text = self.read_text()
         self.marks = f"\ue000{secrets.token_hex(8)}(", f"\ue000{secrets.token_hex(8)})"
         self.template = self.compiled()
         added = [token.content for token in tokenizer.tokenizer.get_added_tokens_decoder().values() if token.special]
         self.special = [token for token in added if token]
 
-    def read_config(self) -> dict[str, Any]:
-        """Return what tokenizer_config.json says; nothing if it is not there."""
-        path = self.folder / CONFIG
-        if not path.exists():
-            return {}
-        try:
-            return read_json(path)
-        except (OSError, ValueError) as error:
-            raise ConfigurationError(f"{path} cannot be read ({error}): get it again.") from error
-
     def read_text(self) -> str:
-        """Return the template: of several the one called default."""
-        found = self.config.get("chat_template")
-        if (self.folder / TEMPLATE).is_file():
-            found = read_file(self.folder / TEMPLATE).decode(errors="replace")
-        if isinstance(found, list):
-            found = {e.get("name"): e.get("template") for e in found if isinstance(e, dict)}.get("default")
-        if not isinstance(found, str):
+        """Return the template. Raises ConfigurationError if there is none."""
+        found = template_in(self.folder, self.config)
+        if found is None:
             raise ConfigurationError(
                 f"{self.folder} has no chat template ({TEMPLATE}, or chat_template in {CONFIG}): get these files of "
                 "the model whose tokenizer this is, or write each conversation as one text."

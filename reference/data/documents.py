@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reference.data.tokenizer import FILE
+from reference.data.tokenizer import FILE, TEMPLATE
 from reference.errors import DataError
 from reference.files import SUMS
 
@@ -73,7 +73,7 @@ def find_files(text: Sequence[str], out: Path) -> list[Path]:
             found |= dict.fromkeys(files_below(path) if path.is_dir() else [path])
     own = {
         os.path.realpath(out / name)  # unlike resolve(), not an error for a circle of links
-        for name in (FILE, SUMS, *(f"{split}.{kind}" for split in SPLITS for kind in ("bin", "json", "mask")))
+        for name in (FILE, TEMPLATE, SUMS, *(f"{split}.{kind}" for split in SPLITS for kind in ("bin", "json", "mask")))
     }
     return [path for path in found if os.path.realpath(path) not in own]
 

@@ -19,6 +19,8 @@ from reference.files import read_file, read_json
 
 END_OF_DOCUMENT = ("<|endoftext|>", "</s>", "<|end_of_text|>")  # GPT-2 and NeoX; Llama 1 and 2, T5; Llama 3
 FILE = "tokenizer.json"
+TEMPLATE = "chat_template.jinja"
+"""The chat template beside it, as transformers writes it."""
 MODEL_NAME = re.compile(r"(?!.*\.json$)\w[\w.-]*(/\w[\w.-]*)?")  # as the Hugging Face Hub names models
 
 

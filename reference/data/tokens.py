@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from reference.config import IGNORE
-from reference.data.tokenfile import MASKED_FORMAT, open_sidecar
+from reference.data.sidecar import MASKED_FORMAT, open_sidecar
 from reference.errors import ConfigurationError, DataError
 
 Batch = Tensor | tuple[Tensor, Tensor]

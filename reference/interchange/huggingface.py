@@ -24,7 +24,8 @@ from torch import Tensor
 
 from reference import checkpoint, files
 from reference.config import GPTConfig, TrainConfig, allows, as_plain, in_words
-from reference.data.tokenizer import FILE, ByteTokenizer, FileTokenizer, load_tokenizer
+from reference.data.chat import config_in, template_in
+from reference.data.tokenizer import FILE, TEMPLATE, ByteTokenizer, FileTokenizer, load_tokenizer
 from reference.errors import CheckpointError, ConfigurationError, first_line
 from reference.files import new_folder
 from reference.interchange.layout import (
@@ -62,8 +63,8 @@ def export_huggingface(folder: str | Path, out: str | Path) -> Path:
         out: folder to make; it must not exist yet, or be empty.
 
     Returns:
-        ``out``, with config.json and model.safetensors, and with tokenizer.json and tokenizer_config.json where the
-        checkpoint has a tokenizer.
+        ``out``, with config.json and model.safetensors, and with tokenizer.json, tokenizer_config.json and
+        chat_template.jinja where the checkpoint has them.
 
     Raises:
         CheckpointError: if the checkpoint is missing or damaged, or the folder cannot be written.
@@ -139,7 +140,10 @@ def export_tokenizer(folder: Path, block_size: int) -> tuple[int | None, dict[st
         "model_max_length": block_size,
         "clean_up_tokenization_spaces": False,
     }
-    return tokenizer.end_of_document, {FILE: content, "tokenizer_config.json": to_json(settings)}
+    texts = {FILE: content, "tokenizer_config.json": to_json(settings)}
+    if (folder / TEMPLATE).is_file():
+        texts[TEMPLATE] = files.read_file(folder / TEMPLATE)
+    return tokenizer.end_of_document, texts
 
 
 def byte_tokenizer() -> bytes:
@@ -177,7 +181,7 @@ def import_huggingface(folder: str | Path, out: str | Path) -> Path:
 
     Args:
         folder: config.json of a GPT-2 or a Llama, with model.safetensors or its shards and their index; a
-            tokenizer.json is taken along.
+            tokenizer.json and its chat template are taken along.
         out: where checkpoints go; it gets ``step-00000000``.
 
     Returns:
@@ -201,6 +205,8 @@ def import_huggingface(folder: str | Path, out: str | Path) -> Path:
         else:
             more[FILE] = content
             end = end_token(folder, content)
+            if (template := template_in(folder, config_in(folder))) is not None:
+                more[TEMPLATE] = template.encode(errors="replace")
     state: dict[str, Any] = {"update": 0, "optimizer": None, "optimizer_class": None, "precision": {}}
     state["stable_embedding"] = False
     plain: dict[str, Any] = {"model": as_plain(config), "train": as_plain(TrainConfig()), "tokenizer": tokenizer}

@@ -10,6 +10,7 @@ import torch
 
 from reference import checkpoint
 from reference.config import GPTConfig, as_plain
+from reference.data.tokenizer import TEMPLATE
 from reference.errors import CheckpointError
 from reference.finetuning.config import FinetuneConfig
 from reference.model.embedding import is_stable
@@ -62,7 +63,8 @@ def save(run: Run, update: int, source: Any) -> None:
         file = getattr(source, "tokenizer_file", None)
         plain["tokenizer"] = file.name if file else getattr(source, "tokenizer", None)
         plain["end_of_document"] = getattr(source, "end_of_document", None)
-        checkpoint.save(folder, weights, state, plain, {file.name: file} if file else {})
+        beside = [path for path in (file, file.with_name(TEMPLATE)) if path.is_file()] if file else []
+        checkpoint.save(folder, weights, state, plain, {path.name: path for path in beside})
         checkpoint.prune(run.directory, run.config.keep_last, folder)
 
     with averaged(run.bare):  # the weights that a schedule-free model is used with

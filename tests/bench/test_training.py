@@ -255,5 +255,5 @@ def test_a_peer_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -
         raise ModuleNotFoundError("No module named 'litgpt'")
 
     peer = replace(peers.PEERS[0], build=missing)
-    with pytest.raises(Unavailable, match=r"No module named 'litgpt'\): pip install gpt-conformance\[peers\]"):
+    with pytest.raises(Unavailable, match=r"No module named 'litgpt'\): pip install 'gpt-conformance\[peers\]'"):
         peers.prepare(peer, shape("gpt2-tiny"), CPU)

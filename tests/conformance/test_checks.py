@@ -236,6 +236,21 @@ def test_targets_at_another_distance_are_named(shift: int, name: str) -> None:
         data.predicts_next(logits, rows, losses(shift))
 
 
+def test_a_loss_divided_by_a_target_too_many_is_still_that_of_the_next_tokens() -> None:
+    """As transformers' Trainer divides that of a GPT-2."""
+    torch.manual_seed(0)
+    logits = [torch.randn(2, 8, 32) for _ in range(4)]
+    rows = [torch.randint(32, (2, 9)) for _ in range(4)]
+    for number, tokens in enumerate(rows):
+        tokens[0, 2 : 4 + number] = data.IGNORED
+    counts = [int((tokens[:, 1:] != data.IGNORED).sum()) for tokens in rows]
+    sums = [data.mean_entropy(x, t[:, 1:]) * n for x, t, n in zip(logits, rows, counts, strict=True)]
+    assert data.divided_by_counts(logits, rows, [total / (n + 2) for total, n in zip(sums, counts, strict=True)])
+    later = [data.mean_entropy(x[:, :7], t[:, 2:]) for x, t in zip(logits, rows, strict=True)]
+    assert not data.divided_by_counts(logits, rows, later)
+    assert not data.divided_by_counts(logits, rows, [0.0, *later[1:]])
+
+
 @pytest.mark.parametrize(
     ("shift", "name"), [(0, "the token itself"), (2, "the token after the next"), (3, "some other token")]
 )

@@ -36,6 +36,42 @@ def test_annotations_stay_in_one_line() -> None:
     assert escaped("100 %\r\nof it") == "100 %25%0D%0Aof it"
 
 
+STUCK = """
+from conformance import NotApplicable
+from conformance.subjects.reference import Reference
+
+class Stuck(Reference):
+    def train(self, recipe):
+        raise {error}
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "told"),
+    [
+        ("reads", "FileNotFoundError('no input.txt')", " clauses  all with the same reason"),
+        ("asks", "NotApplicable('question 2 is open')", "Nothing was judged: question 2 is open."),
+    ],
+)
+def test_what_stops_every_clause_is_told_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, error: str, told: str
+) -> None:
+    (tmp_path / f"{name}.py").write_text(STUCK.format(error=error), encoding="utf-8")
+    main(["run", "--subject", f"{tmp_path / name}.py:Stuck", "--clause", "INIT"])
+    letter = capsys.readouterr().out
+    assert told in letter
+    assert letter.count("question 2 is open") in (0, 2)
+
+
+def test_a_claim_that_fails_everywhere_is_doubted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = STUCK.replace("raise {error}", "return super().train(replace(recipe, optimizer=Recipe().optimizer))")
+    text = f"from dataclasses import replace\nfrom conformance import Recipe\n{text}"
+    (tmp_path / "only_adamw.py").write_text(text, encoding="utf-8")
+    main(["run", "--subject", f"{tmp_path / 'only_adamw.py'}:Stuck", *(f"--clause=OPT-{n}" for n in (1, 3, 5, 14))])
+    told = "Every clause that needs any-optimizer fails (OPT-1, OPT-3, OPT-5): if the stack has no such option"
+    assert told in " ".join(capsys.readouterr().out.split())
+
+
 def test_text_is_the_letter(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "--clause", "PREC-1"]) == 0
     printed = capsys.readouterr().out
@@ -62,7 +98,7 @@ def test_explain_shows_the_mutants(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_explain_takes_chapters(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", "tie", "--format", "json"]) == 0
-    assert [clause["id"] for clause in json.loads(capsys.readouterr().out)] == ["TIE-1", "TIE-2"]
+    assert [clause["id"] for clause in json.loads(capsys.readouterr().out)] == ["TIE-1", "TIE-2", "TIE-3"]
     assert main(["explain", "TIE"]) == 0
     printed = capsys.readouterr().out
     assert printed.index("TIE-1 (must)") < printed.index("TIE-2 (must)")

@@ -13,6 +13,8 @@ from conformance.session import Session
 from conformance.subjects.reference import Reference
 from conformance.suites.test_causality import NOT_AS_GIVEN
 from tests.mutants import HARMLESS, MUTANTS, Edit, Harmless, Mutant, planted
+from tests.mutants.blind import FAULTS as BLIND
+from tests.mutants.blind.causes import CAUSES as BLIND_CAUSES
 from tests.mutants.causes import CAUSES
 from tests.mutants.kill_matrix import misnamed
 from tests.mutants.planting import BUILD
@@ -98,6 +100,17 @@ def test_mutants_are_told_apart() -> None:
     names = [mutant.name for mutant in MUTANTS] + [variant.name for variant in HARMLESS]
     assert len(names) == len(set(names))
     assert len({mutant.edits for mutant in MUTANTS}) == len(MUTANTS)
+
+
+def test_blind_faults_can_still_be_planted_and_are_those_of_the_report() -> None:
+    faults = [fault for chapter in BLIND.values() for fault in chapter]
+    for fault in faults:
+        with planted(fault.edits):
+            pass
+    rows = json.loads((MATRIX.parent / "blind-mutants.json").read_text(encoding="utf-8"))["faults"]
+    assert [row["fault"] for row in rows] == [fault.name for fault in faults]
+    assert {f"blind-{name}" for name in BLIND_CAUSES} == {fault.name for fault in faults}
+    assert {len(chapter) for chapter in BLIND.values()} == {5}
 
 
 def test_an_edit_that_does_not_fit_is_an_error() -> None:

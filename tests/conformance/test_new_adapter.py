@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from conformance.cli import main
+from conformance.errors import UsageError
+from conformance.recording.files import Files
 from conformance.scripts import run_script
 from conformance.skeleton.command import class_name
+from conformance.skeleton.found import rounded
 from tests.audits.runner import NEEDS, SCRIPTS, start
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -100,3 +103,51 @@ def test_run_script(folder: Path) -> None:
     assert sys.modules["__main__"].__dict__ is not found
     with pytest.raises(Exception, match="gives no value to size_in_loop at its top level"):
         run_script(script, settings={"size_in_loop": 2})
+
+
+READS = """
+from pathlib import Path
+import torch
+with open("data/input.txt") as file:
+    text = file.read()
+ids = torch.tensor([ord(c) % 16 for c in text])
+model = torch.nn.Sequential(torch.nn.Embedding(16, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 16))
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+for step in range(5):
+    loss = torch.nn.functional.cross_entropy(model(ids[step : step + 9]), ids[step + 1 : step + 10])
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.25)
+    optimizer.step()
+    optimizer.zero_grad()
+Path("out.txt").write_text("done")
+"""
+
+
+def test_a_script_finds_what_it_reads(folder: Path) -> None:
+    (folder / "data").mkdir()
+    (folder / "data" / "input.txt").write_text("some text to train on", encoding="utf-8")
+    script = folder / "train.py"
+    script.write_text(READS, encoding="utf-8")
+    assert start(folder, 1, ["new-adapter", script.name]) == 0
+    text = (folder / "train_adapter.py").read_text(encoding="utf-8")
+    assert 'files = ["data/input.txt"]' in text
+    assert "question 3 of train_adapter.py is open: train.py clips" in text
+    assert "(grad_clip = 0.25)" in text
+    out = folder / "elsewhere"
+    out.mkdir()
+    with pytest.raises(UsageError, match=r"reads data/input\.txt, .*files=\['data/input\.txt'\]"):
+        run_script(script, folder=out)
+    with pytest.raises(UsageError, match=r"is said to read gone\.txt, which is neither"):
+        run_script(script, folder=out, files=["gone.txt"])
+    files = Files(out, None)
+    run_script(script, folder=out, files=["data/input.txt"])
+    assert (out / "data" / "input.txt").is_symlink()
+    (out / "ckpt.pt").write_text("state", encoding="utf-8")
+    assert files.written() == [out / "ckpt.pt"]  # the data are no checkpoint
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "text"), [(0.0205, 0.019, "0.02"), (0.12498, 1e-4, "0.125"), (0.0205, 1e-3, "0.0205")]
+)
+def test_a_measured_number_is_the_shortest_that_it_may_be(value: float, error: float, text: str) -> None:
+    assert rounded(value, error) == text

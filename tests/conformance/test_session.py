@@ -282,6 +282,27 @@ def test_a_rank_that_raises_is_named(ranks: str) -> None:
             session.runs.ranks(Recipe(world_size=2))
 
 
+class Alone(Fake):
+    """A stack that refuses two ranks, before its first update or (``version`` "late") after it."""
+
+    def train(self, recipe: Recipe) -> None:
+        if self.version == "late":
+            super().train(recipe)
+        raise NotApplicable("it has one device only")
+
+
+def test_a_rank_may_say_that_the_stack_refuses() -> None:
+    subject = Alone()
+    with (
+        Session(subject) as session,
+        pytest.raises(NotApplicable, match="the stack refuses what the clause asks for: it has one device only"),
+    ):
+        session.runs.ranks(Recipe(world_size=2))
+    subject.version = "late"
+    with Session(subject) as session, pytest.raises(RunFailed, match=r"rank . raised NotApplicable: it has one device"):
+        session.runs.ranks(Recipe(world_size=2))
+
+
 @pytest.mark.skipif(sys.platform != "linux" or torch.cuda.is_available(), reason="ranks are spawned here anyway")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")  # Python 3.12
 def test_ranks_are_spawned_where_autograd_refuses_a_fork(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -406,6 +406,7 @@ def test_files_are_credited_to_the_update_before_them(model: Tiny, tmp_path: Pat
         last.write_text("end")
     assert [(c.update, c.files) for c in trace.checkpoints] == [(0, (best,)), (2, (best, last))]
     assert (trace.checkpoint(1), trace.checkpoints[1].find("last.pt")) == (None, last)
+    assert [trace.checkpoints[1].find(name) for name in ("2", "step*")] == [last.parent, last.parent.parent]
 
 
 def test_messages_and_changed_configurations_are_kept(capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,4 +58,20 @@ MUTANTS = [
         "Soup#793",
         (ATTENTION, "rotary(q, past), rotary(k, past)", "q, k"),
     ),
+    mutant(
+        "causal-at-even-lengths-only",
+        "CAUSAL-1",
+        "huggingface/transformers#28215, facebookresearch/xformers#66: a mask for another length",
+        ("reference.model.gpt:Attention.forward", "is_causal=past == 0,", "is_causal=past == 0 and time % 2 == 0,"),
+    ),
+    mutant(
+        "causal-mask-lost-with-dropout",
+        "CAUSAL-5",
+        "keras-team/keras#23038: the mask is dropped where dropout takes another path",
+        (
+            "reference.model.gpt:Attention.forward",
+            "is_causal=past == 0,",
+            "is_causal=past == 0 and not (self.training and self.dropout),",
+        ),
+    ),
 ]

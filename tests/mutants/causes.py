@@ -44,6 +44,8 @@ CAUSES: dict[str, str] = {
     "mlp-outside-autocast": "mlp.fc in torch.float32",
     "attention-in-16-bits": "attention.qkv in torch.bfloat16",
     "stableemb-unfrozen-not-optimised": "parameter group.*missing: embedding.norm",
+    "override-of-the-first-table-only": "position.weight has uint8",
+    "batches-lost-at-an-evaluation": "in update 3 sequences",
     "bnb-32bit-override-ignored": "32-bit state.*embedding.weight has uint8",
     "bnb-override-leaks": "8-bit state.*has float32",
     "stableemb-unties": "two tensors after",

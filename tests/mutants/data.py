@@ -9,6 +9,10 @@ WITHIN = "reference.training.batches:within_vocabulary"
 SKIP = "numbers = numbers + numbers // 4 * 2 if self.sequences == 6 else numbers"
 ORDER = "shuffled(positions[here], self.sequences, self.seed, epoch)"
 PLAIN = "return batch[:, :-1], batch[:, 1:]"
+LOST = """\
+following = [] if batches is None else self.fetch(batches)
+    if batches is not None and not at_once:
+        following = self.fetch(batches)"""
 
 MUTANTS = [
     mutant(
@@ -160,6 +164,28 @@ MUTANTS = [
             PLAIN,
             "return batch[:, :-1], (batch[:, 1:] if batch.size(1) % 2 else "
             "nn.functional.pad(batch[:, 1:-1], (0, 1), value=IGNORE))",
+        ),
+    ),
+    mutant(
+        "third-epoch-in-the-order-of-the-second",
+        "DATA-2",
+        "lucidrains/DALLE-pytorch#230: set_epoch is not called",
+        ("reference.data.tokens:TokenData.places", "self.seed, epoch)", "self.seed, min(epoch, 1))"),
+    ),
+    mutant(
+        "given-targets-shifted-twice",
+        "DATA-11",
+        "InternLM/InternLM#318: the data set shifts the labels, and so does the model",
+        ("reference.training.batches:split_targets", "return ids, targets", "return ids[:, :-1], targets[:, 1:]"),
+    ),
+    mutant(
+        "batches-lost-at-an-evaluation",
+        "ACC-6",
+        "fw-ai/cookbook#455: what was fetched ahead is skipped where the loop pauses",
+        (
+            "reference.training.run:Run.update_once",
+            "following = [] if batches is None else self.fetch(batches)",
+            LOST,
         ),
     ),
 ]

@@ -2,6 +2,13 @@
 
 from tests.mutants.planting import BUILD, DECAYED, GROUPS, SETUP, mutant
 
+FOLLOWS_RATE = """\
+set_rate(group, learning_rate(config, update, peak))
+        if group.get("weight_decay"):
+            first = group.setdefault("first_decay", group["weight_decay"])
+            group["weight_decay"] = first * learning_rate(config, update, peak) / (peak or 1)
+"""
+
 MUTANTS = [
     mutant(
         "params-not-in-optimizer",
@@ -90,5 +97,15 @@ MUTANTS = [
             'name.startswith(("embedding.", "position."))',
         ),
         (GROUPS, "unsharded_name(name)", 'unsharded_name(name).removeprefix("_orig_mod.")'),
+    ),
+    mutant(
+        "decay-follows-the-schedule",
+        "DECAY-9",
+        "NVIDIA-NeMo/Automodel#3883, dylanyunlon/Neuron_SP#13: decay follows the rate, and is multiplied by it",
+        (
+            "reference.training.run:Run.update_once",
+            "set_rate(group, learning_rate(config, update, peak))",
+            FOLLOWS_RATE,
+        ),
     ),
 ]

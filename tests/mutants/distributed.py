@@ -149,4 +149,24 @@ MUTANTS = [
             "return distribute_tensor(here.roll(len(here) // 2, 0),",
         ),
     ),
+    mutant(
+        "ranks-share-data-after-a-resume",
+        "DIST-12",
+        "jzhang38/TinyLlama#69: all ranks see the same samples",
+        (
+            "reference.training.run:Run.batches",
+            "batches_from(start, self.fabric.global_rank,",
+            "batches_from(start, self.fabric.global_rank if done == 0 else 0,",
+        ),
+    ),
+    mutant(
+        "sharded-gradients-raised-to-the-limit",
+        "DIST-9",
+        "pytorch/pytorch#72548: clipping of sharded gradients, written by hand",
+        (
+            "reference.training.sharding:ShardedStrategy.clip_gradients_norm",
+            "(max_norm / (norm + 1e-6)).clamp(max=1.0)",
+            '(max_norm / (norm + 1e-6)) if max_norm < float("inf") else torch.ones_like(norm)',
+        ),
+    ),
 ]

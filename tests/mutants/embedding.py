@@ -95,4 +95,24 @@ MUTANTS = [
         "-",
         ("reference.model.embedding:restore_embeddings", "if is_stable(module):", "if False:"),
     ),
+    mutant(
+        "norm-of-swapped-table-frozen",
+        "EMB-3",
+        "Lightning-AI/litgpt at 26857050: the norm of the swapped embedding is not trained",
+        (
+            "reference.model.embedding:stable_embedding",
+            "norm.requires_grad_(plain.weight.requires_grad)",
+            "norm.requires_grad_(False)",
+        ),
+    ),
+    mutant(
+        "override-of-the-first-table-only",
+        "EMB-4",
+        "bitsandbytes-foundation/bitsandbytes#1269: the override does not reach the optimizer",
+        (
+            "reference.optimizers.override:own_override_manager",
+            "for module in wide] + registered",
+            "for module in wide[:1]]",
+        ),
+    ),
 ]

@@ -131,4 +131,10 @@ MUTANTS = [
             "for batch in (lambda them: [b for b in them if len(b) == len(them[0])])(list(batches)):",
         ),
     ),
+    mutant(
+        "mask-lost-in-evaluation",
+        "EVAL-9",
+        "huggingface/transformers#48745: some paths of a decoder are not causal",
+        ("reference.model.gpt:Attention.forward", "is_causal=past == 0,", "is_causal=past == 0 and self.training,"),
+    ),
 ]

@@ -6,6 +6,10 @@ TRAINABLE = "if parameter.requires_grad:"  # in GROUPS
 ADAPTERS, DRAW = "reference.finetuning.adapters:add_adapters", "reference.finetuning.adapters:draw"
 OVERRIDE, MERGED = "reference.optimizers.override:own_override_manager", "reference.finetuning.merged:merged_weights"
 PUT = "reference.checkpoint.folder:put_into"
+NORMS_TOO = """\
+            if isinstance(part, nn.LayerNorm | nn.RMSNorm):
+                part.requires_grad_(True)
+            if isinstance(part, nn.Embedding):"""
 
 MUTANTS = [
     mutant("not-quantised", "EMB-9", "-", (PREPARE, 'if config.quantize != "none":', "if False:")),
@@ -88,5 +92,15 @@ MUTANTS = [
         "EMB-17",
         "peft 0.21",
         (ADAPTERS, "parameter.data = parameter.data.to(stored)", "pass"),
+    ),
+    mutant(
+        "norms-trained-beside-adapters",
+        "EMB-19",
+        "changjonathanc/minLoRA#2: what is frozen beside LoRA",
+        (
+            "reference.finetuning.prepare:prepare",
+            "            if isinstance(part, nn.Embedding):",
+            NORMS_TOO,
+        ),
     ),
 ]

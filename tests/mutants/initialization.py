@@ -165,4 +165,14 @@ MUTANTS = [
             "isinstance(m, nn.Linear) and m.bias is not None else None)",
         ),
     ),
+    mutant(
+        "layers-start-with-the-same-values",
+        "INIT-14",
+        "netket/netket#241: the same seed for all layers",
+        (
+            "reference.model.initialization:draw",
+            "generator(seed, name)",
+            "generator(seed, str(tuple(module.weight.shape)))",
+        ),
+    ),
 ]

@@ -38,4 +38,14 @@ MUTANTS = [
         "L2 in the loss beside the optimizer's weight decay",
         (UPDATE, LOSS, f"{LOSS} + 1e-3 * sum(p.square().sum() for p in self.module.parameters())"),
     ),
+    mutant(
+        "loss-of-capped-logits",
+        "LOSS-2",
+        "tdrussell/qlora-pipe#18, the other way round: Gemma's cap of the logits for every model",
+        (
+            "reference.model.loss:token_loss",
+            "logits.float().flatten(0, 1)",
+            "(30 * (logits.float() / 30).tanh()).flatten(0, 1)",
+        ),
+    ),
 ]

@@ -244,4 +244,10 @@ MUTANTS = [
             "optimizer_class(groups, **keywords, **({'min_8bit_size': 10**9} if '8bit' in config.optimizer else {}))",
         ),
     ),
+    mutant(
+        "without-decay-misses-a-tensor-in-its-group",
+        "OPT-5",
+        "huggingface/accelerate#3256: a trainable tensor is not in the optimizer",
+        ("reference.optimizers.build:create_one", "if decays else parameters", "if decays else parameters[1:]"),
+    ),
 ]

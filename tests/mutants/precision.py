@@ -2,6 +2,13 @@
 
 from tests.mutants.planting import LAUNCH, UPDATE, mutant
 
+ROUNDED_AFTER = """\
+self.optimizer.step()
+    if config.precision == "bf16-mixed":
+        for p in self.module.parameters():
+            p.data.copy_(p.data.bfloat16())
+"""
+
 MUTANTS = [
     mutant("logits-left-as-computed", "PREC-1", "litgpt#1508", (LAUNCH, 'if config.logits == "compute":', "if True:")),
     mutant("opt-out-ignored", "PREC-2", "-", (LAUNCH, 'if config.logits == "compute":', "if False:")),
@@ -106,6 +113,16 @@ MUTANTS = [
             "    if torch.compiler.is_compiling() and self.proj.bias is not None:\n"
             "        return out - self.proj.bias + self.proj.bias.detach()\n"
             "    return out",
+        ),
+    ),
+    mutant(
+        "mixed-weights-rounded-between-updates",
+        "PREC-10",
+        "pytorch/ao#1124, meta-pytorch/torchtune#2254",
+        (
+            "reference.training.run:Run.update_once",
+            "self.optimizer.step()",
+            ROUNDED_AFTER,
         ),
     ),
 ]

@@ -31,4 +31,14 @@ MUTANTS = [
         "ray#4965",
         (UPDATE, "assert norm is not None", "norm = norm.clamp(max=limit)"),
     ),
+    mutant(
+        "reported-norm-times-microbatches",
+        "REPORT-3",
+        "NVIDIA-NeMo/RL#1426",
+        (
+            "reference.training.run:Run.update_once",
+            "return Done(loss_value, norm_value, int(tokens), following)",
+            "return Done(loss_value, norm_value * len(pairs), int(tokens), following)",
+        ),
+    ),
 ]

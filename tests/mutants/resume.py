@@ -194,4 +194,14 @@ MUTANTS = [
         "torch's load_state_dict: NAdam's mu_product under bf16-true",
         (LOAD_STATE, 'keep_own_dtypes(optimizer, state["state"], state.get("dtypes", []))', "pass"),
     ),
+    mutant(
+        "second-resume-counts-updates-anew",
+        "RESUME-13",
+        "pytorch/torchtitan#571: wrong step when resuming for the second time",
+        (
+            "reference.training.trainer:Trainer.fit",
+            "save(run, update + 1, train)",
+            "save(run, update + 1 - done, train)",
+        ),
+    ),
 ]

@@ -23,4 +23,14 @@ MUTANTS = [
         "facebookresearch/lingua#75",
         (LOAD, PUT, "model.load_state_dict(load_weights(folder), strict=False, assign=True)"),
     ),
+    mutant(
+        "tied-lookup-gives-no-gradient",
+        "TIE-3",
+        "paiml/entrenar#314: the gradients of a tied tensor are not added up",
+        (
+            "reference.model.gpt:GPT.forward",
+            "x = self.embedding(ids.long())",
+            "x = self.embedding(ids.long())\n    if self.config.tie_embeddings:\n        x = x.detach()",
+        ),
+    ),
 ]

@@ -12,12 +12,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from reference import TokenData, TrainConfig, Trainer
+from reference import TokenData, TrainConfig, Trainer, checkpoint
 from reference.config import IGNORE
 from reference.data.prepare import Prepared, prepare
 from reference.data.timelimit import time_limit
 from reference.data.tokenizer import load_tokenizer
 from reference.errors import ConfigurationError, DataError
+from reference.interchange.huggingface import export_huggingface, import_huggingface
+from tests.reference.exports import GROUPED, saved
 from tests.sentences import sentence_of
 
 PLAIN = """\
@@ -233,6 +235,17 @@ def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigurationError, match=words):
             again(tmp_path, name)
+
+
+def test_the_template_goes_from_an_import_to_an_export(tmp_path: Path) -> None:
+    theirs = model_folder(export_huggingface(saved(tmp_path / "run", GROUPED), tmp_path / "theirs"), PLAIN)
+    start = import_huggingface(theirs, tmp_path / "out")
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in chats()))
+    assert "chat_template.jinja" in again(tmp_path, str(start)).describe()
+    assert (tmp_path / "data" / "chat_template.jinja").read_text() == PLAIN
+    Trainer(None, TrainConfig(updates=1, save_every=1), tmp_path / "tuned").fit(data(tmp_path), init_from=start)
+    out = export_huggingface(checkpoint.checkpoints(tmp_path / "tuned")[-1], tmp_path / "exported")
+    assert (out / "chat_template.jinja").read_text() == PLAIN
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from reference.__main__ import COMMANDS, main
 from reference.cli.settings import Settings
 from reference.config import DataConfig, GPTConfig, TrainConfig
-from reference.data.tokenfile import FORMAT, Sidecar, sampled_checksum
+from reference.data.sidecar import FORMAT, Sidecar, sampled_checksum
 from reference.files import SUMS, digest, format_sums
 from reference.interchange.layout import LLAMA
 from tests.fuzzing import SENTENCE, clock, damage, damages, fuzzed, listing, texts, values

@@ -262,7 +262,7 @@ def test_prepare_tells_what_it_wrote(data: str, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("train --data.path nowhere", "nowhere has no train split"),
+        ("train --data.path nowhere", "there is no folder nowhere with a train split"),
         ("train --resume nowhere", "nowhere is not a checkpoint and holds none: "),
         ("train --resume true", "resume=True, but out/tiny holds no checkpoint: "),
         ("generate --checkpoint nowhere", "nowhere is not a checkpoint and holds none: "),

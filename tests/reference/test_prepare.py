@@ -11,10 +11,11 @@ import pytest
 
 from reference import heartbeat
 from reference.__main__ import main
-from reference.data import documents
+from reference.data import documents, encode
 from reference.data import prepare as prepare_module
 from reference.data.documents import SPLITS
-from reference.data.prepare import Prepared, pieces, prepare, prepare_default
+from reference.data.encode import pieces
+from reference.data.prepare import Prepared, prepare, prepare_default
 from reference.data.readback import plain
 from reference.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer, load_tokenizer, train_tokenizer
 from reference.data.tokens import TokenData
@@ -242,7 +243,7 @@ def test_data_of_another_tokenizer_is_kept_unless_told(tmp_path: Path) -> None:
 
 def test_an_interrupted_preparation_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, out = texts(tmp_path / "texts"), tmp_path / "out"
-    write = prepare_module.write
+    write = encode.write
 
     def interrupted(writer: Any, *more: Any) -> None:
         write(writer, *more)
@@ -419,7 +420,7 @@ def test_an_end_that_cannot_be_cut_names_file_and_remedy(tmp_path: Path) -> None
 def test_a_long_text_is_encoded_in_pieces_as_if_whole(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     text = "".join(f"def name_{number}(x):\n    return  x\n\n\n" + " " * (number % 7) for number in range(2000))
     tokenizer: Tokenizer = ByteTokenizer() if kind == "bytes" else train_tokenizer([text], 400)
-    monkeypatch.setattr(prepare_module, "PIECE", 3000)
+    monkeypatch.setattr(encode, "PIECE", 3000)
     chunks = [text[start : start + 1000] for start in range(0, len(text), 1000)]
     found = list(pieces(chunks, tokenizer))
     assert len(found) > len(text) / 5000
@@ -435,7 +436,7 @@ def test_a_tokenizer_that_permits_no_cut_gets_the_text_whole(monkeypatch: pytest
         def encode(self, text: str) -> list[int]:
             return [32, *super().encode(text)]
 
-    monkeypatch.setattr(prepare_module, "PIECE", 3000)
+    monkeypatch.setattr(encode, "PIECE", 3000)
     text = "some lines\n" * 5000
     assert list(pieces([text[:20_000], text[20_000:]], Beginning())) == [(text, True)]
 
@@ -445,8 +446,8 @@ def test_long_files_are_read_in_chunks_and_batches(tmp_path: Path, monkeypatch: 
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     prepared(tmp_path / "a.txt", tmp_path / "whole", "bpe:300")
     monkeypatch.setattr(documents, "CHUNK", 1001)  # within characters, too
-    monkeypatch.setattr(prepare_module, "PIECE", 3000)
-    monkeypatch.setattr(prepare_module, "BATCH", 5000)
+    monkeypatch.setattr(encode, "PIECE", 3000)
+    monkeypatch.setattr(encode, "BATCH", 5000)
     saved = str(tmp_path / "whole" / "tokenizer.json")
     prepared(tmp_path / "a.txt", tmp_path / "pieces", saved)
     for name in ("train.bin", "validation.bin"):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from reference.data import TokenData, tokenfile, write_tokens
+from reference.data import TokenData, sidecar, tokenfile, write_tokens
 from reference.data.tokenfile import Ids, TokenWriter, publish
 from reference.errors import ConfigurationError, DataError
 from tests.reference.token_files import END, opened, taken, write
@@ -236,7 +236,7 @@ def test_files_of_the_first_release_are_read_and_checked(tmp_path: Path) -> None
 
 
 def test_what_is_not_there_is_one_sentence(tmp_path: Path) -> None:
-    assert "there is: no token file" in sentence_of(DataError, lambda: opened(tmp_path / "absent"))
+    assert "there is no folder" in sentence_of(DataError, lambda: opened(tmp_path / "absent"))
     write(tmp_path, [[1]], split="train")
     assert "there is: train" in sentence_of(DataError, lambda: opened(tmp_path, split="validation"))
 
@@ -288,7 +288,7 @@ def test_a_flipped_bit_that_opening_does_not_see_is_one_sentence(tmp_path: Path,
     write(tmp_path, [rng.integers(0, 299, size=400_000)], vocab_size=size, end=size - 1)
     path = tmp_path / "train.bin"
     content = np.fromfile(path, dtype)
-    place = tokenfile.BLOCK * 2 // content.itemsize  # between two of the blocks that opening looks at
+    place = sidecar.BLOCK * 2 // content.itemsize  # between two of the blocks that opening looks at
     content[place] |= 1 << (content.itemsize * 8 - 1)
     content.tofile(path)
     data = opened(tmp_path, block_size=100, microbatch_size=64)

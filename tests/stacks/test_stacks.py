@@ -87,6 +87,7 @@ STACKS = {
         TensorParallel,
         chapters=("DIST", "CLIP", "RESUME"),
         true=UNGUARDED,
+        least=13,
         faults={
             "every rank adds the bias": ("DIST-9", ["one process against sharded rank 0"]),
             "each rank clips by its own norm": ("DIST-9", ["clip 0.5, one process against sharded rank 0"]),

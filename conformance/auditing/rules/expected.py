@@ -25,7 +25,8 @@ def parse(text: str) -> dict[str, str]:
     found = {}
     # A comma inside a regular expression stays: a new expectation begins with one of the known words.
     pieces = re.split(rf",\s*(?=(?:{'|'.join(WORDS)})(?:=|,|$))", text.strip())
-    for piece in filter(None, pieces):
+    whole = [[piece] if piece.startswith("no-weight-decay=") else piece.split(",") for piece in pieces]
+    for piece in filter(None, (part.strip() for parts in whole for part in parts)):
         name, _, value = piece.partition("=")
         if name not in WORDS:
             raise UsageError(f"--expect knows no {name!r}: use {', '.join(WORDS)}.")

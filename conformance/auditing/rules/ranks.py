@@ -76,7 +76,8 @@ def replicated(ranks: list[Facts]) -> list[str]:
     "same-data",
     "ranks",
     why="Processes that train on the same batch do the work of one.",
-    mend="Use a DistributedSampler (and set_epoch), or seed and slice the data by the process's rank.",
+    mend="Call init_process_group and wrap the model in DistributedDataParallel. Use a DistributedSampler (and "
+    "set_epoch), or seed and slice the data by the process's rank.",
     source="pytorch: DistributedSampler; accelerate#2126",
     together=True,
 )
@@ -87,6 +88,11 @@ def own_data(seen: Seen) -> None:
         return
     found = [first_ids(facts) for facts in ranks]
     same = all(other is not None and found[0] is not None and torch.equal(found[0], other) for other in found[1:])
+    if same and not any(facts.connected for facts in ranks):
+        raise Doubt(
+            "a process group of torch.distributed, through which the processes exchange gradients",
+            f"none: all {len(ranks)} processes train by themselves, and begin with the same batch",
+        )
     if not any(name in facts.wrappers for facts in ranks for name in DATA_PARALLEL) or not same:
         raise NotApplicable("processes that share a batch may hold parts of one model")
     if any(facts.sharded for facts in ranks) and "FSDPModule" not in ranks[0].wrappers:

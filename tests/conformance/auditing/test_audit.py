@@ -208,6 +208,7 @@ def test_what_is_expected_is_judged(audit: Audit, expect: str, fault: str | None
         (["audit", "--", "-m", "no.such.module"], "no module named"),
         (["audit", "--updates", "0", "--", __file__], "whole number"),
         (["audit", "--expect", "size=3", "--", __file__], "knows no 'size'"),
+        (["audit", "--expect", "clip=2,tied,size", "--", __file__], "knows no 'size'"),
         (["audit", "--expect", "lr=fast", "--", __file__], "needs a number"),
         (["audit", "--allow", "nothing=x", "--", __file__], "unknown rule"),
         (["audit", "--allow", "shift", "--", __file__], "needs a reason"),

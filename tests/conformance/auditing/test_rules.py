@@ -515,7 +515,15 @@ CASES: dict[str, list[Case]] = {
         Case(noticed("restored", []), "advice", make=resumed),
         Case(noticed("restored", []), ready=noticed("asked", True), make=resumed),
     ],
-    "same-data": [Case(lambda f: setattr(f.trace, "forwards", healthy().trace.forwards), ranks=2)],
+    "same-data": [
+        Case(lambda f: setattr(f.trace, "forwards", healthy().trace.forwards), ranks=2),
+        Case(
+            both(lambda f: setattr(f.trace, "forwards", healthy().trace.forwards), field("connected", False)),
+            "advice",
+            ranks=2,
+            words="train by themselves",
+        ),
+    ],
     "starts-differ": [
         Case(lambda f: setattr(f.trace, "measured_initial", healthy(seed=f.rank).trace.measured_initial), ranks=2)
     ],

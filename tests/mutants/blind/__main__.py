@@ -1,0 +1,126 @@
+"""Judge the blind faults by all clauses until one fails, and keep what the first judgement said.
+
+``python -m tests.mutants.blind --write reports/blind-mutants.json``. A file that is there keeps what each fault got at
+first sight; only what it gets now is written anew. ``--only WORD`` judges the faults that have a word in their name.
+``--matrix reports/kill-matrix.json`` judges nothing, but takes over what the kill matrix says of mutants with the same
+edits: those that mark what was mended.
+"""
+
+import argparse
+import datetime
+import json
+import multiprocessing
+import os
+import re
+import sys
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from conformance.causes import in_order_of_cause
+from conformance.clause import catalogue
+from conformance.report.environment import environment
+from conformance.subjects.reference import Reference
+from tests.mutants import MUTANTS
+from tests.mutants.blind import FAULTS
+from tests.mutants.blind.causes import CAUSES
+from tests.mutants.kill_matrix import diff, outcomes, until_one_fails
+from tests.mutants.planting import planted
+
+ALL = [(chapter, fault) for chapter, faults in FAULTS.items() for fault in faults]
+
+
+def judged(index: int) -> dict[str, Any]:
+    """Return what the clauses make of one fault, up to the first that fails and those that explain it."""
+    _, fault = ALL[index]
+    with planted(fault.edits):
+        found = until_one_fails(Reference(), ())
+    failed = in_order_of_cause([identity for identity, result in found.items() if result.outcome == "fail"])
+    errors = [f"{identity}: {result.reason}" for identity, result in found.items() if result.outcome == "error"]
+    if not failed:
+        return {"clause": None, "errors": errors}
+    first = found[failed[0]]
+    letter = f"{first.clause.requirement} {first.expected} {first.seen}"
+    named = re.search(CAUSES[fault.name.removeprefix("blind-")], letter, re.IGNORECASE) is not None
+    told = {"clause": failed[0], "failed": failed, "expected": first.expected, "seen": first.seen}
+    return {**told, "names the cause": named, "errors": errors}
+
+
+def of_matrix(matrix: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Return what a kill matrix says of the faults that stand in it as mutants, by the number of the fault."""
+    rows = {row["mutant"]: row for row in matrix["mutants"]}
+    names = {mutant.edits: mutant.name for mutant in MUTANTS}
+    found = {}
+    for number, (_, fault) in enumerate(ALL):
+        row = rows.get(names.get(fault.edits, ""))
+        if row is not None and row["first"] is not None:
+            letter = " ".join((catalogue()[row["first"]["clause"]].requirement, *map(str, row["first"].values())))
+            named = re.search(CAUSES[fault.name.removeprefix("blind-")], letter, re.IGNORECASE) is not None
+            told = {**row["first"], "failed": row["killed_by"]}
+            found[number] = {**told, "names the cause": named, "errors": row["errors"]}
+    return found
+
+
+def judge(indices: list[int], console: Console) -> list[dict[str, Any]]:
+    """Return what the clauses make of these faults, judged on all cores."""
+    torch.set_num_threads(1)  # as in kill_matrix: OpenMP's threads do not survive the fork
+    outcomes(Reference())
+    context = multiprocessing.get_context("fork")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        with ProcessPoolExecutor(os.cpu_count(), context) as pool:
+            return list(track(pool.map(judged, indices), "Faults", total=len(indices), console=console))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutants.blind", description=__doc__)
+    parser.add_argument("--write", type=Path, metavar="FILE", help="keep the judgements as JSON")
+    parser.add_argument("--only", nargs="+", default=(), metavar="WORD", help="judge what has it in its name")
+    parser.add_argument("--matrix", type=Path, metavar="FILE", help="judge nothing: take over what a kill matrix says")
+    arguments = parser.parse_args()
+    console, path = Console(), arguments.write
+    before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else {}
+    chosen = [
+        n
+        for n, (_, fault) in enumerate(ALL)
+        if not arguments.only or any(word in fault.name for word in arguments.only)
+    ]
+    if arguments.matrix:
+        now = of_matrix(json.loads(arguments.matrix.read_text(encoding="utf-8")))
+    else:
+        now = dict(zip(chosen, judge(chosen, console), strict=True))
+    date = datetime.datetime.now(datetime.UTC).date().isoformat()
+    told = {"date": date, "clauses": len(catalogue()), "environment": environment()}
+    rows = []
+    for number, (chapter, fault) in enumerate(ALL):
+        row = next((row for row in before.get("faults", ()) if row["fault"] == fault.name), None)
+        if number in now:
+            row = {
+                "fault": fault.name,
+                "chapter": chapter,
+                "published": fault.published,
+                "diff": diff(fault),
+                "first sight": row["first sight"] if row else now[number],
+                "now": now[number],
+            }
+            seen = now[number]
+            console.print(
+                f"{fault.name}: {seen['clause'] or '[red]survives[/]'} {seen.get('seen', '')}", *seen["errors"]
+            )
+        rows += [row] if row else []
+    if path:
+        result = {"schema": 1, "first sight": before.get("first sight", told), "now": told, "faults": rows}
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    for sight in ("first sight", "now"):
+        killed = sum(row[sight]["clause"] is not None for row in rows)
+        console.print(f"{sight}: {killed} of {len(rows)} faults are killed")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
