@@ -1,14 +1,38 @@
 """What the tests share: one thread, and a few batches of tokens."""
 
+import gc
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
+# Collections of garbage took a tenth of the time: they look at what torch and the tests have imported, half a million
+# objects.
+gc.set_threshold(20_000, 20)
+
 # Autograd starts now, before a test compiles something: a PyTorch that is built for CUDA would otherwise refuse to work
 # in a fork where there is no GPU (conformance.recording.ranks.works_in_a_fork), and some tests fork.
 torch.ones(1, requires_grad=True).sum().backward()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_waits_for_the_disk() -> Iterator[None]:
+    """Flush no file: whether its bytes have arrived shows only when the power fails, and each flush takes milliseconds.
+
+    Processes that a test starts anew flush as ever, and tests that look at flushes put a function of their own here.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_to_collect() -> None:
+    """Set aside what earlier files have imported, for the collections that some tests ask for."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -30,6 +30,7 @@ from conformance.bench.terminal import describe_card
 from conformance.errors import UsageError, sentence
 from conformance.options import Parser
 from conformance.reading import make_folder
+from conformance.report.rendering import COMPILED
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,6 +70,7 @@ def bench_page(paths: Sequence[Path], out: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=StrictUndefined,
+        bytecode_cache=COMPILED,
     )
     environment.filters |= {"figure": figure, "percent": percent, "gigabytes": gigabytes}
     css = environment.get_template("bench.css").render()

@@ -30,7 +30,8 @@ def run_on_ranks(subject: Subject, recipe: Recipe, directory: Path) -> "list[Tra
         RunFailed: if a rank raised something else, or did not end in time.
     """
     if recipe.sharded:
-        importlib.import_module("torch.distributed.fsdp")  # once, before the ranks fork
+        for module in ("torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict"):
+            importlib.import_module(module)  # once, before the ranks fork
     port = free_port()
     ranks = []
     with warnings.catch_warnings():

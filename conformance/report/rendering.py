@@ -4,9 +4,30 @@ import base64
 import hashlib
 import re
 from collections.abc import Collection
+from types import CodeType
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import BytecodeCache, Environment, PackageLoader, StrictUndefined
+from jinja2.bccache import Bucket
 from markupsafe import Markup, escape
+
+
+class CompiledTemplates(BytecodeCache):
+    """Keeps the code of templates while the process lives: to compile them takes longer than to write the pages."""
+
+    def __init__(self) -> None:
+        self.code: dict[tuple[str, str], CodeType] = {}
+
+    def load_bytecode(self, bucket: Bucket) -> None:
+        """Give a bucket the code that was kept for this source of its template."""
+        bucket.code = self.code.get((bucket.key, bucket.checksum))
+
+    def dump_bytecode(self, bucket: Bucket) -> None:
+        """Keep the code of a bucket."""
+        if bucket.code is not None:
+            self.code[bucket.key, bucket.checksum] = bucket.code
+
+
+COMPILED = CompiledTemplates()
 
 
 def page_templates() -> Environment:
@@ -16,6 +37,7 @@ def page_templates() -> Environment:
     """
     templates = Environment(loader=PackageLoader("conformance.report"), autoescape=True, undefined=StrictUndefined)
     templates.trim_blocks = templates.lstrip_blocks = True
+    templates.bytecode_cache = COMPILED
     templates.filters["prose"] = prose
     for kind in ("css", "js"):
         source = templates.get_template(f"page.{kind}").render()

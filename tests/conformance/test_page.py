@@ -34,14 +34,15 @@ class Page(HTMLParser):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.tags: list[tuple[str, dict[str, str]]] = []
-        self.text = ""
+        self.texts: list[str] = []
         self.feed(path.read_text(encoding="utf-8"))
+        self.text = "".join(self.texts)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, {name: value or "" for name, value in attrs}))
 
     def handle_data(self, data: str) -> None:
-        self.text += data
+        self.texts.append(data)
 
     def all(self, attribute: str) -> list[str]:
         return [attributes[attribute] for _, attributes in self.tags if attribute in attributes]
@@ -76,15 +77,21 @@ def pages(columns: list[Column], tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
-def test_every_cell_is_there_once(pages: Path, columns: list[Column]) -> None:
-    cells = [a for tag, a in Page(pages / "index.html").tags if tag == "td" and "data-clause" in a]
+@pytest.fixture(scope="module")
+def parsed(pages: Path) -> dict[str, Page]:
+    """The same pages, each read once."""
+    return {path.name: Page(path) for path in pages.glob("*.html")}
+
+
+def test_every_cell_is_there_once(parsed: dict[str, Page], columns: list[Column]) -> None:
+    cells = [a for tag, a in parsed["index.html"].tags if tag == "td" and "data-clause" in a]
     found = [(a["data-clause"], a["data-column"], a["data-outcome"]) for a in cells]
     clauses = [(c, column) for c in catalogue().values() for column in columns]
     assert sorted(found) == sorted((c.id, column.slug, column.report.verdict(c).outcome) for c, column in clauses)
     assert len(found) == len(RESULTS) * len(catalogue())
 
 
-def test_the_index_has_one_column_for_each_stack_at_first(pages: Path, columns: list[Column]) -> None:
+def test_the_index_has_one_column_for_each_stack_at_first(parsed: dict[str, Page], columns: list[Column]) -> None:
     kinds, others = arranged(columns)
     first = [column for group in kinds.values() for column in group]
     assert len(first) + len(others) == len(RESULTS)
@@ -96,7 +103,7 @@ def test_the_index_has_one_column_for_each_stack_at_first(pages: Path, columns: 
     assert {column.report.version for column in others if column.report.spec == "litgpt"} == {"0.4.12", "0.5.13"}
     assert "tests.captured:Captured" not in by_spec
     assert "nanogpt" in {column.report.spec for column in kinds["Loops"]}
-    hidden = [a for tag, a in Page(pages / "index.html").tags if tag == "td" and "other" in a.get("class", "").split()]
+    hidden = [a for tag, a in parsed["index.html"].tags if tag == "td" and "other" in a.get("class", "").split()]
     assert {a["data-column"] for a in hidden if "data-clause" in a} == {column.slug for column in others}
 
 
@@ -120,9 +127,9 @@ def test_the_index_begins_with_what_this_is_and_the_worst(
     assert "Findings that matter most" not in (tmp_path / "pages" / "index.html").read_text(encoding="utf-8")
 
 
-def test_subject_page_tells_everything(pages: Path, columns: list[Column]) -> None:
+def test_subject_page_tells_everything(parsed: dict[str, Page], columns: list[Column]) -> None:
     for column in columns:
-        report, shown = column.report, Page(pages / f"subject-{column.slug}.html")
+        report, shown = column.report, parsed[f"subject-{column.slug}.html"]
         ids = shown.all("data-clause")
         assert sorted(ids) == sorted(catalogue())
         bad = [v.id for v in report.verdicts.values() if v.outcome in FINDINGS]
@@ -136,8 +143,7 @@ def test_subject_page_tells_everything(pages: Path, columns: list[Column]) -> No
         assert parts == {identity: clause.part for identity, clause in catalogue().items()}
 
 
-def test_links_work_and_nothing_is_fetched(pages: Path) -> None:
-    parsed = {path.name: Page(path) for path in pages.glob("*.html")}
+def test_links_work_and_nothing_is_fetched(pages: Path, parsed: dict[str, Page]) -> None:
     for name, shown in parsed.items():
         assert len(shown.all("id")) == len(set(shown.all("id")))
         assert not shown.all("src")
@@ -205,14 +211,14 @@ def test_twins_and_missing_clauses(tmp_path: Path, result: dict[str, Any]) -> No
     assert cells[second.slug, "INIT-1"]["data-outcome"] == "not judged"
 
 
-def test_kill_matrix_has_a_page(pages: Path) -> None:
+def test_kill_matrix_has_a_page(pages: Path, parsed: dict[str, Page]) -> None:
     source = (pages / "kill-matrix.html").read_text(encoding="utf-8")
     assert source.count("<b>●</b></td>") == sum(len(row["named"]) for row in KILLS["mutants"])
     fields = [row["killed_by"] for row in KILLS["mutants"]]
     killed = sum(len(names) for names in fields)
     assert source.count("<b>●</b></td>") + source.count("○</td>") == killed
     parts = [row["variant"] for row in KILLS["harmless"]] + [line for row in KILLS["mutants"] for line in row["diff"]]
-    text = Page(pages / "kill-matrix.html").text
+    text = parsed["kill-matrix.html"].text
     assert not [part for part in parts if part.removeprefix("--- ") not in text]
     assert "each is killed by every clause that it names" in text
     assert "Every clause kills at least one mutant." in text
@@ -254,9 +260,9 @@ def test_what_changed_between_two_releases_is_on_the_index_and_on_both_pages(
     assert 'class="change"' not in (pages / f"subject-{once.slug}.html").read_text(encoding="utf-8")
 
 
-def test_a_badge_is_shown_with_the_line_to_paste(pages: Path, columns: list[Column]) -> None:
+def test_a_badge_is_shown_with_the_line_to_paste(pages: Path, parsed: dict[str, Page], columns: list[Column]) -> None:
     for column in columns:
-        shown = Page(pages / f"subject-{column.slug}.html")
+        shown = parsed[f"subject-{column.slug}.html"]
         (line,) = re.findall(r"!\[(gpt-conformance: [^\]]+)\]\((badge-[^)]+)\)", shown.text)
         drawn = (pages / line[1]).read_text(encoding="utf-8")
         assert f"<title>{line[0]}</title>" in drawn
@@ -266,12 +272,12 @@ def test_a_badge_is_shown_with_the_line_to_paste(pages: Path, columns: list[Colu
 # findings ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_failure_links_to_its_finding_and_back(pages: Path, columns: list[Column]) -> None:
+def test_a_failure_links_to_its_finding_and_back(parsed: dict[str, Page], columns: list[Column]) -> None:
     findings = read_findings(REPORTS / "findings")
     linked = 0
     for column in columns:
         page_of = f"subject-{column.slug}.html"
-        links = Page(pages / page_of).all("href")
+        links = parsed[page_of].all("href")
         found = explained(findings, column.report)
         for verdict in column.report.verdicts.values():
             if verdict.outcome not in FINDINGS:
@@ -279,15 +285,15 @@ def test_a_failure_links_to_its_finding_and_back(pages: Path, columns: list[Colu
             assert found[verdict.id], f"{column.slug}: nothing in reports/findings reproduces {verdict.id}"
             for link, _ in found[verdict.id]:
                 assert link in links
-                back = Page(pages / link.partition("#")[0]).all("href")
+                back = parsed[link.partition("#")[0]].all("href")
                 assert f"{page_of}#{verdict.id}" in back or page_of in back
                 linked += 1
     assert linked > 60
 
 
-def test_a_finding_has_its_scripts_and_what_they_printed(pages: Path) -> None:
+def test_a_finding_has_its_scripts_and_what_they_printed(parsed: dict[str, Page]) -> None:
     for path in (REPORTS / "findings").glob("*.md"):
-        text = Page(pages / f"finding-{path.stem.lower()}.html").text
+        text = parsed[f"finding-{path.stem.lower()}.html"].text
         source = path.read_text(encoding="utf-8")
         for printed in re.findall(r"^```\w*\n(.*?)^```$", source, re.DOTALL | re.MULTILINE):
             assert printed.rstrip("\n") in text

@@ -31,12 +31,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def without_flushing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was written outlives the process anyway, and a flush takes longer than all the rest."""
-    monkeypatch.setattr(os, "fsync", lambda _: None)
-
-
 Save = Callable[[Path, int], None]
 
 

@@ -1,5 +1,6 @@
 """Runs on two ranks whose loss is compiled, and sharded ones (FSDP): what one process does, and what DDP does."""
 
+import importlib
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -41,10 +42,8 @@ ADAM: dict[str, Any] = {"optimizer": "torch.optim.AdamW", "optimizer_args": {"lr
 
 @pytest.fixture(scope="module")
 def on_both() -> Iterator[Callable[..., list[Any]]]:
-    import lightning.fabric  # before the fork, which spares the ranks the import
-    import torch.distributed.fsdp  # noqa: F401 # likewise
-
-    del lightning
+    for module in ("lightning.fabric", "torch.distributed.fsdp", "torch._dynamo"):
+        importlib.import_module(module)  # before the fork, which spares the ranks the import
     with two_ranks() as on_both:
         yield on_both
 
@@ -103,8 +102,7 @@ def test_replicas_take_the_steps_of_ddp_bit_for_bit(on_both: Any, name: str, tmp
     assert torch.equal(weights(tmp_path / "flat", 4), weights(tmp_path / "ddp", 4))
 
 
-@pytest.mark.parametrize("optimizer", [{}, ADAM], ids=["SGD", "AdamW"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "optimizer"), [("llama-untied", {}), ("gpt2-tied", ADAM)], ids=["SGD", "AdamW"])
 @pytest.mark.parametrize("way", WAYS)
 def test_checkpoints_are_read_both_ways(
     on_both: Any, way: str, name: str, optimizer: dict[str, Any], tmp_path: Path
