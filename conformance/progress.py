@@ -59,5 +59,5 @@ def shown(clauses: Iterable[Clause], console: "Console", name: str) -> Iterator[
         ends = number + 1 == len(listed) or listed[number + 1].chapter != clause.chapter
         if ends or time.monotonic() - last >= EVERY:
             title = f"{clause.chapter:6}  {CHAPTERS[clause.chapter]}"
-            console.out(f"{title:40} judged: {number + 1} of {len(listed)}", highlight=False)
+            console.out(f"{title:41} judged: {number + 1} of {len(listed)}", highlight=False)
             last = time.monotonic()

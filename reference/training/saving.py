@@ -146,6 +146,25 @@ def restore(run: Run, folder: Path) -> int:
     return done
 
 
+def tell_of_schedule(run: Run, folder: Path) -> None:
+    """Log each number of the schedule that differs from that of the run that wrote the checkpoint."""
+    saved = checkpoint.load_config(folder).get("train")
+    now, before = (numbers_of_schedule(found) for found in (as_plain(run.config), saved))
+    for key in sorted(now.keys() & before.keys()):
+        if now[key] != before[key]:
+            logger.info("resume: %s is %s, as configured now, not %s, as saved", key, now[key], before[key])
+
+
+def numbers_of_schedule(settings: Any) -> dict[str, float]:
+    """Return the settings of a schedule that are numbers; none if the settings, which may be forged, are no mapping."""
+    if not isinstance(settings, dict):
+        return {}
+    arguments = settings.get("optimizer_args")
+    rate = arguments.get("lr") if isinstance(arguments, dict) else None
+    found = {"lr": rate} | {key: settings.get(key) for key in ("updates", "warmup", "cooldown", "min_lr")}
+    return {key: value for key, value in found.items() if isinstance(value, int | float)}
+
+
 def warn_about_order(run: Run, folder: Path, pairs: Pairs) -> None:
     """Log a warning if an update has more or fewer sequences than before a checkpoint, which counts updates only."""
     before, now = checkpoint.load_config(folder).get("sequences_per_update"), run.count_sequences(pairs)

@@ -26,7 +26,7 @@ from reference.training.evaluation import validate
 from reference.training.float8 import plain_linears, require_tokens
 from reference.training.launch import is_sharded
 from reference.training.run import Run
-from reference.training.saving import on_rank_zero, restore, save, warn_about_order
+from reference.training.saving import on_rank_zero, restore, save, tell_of_schedule, warn_about_order
 from reference.training.setup import ModelSource, set_up
 from reference.training.starting import (
     announce,
@@ -178,6 +178,7 @@ class Trainer:
             if config.float8 != "none":
                 require_tokens(upcoming)
             if folder is not None and upcoming:
+                tell_of_schedule(run, folder)
                 warn_about_order(run, folder, upcoming)
             if base is not None and init_from is not None:
                 announce(run, base, upcoming, init_from)

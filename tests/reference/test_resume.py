@@ -16,6 +16,7 @@ from reference.data import TokenData, write_tokens
 from reference.errors import ConfigurationError
 from reference.model.gpt import GPT
 from reference.optimizers import optimizer_state
+from reference.training.saving import numbers_of_schedule
 from reference.training.trainer import FitResult, Record, Trainer
 
 UPDATES, MICROBATCHES, ROWS, TIME = 7, 2, 2, 8
@@ -200,6 +201,22 @@ def test_another_number_of_sequences_per_update_is_said(
     said = [message for message in caplog.messages if "an update has" in message]
     assert len(said) == (told is not None)
     assert all(f"has {2 * microbatches} sequences now, and had 4" in line and str(told) in line for line in said)
+
+
+def test_another_rate_and_length_are_said(tmp_path: Path, data: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="reference")
+    fit(tmp_path, data, save_every=4, updates=4, optimizer_args={"lr": 0.01})
+    fit(tmp_path, data, resume=True, updates=5, optimizer_args={"lr": 0.02})
+    said = [message for message in caplog.messages if message.endswith("as saved")]
+    assert said == [
+        "resume: lr is 0.02, as configured now, not 0.01, as saved",
+        "resume: updates is 5, as configured now, not 4, as saved",
+    ]
+
+
+def test_a_forged_schedule_is_passed_over() -> None:
+    assert numbers_of_schedule({"optimizer_args": [1], "updates": "many", "warmup": 3}) == {"warmup": 3}
+    assert numbers_of_schedule(["lr"]) == {}
 
 
 def test_data_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
