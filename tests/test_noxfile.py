@@ -65,12 +65,15 @@ def test_the_snippet_for_ci_works_from_a_checkout(
     text = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
     workflow = yaml.safe_load(text.partition("## In your CI")[2].partition("```yaml\n")[2].partition("```")[0])
     [job] = workflow["jobs"].values()
-    installs, judges = (step["run"].split() for step in job["steps"] if "run" in step)
-    assert installs[:2] == ["pip", "install"]
-    assert judges[:3] == ["python", "-m", "conformance"]
+    steps = [step["run"].split() for step in job["steps"] if "run" in step]
+    torch, package, judges, reports = steps
+    assert [torch[:3], package[:2]] == [["pip", "install", "torch"], ["pip", "install"]]
+    assert [judges[:3], reports[:3]] == [["python", "-m", "conformance"]] * 2
     # Their adapter lies in the checkout, and is found from there: python -m puts the current folder first.
     (tmp_path / "your_module.py").write_text("from examples.plain_loop_adapter import PlainLoop as Adapter\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(os.curdir)
     assert main([*judges[3:], "--clause", "OPT-1", "--clause", "OPT-11"]) == 1
     assert "::warning title=OPT-11 fail::" in capsys.readouterr().out
+    assert main(reports[3:]) == 0
+    assert "OPT-11" in (tmp_path / "pages" / "index.html").read_text(encoding="utf-8")
