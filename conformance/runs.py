@@ -196,11 +196,12 @@ class Runs:
         """
         from conformance.recording.compiled import compiling
         from conformance.recording.files import Files
+        from conformance.recording.isolation import collected_messages
 
         folder, keep = self.folders()
-        files = Files(folder, keep)
-        with compiling():
-            attempt = Attempt(Trace(), self.train(dataclasses.replace(recipe, compile=True), folder))
+        files, trace = Files(folder, keep), Trace()
+        with compiling(), collected_messages(trace.messages):  # a warning, too: pytest may make it an error
+            attempt = Attempt(trace, self.train(dataclasses.replace(recipe, compile=True), folder))
         self.excused(attempt)
         if attempt.error is not None:
             raise RunFailed(describe_error(attempt.error)) from attempt.error

@@ -1,5 +1,6 @@
 """Runs that torch.compile really compiles (conformance.recording.compiled), and the rule that judges them."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -8,8 +9,11 @@ from torch import nn
 
 from conformance.checks.precision import moved_alike
 from conformance.errors import Violation
+from conformance.recipe import Recipe
 from conformance.recording import record
 from conformance.recording.compiled import compiling
+from conformance.runs import Runs
+from conformance.subjects.reference import Reference
 
 
 def branch(x: torch.Tensor) -> torch.Tensor:
@@ -34,6 +38,22 @@ def test_it_is_put_back_after_an_error() -> None:
     with pytest.raises(RuntimeError, match="a run that fails"), compiling():
         raise RuntimeError("a run that fails")
     assert wrapper.__call__ is before
+
+
+class Warner(Reference):
+    """A stack that warns while it trains."""
+
+    def train(self, recipe: Recipe) -> None:
+        warnings.warn("as TorchDynamo may", stacklevel=1)
+        (recipe.directory / "weights.pt").write_bytes(b"of a run that was compiled")
+
+
+def test_a_warning_is_a_message_and_no_error() -> None:
+    """Pytest makes errors of warnings, here and in many a project."""
+    with Runs(Warner()) as runs:
+        run = runs.compiled(Recipe(updates=2))
+    assert run.messages == ["as TorchDynamo may"]
+    assert run.checkpoint(2) is not None
 
 
 def states(seed: int = 0) -> list[dict[str, torch.Tensor]]:
