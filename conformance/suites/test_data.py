@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from conformance.checks.data import (
     IGNORED,
@@ -16,7 +17,7 @@ from conformance.checks.data import (
 from conformance.clause import clause
 from conformance.errors import AdapterFailed, NotApplicable, Violation
 from conformance.recipe import Recipe
-from conformance.recording.trace import Trace
+from conformance.recording.trace import Forward, Trace
 from conformance.runs import Runs
 from conformance.suites import (
     by_update,
@@ -248,6 +249,28 @@ def test_ids_outside_the_vocabulary(runs: Runs) -> None:
         )
 
 
+def paired_whole(
+    runs: Runs, recipe: Recipe, run: Trace, rows: Tensor, wanted: str
+) -> tuple[list[Forward], list[Tensor], list[list[int]]]:
+    """Return the training forwards, the loss of each, and the numbers of its sequences among the rows (N, T + 1).
+
+    Raises:
+        NotApplicable: if they cannot be paired, or are other sequences than those.
+        Violation: if a sequence does not go into the model whole; ``wanted`` says what should.
+    """
+    forwards, losses = run.training_forwards(), cross_entropies(runs, recipe, run)
+    if not forwards or len(forwards) != len(losses):
+        raise NotApplicable("losses and sequences cannot be paired: see ACC-6")
+    short = [forward.ids.shape[1] for forward in forwards if forward.ids.shape[1] < recipe.block_size]
+    if short:
+        raise Violation(wanted, f"sequences of {short[0]} tokens")
+    numbers = [sample_numbers(forward.ids[:, : recipe.block_size], rows) for forward in forwards]
+    known = [[number for number in found if number is not None] for found in numbers]
+    if known != numbers:
+        raise NotApplicable("the stack trains on sequences other than those asked for: see ACC-6")
+    return forwards, losses, known
+
+
 @clause(
     "DATA-10",
     since="0.2",
@@ -262,16 +285,8 @@ def test_odd_lengths(runs: Runs) -> None:
     """
     recipe = Recipe(block_size=13, updates=4)
     run, rows = runs.trace(recipe), torch.cat(recipe.batches())
-    forwards, losses = run.training_forwards(), cross_entropies(runs, recipe, run)
-    if not forwards or len(forwards) != len(losses):
-        raise NotApplicable("losses and sequences cannot be paired: see ACC-6")
-    short = [forward.ids.shape[1] for forward in forwards if forward.ids.shape[1] < recipe.block_size]
-    if short:
-        raise Violation("sequences of 13 tokens in the model", f"sequences of {short[0]} tokens")
-    numbers = [sample_numbers(forward.ids[:, : recipe.block_size], rows) for forward in forwards]
-    if any(None in found for found in numbers):
-        raise NotApplicable("the stack trains on sequences other than those asked for: see ACC-6")
-    tokens = [rows[[number for number in found if number is not None]] for found in numbers]
+    forwards, losses, numbers = paired_whole(runs, recipe, run, rows, "sequences of 13 tokens in the model")
+    tokens = [rows[found] for found in numbers]
     entropies = [entropy for entropy in run.entropies if entropy.grad_enabled]
     if stays_inside(forwards, entropies):
         targets_are_next([entropy.labels for entropy in entropies], tokens)
@@ -295,19 +310,9 @@ def test_given_targets_are_the_next_tokens(runs: Runs) -> None:
     """
     recipe = Recipe(updates=4, ignored_targets=True)
     run, rows, labels = runs.trace(recipe), torch.cat(recipe.batches()), torch.cat(recipe.labels())
-    forwards, losses = run.training_forwards(), cross_entropies(runs, recipe, run)
-    if not forwards or len(forwards) != len(losses):
-        raise NotApplicable("losses and sequences cannot be paired: see ACC-6")
-    short = [forward.ids.shape[1] for forward in forwards if forward.ids.shape[1] < recipe.block_size]
-    if short:
-        raise Violation(
-            f"sequences of {recipe.block_size} tokens in the model, each with its next token as the target",
-            f"sequences of {short[0]} tokens",
-        )
-    numbers = [sample_numbers(forward.ids[:, : recipe.block_size], rows) for forward in forwards]
-    if any(None in found for found in numbers):
-        raise NotApplicable("the stack trains on sequences other than those asked for: see ACC-6")
-    targets = [labels[[number for number in found if number is not None]] for found in numbers]
+    wanted = f"sequences of {recipe.block_size} tokens in the model, each with its next token as the target"
+    forwards, losses, numbers = paired_whole(runs, recipe, run, rows, wanted)
+    targets = [labels[found] for found in numbers]
     entropies = [entropy for entropy in run.entropies if entropy.grad_enabled]
     if stays_inside(forwards, entropies):
         targets_are_next([entropy.labels for entropy in entropies], targets)
