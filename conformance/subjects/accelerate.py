@@ -40,6 +40,12 @@ class Accelerate:
     lacks |= dict.fromkeys(("activation-checkpointing", "sharded"), "FullyShardedDataParallelPlugin wants a GPU")
     lacks |= dict.fromkeys(("stable-embedding", "finetune"), "prepare() swaps no module and adds no adapters")
     lacks |= dict.fromkeys(("builds-optimizer", "fused", "ndim-policy"), "the user builds the optimizer")
+    lacks |= dict.fromkeys(("grouped-query", "initial-std", "residual-opt-out"), "the model is the user's")
+    lacks |= dict.fromkeys(("second-optimizer", "decay-all"), "the user builds the optimizer")
+    lacks |= dict.fromkeys(("evaluate-batches", "ignored-validation"), "the user's loop evaluates")
+    lacks["validation-document"] = "the user divides documents"
+    lacks |= dict.fromkeys(("keep-last", "loader"), "the user's loop names its checkpoints, and counts its epochs")
+    lacks |= dict.fromkeys(("lora-dropout", "tuned-embedding"), "prepare() adds no adapters")
 
     def train(self, recipe: Recipe) -> None:
         if recipe.nan_gradient is not None:

@@ -33,6 +33,12 @@ class DeepSpeed:
     }
     lacks |= dict.fromkeys(("float32-logits", "logits-opt-out"), "the engine converts no output of a module")
     lacks |= dict.fromkeys(("builds-optimizer", "fused", "ndim-policy"), "the user builds the optimizer")
+    lacks |= dict.fromkeys(("grouped-query", "initial-std", "residual-opt-out"), "the model is the user's")
+    lacks |= dict.fromkeys(("second-optimizer", "decay-all"), "the user builds the optimizer")
+    lacks |= dict.fromkeys(("evaluate-batches", "ignored-validation"), "the user's loop evaluates")
+    lacks["validation-document"] = "the user divides documents"
+    lacks |= dict.fromkeys(("keep-last", "loader"), "the user's loop saves, and reads the data")
+    lacks |= dict.fromkeys(("lora-dropout", "tuned-embedding"), "the engine adds no adapters")
     lacks |= dict.fromkeys(("stable-embedding", "finetune", "quantised"), "the engine swaps no module to train it")
 
     def train(self, recipe: Recipe) -> None:

@@ -84,7 +84,9 @@ def microbatches(recipe: Recipe, part: Part = "train") -> Any:
 
     A sampler that deals them out in turn gives each rank those that the recipe means it to have.
     """
-    sources: Any = (recipe.batches, recipe.labels) if part == "train" else (recipe.validation_batches,) * 2
+    sources: Any = (recipe.batches, recipe.labels)
+    if part == "validation":
+        sources = recipe.validation_batches, recipe.validation_labels
     ids, labels = ([source(rank) for rank in range(recipe.world_size)] for source in sources)
     steps = zip(zip(*ids), zip(*labels))  # in each, the microbatches of all ranks
     return [pair for ids_of_ranks, labels_of_ranks in steps for pair in zip(ids_of_ranks, labels_of_ranks)]

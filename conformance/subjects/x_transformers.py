@@ -38,7 +38,7 @@ class XTransformersPolicy(ReferencePolicy):
         return Uniform(-(inputs**-0.5), inputs**-0.5)
 
     def decays(self, recipe: Recipe, tensor: TensorInfo) -> bool:
-        if recipe.decay == "ndim" or recipe.module is not None:
+        if recipe.decay != "declared" or recipe.module is not None:
             return super().decays(recipe, tensor)
         return tensor.name.endswith(tuple(f"{part}.weight" for part in MATRICES))
 
@@ -50,6 +50,7 @@ def build(recipe: Recipe) -> nn.Module:
     size: dict[str, Any] = {"dim": recipe.n_embd, "depth": recipe.n_layer, "heads": recipe.n_head, "verbose": False}
     size |= {"attn_dim_head": recipe.n_embd // recipe.n_head, "attn_num_mem_kv": 2}
     size |= {"attn_dropout": recipe.dropout, "ff_dropout": recipe.dropout}
+    size |= {"attn_kv_heads": recipe.n_kv_head} if recipe.n_kv_head else {}
     layers = Decoder(**size, **(gpt if recipe.shape == "gpt" else llama))
     sizes = {"num_tokens": recipe.vocab_size, "max_seq_len": recipe.block_size, "num_memory_tokens": 2}
     options = {"post_emb_norm": recipe.shape == "gpt", "tie_embedding": recipe.tied}
@@ -64,6 +65,8 @@ class XTransformers(Reference):
     policy = XTransformersPolicy()
     lacks = Reference.lacks | {"meta-init": "TransformerWrapper, Attention and the norms have no reset_parameters()"}
     lacks |= dict.fromkeys(("activation-checkpointing", "finetune", "quantised"), "Trainer does so to its own GPT only")
+    lacks |= dict.fromkeys(("lora-dropout", "tuned-embedding"), "Trainer adds adapters to its own GPT only")
+    lacks |= dict.fromkeys(("initial-std", "residual-opt-out"), "x-transformers has no such setting")
     recipes: dict[Path, Recipe] = {}  # by directory: a checkpoint cannot say how to build a module of somebody else's
 
     def model_config(self, recipe: Recipe) -> Any:  # a function, which Trainer takes as well as a GPTConfig

@@ -11,7 +11,7 @@ from conformance.errors import NotApplicable
 from conformance.recipe import OptimizerChoice, Recipe
 from conformance.recording.trace import Named
 from conformance.runs import Runs
-from conformance.suites import ADAMW, SHARED, shapes
+from conformance.suites import ADAMW, SHARED, in_shapes, shapes
 
 QUICK = OptimizerChoice.of(ADAMW, lr=0.1)
 """Moves the weights far, in a few updates: at small ones an activation is nearly a line."""
@@ -87,5 +87,4 @@ def test_declared_forward_of_shared_heads(runs: Runs) -> None:
     """If query heads share heads of keys and values, the model's logits still equal those of the forward that the stack
     declares, computed in float64 from the same weights.
     """
-    for recipe in shapes(runs, SHARED):
-        is_as_declared(runs, recipe)
+    in_shapes(runs, SHARED, lambda recipe: is_as_declared(runs, recipe))
