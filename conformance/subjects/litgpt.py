@@ -3,6 +3,7 @@
 import importlib.metadata
 import math
 import sys
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -72,7 +73,7 @@ class LitGPT:
 
     def train(self, recipe: Recipe) -> None:
         shape = {"n_layer": recipe.n_layer, "n_head": recipe.n_head, "n_embd": recipe.n_embd, "head_size": None}
-        size = {"block_size": recipe.block_size, "padded_vocab_size": recipe.vocab_size}
+        size: dict[str, Any] = {"block_size": recipe.block_size, "padded_vocab_size": recipe.vocab_size}
         size["n_query_groups"] = recipe.n_kv_head
         name = "pythia-14m" if recipe.shape == "gpt" else "tiny-llama-1.1b"
         config = Config.from_name(name, **shape, **size, vocab_size=recipe.vocab_size, intermediate_size=96)
