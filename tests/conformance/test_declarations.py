@@ -25,7 +25,7 @@ def declaring(method: str, answer: Callable[..., Any]) -> Reference:
     def own(*_: Any, **__: Any) -> Any:
         return answer()
 
-    policy = type("Policy", (ReferencePolicy,), {method: own})()
+    policy = type("Policy", (ReferencePolicy,), {"rate": None, method: own})()  # without rate(), which is optional
     return type("Own", (Reference,), {"policy": policy})()
 
 
