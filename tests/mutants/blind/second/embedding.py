@@ -1,6 +1,6 @@
 """Faults of embeddings: the swap for StableEmbedding, and fine-tuning."""
 
-from tests.mutants.planting import PREPARE, SETUP, Mutant, mutant
+from tests.mutants.planting import BUILD, PREPARE, SETUP, Mutant, mutant
 
 STABLE, PUT_INTO = "reference.model.embedding:stable_embedding", "reference.checkpoint.folder:put_into"
 LOADED, PLAIN = "model.load_state_dict(kept)", "restored.set_submodule(name, plain[id(module)])"
@@ -57,6 +57,11 @@ FAULTS: dict[str, list[Mutant]] = {
                 STABLE,
                 "return stable.train(plain.training)",
                 "stable.weight.requires_grad_(False)\n    return stable.train(plain.training)",
+            ),
+            (
+                BUILD,
+                "for module in stable_embeddings(model)]",
+                "for module in stable_embeddings(model) if module.weight.requires_grad]",
             ),
         ),
     ],

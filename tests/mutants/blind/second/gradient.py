@@ -9,8 +9,8 @@ CLIP = "norm = fabric.clip_gradients(self.wrapped, self.optimizer, max_norm=limi
 NOT_CLIPPED = CLIP.replace("max_norm=limit", 'max_norm=float("inf")')
 CROSS_ENTROPY = 'F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")'
 CLIPPED_BY_SUM = """
-    gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-    norm = torch.stack([gradient.norm() for gradient in gradients]).sum()
+    norms = [p.grad.norm() for p in self.module.parameters() if p.grad is not None]
+    norm = sum(one.full_tensor() if hasattr(one, "full_tensor") else one for one in norms)
     torch.nn.utils.clip_grads_with_norm_(self.module.parameters(), limit, norm)
 """
 CLIPPED_BY_STAGE = """

@@ -161,7 +161,7 @@ FAULTS: dict[str, list[Mutant]] = {
             (
                 UPDATE,
                 RATE,
-                f'float(torch.tensor({RATE}).to(torch.bfloat16 if "bf16" in config.precision else torch.float64))',
+                f'float(torch.tensor({RATE}, dtype=torch.bfloat16 if "bf16" in config.precision else torch.float64))',
             ),
         ),
         mutant(

@@ -148,10 +148,14 @@ FAULTS: dict[str, list[Mutant]] = {
             (UPDATE, DONE, DONE.replace("int(tokens)", "int(count_targets(pairs))")),
         ),
         mutant(
-            "blind2-reports-history-lost-on-resume",
+            "blind2-reports-rate-of-the-slowest-group",
             "",
-            "DeepLabCut/DeepLabCut#3177: a resumed run overwrites the metrics of the run before",
-            ("reference.cli.loggers:csv_metrics", "read_rows(file, before=record.update)", "[]"),
+            "open-mmlab/mmengine#482, facebookresearch/ConvNeXt#7: the least rate is logged, of whatever group has it",
+            (
+                FIT,
+                'float(run.bare.param_groups[0]["lr"])',
+                'min(float(group["lr"]) for group in run.bare.param_groups)',
+            ),
         ),
     ],
     "resume": [
