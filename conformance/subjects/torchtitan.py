@@ -105,12 +105,12 @@ class Torchtitan:
             --lr-scheduler.decay-type=cosine --lr-scheduler.min-lr-factor={(low or 0.0) / recipe.optimizer.rate}
             --training.dataset=train --training.steps={last} --training.seq-len={recipe.block_size}
             --training.local-batch-size={recipe.microbatch_size} --training.global-batch-size={recipe.update_size}
-            --training.max-norm={recipe.clip or "inf"} --debug.seed={recipe.seed} --debug.deterministic --debug.deterministic-warn-only
+            --training.max-norm={recipe.clip or "inf"} --debug.seed={recipe.seed} --debug.deterministic-warn-only
             --training.dtype={"bfloat16" if recipe.precision == "bf16-true" else "float32"}
             --training.mixed-precision-param={"bfloat16" if recipe.precision == "bf16-mixed" else "float32"}
             --activation-checkpoint.mode={"full" if recipe.activation_checkpointing else "none"}
             --checkpoint.enable --checkpoint.interval={recipe.save_every or last} --checkpoint.keep-latest-k=0
-            --checkpoint.no-last-save-model-only --checkpoint.no-initial-load-model-only
+            --checkpoint.no-last-save-model-only --checkpoint.no-initial-load-model-only --debug.deterministic
             --validation.dataset=validation --validation.freq={recipe.evaluate_every or last}
             --validation.seq-len={recipe.block_size} --validation.local-batch-size={recipe.microbatch_size}""".split()
         words += [f"--optimizer.{name}={value}" for name, value in given.items()]
