@@ -68,11 +68,51 @@ CAPABILITIES = {
         since="0.2",
         extension=True,
     ),
+    "grouped-query": Capability(
+        "can have fewer heads of keys and values than of queries (grouped-query attention)", since="0.2", extension=True
+    ),
+    "initial-std": Capability(
+        "takes the standard deviation of its initial weights from its user", since="0.2", extension=True
+    ),
+    "second-optimizer": Capability(
+        "takes from its user a second optimizer, for the tensors that the first is not for", since="0.2", extension=True
+    ),
+    "decay-all": Capability("can be told to decay every tensor", since="0.2", extension=True),
+    "cooldown": Capability(
+        "can keep the learning rate constant and lower it in a given number of updates at the end",
+        since="0.2",
+        extension=True,
+    ),
+    "loader": Capability(
+        "trains on a shuffling torch DataLoader that its user hands over, epoch after epoch",
+        since="0.2",
+        extension=True,
+    ),
+    "keep-last": Capability("removes all but a given number of its newest checkpoints", since="0.2", extension=True),
+    "ignored-validation": Capability(
+        "accepts targets of -100 in validation data, which it leaves out of the validation loss", since="0.2"
+    ),
+    "evaluate-batches": Capability(
+        "can be told how many validation batches an evaluation takes, and takes the same ones each time",
+        since="0.2",
+        extension=True,
+    ),
+    "validation-document": Capability(
+        "divides a validation document into windows by itself", since="0.2", extension=True
+    ),
+    "residual-opt-out": Capability(
+        "can be told to keep the residual stream in 16 bits in a mixed precision", since="0.2", extension=True
+    ),
+    "lora-dropout": Capability("can drop inputs of the LoRA adapters at random", since="0.2", extension=True),
+    "tuned-embedding": Capability(
+        "can train the embedding's weights beside the LoRA adapters", since="0.2", extension=True
+    ),
     "any-optimizer": Capability("takes the optimizer's class from its user", since="0.2", implied=True),
     "keywords": Capability("takes the optimizer's keyword arguments from its user", since="0.2", implied=True),
     "builds-optimizer": Capability(
         "builds the optimizer by itself, from a class and keyword arguments", since="0.2", implied=True
     ),
+    "untied": Capability("can give the head a weight of its own", since="0.2", implied=True),
     "seed": Capability("takes a seed from its user", since="0.2", implied=True),
     "float32-logits": Capability("converts logits to float32 where they leave the model", since="0.2", implied=True),
 }

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
     import torch
+    from torch.utils.data import DataLoader
 
     from conformance.recording.trace import Checkpoint
 
@@ -95,6 +96,8 @@ class Recipe:
     (capability foreign-module). It maps token ids (B, T) to logits (B, T, V)."""
     n_layer: int = 2
     n_head: int = 2
+    n_kv_head: int | None = None
+    """Heads of keys and values, each for as many query heads as any other (capability grouped-query). None: n_head."""
     n_embd: int = 32
     vocab_size: int = 128
     """128 x 32 are 4096 elements: the smallest table for which bitsandbytes keeps 8-bit state."""
@@ -104,11 +107,15 @@ class Recipe:
     """The head shares the weight of the embedding."""
     dropout: float = 0.0
     """Probability of dropping an activation, wherever the stack drops some (capability dropout)."""
+    initial_std: float | None = None
+    """Standard deviation that the weights are drawn with (capability initial-std). None: the stack's own."""
     seed: int = 1
     """Decides the weights, the dropout and the order of samples."""
     precision: Precision = "32-true"
     """Fabric's names: -mixed keeps float32 weights and computes in 16 bits, -true keeps 16-bit weights."""
     optimizer: OptimizerChoice = field(default_factory=OptimizerChoice)
+    rest: OptimizerChoice | None = None
+    """Optimizer of the tensors that ``optimizer`` is not for (capability second-optimizer). None: the stack's own."""
     microbatch_size: int = 2
     """Sequences per microbatch."""
     microbatches: int = 1
@@ -119,6 +126,9 @@ class Recipe:
     samples: int | None = None
     """The stack itself draws shuffled microbatches from a data set of this many samples, which document() and dataset()
     give (capability sampler). None: it takes batches() in order."""
+    shuffled_by: Literal["stack", "loader"] = "stack"
+    """loader: the samples are in loader(), a DataLoader that shuffles, and the stack is handed that one (capability
+    loader)."""
     ignored_targets: bool = False
     """Many targets are -100, in some microbatches more than in others: see labels() (capability ignored-targets)."""
     updates: int = 2
@@ -127,16 +137,30 @@ class Recipe:
     """Updates of linear warm-up (capability schedule)."""
     minimum_lr: float | None = None
     """Learning rate that a cosine reaches at the end (capability schedule). None: constant after the warm-up."""
+    cooldown: int | None = None
+    """Instead of the cosine, the rate is constant until so many updates before the end, and only then falls to
+    ``minimum_lr`` (capability cooldown)."""
     clip: float | None = None
     """Largest global gradient norm (capability clip). None: do not clip, or set a limit that is never reached."""
-    decay: Literal["declared", "ndim"] = "declared"
-    """declared: the stack's own policy. ndim: tensors of two and more dimensions decay (capability ndim-policy)."""
+    decay: Literal["declared", "ndim", "all"] = "declared"
+    """declared: the stack's own policy. ndim: tensors of two and more dimensions decay (capability ndim-policy). all:
+    every tensor decays (capability decay-all)."""
     evaluate: bool = False
     """Evaluate on validation_batches() after the last update (capability evaluate)."""
     evaluate_every: int | None = None
     """Updates between evaluations; the stack also evaluates after the last update (capability evaluate-every)."""
+    evaluate_batches: int | None = None
+    """Validation batches of each evaluation and rank, always the same, of one more that there are (capability
+    evaluate-batches). None: all."""
+    ignored_validation: bool = False
+    """Many targets of the validation data are -100: see validation_labels() (capability ignored-validation)."""
+    validation: Literal["batches", "document"] = "batches"
+    """document: the stack itself divides validation_document() into windows of ``block_size`` tokens, and evaluates
+    them on all ranks together (capability validation-document)."""
     save_every: int | None = None
     """Updates between checkpoints. None: whatever the stack does by itself."""
+    keep_last: int | None = None
+    """Checkpoints to keep; older ones are removed (capability keep-last). None: all, or whatever the stack keeps."""
     resume: "Checkpoint | None" = None
     """Go on from this checkpoint, to ``updates`` in all (capability resume)."""
     stable_embedding: bool = False
@@ -146,12 +170,18 @@ class Recipe:
     fresh optimizer: freeze them, and train LoRA adapters beside the linear layers of the blocks. With
     ``stable_embedding``, the embedding is trained too (capability finetune)."""
     lora_rank: int = 4
-    """Rank of the adapters, which have no dropout of their own."""
+    """Rank of the adapters."""
+    lora_dropout: float = 0.0
+    """Probability of dropping an input of the adapters (capability lora-dropout)."""
+    tuned_embedding: bool = False
+    """Fine-tuning trains the embeddings too, beside the adapters (capability tuned-embedding)."""
     quantised: Quantisation | None = None
     """Keep the frozen linear layers of the blocks in bitsandbytes' 4 or 8 bits; -dq quantises the scales too
     (capability quantised)."""
     logits: Literal["float32", "compute"] = "float32"
     """compute: let the logits leave in the dtype they were computed in (capability logits-opt-out)."""
+    residual: Literal["float32", "compute"] = "float32"
+    """compute: in a mixed precision, keep the residual stream in 16 bits (capability residual-opt-out)."""
     initialization: Literal["eager", "meta"] = "eager"
     """meta: build on the meta device and materialise afterwards, as FSDP does (capability meta-init)."""
     activation_checkpointing: bool = False
@@ -166,6 +196,8 @@ class Recipe:
     """The recorder zeroes every gradient on entry to ``step``: what moves then is weight decay."""
     nan_gradient: int | None = None
     """The recorder puts a NaN into the gradients of this update, counted from 0, when their backward has ended."""
+    dropout_kept: bool = False
+    """The recorder has torch's dropout keep every activation, scaled as those that it keeps."""
     same_batches: bool = False
     """Not for the adapter: every update trains on the sequences of the first."""
     altered: Alteration | None = None
@@ -215,12 +247,36 @@ class Recipe:
     def validation_batches(self, rank: int = 0) -> "list[torch.Tensor]":
         """Return validation data of one rank: two tensors like those of batches(), of other tokens.
 
-        The last one may have fewer sequences.
+        The last one may have fewer sequences. Under ``evaluate_batches`` there is one batch more than that.
         """
         if self.validate_on_training:
             return self.batches(rank)[:2]
-        found = self._split(self._tokens(2 * self.world_size * self.microbatch_size, stream=0), rank)
+        count = 2 if self.evaluate_batches is None else self.evaluate_batches + 1
+        found = self._split(self._tokens(count * self.world_size * self.microbatch_size, stream=0), rank)
         return [*found[:-1], found[-1][:-1]] if self.uneven else found
+
+    def validation_labels(self, rank: int = 0) -> "list[torch.Tensor]":
+        """Return the targets: validation_batches(), with -100 for each token to ignore under ``ignored_validation``.
+
+        In the first half of the sequences that is all but one.
+        """
+        import torch
+
+        batches = self.validation_batches(rank)
+        tokens = torch.cat(batches)
+        if self.ignored_validation:
+            tokens[: len(tokens) // 2, 2:] = -100
+        return list(tokens.split([len(batch) for batch in batches]))
+
+    def validation_document(self) -> "torch.Tensor":
+        """Return validation data as one document: eight windows of ``block_size`` tokens and a third of one, int64.
+
+        No id is 0, so it can fill up the last window; none is ``vocab_size - 1``, which may be appended as its end.
+        """
+        import torch
+
+        generator, length = torch.Generator().manual_seed(DATA_SEED + 5), 8 * self.block_size + self.block_size // 3
+        return torch.randint(1, self.vocab_size - 1, (length,), generator=generator)
 
     def document(self) -> "torch.Tensor":
         """Return training data as one document: ``samples * block_size`` token ids below ``vocab_size - 1``, int64.
@@ -240,6 +296,13 @@ class Recipe:
 
         end = torch.tensor([self.vocab_size - 1])
         return torch.cat((self.document(), end)).unfold(0, self.block_size + 1, self.block_size)
+
+    def loader(self) -> "DataLoader[torch.Tensor]":
+        """Return a DataLoader of microbatches of dataset(), which it shuffles anew, by torch's seed, in every pass."""
+        from torch.utils.data import DataLoader
+
+        rows: Any = list(self.dataset())
+        return DataLoader(rows, self.microbatch_size, shuffle=True)
 
     def _sequences(self) -> "torch.Tensor":
         """Return the tokens of all updates (or of the first, if all have the same), microbatches and ranks."""

@@ -152,7 +152,8 @@ class Runs:
         """
         if recipe not in self._attempts:
             folder, keep = self.folders()
-            with record(folder, recipe.zero_gradients, nan_gradient=recipe.nan_gradient, keep=keep) as trace:
+            nan, kept = recipe.nan_gradient, recipe.dropout_kept
+            with record(folder, recipe.zero_gradients, nan_gradient=nan, keep=keep, dropout_kept=kept) as trace:
                 error = self.train(recipe, folder)
             self._attempts[recipe] = Attempt(trace, error)
         return self.excused(self._attempts[recipe])
@@ -304,13 +305,24 @@ class Declared:
             )
         return found
 
-    def logits(self, recipe: Recipe, weights: "Mapping[str, Tensor]", ids: "Tensor") -> "Tensor":
-        """Return the declared logits. Raises NotApplicable if the policy does not declare the model."""
+    def logits(
+        self,
+        recipe: Recipe,
+        weights: "Mapping[str, Tensor]",
+        ids: "Tensor",
+        drop: "Callable[[Tensor], Tensor] | None" = None,
+    ) -> "Tensor":
+        """Return the declared logits: in training, if it is given what drops activations.
+
+        Raises:
+            NotApplicable: if the policy does not declare them.
+        """
         import torch
 
-        found: Tensor | None = self.word("logits", None, torch.Tensor, recipe, weights, ids)
+        name, more = ("logits", ()) if drop is None else ("logits_with_dropout", (drop,))
+        found: Tensor | None = self.word(name, None, torch.Tensor, recipe, weights, ids, *more)
         if found is None:
-            raise NotApplicable("the policy does not declare logits()")
+            raise NotApplicable(f"the policy does not declare {name}()")
         return found
 
     def word(self, name: str, default: T, kind: type, *arguments: object) -> T:

@@ -1,6 +1,6 @@
 """A subject: the training stack under test, seen through an adapter of some forty lines."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
@@ -50,10 +50,10 @@ class Constant:
 
 
 Distribution = Normal | TruncatedNormal | Uniform | Constant
-Place = Literal["epoch", "window", "ranks", "microbatch", "validation"]
+Place = Literal["epoch", "window", "ranks", "microbatch", "validation", "tail"]
 """Where something may be left over: samples at the end of an epoch that fill no batch; microbatches there that fill no
-update; samples there that do not divide by the ranks; and the sequences of a smaller microbatch of an update, or of a
-smaller last validation batch."""
+update; samples there that do not divide by the ranks; the sequences of a smaller microbatch of an update, or of a
+smaller last validation batch; and the tail of a validation document, which fills no window."""
 Leftovers = Literal["carried", "short", "dropped", "repeated", "weighed"]
 """What happens to leftovers. carried: the batch (or update) is filled up from the next epoch. short: it is smaller.
 dropped: they are not seen in this epoch. repeated: it is filled up with samples that this epoch has seen. weighed (of
@@ -105,6 +105,19 @@ class DetailedPolicy(Policy, Protocol):
 
         Write the model down a second time, from its paper, in plain operations, without dropout. Without this method,
         or if None, the suite does not look.
+        """
+
+    def logits_with_dropout(
+        self,
+        recipe: "Recipe",
+        weights: "Mapping[str, Tensor]",
+        ids: "Tensor",
+        drop: "Callable[[Tensor], Tensor]",
+    ) -> "Tensor | None":
+        """Return the same in training, with ``drop`` called on each tensor of activations that dropout acts on.
+
+        Do so at each place where the stack drops some, with the probability of the recipe. Without this method, or if
+        None, the suite does not look.
         """
 
 

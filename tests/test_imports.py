@@ -14,7 +14,7 @@ FLOORS = {
         ["conformance.causes", "conformance.errors", "conformance.interrupts", "conformance.version"],
         ["conformance.capabilities", "conformance.recording.trace", "conformance.options", "conformance.reading"],
         ["conformance.recipe", *(f"conformance.recording.{n}" for n in ("snapshot", "isolation", "limits", "files"))],
-        ["conformance.subject", *(f"conformance.recording.{n}" for n in ("gates", "metrics", "weights"))],
+        ["conformance.subject", *(f"conformance.recording.{n}" for n in ("gates", "metrics", "weights", "dropping"))],
         [f"conformance.recording.{n}" for n in ("unseen", "loggers", "masters", "opened")],
         ["conformance.recording.calls"],
         ["conformance.recording.recorder"],

@@ -25,6 +25,25 @@ def sample_numbers(ids: Tensor, samples: Tensor) -> list[int | None]:
     return [int(row.int().argmax()) if row.any() else None for row in same]
 
 
+def places_in_document(ids: Tensor, document: Tensor) -> tuple[int, int]:
+    """Return where a window begins in a document, and for how many tokens it goes on as the document does.
+
+    Args:
+        ids: of the window, (T,); what is behind its end may be anything.
+        document: (N,), int64, in which no three tokens stand in the same order twice.
+
+    Returns:
+        the place of its first token, and the length; (0, 0) if not even three tokens are those of the document.
+    """
+    best = (0, 0)
+    for first in (document == ids[0]).nonzero().flatten().tolist():
+        part = document[first : first + len(ids)]
+        unlike = (part != ids[: len(part)]).nonzero()
+        length = int(unlike[0]) if len(unlike) else len(part)
+        best = max(best, (first, length), key=lambda found: found[1])
+    return best if best[1] >= 3 else (0, 0)
+
+
 def once_each(seen: Sequence[int | None], samples: int, what: str) -> None:
     """Check that every sample was seen exactly once, and nothing else.
 

@@ -15,14 +15,27 @@ REPORTED = re.compile(
     re.IGNORECASE,
 )
 
+LOGGED = re.compile(r"step (\d+): ")  # as conformance.recording.metrics writes what a logger got
+
 
 def reported_losses(messages: Iterable[str]) -> list[str]:
     """Return the validation losses in a run's messages, as they were written."""
     return [number for line in messages for number in REPORTED.findall(line)]
 
 
-def reports(messages: Sequence[str], expected: float) -> None:
+def validation_losses_by_step(messages: Iterable[str]) -> dict[int, str]:
+    """Return what loggers got as the validation loss, as it was written, by the number that they got with it."""
+    lines = [(match.group(1), line[match.end() :]) for line in messages if (match := LOGGED.match(line))]
+    return {int(step): losses[-1] for step, line in lines if (losses := REPORTED.findall(line))}
+
+
+def reports(messages: Sequence[str], expected: float, over: str = "logits evaluated") -> None:
     """Check that some message gives the validation loss, and that it is the expected one.
+
+    Args:
+        messages: of the run.
+        expected: the loss.
+        over: what the mean is over, for the message.
 
     Raises:
         Violation: with the numbers that the messages give instead.
@@ -30,7 +43,7 @@ def reports(messages: Sequence[str], expected: float) -> None:
     one_is_among(
         reported_losses(messages),
         [expected],
-        f"a validation loss of {expected:.6f}, the mean cross entropy of the next tokens over all logits evaluated",
+        f"a validation loss of {expected:.6f}, the mean cross entropy of the next tokens over all {over}",
     )
 
 

@@ -13,6 +13,10 @@ LOSS = re.compile(r"(?:([a-z]+)[ _/])?(?<![a-z])loss(?:[ _/]([a-z]+))?" + NUMBER
 RATE = re.compile(r"(?<![a-z])(?:lr|learning[ _]rate)(?:-\w+(?:[ /]pg\d+)?)?" + NUMBER, re.IGNORECASE)
 NORM = re.compile(r"(?<![a-z])(?:grad|gradient)(?:[ _]?norm|_2[ .]0_norm_total)" + NUMBER, re.IGNORECASE)
 PROGRESS = re.compile(r"\b(?:step|iter|iteration|update|epoch)[ :=]{1,3}\d", re.IGNORECASE)
+COUNTED = re.compile(r"\b(step|iter|iteration|update)[ :=]{1,3}(\d+)", re.IGNORECASE)
+TARGETS = re.compile(
+    r"(?:targets|(?:target|trainable|supervised|label)[ _]tokens)\W{1,5}(\d+(?:\.\d+)?)", re.IGNORECASE
+)
 OTHERS = {"val", "valid", "validation", "eval", "evaluation", "test", "dev", "aux", "auxiliary", "balance", "scale"}
 """Words beside ``loss`` that make it another one than that of training."""
 
@@ -31,6 +35,21 @@ def learning_rates(messages: Iterable[str]) -> list[str]:
 def gradient_norms(messages: Iterable[str]) -> list[str]:
     """Return the gradient norms in what a run said about its progress; in settings that it printed it is the limit."""
     return [number for line in messages if is_progress(line) for number in NORM.findall(line)]
+
+
+def numbers_of_targets(messages: Iterable[str]) -> list[str]:
+    """Return the numbers of targets of updates in a run's messages; plain tokens may be those that went in."""
+    return [number for line in messages for number in TARGETS.findall(line)]
+
+
+def last_numbers(messages: Iterable[str]) -> dict[str, int]:
+    """Return the largest number of an update in lines that give its loss or rate, by the word before it (step, ...)."""
+    found: dict[str, int] = {}
+    for line in messages:
+        if training_losses([line]) or learning_rates([line]):
+            for word, number in COUNTED.findall(line):
+                found[word.lower()] = max(int(number), found.get(word.lower(), 0))
+    return found
 
 
 def is_progress(line: str) -> bool:

@@ -15,6 +15,7 @@ def record(
     rank: int = 0,
     nan_gradient: int | None = None,
     keep: Path | None = None,
+    dropout_kept: bool = False,
 ) -> AbstractContextManager[Trace]:
     """Record the training run inside a ``with`` block.
 
@@ -31,7 +32,8 @@ def record(
         rank: only kept in the trace.
         nan_gradient: the update, counted from 0, whose gradients get a NaN when their backward has ended.
         keep: folder for copies of what the run writes, so that a checkpoint is known even if it is written over.
+        dropout_kept: have dropout keep every activation: see conformance.recording.dropping.
     """
     from conformance.recording.recorder import recording
 
-    return recording(directory, zero_gradients, rank, nan_gradient, keep)
+    return recording(directory, zero_gradients, rank, nan_gradient, keep, dropout_kept)

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from conformance.recipe import collect_reports, remember_configs
 from conformance.recording import metrics
 from conformance.recording.calls import Calls
+from conformance.recording.dropping import everything_kept
 from conformance.recording.files import Files
 from conformance.recording.gates import watched
 from conformance.recording.inner import Inner, Worker
@@ -36,7 +37,12 @@ from conformance.recording.weights import Weights, Whole
 
 @contextlib.contextmanager
 def recording(
-    directory: Path | None, zero_gradients: bool, rank: int, nan_gradient: int | None, keep: Path | None
+    directory: Path | None,
+    zero_gradients: bool,
+    rank: int,
+    nan_gradient: int | None,
+    keep: Path | None,
+    dropout_kept: bool = False,
 ) -> Iterator[Trace]:
     """Record the training run inside a ``with`` block; see :func:`conformance.record`."""
     recorder = Recorder(Trace(rank=rank), Files(directory, keep), Whole(), zero_gradients, nan_gradient)
@@ -49,6 +55,8 @@ def recording(
         recorder.loggers = Loggers(recorder.trace.messages.append)
         stack.callback(recorder.loggers.leave)
         stack.enter_context(watched(recorder))
+        if dropout_kept:
+            stack.enter_context(everything_kept())
         try:
             yield recorder.trace
         finally:

@@ -4,7 +4,9 @@ import importlib.util
 import math
 import os
 import pydoc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import lightning  # noqa: F401 # what the trainer runs on: if it is missing, loading the subject says so
@@ -27,11 +29,12 @@ class ReferencePolicy:
             return Constant(0.0)
         if "norm" in tensor.name:
             return Constant(1.0)
-        return Normal(0.0, 0.02 / (2 * recipe.n_layer) ** 0.5 if ".proj." in tensor.name else 0.02)
+        std = 0.02 if recipe.initial_std is None else recipe.initial_std
+        return Normal(0.0, std / (2 * recipe.n_layer) ** 0.5 if ".proj." in tensor.name else std)
 
     def decays(self, recipe: Recipe, tensor: TensorInfo) -> bool:
-        if recipe.decay == "ndim":
-            return len(tensor.shape) >= 2
+        if recipe.decay != "declared":
+            return len(tensor.shape) >= 2 or recipe.decay == "all"
         if recipe.module is not None:
             return tensor.owner == "Linear" and tensor.name.endswith(".weight")
         return tensor.name.endswith(("qkv.weight", "proj.weight", "fc.weight", "gate.weight", "head.weight"))
@@ -40,31 +43,48 @@ class ReferencePolicy:
         peak: float = dict(recipe.optimizer.arguments).get("lr", 1e-3)
         if update < recipe.warmup or recipe.minimum_lr is None:
             return peak * min(1.0, (update + 1) / (recipe.warmup + 1))
+        if recipe.cooldown is not None:
+            passed = max(0, update - (recipe.updates - 1 - recipe.cooldown)) / recipe.cooldown
+            return recipe.minimum_lr + (peak - recipe.minimum_lr) * (1 - passed**0.5)
         span = recipe.updates - 1 - recipe.warmup
         progress = (update - recipe.warmup) / span if span > 0 else 1.0
         return recipe.minimum_lr + (peak - recipe.minimum_lr) * (1 + math.cos(math.pi * progress)) / 2
 
+    def rate(self, recipe: Recipe, update: int, tensor: TensorInfo) -> float:
+        if recipe.rest is None or self.owner(recipe, tensor) == recipe.optimizer.class_path:
+            return self.learning_rate(recipe, update)
+        return self.learning_rate(replace(recipe, optimizer=recipe.rest), update)
+
     def owner(self, recipe: Recipe, tensor: TensorInfo) -> str | None:
-        if recipe.optimizer.class_path != "torch.optim.Muon":
+        if recipe.optimizer.class_path != "torch.optim.Muon" and recipe.rest is None:
             return None
         inside = tensor.name.startswith(("blocks.", "attn_layers."))  # of our GPT, and of x-transformers
         matrix = inside and len(tensor.shape) == 2
-        return "torch.optim.Muon" if matrix else "torch.optim.AdamW"
+        return "torch.optim.Muon" if matrix else recipe.rest.class_path if recipe.rest else "torch.optim.AdamW"
 
     def leftovers(self, recipe: Recipe, place: Place) -> Leftovers | None:
-        return "weighed" if place in ("microbatch", "validation") else "carried"
+        words: dict[Place, Leftovers] = {"microbatch": "weighed", "validation": "weighed", "tail": "short"}
+        return words.get(place, "carried")
 
     def wins_on_resume(self, recipe: Recipe, setting: Setting) -> Winner:
         return "recipe"
 
     def logits(self, recipe: Recipe, weights: Mapping[str, Tensor], ids: Tensor) -> Tensor | None:
+        return self.logits_with_dropout(recipe, weights, ids, lambda x: x)
+
+    def logits_with_dropout(
+        self, recipe: Recipe, weights: Mapping[str, Tensor], ids: Tensor, drop: Callable[[Tensor], Tensor]
+    ) -> Tensor | None:
         own = "blocks.0.norm_attention.weight" in weights  # and not a module of somebody else's
-        return declared_forward(recipe, weights, ids) if own else None
+        return declared_forward(recipe, weights, ids, drop) if own else None
 
 
-def declared_forward(recipe: Recipe, weights: Mapping[str, Tensor], ids: Tensor) -> Tensor:
+def declared_forward(
+    recipe: Recipe, weights: Mapping[str, Tensor], ids: Tensor, drop: Callable[[Tensor], Tensor]
+) -> Tensor:
     """Return the logits of GPT-2 (Radford et al. 2019) or Llama (https://arxiv.org/abs/2302.13971), written plainly."""
     gpt, heads, size = recipe.shape == "gpt", recipe.n_head, recipe.n_embd // recipe.n_head
+    shared = heads // (recipe.n_kv_head or heads)  # query heads in a row that have the same keys and values
 
     def linear(name: str, x: Tensor) -> Tensor:
         return x @ weights[f"{name}.weight"].T + (weights[f"{name}.bias"] if gpt and name != "head" else 0.0)
@@ -85,14 +105,16 @@ def declared_forward(recipe: Recipe, weights: Mapping[str, Tensor], ids: Tensor)
     x = weights["embedding.weight"][ids]
     if gpt:
         x = x + weights["position.weight"][: ids.shape[1]]
+    x = drop(x)
     for layer in range(recipe.n_layer):
         block = f"blocks.{layer}"
-        qkv = linear(f"{block}.attention.qkv", norm(f"{block}.norm_attention", x)).unflatten(-1, (3, heads, size))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        qkv = linear(f"{block}.attention.qkv", norm(f"{block}.norm_attention", x)).unflatten(-1, (-1, size))
+        q, k, v = qkv.transpose(1, 2).split((heads, heads // shared, heads // shared), dim=1)
+        k, v = (part.repeat_interleave(shared, dim=1) for part in (k, v))  # (B, H, T, D), as q is
         scores = turned(q) @ turned(k).transpose(-1, -2) / size**0.5
         later = torch.ones_like(scores, dtype=torch.bool).triu(1)
-        mixed = scores.masked_fill(later, -math.inf).softmax(-1) @ v
-        x = x + linear(f"{block}.attention.proj", mixed.transpose(1, 2).flatten(-2))
+        mixed = drop(scores.masked_fill(later, -math.inf).softmax(-1)) @ v
+        x = x + drop(linear(f"{block}.attention.proj", mixed.transpose(1, 2).flatten(-2)))
         h = norm(f"{block}.norm_mlp", x)
         up = linear(f"{block}.mlp.fc", h)
         if gpt:
@@ -100,8 +122,22 @@ def declared_forward(recipe: Recipe, weights: Mapping[str, Tensor], ids: Tensor)
         else:
             gate = linear(f"{block}.mlp.gate", h)
             hidden = gate * torch.sigmoid(gate) * up
-        x = x + linear(f"{block}.mlp.proj", hidden)
+        x = x + drop(linear(f"{block}.mlp.proj", hidden))
     return linear("head", norm("norm", x))
+
+
+def token_data(recipe: Recipe, split: str, document: Tensor, rank: int) -> TokenData:
+    """Write a document, and the id that ends it, into a token file of this rank's own; return it open."""
+    folder = recipe.directory / f"tokens-{rank}"
+    kind: Any = {"vocab_size": recipe.vocab_size, "tokenizer": "none", "end_of_document": recipe.vocab_size - 1}
+    write_tokens(folder, split, [document.numpy()], **kind)
+    sizes = {"block_size": recipe.block_size, "microbatch_size": recipe.microbatch_size}
+    return TokenData(folder, split, **sizes, seed=recipe.seed)
+
+
+def pairs(batches: list[Tensor], labels: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Return ids and targets of microbatches, (B, T) each."""
+    return [(rows[:, :-1], targets[:, 1:]) for rows, targets in zip(batches, labels, strict=True)]
 
 
 class Reference:
@@ -119,20 +155,28 @@ class Reference:
     def model_config(self, recipe: Recipe) -> reference.GPTConfig:
         """Return the model of the recipe; tests override it to vary what must not matter."""
         build = reference.GPTConfig.gpt2 if recipe.shape == "gpt" else reference.GPTConfig.llama
-        size = {name: getattr(recipe, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size")}
+        size: dict[str, Any] = {
+            name: getattr(recipe, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size")
+        }
+        size |= {"n_kv_head": recipe.n_kv_head, "fp32_residual": recipe.residual == "float32"}
+        size |= {} if recipe.initial_std is None else {"init_std": recipe.initial_std}
         return build(**size, tie_embeddings=recipe.tied, dropout=recipe.dropout)
 
     def train_config(self, recipe: Recipe) -> reference.TrainConfig:
         """Return the run of the recipe; tests override it too."""
         same = "updates microbatches warmup clip precision logits stable_embedding initialization compile seed"
-        same += " activation_checkpointing"
+        same += " activation_checkpointing cooldown keep_last evaluate_batches"
         optimizer: dict[str, Any] = recipe.optimizer.config()
+        rest: dict[str, Any] = {} if recipe.rest is None else recipe.rest.config()
+        schedule: Any = "constant" if recipe.minimum_lr is None else "cosine" if recipe.cooldown is None else "wsd"
         return reference.TrainConfig(
             **{name: getattr(recipe, name) for name in same.split()},
             optimizer=optimizer["class_path"],
             optimizer_args=optimizer["init_args"],
-            decay="ndim" if recipe.decay == "ndim" else "role",
-            schedule="constant" if recipe.minimum_lr is None else "cosine",
+            optimizer_rest=rest.get("class_path"),
+            optimizer_rest_args=rest.get("init_args", {}),
+            decay="role" if recipe.decay == "declared" else recipe.decay,
+            schedule=schedule,
             min_lr=recipe.minimum_lr,
             save_every=recipe.save_every,
             accelerator="cuda" if recipe.precision == "16-mixed" else "cpu",
@@ -147,27 +191,38 @@ class Reference:
             model = pydoc.locate(recipe.module.replace(":", "."))
         rank = int(os.environ["RANK"]) if recipe.world_size > 1 else 0  # the process group is not there yet
         finetune = self.finetune_config(recipe) if recipe.finetune else None
-        trainer = reference.Trainer(model, self.train_config(recipe), recipe.directory, finetune=finetune)
+        told = [partial(self.tell, recipe)]
+        trainer = reference.Trainer(model, self.train_config(recipe), recipe.directory, told, finetune)
         resume = recipe.resume.find("model.safetensors").parent if recipe.resume else False
         base = recipe.finetune.find("model.safetensors").parent if recipe.finetune else None
-        trainer.fit(self.data(recipe, rank), recipe.validation_batches(rank), resume=resume, init_from=base)
+        trainer.fit(self.data(recipe, rank), self.validation(recipe, rank), resume=resume, init_from=base)
+
+    def tell(self, recipe: Recipe, record: Any) -> None:
+        """Hand on what the loggers of python -m reference get."""
+        metrics = {"loss": record.loss, "learning_rate": record.learning_rate, "grad_norm": record.gradient_norm}
+        metrics |= {"target_tokens": record.tokens}
+        more = {} if record.validation_loss is None else {"validation_loss": record.validation_loss}
+        recipe.report(metrics | more, record.update)
 
     def finetune_config(self, recipe: Recipe) -> FinetuneConfig:
         """Return how to fine-tune; tests override it too."""
-        return FinetuneConfig(lora_rank=recipe.lora_rank, quantize=recipe.quantised or "none")
+        more: dict[str, Any] = {"lora_dropout": recipe.lora_dropout, "embeddings": recipe.tuned_embedding}
+        return FinetuneConfig(lora_rank=recipe.lora_rank, quantize=recipe.quantised or "none", **more)
 
     def data(self, recipe: Recipe, rank: int) -> Any:
         """Batches, pairs of ids and targets, or token files, from which the trainer draws by itself."""
+        if recipe.shuffled_by == "loader":
+            return recipe.loader()
         if recipe.samples is not None:
-            folder, document = recipe.directory / f"tokens-{rank}", recipe.document().numpy()
-            kind: Any = {"vocab_size": recipe.vocab_size, "tokenizer": "none", "end_of_document": recipe.vocab_size - 1}
-            write_tokens(folder, "train", [document], **kind)
-            sizes = {"block_size": recipe.block_size, "microbatch_size": recipe.microbatch_size}
-            return TokenData(folder, "train", **sizes, seed=recipe.seed)
-        if not recipe.ignored_targets:
-            return recipe.batches(rank)
-        pairs = zip(recipe.batches(rank), recipe.labels(rank), strict=True)
-        return [(rows[:, :-1], labels[:, 1:]) for rows, labels in pairs]
+            return token_data(recipe, "train", recipe.document(), rank)
+        return pairs(recipe.batches(rank), recipe.labels(rank)) if recipe.ignored_targets else recipe.batches(rank)
+
+    def validation(self, recipe: Recipe, rank: int) -> Any:
+        """Likewise, to evaluate."""
+        if recipe.validation == "document":
+            return token_data(recipe, "validation", recipe.validation_document(), rank)
+        batches = recipe.validation_batches(rank)
+        return pairs(batches, recipe.validation_labels(rank)) if recipe.ignored_validation else batches
 
     def load(self, checkpoint: Checkpoint) -> nn.Module:
         return reference.load_for_inference(checkpoint.find("model.safetensors").parent)

@@ -30,6 +30,10 @@ OTHERS = (
 """Optimizers beside AdamW, each with settings that are not its defaults."""
 MUON = OptimizerChoice.of("torch.optim.Muon", lr=0.02)
 """For matrices only (https://kellerjordan.github.io/posts/muon): the stack trains the rest with another optimizer."""
+REST = OptimizerChoice.of(ADAMW, lr=3e-3, betas=(0.8, 0.95), eps=1e-7, weight_decay=0.05)
+"""That other one, where the user may choose it."""
+SHARED = Recipe(n_head=4, n_kv_head=2)
+"""Two heads of keys and values, each for two query heads."""
 STILL = 1e-30
 """A learning rate that moves no weight by one bit. Not zero: a schedule may divide by it."""
 
@@ -154,6 +158,12 @@ def seen(run: Trace) -> Trace:
     if not all(step.optimizer for update in run.updates for step in update.steps):
         raise NotApplicable(" ".join(run.notes) or "the optimizer could not be seen")
     return run
+
+
+def with_muon(runs: Runs) -> Recipe:
+    """Return a run with Muon; the other optimizer is the user's choice where the subject lets them choose."""
+    rest = REST if runs.has("second-optimizer") else None
+    return Recipe(updates=4, save_every=2 if runs.has("resume") else None, optimizer=MUON, rest=rest)
 
 
 def beside_muon(runs: Runs, recipe: Recipe) -> Trace:

@@ -12,7 +12,7 @@ from conformance.clause import clause
 from conformance.errors import NotApplicable, Violation, quoted
 from conformance.recipe import Alteration, Recipe
 from conformance.runs import Runs
-from conformance.suites import shapes
+from conformance.suites import SHARED, shapes
 
 Pair = tuple[Tensor, Tensor, Tensor, Tensor]
 """Token ids (B, T) and logits (B, T, V) of a forward, and those of the same forward of the altered run."""
@@ -169,6 +169,24 @@ def test_no_look_ahead_with_dropout(runs: Runs) -> None:
         if not all(torch.equal(one.scores, other.scores) for one, other in zip(first, again)):
             raise NotApplicable("two equal runs draw other dropout masks, so their logits cannot be compared")
         sees_nothing_later(runs, recipe, f"{recipe.shape}, dropout 0.1: ")
+
+
+@clause(
+    "CAUSAL-6",
+    since="0.2",
+    needs=("grouped-query",),
+    why="Attention with shared heads of keys and values often takes another path, and the mask can be lost on that "
+    "path "
+    "alone.",
+    mend="Pass the mask, or is_causal, on every path through the attention. If your stack has no such heads, name "
+    "grouped-query in lacks.",
+    source="keras-team/keras#23038 (grouped-query attention has the same defect as dropout)",
+    bound="bit equality (healthy: 0; no mask: 1e-2)",
+)
+def test_no_look_ahead_with_shared_heads(runs: Runs) -> None:
+    """If query heads share heads of keys and values, no logit depends on a later token."""
+    for recipe in shapes(runs, replace(SHARED, updates=1)):
+        sees_nothing_later(runs, recipe, f"{recipe.shape}, two query heads for each head of keys and values: ")
 
 
 def blind_to_first(runs: Runs, recipe: Recipe, chosen: Tensor) -> bool:

@@ -324,3 +324,27 @@ def test_given_targets_are_the_next_tokens(runs: Runs) -> None:
     except Violation:
         if not divided_by_counts(scores, targets, means):
             predicts_next(scores, targets, means)
+
+
+@clause(
+    "DATA-12",
+    since="0.2",
+    needs=("loader",),
+    why="If every pass over the user's loader begins with the same random state, all epochs have the same order.",
+    mend="Seed each pass by its number, or not at all. If your stack takes no loader of its user, name loader in "
+    "lacks.",
+    source="pytorch/pytorch#31771 (the same order in every epoch)",
+    bound="as DATA-2 (two of two are the same by chance once in 40320)",
+)
+def test_order_of_a_loader(runs: Runs) -> None:
+    """If the user hands over a DataLoader that shuffles, every epoch sees each sample once, in another order than the
+    epochs before.
+    """
+    recipe = Recipe(samples=8, microbatch_size=2, updates=8, shuffled_by="loader")
+    assert recipe.samples is not None
+    seen = order(runs.trace(recipe), recipe.dataset())
+    first, second = seen[: recipe.samples], seen[recipe.samples :]
+    for number, epoch in enumerate((first, second), start=1):
+        once_each(epoch, recipe.samples, f"epoch {number}")
+    if first == second:
+        raise Violation("two epochs in two different random orders", f"the same order in both: {first}")

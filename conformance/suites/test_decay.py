@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from conformance.checks import decay
 from conformance.clause import clause
-from conformance.errors import Violation, quoted
+from conformance.errors import NotApplicable, Violation, quoted
 from conformance.recipe import OptimizerChoice, Recipe
 from conformance.recording.trace import Trace
 from conformance.runs import Runs
@@ -215,3 +215,24 @@ def test_decay_under_a_schedule(runs: Runs) -> None:
         run = runs.trace(scheduled)
         for number in range(len(asked_for(scheduled, run))):
             check_factors(runs, scheduled, run, number)
+
+
+@clause(
+    "DECAY-10",
+    since="0.2",
+    needs=("keywords", "decay-all"),
+    why="An option that does nothing makes two experiments one.",
+    mend="Put every trainable tensor into the group that decays. If your stack has no such option, name decay-all in "
+    "lacks.",
+    source="unslothai/unsloth#10452 (a documented option does nothing)",
+    bound="as DECAY-4",
+)
+def test_everything_decays(runs: Runs) -> None:
+    """If the user asks for the decay of all tensors, the stack decays every trainable tensor."""
+    recipe = Recipe(optimizer=STRONG, zero_gradients=True, decay="all")
+    run = runs.trace(recipe)
+    kept = [name for name in run.trainable if not runs.policy.decays(recipe, run.tensors[name])]
+    if kept:
+        raise NotApplicable(f"the policy declares that {quoted(kept)} do not decay, although all tensors are to decay")
+    factors = {name: 1.0 - runs.policy.rate(recipe, 0, run.tensors[name]) * 0.1 for name in run.trainable}
+    decay.decay_acts(run.update(0).before, run.update(0).after, factors)

@@ -4,13 +4,15 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from conformance.checks.comparison import same
 from conformance.checks.dropout import masks_differ, same_function
 from conformance.clause import clause
 from conformance.errors import NotApplicable
 from conformance.recipe import Recipe
 from conformance.recording.trace import Forward
 from conformance.runs import Runs
-from conformance.suites import STILL, everyday, require_still
+from conformance.suites import STILL, everyday, require_still, shapes
+from conformance.suites.test_model import QUICK, is_as_declared
 
 
 def repeated(runs: Runs, probability: float) -> Recipe:
@@ -107,3 +109,28 @@ def test_none_where_none_is_asked_for(runs: Runs) -> None:
     found = [forward for update in forwards(runs, repeated(runs, 0.0)) for forward in update]
     for logits in (row for forward in found for row in forward.scores):
         same_function(first_logits(found[0]), logits, "training without dropout, on equal tokens")
+
+
+@clause(
+    "DROP-5",
+    since="0.2",
+    needs=("dropout",),
+    why="A place that does not drop is not regularised. If what is kept is not scaled, evaluation gets activations of "
+    "another size than training.",
+    mend="Hand the probability on to every place that the policy declares, and divide what is kept by 1 - p.",
+    source="jadore801120/attention-is-all-you-need-pytorch#40, lucidrains/reformer-pytorch#55, "
+    "salesforce/awd-lstm-lm#124",
+    bound="as MODEL-1 (weakest mutant, none in attention: 2e-4)",
+)
+def test_dropout_acts_where_declared(runs: Runs) -> None:
+    """In training, dropout acts at each place that the stack declares and at no other, and scales what it keeps by
+    1 / (1 - p): if it keeps everything, the logits are those of the declared forward with these factors.
+    """
+    chance = 0.25
+    for recipe in shapes(runs, Recipe(dropout=chance, dropout_kept=True, same_batches=True, altered="equal sequences")):
+        run = runs.trace(replace(recipe, updates=4, optimizer=QUICK))
+        if any(not same(row, forward.scores[0]) for forward in run.training_forwards(0) for row in forward.scores):
+            raise NotApplicable(
+                "the stack does not drop by torch's dropout, so the suite cannot have it keep everything"
+            )
+        is_as_declared(runs, recipe, lambda activations: activations / (1 - chance))

@@ -10,12 +10,12 @@ from torch.nn import functional as F
 from conformance.checks import decay, embedding, finetuning
 from conformance.checks.comparison import states_equal, tensors_equal
 from conformance.clause import clause
-from conformance.errors import NotApplicable, Violation
+from conformance.errors import NotApplicable, Violation, quoted
 from conformance.recipe import QUANTISATIONS, OptimizerChoice, Recipe
-from conformance.recording.snapshot import find_logits
+from conformance.recording.snapshot import equal_values, find_logits
 from conformance.recording.trace import Trace
 from conformance.runs import Runs
-from conformance.suites import EIGHT_BIT, saved, shapes
+from conformance.suites import ADAMW, EIGHT_BIT, STILL, require_still, saved, shapes
 
 # 64 wide: bitsandbytes 0.50.2 quantises other widths wrongly on the CPU. The base has learned its tokens by heart, so
 # its loss is far from that of random weights.
@@ -359,3 +359,66 @@ def test_only_adapters_are_trained(runs: Runs) -> None:
         base = runs.trace(replace(BASE, shape=start.shape)).tensors
         for _, run in variants(runs, start):
             finetuning.base_frozen(run.tensors, base, [info.name for info in run.embeddings])
+
+
+def still_tuning(runs: Runs) -> list[Recipe]:
+    """Return two updates of fine-tuning that move nothing, on the same tokens, with all options that the subject "
+    "has."""
+    recipe = replace(
+        TUNED, updates=2, same_batches=True, optimizer=OptimizerChoice.of(ADAMW, lr=STILL, weight_decay=0.0)
+    )
+    recipe = replace(recipe, lora_dropout=0.5) if runs.has("lora-dropout") else recipe
+    return starts(runs, replace(recipe, tuned_embedding=True) if runs.has("tuned-embedding") else recipe)
+
+
+@clause(
+    "EMB-20",
+    since="0.2",
+    needs=("finetune", "lora-dropout"),
+    why="Adapters that are trained without the configured dropout learn a small data set by heart.",
+    mend="Pass the probability on to the adapters, and call train() after they were added. If your adapters never "
+    "drop, "
+    "name lora-dropout in lacks.",
+    source="ml-explore/mlx-examples#622 (rank, alpha and dropout are not those of the configuration)",
+    bound="different bits",
+)
+def test_adapters_drop(runs: Runs) -> None:
+    """In fine-tuning with dropout of the adapters, two updates on equal tokens and weights have different gradients."""
+    for recipe in still_tuning(runs):
+        run = tuned(runs, recipe)
+        require_still(run)
+        first, second = run.update(0).gradients, run.update(1).gradients
+        # A factor that starts at 0 hides the other one's gradient, until a step of 1e-30 has moved it.
+        learning = [name for name, found in first.items() if found is not None and bool(found.any())]
+        if all(equal_values(first[name], second[name]) for name in learning):
+            raise Violation(
+                f"{recipe.shape}: dropout of the adapters draws another mask for each update",
+                "the gradients of equal tokens are equal: the same mask, or none",
+            )
+
+
+@clause(
+    "EMB-21",
+    since="0.2",
+    needs=("finetune", "tuned-embedding"),
+    why="New words, or words of another language, are never learned if the embedding stays frozen, and nothing says "
+    "so.",
+    mend="Unfreeze the embedding, or train a copy of it, before the optimizer is built. If your stack has no such "
+    "option, "
+    "name tuned-embedding in lacks.",
+    source="huggingface/peft#951 (what stands in modules_to_save is not trained)",
+    bound="membership, and a gradient above 0",
+)
+def test_embedding_is_tuned_if_asked(runs: Runs) -> None:
+    """If the user asks fine-tuning to train the embedding too, the optimizer owns it, and it has a gradient."""
+    for recipe in still_tuning(runs):
+        run = tuned(runs, recipe)
+        update = run.update(0)
+        tables = {f"{info.name}.weight" for info in run.embeddings if info.shape[0] >= recipe.vocab_size}
+        owned = {name for step in update.steps for name in step.tensors if tables.intersection(run.tensors[name].names)}
+        gradients = [update.gradients[name] for name in owned]
+        if not any(gradient is not None and bool(gradient.any()) for gradient in gradients):
+            raise Violation(
+                f"{recipe.shape}: an embedding that the optimizer owns, with a gradient",
+                "the optimizer owns no embedding" if not owned else f"no gradient for {quoted(sorted(owned))}",
+            )

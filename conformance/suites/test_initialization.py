@@ -278,3 +278,25 @@ def test_no_two_tensors_start_alike(runs: Runs) -> None:
     """No two tensors that are drawn at random start with the same values."""
     for recipe in shapes(runs, Recipe(n_layer=4, updates=1)):
         initialization.starts_apart(runs.start(recipe).initial)
+
+
+@clause(
+    "INIT-15",
+    since="0.2",
+    needs=("initial-std",),
+    why="A part that ignores the configured standard deviation starts with the scale of another model.",
+    mend="Pass the configured value on to every tensor that is drawn, tables included. If your stack has no such "
+    "setting, "
+    "name initial-std in lacks.",
+    source="huggingface/transformers#39772 (0.02 written into the initialisation of embeddings)",
+    bound="as INIT-2",
+)
+def test_configured_deviation(runs: Runs) -> None:
+    """If the user sets the standard deviation of initial weights, every parameter starts from the distribution that the
+    stack declares for it.
+    """
+    for recipe in shapes(runs, Recipe(n_layer=4, updates=1, initial_std=0.05)):
+        tensors, plain = runs.start(recipe).tensors.values(), replace(recipe, initial_std=None)
+        if all(runs.policy.initial(recipe, info) == runs.policy.initial(plain, info) for info in tensors):
+            raise NotApplicable("the policy declares the same initial weights whatever recipe.initial_std is")
+        starts_as_declared(runs, [recipe])

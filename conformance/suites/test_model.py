@@ -1,6 +1,9 @@
 """MODEL: the model computes the function that its stack declares."""
 
+from collections.abc import Callable
 from dataclasses import replace
+
+from torch import Tensor
 
 from conformance.checks.dropout import same_function
 from conformance.clause import clause
@@ -8,15 +11,21 @@ from conformance.errors import NotApplicable
 from conformance.recipe import OptimizerChoice, Recipe
 from conformance.recording.trace import Named
 from conformance.runs import Runs
-from conformance.suites import ADAMW, shapes
+from conformance.suites import ADAMW, SHARED, shapes
 
 QUICK = OptimizerChoice.of(ADAMW, lr=0.1)
 """Moves the weights far, in a few updates: at small ones an activation is nearly a line."""
 BOUND = 1e-5  # of the root mean square of the logits
 
 
-def is_as_declared(runs: Runs, recipe: Recipe) -> None:
-    """Check the logits of the first and of the last update of a run against the declared ones."""
+def is_as_declared(runs: Runs, recipe: Recipe, drop: Callable[[Tensor], Tensor] | None = None) -> None:
+    """Check the logits of the first and of the last update of a run against the declared ones.
+
+    Args:
+        runs: of the subject.
+        recipe: of the run, but for its updates and its optimizer.
+        drop: what dropout does to activations, if there is some.
+    """
     run = runs.trace(replace(recipe, updates=4, optimizer=QUICK))
     for number in (0, -1):
         update = run.update(number)
@@ -24,9 +33,10 @@ def is_as_declared(runs: Runs, recipe: Recipe) -> None:
         if first is None:
             raise NotApplicable("no forward in training mode and with gradients: see ACC-6")
         weights = {name: update.before[info.name].double() for info in run.tensors.values() for name in info.names}
-        expected = runs.policy.logits(recipe, Named(weights), first.ids.long())
+        expected = runs.policy.logits(recipe, Named(weights), first.ids.long(), drop)
         when = "first" if number == 0 else "last"
         what = f"{recipe.shape}, {when} update: the declared forward in float64 against the model's"
+        what += "" if drop is None else ", with dropout that keeps everything and scales it"
         same_function(expected, first.scores, what, BOUND)
 
 
@@ -60,3 +70,22 @@ def test_declared_forward_tied(runs: Runs) -> None:
     """
     for recipe in shapes(runs):
         is_as_declared(runs, replace(recipe, tied=True))
+
+
+@clause(
+    "MODEL-3",
+    since="0.2",
+    needs=("grouped-query",),
+    why="If query heads use the keys of another group than the declared one, the weights mean something else in every "
+    "other program.",
+    mend="Give each head of keys and values to query heads that stand in a row: repeat_interleave, not repeat. If your "
+    "stack has no such heads, name grouped-query in lacks.",
+    source="EricLBuehler/candle-vllm#52, jxiw/M1#4 (heads repeated in another order)",
+    bound="as MODEL-1",
+)
+def test_declared_forward_of_shared_heads(runs: Runs) -> None:
+    """If query heads share heads of keys and values, the model's logits still equal those of the forward that the stack
+    declares, computed in float64 from the same weights.
+    """
+    for recipe in shapes(runs, SHARED):
+        is_as_declared(runs, recipe)

@@ -1,8 +1,9 @@
 """OPT, continued: each step moves the weights as the class of the optimizer says, in every precision and update."""
 
 from conformance.checks import optimizer
-from conformance.checks.decay import covered_once, moved, owned_as_declared
+from conformance.checks.decay import covered_once, is_class, moved, owned_as_declared
 from conformance.checks.embedding import state_bits
+from conformance.checks.schedule import rates_are
 from conformance.checks.step import Deviation, History, follows_closed_form
 from conformance.clause import clause
 from conformance.errors import NotApplicable
@@ -13,15 +14,18 @@ from conformance.suites import (
     ADAMW,
     DECAYING,
     EIGHT_BIT,
-    MUON,
     OTHERS,
+    REST,
     RMSPROP,
     SGD,
+    asked_for,
     beside_muon,
     everyday,
     interrupted,
+    rates,
     seen,
     shapes,
+    with_muon,
 )
 
 
@@ -184,10 +188,38 @@ def test_muon_beside_another_optimizer(runs: Runs) -> None:
     """If the user names torch.optim.Muon, it trains matrices only, another optimizer trains every other tensor, and
     each tensor moves by the closed form of its own optimizer.
     """
-    recipe = Recipe(updates=4, save_every=2 if runs.has("resume") else None, optimizer=MUON)
+    recipe = with_muon(runs)
     run = beside_muon(runs, recipe)
     owners = {name: runs.policy.owner(recipe, run.tensors[name]) for name in run.trainable}
     for update in run.updates:
         covered_once([group.tensors for group in update.groups], run.trainable)
         owned_as_declared(update.steps, owners)
     steps_follow(run)
+
+
+@clause(
+    "OPT-20",
+    since="0.2",
+    needs=("any-optimizer", "keywords", "second-optimizer"),
+    why="If the second optimizer gets the rate or the keywords of the first, embeddings and norms train at a rate that "
+    "is made for matrices.",
+    mend="Build each optimizer from its own settings. If your stack builds only one, name second-optimizer in lacks.",
+    source="deepspeedai/DeepSpeed#8171, #8440 (the rate of the first is everybody's)",
+    bound="as OPT-7",
+)
+def test_second_optimizer_has_its_own_keywords(runs: Runs) -> None:
+    """If the user chooses a second optimizer for the tensors that the first is not for, it gets the learning rate,
+    betas and eps that they gave for it.
+    """
+    recipe = with_muon(runs)
+    run = beside_muon(runs, recipe)
+    declared = rates(runs, recipe, run)
+    if len(set(declared[0].values())) < 2:
+        raise NotApplicable("the policy declares the same rate for the tensors of both optimizers")
+    rates_are(asked_for(recipe, run), declared, "learning rates of two optimizers,")
+    expected = {name: value for name, value in REST.arguments if name in ("betas", "eps")}
+    for update in run.updates:
+        groups = [
+            group for step in update.steps if is_class(REST.class_path, step.optimizer[0]) for group in step.groups
+        ]
+        optimizer.keywords_arrive(groups, expected)

@@ -301,3 +301,29 @@ def test_weights_keep_their_digits(runs: Runs) -> None:
     run = runs.trace(Recipe(precision="bf16-mixed"))
     for number, (update, later) in enumerate(itertools.pairwise(run.updates), start=1):
         precision.not_rounded(update.before, update.after, later.before, f"before update {number + 1}")
+
+
+@clause(
+    "PREC-11",
+    since="0.2",
+    needs=("bf16-mixed", "residual-opt-out"),
+    why="A user who asks for a residual stream in 16 bits, to save memory traffic, pays for one in float32.",
+    mend="Convert the residual stream where it begins, under autocast. If your stack has no such option, name "
+    "residual-opt-out in lacks.",
+    source="Lightning-AI/litgpt at c0415056 (an option that is accepted and never used); Megatron-LM has the option",
+    bound="different bits",
+)
+def test_residual_opt_out(runs: Runs) -> None:
+    """If the user asks for a residual stream in 16 bits in a mixed precision, the logits are rounded otherwise than
+    with one in float32.
+    """
+    recipe = Recipe(precision="bf16-mixed")
+    first = [runs.trace(each).training_forwards(0) for each in (recipe, replace(recipe, residual="compute"))]
+    pairs = list(zip(*first))
+    if not pairs:
+        raise NotApplicable("no forward in training mode and with gradients: see ACC-6")
+    if all(torch.equal(one.scores, other.scores) for one, other in pairs):
+        raise Violation(
+            "other logits with a residual stream in 16 bits than with one in float32",
+            "they are equal, bit for bit: the option does nothing",
+        )

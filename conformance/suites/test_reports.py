@@ -1,26 +1,32 @@
 """REPORT: the numbers that a run prints about its training are those of its training."""
 
+import itertools
 from dataclasses import replace
 from statistics import fmean
 
 import torch
 
 from conformance.checks.accumulation import total_norm
-from conformance.checks.data import sequence_entropies
+from conformance.checks.data import IGNORED, sequence_entropies
+from conformance.checks.evaluation import validation_losses_by_step
 from conformance.checks.reports import (
     gradient_norms,
     is_rounded,
+    last_numbers,
     learning_rates,
     matches_by_chance,
+    numbers_of_targets,
     one_is_among,
     training_losses,
 )
 from conformance.clause import clause
-from conformance.errors import NotApplicable
+from conformance.errors import NotApplicable, Violation, quoted
 from conformance.recipe import Recipe
 from conformance.recording.trace import Trace
 from conformance.runs import Runs
-from conformance.suites import STILL, clipped, everyday, mean_of, stays_inside
+from conformance.suites import STILL, clipped, everyday, interrupted, mean_of, stays_inside
+from conformance.suites.test_evaluation import evaluations
+from conformance.suites.test_resume import resumed
 
 
 def update_losses(recipe: Recipe, run: Trace) -> list[float]:
@@ -142,3 +148,83 @@ def test_reported_norm(runs: Runs) -> None:
             raise NotApplicable("no message of the run gives a gradient norm")
         listed = ", ".join(f"{norm:.4g}" for norm in norms)
         one_is_among(found[-1:], norms, f"with {recipe.microbatches} microbatches, one of the norms {listed}")
+
+
+@clause(
+    "REPORT-4",
+    since="0.2",
+    needs=("ignored-targets",),
+    why="Speed, budgets and scaling laws are computed from a number of targets that nobody trained on.",
+    mend="Count the targets that are not -100, over all microbatches and ranks.",
+    source="axolotl-ai-cloud/axolotl#3291 (tokens that were not trained on are counted)",
+    bound="equality",
+)
+def test_reported_targets(runs: Runs) -> None:
+    """If the run reports how many targets an update has, those that are ignored are not among them."""
+    recipe = Recipe(updates=4, ignored_targets=True)
+    found = [float(text) for text in numbers_of_targets(runs.trace(recipe).messages)]
+    if not found:
+        raise NotApplicable("no message of the run gives a number of targets (target_tokens, trainable_tokens)")
+    counts = [int((labels[:, 1:] != IGNORED).sum()) for labels in recipe.labels()]
+    allowed = {*counts, *itertools.accumulate(counts), fmean(counts)}
+    if wrong := [f"{number:g}" for number in found if number not in allowed]:
+        raise Violation(
+            f"numbers of targets {quoted(counts)}, of the four updates, or their sums", f"reported: {quoted(wrong)}"
+        )
+
+
+@clause(
+    "REPORT-5",
+    since="0.2",
+    needs=("evaluate-every",),
+    level="should",
+    why="A validation loss that is logged again, under an update that was not evaluated, moves the curve to the right "
+    "and hides how often the run evaluates.",
+    mend="Log the loss where it was computed, and nothing where nothing was.",
+    source="mosaicml/composer#3206 (a value of another step is logged)",
+    bound="number of updates with a validation loss, against number of evaluations",
+)
+def test_validation_loss_of_each_evaluation(runs: Runs) -> None:
+    """Loggers get a validation loss only with the number of an update after which the stack evaluates."""
+    recipe = everyday(runs)
+    run = runs.trace(recipe)
+    evaluated = {forward.update for forward in evaluations(recipe, run)}
+    logged = validation_losses_by_step(run.messages)
+    if not logged:
+        raise NotApplicable("no logger gets a validation loss with the number of an update")
+    again = [step for step, value in logged.items() if any(value == logged[other] for other in logged if other < step)]
+    if len(logged) > len(evaluated) and again:
+        raise Violation(
+            f"a validation loss for each of {len(evaluated)} evaluations",
+            f"one at {len(logged)} steps; at {quoted(again)} that of an earlier evaluation",
+        )
+
+
+@clause(
+    "REPORT-6",
+    since="0.2",
+    needs=("resume",),
+    level="should",
+    why="The curves of a resumed run are drawn over those of the first one, and its checkpoints and logs cannot be "
+    "told "
+    "apart.",
+    mend="Save the number of updates, and count on from it in what is reported.",
+    source="facebookresearch/ParlAI#2106 (the count of a resumed run begins anew)",
+    bound="equality of the last number",
+)
+def test_numbers_go_on_after_a_resume(runs: Runs) -> None:
+    """The last update that a resumed run reports has the same number as in a run that was never interrupted."""
+    recipe = interrupted(runs)
+    whole = runs.trace(recipe)
+    later = resumed(runs, recipe, whole, 2)
+    if len(later.updates) != len(whole.updates) - 2:
+        raise NotApplicable("the resumed run makes other updates: see RESUME-1")
+    expected, seen = last_numbers(whole.messages), last_numbers(later.messages)
+    shared = sorted(expected.keys() & seen.keys())
+    if not shared:
+        raise NotApplicable("no message gives the number of an update beside its loss or its rate")
+    for word in shared:
+        if expected[word] != seen[word]:
+            raise Violation(
+                f"{word} {expected[word]} as the last update of the resumed run, too", f"it is {word} {seen[word]}"
+            )

@@ -11,7 +11,6 @@ from conformance.runs import Runs
 from conformance.suites import (
     ADAMW,
     DECAYING,
-    MUON,
     OTHERS,
     beside_muon,
     interrupted,
@@ -19,6 +18,7 @@ from conformance.suites import (
     paired,
     rates,
     saved,
+    with_muon,
 )
 from conformance.suites.test_resume import goes_on, resumed, same_after, same_from
 
@@ -134,7 +134,7 @@ def test_resume_with_two_optimizers(runs: Runs) -> None:
     """Under Muon beside another optimizer, a resumed run has the same parameters as a run that was never interrupted,
     bit for bit.
     """
-    recipe = Recipe(updates=4, save_every=2, optimizer=MUON)
+    recipe = with_muon(runs)
     beside_muon(runs, recipe)
     same_from(runs, recipe, 2, "with Muon beside another optimizer")
     if runs.has("bf16-true"):
@@ -172,3 +172,34 @@ def test_resumed_twice(runs: Runs) -> None:
         raise Violation(f"{left} updates after the second resume, at update 4", f"{len(tried.trace.updates)} updates")
     for number, one, other in paired(whole.updates[4:], tried.trace.updates, "the run resumed twice"):
         same_after(one, other, f"parameters after update {number + 4} of the run resumed twice")
+
+
+@clause(
+    "RESUME-14",
+    since="0.2",
+    needs=("keep-last",),
+    why="If the wrong checkpoints are removed, the run resumes from old weights, or from none.",
+    mend="Sort checkpoints by their number of updates, not by name, and remove from the front. If your stack keeps "
+    "all, "
+    "name keep-last in lacks.",
+    source="huggingface/transformers#11769, #27138",
+    bound="the files themselves",
+)
+def test_newest_checkpoints_stay(runs: Runs) -> None:
+    """If the stack keeps only the newest checkpoints, those stay, and it removes the oldest."""
+    run = runs.trace(Recipe(updates=4, save_every=1, keep_last=2))
+    left = []
+    for update in range(1, 5):
+        checkpoint = run.checkpoint(update)
+        if checkpoint is not None:
+            _, largest = max(
+                (size, path) for path, (_, _, size) in zip(checkpoint.files, checkpoint.copies, strict=True)
+            )
+            left += [update] if largest.exists() else []
+    if left == [1, 2, 3, 4]:
+        raise NotApplicable("the run keeps all of its checkpoints, or the adapter does not hand on recipe.keep_last")
+    if 1 in left or not {3, 4} <= set(left):
+        raise Violation(
+            "after four updates, the checkpoints of updates 3 and 4 and not that of update 1",
+            f"the checkpoints of updates {quoted(left)}" if left else "no checkpoint",
+        )

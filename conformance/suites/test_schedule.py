@@ -106,3 +106,24 @@ def test_rates_at_the_edges(runs: Runs) -> None:
         judged += 1
     if not judged:
         raise NotApplicable("the stack refuses such runs, or its policy declares no rate for them")
+
+
+@clause(
+    "LR-5",
+    since="0.2",
+    needs=("schedule", "cooldown"),
+    why="A cooldown that is longer, shorter or of another form than was configured ends with another model.",
+    mend="Count the updates of the cooldown back from the last one. If your stack has no such setting, name cooldown "
+    "in "
+    "lacks.",
+    source="mlc-ai/pith-train#55 (the length of the decay), karpathy/nanochat#513, kozistr/pytorch_optimizer#382",
+    bound="as LR-1",
+)
+def test_cooldown_as_declared(runs: Runs) -> None:
+    """If the learning rate is constant until a cooldown of a given length, every update has the declared rate."""
+    recipe = replace(everyday(runs), cooldown=3)
+    run = seen(runs.trace(recipe))
+    declared = rates(runs, recipe, run)
+    if declared == rates(runs, replace(recipe, cooldown=None), run):
+        raise NotApplicable("the policy declares the same rates with a cooldown as without one")
+    rates_are(asked_for(recipe, run), declared, f"with a cooldown of {recipe.cooldown} updates, learning rates")

@@ -8,7 +8,7 @@ from torch import Tensor
 from conformance.checks.data import sample_numbers
 from conformance.checks.ties import lookup_and_head_learn
 from conformance.clause import clause
-from conformance.errors import NotApplicable, Violation
+from conformance.errors import NotApplicable, Violation, quoted
 from conformance.recipe import Recipe
 from conformance.runs import Runs
 from conformance.suites import shapes
@@ -95,3 +95,28 @@ def test_lookup_and_head_learn(runs: Runs) -> None:
         inputs, targets = set(rows[0, :-1].tolist()), set(rows[0, 1:].tolist())
         unseen = set(range(recipe.vocab_size)) - inputs - targets
         lookup_and_head_learn(gradient, logits, sorted(inputs - targets), sorted(unseen))
+
+
+@clause(
+    "TIE-4",
+    since="0.2",
+    needs=("untied",),
+    why="A user who asks for a head of its own trains a smaller model, with other gradients, and compares it with "
+    "larger "
+    "ones.",
+    mend="Tie only if the configuration says so. If your stack always ties, name untied in lacks.",
+    source="mosaicml/llm-foundry#728 (tie_word_embeddings=False does nothing)",
+    bound="identity of tensors",
+)
+def test_head_of_its_own(runs: Runs) -> None:
+    """If embedding and head are not to be tied, they are two tensors."""
+    for recipe in shapes(runs):
+        run = runs.trace(recipe)
+        tables = {f"{info.name}.weight" for info in run.embeddings}
+        for info in run.tensors.values():
+            others = sorted(set(info.names) - tables)
+            if others and tables.intersection(info.names):
+                raise Violation(
+                    f"{recipe.shape}: two tensors, as the head is not to be tied to the embedding",
+                    f"{info.name} and {quoted(others)} are one tensor",
+                )

@@ -74,4 +74,14 @@ MUTANTS = [
             "is_causal=past == 0 and not (self.training and self.dropout),",
         ),
     ),
+    mutant(
+        "mask-lost-with-shared-heads",
+        "CAUSAL-6",
+        "keras-team/keras#23038: grouped-query attention has the same defect",
+        (
+            "reference.model.gpt:Attention.forward",
+            "is_causal=past == 0,",
+            "is_causal=past == 0 and self.n_kv_head == self.n_head,",
+        ),
+    ),
 ]

@@ -188,4 +188,14 @@ MUTANTS = [
             LOST,
         ),
     ),
+    mutant(
+        "loader-repeats-its-order",
+        "DATA-12",
+        "pytorch/pytorch#31771: the same order in every epoch",
+        (
+            "reference.training.batches:repeat",
+            'derive_seed(seed, "epoch", epoch, rank)',
+            'derive_seed(seed, "epoch", 0, rank)',
+        ),
+    ),
 ]

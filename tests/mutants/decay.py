@@ -108,4 +108,10 @@ MUTANTS = [
             FOLLOWS_RATE,
         ),
     ),
+    mutant(
+        "decay-all-ignored",
+        "DECAY-10",
+        "unslothai/unsloth#10452: a documented option does nothing",
+        ("reference.optimizers.decay:decay_groups", 'decay == "all" or ', ""),
+    ),
 ]

@@ -64,4 +64,26 @@ MUTANTS = [
         "transformers GPT2Config (attn_pdrop is 0.1 by default)",
         (ATTENTION, "self.dropout if self.training else 0.0", "0.1 if self.training else 0.0"),
     ),
+    mutant(
+        "dropout-none-in-attention",
+        "DROP-5",
+        "jadore801120/attention-is-all-you-need-pytorch#40: the setting is not handed over",
+        ("reference.model.gpt:Attention.forward", "dropout_p=self.dropout if self.training else 0.0", "dropout_p=0.0"),
+    ),
+    mutant(
+        "dropout-none-after-mlp",
+        "DROP-5",
+        "lucidrains/reformer-pytorch#55",
+        ("reference.model.gpt:Block.forward", "self.dropout(self.mlp(self.norm_mlp(x)))", "self.mlp(self.norm_mlp(x))"),
+    ),
+    mutant(
+        "dropout-not-rescaled",
+        "DROP-5",
+        "salesforce/awd-lstm-lm#124: dropout of the input, by hand",
+        (
+            "reference.model.gpt:GPT.forward",
+            "x = self.dropout(x)",
+            "x = self.dropout(x) * (1 - self.config.dropout if self.training else 1)",
+        ),
+    ),
 ]

@@ -137,4 +137,58 @@ MUTANTS = [
         "huggingface/transformers#48745: some paths of a decoder are not causal",
         ("reference.model.gpt:Attention.forward", "is_causal=past == 0,", "is_causal=past == 0 and self.training,"),
     ),
+    mutant(
+        "val-weighs-by-sequences",
+        "EVAL-13",
+        "huggingface/transformers#41904, decisionintelligence/TFB#66",
+        (
+            "reference.training.evaluation:evaluate",
+            "sums[0] += batch_loss(model, ids, targets)",
+            "sums[0] += batch_loss(model, ids, targets) / (targets != IGNORE).sum().clamp(min=1) * len(ids)",
+        ),
+        ("reference.training.evaluation:evaluate", "sums[1] += (targets != IGNORE).sum()", "sums[1] += len(ids)"),
+    ),
+    mutant(
+        "val-one-batch-fewer",
+        "EVAL-14",
+        "verl-project/verl#78: the last batch of the validation set is dropped",
+        (
+            "reference.training.evaluation:validate",
+            "itertools.islice(batches, run.config.evaluate_batches)",
+            "itertools.islice(batches, run.config.evaluate_batches and max(1, run.config.evaluate_batches - 1))",
+        ),
+    ),
+    mutant(
+        "val-limited-batches-drift",
+        "EVAL-14",
+        "jzhang38/TinyLlama#77: each evaluation sees other data",
+        (
+            "reference.training.evaluation:validate",
+            "with averaged(run.bare):",
+            'start = run.__dict__.get("evaluated", 0) % 2 if run.config.evaluate_batches else 0\n'
+            '    run.__dict__["evaluated"] = start + 1\n'
+            "    with averaged(run.bare):",
+        ),
+        (
+            "reference.training.evaluation:validate",
+            "itertools.islice(batches, run.config.evaluate_batches)",
+            "itertools.islice(batches, start, run.config.evaluate_batches and run.config.evaluate_batches + start)",
+        ),
+    ),
+    mutant(
+        "val-tail-lost",
+        "EVAL-15",
+        "NKI-AI/direct#50, verl-project/verl#7467: what fills no window is not evaluated",
+        (
+            "reference.data.tokens:TokenData.passed_once",
+            "windows = -(-(self.tokens - 1) // length)",
+            "windows = max(1, (self.tokens - 1) // length)",
+        ),
+    ),
+    mutant(
+        "val-windows-of-rank-0",
+        "EVAL-16",
+        "Lightning-AI/litgpt#1971: the loss of rank 0",
+        ("reference.training.evaluation:validate", "validation.once(run.fabric.global_rank,", "validation.once(0,"),
+    ),
 ]

@@ -103,4 +103,20 @@ MUTANTS = [
             NORMS_TOO,
         ),
     ),
+    mutant(
+        "adapter-dropout-ignored",
+        "EMB-20",
+        "ml-explore/mlx-examples#622: rank, alpha and dropout are not those of the configuration",
+        ("reference.finetuning.adapters:add_adapters", "lora_dropout=config.lora_dropout", "lora_dropout=0.0"),
+    ),
+    mutant(
+        "embeddings-option-ignored",
+        "EMB-21",
+        "huggingface/peft#951: what stands in modules_to_save is not trained",
+        (
+            "reference.finetuning.prepare:prepare",
+            "requires_grad_(config.embeddings or stable)",
+            "requires_grad_(stable)",
+        ),
+    ),
 ]

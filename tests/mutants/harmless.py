@@ -4,12 +4,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor
+
 from conformance.recipe import Recipe
 from conformance.subjects.reference import Reference, ReferencePolicy
 from reference import GPTConfig, TrainConfig
-from tests.mutants.planting import ADDED, BUILD, GROUPS, PREPARE, RESTORE, UPDATE, Edit
+from tests.mutants.planting import ADDED, BUILD, FIT, GROUPS, PREPARE, RESTORE, UPDATE, Edit
 
 FIT_NORM, FINETUNE = "reference.finetuning.closest:fit_norm", "conformance.subjects.reference:Reference.finetune_config"
+ATTENTION, ONCE = "reference.model.gpt:Attention.forward", "reference.data.tokens:TokenData.passed_once"
 BITSANDBYTES, OWN = "bitsandbytes.optim.AdamW8bit", "reference.optimizers.adamw8bit.AdamW8bit"
 
 
@@ -31,8 +34,10 @@ class Variant(Reference):
         return replace(super().train_config(recipe), **changes)
 
 
-def answering(answers: dict[str, Any]) -> Callable[..., Any]:
-    """A word of a policy: what is asked last decides the answer."""
+def answering(answers: Callable[..., Any] | dict[str, Any]) -> Callable[..., Any]:
+    """A word of a policy: a function that answers, or else what is asked last decides the answer."""
+    if not isinstance(answers, dict):
+        return answers
     return lambda *asked: answers.get(asked[-1]) if answers else None
 
 
@@ -46,17 +51,24 @@ class Harmless:
     edits: tuple[Edit, ...] = ()
     lacks: tuple[tuple[str, str], ...] = ()
     policy: tuple[tuple[str, Any], ...] = ()
-    """Words that the policy says instead: for each its answers, by what is asked. Without an answer it is silent."""
+    """Words that the policy says instead: for each its answers, by what is asked, or a function that answers. Without
+    an answer it is silent."""
 
     def subject(self) -> Variant:
         """The subject to judge, inside ``planted(self.edits)``."""
         variant = Variant(self.name, dict(self.model), dict(self.train), dict(self.lacks))
         # Another model than the one that is written down has no declared forward.
-        words: dict[str, Any] = ({"logits": {}} if self.model else {}) | dict(self.policy)
+        silent: dict[str, Any] = {"logits": {}, "logits_with_dropout": {}}
+        words = (silent if self.model else {}) | dict(self.policy)
         methods = {name: staticmethod(answering(answers)) for name, answers in words.items()}
         policy = type("OtherPolicy", (ReferencePolicy,), methods)
         variant.policy = policy()
         return variant
+
+
+def without_attention(recipe: Recipe, weights: Any, ids: Tensor, drop: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """The logits of a GPT that drops everywhere but in the attention, whose scores have four dimensions."""
+    return ReferencePolicy().logits_with_dropout(recipe, weights, ids, lambda x: x if x.ndim == 4 else drop(x))
 
 
 PLACES, SPLIT = "reference.data.tokens:TokenData.places", "np.divmod(numbers, self.sequences)"
@@ -146,13 +158,34 @@ HARMLESS = [
         policy=(("leftovers", {"epoch": "repeated"}),),
     ),
     Harmless(
+        "drops-nowhere-in-attention-and-says-so",
+        edits=(Edit(ATTENTION, "self.dropout if self.training else 0.0", "0.0"),),
+        policy=(("logits_with_dropout", without_attention),),
+    ),
+    Harmless(
+        "drops-the-tail-of-a-document-and-says-so",
+        edits=(Edit(ONCE, "windows = -(-(self.tokens - 1) // length)", "windows = (self.tokens - 1) // length"),),
+        policy=(("leftovers", {"tail": "dropped"}),),
+    ),
+    Harmless(
+        "evaluates-the-last-batches",
+        edits=(
+            Edit(
+                "reference.training.evaluation:validate",
+                "itertools.islice(batches, run.config.evaluate_batches)",
+                "list(batches)[-(run.config.evaluate_batches or 0) :]",
+            ),
+        ),
+    ),
+    Harmless("updates-counted-from-0-in-reports", edits=(Edit(FIT, "update=update + 1,", "update=update,"),)),
+    Harmless(
         "saved-decay-wins-and-is-declared",
         edits=(Edit(RESTORE, "group[key] = value", "pass"),),
         policy=(("wins_on_resume", {"lr": "recipe", "weight_decay": "checkpoint"}),),
     ),
     Harmless(
         "nothing-further-declared",
-        policy=tuple((word, {}) for word in ("leftovers", "wins_on_resume", "logits")),
+        policy=tuple((word, {}) for word in ("leftovers", "wins_on_resume", "logits", "logits_with_dropout")),
     ),
     Harmless("optimizer-not-fused", edits=(Edit(ADDED, 'return {"fused": True}', "return {}"),), lacks=(NOT_FUSED,)),
     Harmless(

@@ -175,4 +175,14 @@ MUTANTS = [
             "generator(seed, str(tuple(module.weight.shape)))",
         ),
     ),
+    mutant(
+        "tables-ignore-std",
+        "INIT-15",
+        "huggingface/transformers#39772: 0.02 written into the initialisation of embeddings",
+        (
+            "reference.model.initialization:declared_std",
+            "    return config.init_std\n",
+            '    return 0.02 if name in ("embedding", "position") else config.init_std\n',
+        ),
+    ),
 ]

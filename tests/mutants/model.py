@@ -101,4 +101,15 @@ MUTANTS = [
             "x = (self.config.n_embd**0.5 if self.config.tie_embeddings else 1.0) * self.embedding(ids.long())",
         ),
     ),
+    mutant(
+        "shared-heads-tiled",
+        "MODEL-3",
+        "EricLBuehler/candle-vllm#52, jxiw/M1#4: key/value heads repeated in another order",
+        (
+            "reference.model.gpt:Attention.forward",
+            "mask = None\n",
+            "k, v = (part.repeat(1, self.n_head // self.n_kv_head, 1, 1) for part in (k, v))\n    mask = None\n",
+        ),
+        ("reference.model.gpt:Attention.forward", "enable_gqa=self.n_kv_head != self.n_head,", "enable_gqa=False,"),
+    ),
 ]

@@ -250,4 +250,15 @@ MUTANTS = [
         "huggingface/accelerate#3256: a trainable tensor is not in the optimizer",
         ("reference.optimizers.build:create_one", "if decays else parameters", "if decays else parameters[1:]"),
     ),
+    mutant(
+        "rest-has-rate-of-first",
+        "OPT-20",
+        "deepspeedai/DeepSpeed#8171, #8440: the rate of the first is everybody's",
+        (
+            "reference.optimizers.roles:roles",
+            "optimizer_args=config.optimizer_rest_args)]",
+            'optimizer_args={**config.optimizer_rest_args, **{"lr": config.optimizer_args["lr"]}}'
+            ' if "lr" in config.optimizer_args else config.optimizer_rest_args)]',
+        ),
+    ),
 ]

@@ -125,4 +125,10 @@ MUTANTS = [
             ROUNDED_AFTER,
         ),
     ),
+    mutant(
+        "residual-option-ignored",
+        "PREC-11",
+        "Lightning-AI/litgpt at c0415056: an option that is accepted and never used",
+        ("reference.model.gpt:GPT.forward", "if not self.config.fp32_residual and", "if False and"),
+    ),
 ]

@@ -41,4 +41,30 @@ MUTANTS = [
             "return Done(loss_value, norm_value * len(pairs), int(tokens), following)",
         ),
     ),
+    mutant(
+        "ignored-targets-counted",
+        "REPORT-4",
+        "axolotl-ai-cloud/axolotl#3291: tokens that were not trained on are counted",
+        (
+            "reference.training.run:Run.update_once",
+            "return Done(loss_value, norm_value, int(tokens), following)",
+            "return Done(loss_value, norm_value, fabric.world_size * sum(ids.numel() for ids, _ in pairs), following)",
+        ),
+    ),
+    mutant(
+        "evaluation-logged-again",
+        "REPORT-5",
+        "mosaicml/composer#3206: a value of another step is logged",
+        (
+            "reference.training.trainer:Trainer.fit",
+            "validation_loss = None",
+            "validation_loss = result.records[-1].validation_loss if result.records else None",
+        ),
+    ),
+    mutant(
+        "reported-update-restarts",
+        "REPORT-6",
+        "facebookresearch/ParlAI#2106: the count of a resumed run begins anew",
+        ("reference.training.trainer:Trainer.fit", "update=update + 1,", "update=update + 1 - done,"),
+    ),
 ]

@@ -204,4 +204,10 @@ MUTANTS = [
             "save(run, update + 1 - done, train)",
         ),
     ),
+    mutant(
+        "newest-checkpoint-removed",
+        "RESUME-14",
+        "huggingface/transformers#11769, #27138",
+        ("reference.checkpoint.folder:prune", "found[:-keep_last]", "found[keep_last:]"),
+    ),
 ]

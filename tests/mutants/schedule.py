@@ -72,4 +72,24 @@ MUTANTS = [
             "zip(self.bare.param_groups[:1], self.peaks[:1], strict=True)",
         ),
     ),
+    mutant(
+        "cooldown-ignored",
+        "LR-5",
+        "mlc-ai/pith-train#55: the length of the decay",
+        (
+            "reference.training.schedule:learning_rate",
+            "max(1, updates // 5) if config.cooldown is None else config.cooldown",
+            "max(1, updates // 5)",
+        ),
+    ),
+    mutant(
+        "cooldown-linear",
+        "LR-5",
+        "karpathy/nanochat#513, kozistr/pytorch_optimizer#382",
+        (
+            "reference.training.schedule:learning_rate",
+            "math.sqrt(min(1.0, max(0, passed) / length))",
+            "min(1.0, max(0, passed) / length)",
+        ),
+    ),
 ]

@@ -33,4 +33,15 @@ MUTANTS = [
             "x = self.embedding(ids.long())\n    if self.config.tie_embeddings:\n        x = x.detach()",
         ),
     ),
+    mutant(
+        "tie-cannot-be-switched-off",
+        "TIE-4",
+        "mosaicml/llm-foundry#728: tie_word_embeddings=False does nothing",
+        (
+            "reference.training.setup:build_module",
+            "return build(factory, strategy, fabric.device, sharded)",
+            "built = build(factory, strategy, fabric.device, sharded)\n            if isinstance(built, GPT):\n"
+            "                built.head.weight = built.embedding.weight\n            return built",
+        ),
+    ),
 ]
