@@ -23,6 +23,7 @@ BUILT_IN = {
     "litgpt-lora": "conformance.subjects.litgpt_lora:LitGPTLora",
     "nanochat": "conformance.subjects.nanochat:Nanochat",
     "nanogpt": "conformance.subjects.nanogpt:NanoGPT",
+    "torchtitan": "conformance.subjects.torchtitan:Torchtitan",
     "transformers": "conformance.subjects.transformers:Transformers",
     "transformers-peft": "conformance.subjects.transformers_peft:TransformersPeft",
     "trl": "conformance.subjects.trl:Trl",

@@ -16,7 +16,7 @@ FLOORS = {
         ["conformance.recipe", *(f"conformance.recording.{n}" for n in ("snapshot", "isolation", "limits", "files"))],
         ["conformance.subject", *(f"conformance.recording.{n}" for n in ("gates", "metrics", "weights", "dropping"))],
         [f"conformance.recording.{n}" for n in ("unseen", "loggers", "masters", "opened")],
-        ["conformance.recording.calls"],
+        ["conformance.recording.calls", "conformance.recording.inner"],
         ["conformance.recording.recorder"],
         ["conformance.recording"],
         ["conformance.probes", "conformance.scripts"],

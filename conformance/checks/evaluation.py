@@ -6,10 +6,11 @@ from collections.abc import Iterable, Sequence
 from conformance.checks.reports import one_is_among
 from conformance.errors import Violation, quoted
 
-# "validation 4.8520", "val loss: 4.852", "{'eval_loss': '4.852'", but not "eval_runtime: 0.0137", nor the percentage,
-# the seconds or the speed of a progress bar.
+# "validation 4.8520", "val loss: 4.852", "{'eval_loss': '4.852'", "validate step: 2 loss: 4.852", but not
+# "eval_runtime: 0.0137", nor the percentage, the seconds or the speed of a progress bar.
 REPORTED = re.compile(
-    r"\b(?:val|valid|validation|eval|evaluation)(?:[ _/]?loss)?\W{0,5}(\d+\.\d+(?:e[-+]?\d+)?)"
+    r"\b(?:val|valid|validate|validation|eval|evaluation)(?:[ _]metrics)?(?: (?:step|iter)\W{1,4}\d+,?)?"
+    r"(?:\s{0,4}[ _/]?loss)?\W{0,5}(\d+\.\d+(?:e[-+]?\d+)?)"
     r"(?![\d.]*\s*(?:%|m?s\b|sec|min|it/|tok))",
     re.IGNORECASE,
 )

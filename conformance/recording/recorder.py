@@ -20,6 +20,7 @@ from conformance.recording.calls import Calls
 from conformance.recording.dropping import everything_kept
 from conformance.recording.files import Files
 from conformance.recording.gates import watched
+from conformance.recording.inner import Inner, Worker
 from conformance.recording.isolation import collected_messages, quiet_and_deterministic
 from conformance.recording.loggers import Loggers
 from conformance.recording.masters import Masters
@@ -87,7 +88,8 @@ class Recorder:
         self.stepping: list[Optimizer] = []  # optimizers whose step is running
         self.again = False  # the optimizer that steps has stepped in the last update already
         self.evaluations = 0  # of the closure of the step that is running
-        self.begun: tuple[Step, dict[str, Tensor]] | None = None  # the step that is running, and the tensors by name
+        self.begun: tuple[Worker, dict[str, Tensor]] | None = None  # the step that is running, and the tensors by name
+        self.inner = Inner(weights)
         self.shadow: Shadow | None = None  # of the model after a backward, until a step was seen
         self.step_seen = False
         self.made = self.looked = False  # an optimizer of torch's; and for others, before the first step
@@ -232,8 +234,10 @@ class Recorder:
         if not callable(closure) and self.trains_nothing(optimizer):
             return None
         self.stepping.append(optimizer)
-        if len(self.stepping) > 1:
-            return None  # what ZeroRedundancyOptimizer, say, wraps: its step is part of one that is noted already
+        if len(self.stepping) > 1:  # what another one wraps: its step is part of one that is noted already
+            if self.begun is not None:
+                self.inner.begins(self.worker(optimizer, self.begun[1]))
+            return None
         if self.in_backward:  # which has not ended, but the gradients of this optimizer are there
             self.spoil(tensor for group in optimizer.param_groups for tensor in group["params"])
         self.files.credit(self.trace, self.done)
@@ -289,7 +293,7 @@ class Recorder:
         self.calls.choose_root({id(tensor) for group in optimizer.param_groups for tensor in group["params"]})
         tensors = self.watched(optimizer)
         names = {id(tensor): name for name, tensor in tensors.items()}
-        seen = self.masters.seen(optimizer)
+        self.inner = Inner(self.weights)
         if self.zero_gradients:
             masters = [tensor for group in optimizer.param_groups for tensor in group["params"]]
             for tensor in (*tensors.values(), *masters):
@@ -298,7 +302,7 @@ class Recorder:
         if self.open is None or not self.open.steps:
             self.open = Open()
         else:  # another optimizer of the same update: each tensor's gradient is the one that its own optimizer finds
-            own = {names[id(tensor)] for group in seen.param_groups for tensor in group["params"]}
+            own = {names[id(t)] for group in self.masters.seen(optimizer).param_groups for t in group["params"]}
             tensors = {name: t for name, t in tensors.items() if name in own or name not in self.open.before}
         given = self.masters.gradients(optimizer)
         found = {name: given.get(id(t), t.grad) for name, t in tensors.items()}
@@ -309,7 +313,12 @@ class Recorder:
             self.open.measured_before = joined(self.weights.measure(tensors), self.open.measured_before)
         measured = self.weights.measure(gradients, bits=False)
         self.open.measured_gradients = joined(self.open.measured_gradients, measured)
-        self.open.state_before |= self.weights.keep_state(seen, names)
+        self.begun = self.worker(optimizer, tensors), tensors
+
+    def worker(self, optimizer: Optimizer, tensors: dict[str, Tensor]) -> Worker:
+        """Return what an optimizer starts its step from."""
+        names = {id(tensor): name for name, tensor in tensors.items()}
+        seen = self.masters.seen(optimizer)
         device = next((t.device.type for t in tensors.values()), "cpu")
         step = Step(
             optimizer=tuple(map(class_path, type(optimizer).__mro__)),
@@ -317,7 +326,7 @@ class Recorder:
             autocast=torch.is_autocast_enabled(device),
             in_backward=self.in_backward,
         )
-        self.begun = step, tensors
+        return Worker(optimizer, step, self.weights.keep_state(seen, names))
 
     def step_ends(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if optimizer not in self.stepping:
@@ -325,6 +334,8 @@ class Recorder:
         del self.stepping[self.stepping.index(optimizer) :]
         if not self.stepping:
             self.finish(optimizer)
+        elif self.begun is not None:
+            self.inner.ends(self.begun[1])
 
     def step_left_out(self, optimizer: Optimizer) -> None:
         self.note(optimizer)
@@ -334,11 +345,11 @@ class Recorder:
         """Keep what a step has ended with."""
         if self.begun is None or self.open is None:
             return
-        (step, tensors), self.begun = self.begun, None
+        (outer, tensors), self.begun = self.begun, None
         names = {id(tensor): name for name, tensor in tensors.items()}
-        self.open.after |= self.weights.keep(tensors)
+        now = self.weights.keep(tensors)
+        self.open.after |= now
         self.open.measured_after = joined(self.open.measured_after, self.weights.measure(tensors))
-        self.open.state_after |= self.weights.keep_state(self.masters.seen(optimizer), names)
         if held := self.masters.of(optimizer):
             self.open.late |= tensors
             self.trace.shares |= self.masters.shares(names)
@@ -346,8 +357,11 @@ class Recorder:
             self.open.masters |= self.weights.keep(finer)
         self.open.stepped |= in_step(optimizer)
         ended = {"evaluations": self.evaluations, "skipped": skipped}
-        self.open.steps.append(Step(**{**vars(step), **ended}))
-        self.open.optimizers.append(optimizer)
+        for worker in self.inner.all_done(outer, now):
+            self.open.state_before |= worker.state
+            self.open.state_after |= self.weights.keep_state(self.masters.seen(worker.optimizer), names)
+            self.open.steps.append(Step(**{**vars(worker.step), **ended}))
+            self.open.optimizers.append(worker.optimizer)
         self.calls.update_ends()
         self.step_seen, self.shadow = True, None
         if self.again and not self.backwards:

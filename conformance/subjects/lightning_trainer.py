@@ -73,18 +73,13 @@ class LightningTrainer:
         "batch-total": "accumulate_grad_batches counts the microbatches",
         "activation-checkpointing": "on one device it is up to the user's module; only FSDPStrategy has an option",
         "16-mixed": "on the CPU the Trainer warns, and takes bf16-mixed",
-        "stable-embedding": "the Trainer swaps no module",
-        "finetune": "the Trainer adds no adapters",
-        "quantised": "BitsandbytesPrecision wants CUDA, and freezes nothing",
         "meta-init": "on one device the Trainer materialises nothing; FSDPStrategy and ModelParallelStrategy do",
         "sharded": "this adapter trains replicas (DDP): with ModelParallelStrategy the user's configure_model shards",
     }
     lacks |= dict.fromkeys(("float32-logits", "logits-opt-out"), "the Trainer converts no output of a module")
-    lacks |= dict.fromkeys(("builds-optimizer", "fused", "ndim-policy"), "configure_optimizers is the user's")
-    lacks |= dict.fromkeys(("grouped-query", "initial-std", "residual-opt-out"), "the model is the user's")
-    lacks |= dict.fromkeys(("second-optimizer", "decay-all"), "configure_optimizers is the user's")
+    lacks |= dict.fromkeys(user_code.OPTIMIZER, "configure_optimizers is the user's")
+    lacks |= dict.fromkeys(user_code.MODEL, "the model is the user's, and the Trainer swaps no module in it")
     lacks["validation-document"] = "the Trainer is given a loader; the user divides documents"
-    lacks |= dict.fromkeys(("lora-dropout", "tuned-embedding"), "the Trainer adds no adapters")
 
     def train(self, recipe: Recipe) -> None:
         lightning.seed_everything(recipe.seed, verbose=False)

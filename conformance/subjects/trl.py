@@ -63,21 +63,17 @@ class Trl:
         "16-mixed": "on the CPU accelerate leaves fp16 off, and does not say so",
         "logits-opt-out": "accelerate's prepare_model always converts what leaves autocast to float32",
         "stable-embedding": "create_optimizer gives nn.Embedding 32-bit state, and swaps nothing",
-        "finetune": "this adapter trains every weight; SFTTrainer's peft_config is not mapped",
-        "quantised": "this adapter trains every weight",
         "meta-init": "Trainer moves the model with .to(device), which raises for one on the meta device",
         "sharded": "this adapter trains replicas (DDP); Trainer's option fsdp is accelerate's",
-        "grouped-query": "this adapter does not map it; the subject transformers does",
         "second-optimizer": "create_optimizer builds one optimizer",
         "decay-all": "get_decay_parameter_names goes by names and nn.LayerNorm",
-        "cooldown": "this adapter does not map warmup_stable_decay; the subject transformers does",
         "loader": "Trainer is given a data set, and builds the loader by itself",
         "evaluate-batches": "evaluate() takes all of eval_dataset",
         "validation-document": "this adapter gives samples; SFTTrainer's packing is not mapped",
         "residual-opt-out": "the residual stream has the dtype of the embedding, as autocast leaves it",
-        "lora-dropout": "this adapter trains every weight; SFTTrainer's peft_config is not mapped",
-        "tuned-embedding": "this adapter trains every weight; SFTTrainer's peft_config is not mapped",
     }
+    lacks |= dict.fromkeys(("grouped-query", "cooldown"), "this adapter does not map it; the subject transformers does")
+    lacks |= dict.fromkeys(("finetune", "quantised", "lora-dropout", "tuned-embedding"), "peft_config is not mapped")
 
     def train(self, recipe: Recipe) -> None:
         optimizer = recipe.optimizer.config()

@@ -1,5 +1,6 @@
 """CAUSAL: what a logit may depend on, and what it must."""
 
+import contextlib
 from dataclasses import replace
 
 import torch
@@ -16,7 +17,7 @@ from conformance.suites import SHARED, in_shapes, shapes
 Pair = tuple[Tensor, Tensor, Tensor, Tensor]
 """Token ids (B, T) and logits (B, T, V) of a forward, and those of the same forward of the altered run."""
 
-ORDER_BOUND = 1e-4  # of the root mean square of the logits
+ORDER_BOUND = 2e-6  # of the root mean square of the logits
 
 NOT_AS_GIVEN = (
     "the stack does not train on the tokens as the recipe gives them, so two runs cannot be compared: see ACC-6"
@@ -46,9 +47,11 @@ def pairs(runs: Runs, recipe: Recipe, altered: Alteration) -> list[Pair]:
 )
 def test_no_look_ahead(runs: Runs) -> None:
     """No logit depends on a later token, in sequences of even and of odd length."""
-    odd = shapes(runs, Recipe(block_size=13)) if runs.asks("0.2") else []  # of another kernel, or of a padded one
-    for recipe in (*shapes(runs), *odd):
+    for recipe in shapes(runs):
         sees_nothing_later(runs, recipe, f"{recipe.shape}, {recipe.block_size} tokens: ")
+    for recipe in shapes(runs, Recipe(block_size=13)) if runs.asks("0.2") else []:  # of another kernel, or a padded one
+        with contextlib.suppress(NotApplicable):  # a stack may refuse odd lengths by design: DATA-10 says why
+            sees_nothing_later(runs, recipe, f"{recipe.shape}, {recipe.block_size} tokens: ")
 
 
 def sees_nothing_later(runs: Runs, recipe: Recipe, where: str) -> None:
@@ -123,7 +126,7 @@ def test_whole_context(runs: Runs) -> None:
     mend="Check that positions reach the attention (rotary) or the embeddings (learned), and that they are not all the "
     "same.",
     source="MakazhanAlpamys/Soup#793, NVIDIA/Megatron-LM#6305 (an option of positions that nobody reads)",
-    bound="1e-4 of the logits' size (healthy: 1e-3 and more; without positions: 1e-7)",
+    bound="2e-6 of the logits' size (healthy: 2e-5 and more; without positions: 1e-7)",
 )
 def test_order_of_the_context(runs: Runs) -> None:
     """The last logit depends on the order of the tokens before it, even in a model with one layer."""

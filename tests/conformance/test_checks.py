@@ -281,6 +281,9 @@ SAID = [
     ("interval 3.5, value 2.5, evaluated 4.5", []),
     ("Validation: 50.0%| 1/2 [00:00<00:00], eval 12.31it/s, eval (0.53 s), validation 104.25 %", []),
     ("Validation: 100%| 2/2 [00:00<00:00, 97.5it/s, val_loss=4.852]", ["4.852"]),
+    ("validate step:  2  loss:  4.8520  memory:  0.03GiB(0.02%)  tps: 5,120", ["4.8520"]),
+    ("step 2: validation_metrics loss 4.852013", ["4.852013"]),
+    ("step 2: validation_metrics memory max_active(GiB) 0.512", []),
 ]
 
 

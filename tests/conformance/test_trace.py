@@ -346,26 +346,46 @@ def test_gradients_of_a_closure_are_those_of_its_step(model: Tiny, zero: bool, k
         assert equal(seen.after, moved)
 
 
-def test_a_step_inside_a_step_is_one_update(model: Tiny) -> None:
-    class Sharded(Optimizer):  # as ZeroRedundancyOptimizer: its own step calls that of another one
+@pytest.mark.parametrize(
+    ("holds", "moves", "expected"),
+    [
+        (3, False, ("SGD", 0.05)),  # as torchtitan's OptimizersContainer: nobody changes the rate of its own groups
+        (2, False, ("Outer", 0.1)),  # as ZeroRedundancyOptimizer: the one inside has a part of the tensors
+        (3, True, ("Outer", 0.1)),  # as Lookahead: it moves the weights once more
+    ],
+)
+def test_a_step_inside_a_step_is_one_update(model: Tiny, holds: int, moves: bool, expected: tuple[str, float]) -> None:
+    class Outer(Optimizer):
         def __init__(self) -> None:
             super().__init__(model.parameters(), {"lr": 0.1})
-            self.inner, self.fails = SGD(self.param_groups[0]["params"], lr=0.1), True
+            self.inner = SGD(list(model.parameters())[:holds], lr=0.05, momentum=0.9)
+            self.fails = True
 
         def step(self, closure: Any = None) -> None:  # type: ignore[override] # torch's overloads say float
             if self.fails:
                 self.fails = False
                 raise ValueError("out of memory")
             self.inner.step()
+            if moves:
+                with torch.no_grad():
+                    next(model.parameters()).mul_(0.5)
 
-    optimizer = Sharded()
+    optimizer = Outer()
     with record() as trace:
         with pytest.raises(ValueError, match="memory"):
             update(model, optimizer)
         for _ in range(2):
             update(model, optimizer)
-    assert [seen.optimizer[0].rpartition(".")[2] for seen in trace.updates] == ["Sharded", "Sharded"]
+    seen = [
+        (step.optimizer[0].rpartition(".")[2], group.settings["lr"])
+        for u in trace.updates
+        for step in u.steps
+        for group in step.groups
+    ]
+    assert seen == [expected, expected]
     assert not equal(trace.updates[0].before, trace.updates[0].after)
+    states = [list(state) for u in trace.updates for state in (u.state_before, u.state_after)]
+    assert states == ([[], NAMES, NAMES, NAMES] if expected[0] == "SGD" else [[], [], [], []])
 
 
 def test_a_nan_is_put_into_the_gradients_of_one_update(model: Tiny) -> None:

@@ -14,29 +14,35 @@ from torch.nn.parallel import DistributedDataParallel
 parser = argparse.ArgumentParser()
 parser.add_argument("--kind", choices=("one", "ddp", "fsdp2", "tensor-parallel", "none"), default="one")
 parser.add_argument("--fault", default="")
+parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
 options = parser.parse_args()
 rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+if options.device == "cuda":
+    torch.cuda.set_device(rank)
 if world > 1:
-    dist.init_process_group("gloo")
+    dist.init_process_group("nccl" if options.device == "cuda" else "gloo")
 
 torch.manual_seed(rank if options.fault == "start" else 0)
 inner = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
 model: Any = nn.Sequential(nn.Embedding(32, 16), inner, nn.LayerNorm(16), nn.Linear(16, 32))
+model.to(options.device)
 called = model
 if options.kind == "ddp":
     called = DistributedDataParallel(model)
 elif options.kind == "fsdp2":
-    mesh = dist.device_mesh.init_device_mesh("cpu", (world,))
+    mesh = dist.device_mesh.init_device_mesh(options.device, (world,))
     fully_shard(inner, mesh=mesh)
     fully_shard(model, mesh=mesh)
 elif options.kind == "tensor-parallel":
-    mesh = dist.device_mesh.init_device_mesh("cpu", (world,))
+    mesh = dist.device_mesh.init_device_mesh(options.device, (world,))
     parallelize_module(inner, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
-optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+# On a GPU AdamW takes all tensors in one call, which refuses DTensors beside tensors that are not split.
+foreach = False if options.kind == "tensor-parallel" else None
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0, foreach=foreach)
 
 data = torch.Generator().manual_seed(1)
 for _ in range(4):
-    batch = torch.randint(32, (8, 9), generator=data)
+    batch = torch.randint(32, (8, 9), generator=data).to(options.device)
     if options.kind != "tensor-parallel" and options.fault != "data":
         batch = batch[rank::world].contiguous()
     inputs, targets = batch[:, :-1], batch[:, 1:]

@@ -1,0 +1,127 @@
+"""Adapter of torchtitan: Recipe -> torchtitan.train.Trainer, on one GPU. Installed by the extra ``torchtitan``."""
+
+import gc
+import importlib.metadata
+import math
+import os
+from contextlib import closing
+from unittest.mock import patch
+
+import torch
+from torchtitan.config import ConfigManager
+from torchtitan.tools.utils import device_type
+from torchtitan.train import Trainer
+
+from conformance import Constant, Normal, NotApplicable, Recipe, TensorInfo, TruncatedNormal
+from conformance.errors import UsageError
+from conformance.recording.ranks import free_port
+from conformance.subject import Leftovers, Place, Setting, Winner
+from conformance.subjects.torchtitan_data import register
+
+
+class Policy:
+    """What init_weights in models/llama3/model/model.py declares, and components/optimizer.py and lr_scheduler.py."""
+
+    def initial(self, recipe: Recipe, tensor: TensorInfo) -> Constant | Normal | TruncatedNormal:
+        if "norm" in tensor.name:
+            return Constant(1.0)
+        if tensor.name == "tok_embeddings.weight":
+            return Normal(0.0, 1.0)
+        if tensor.name == "output.weight":
+            std = recipe.n_embd**-0.5
+            return TruncatedNormal(0.0, std, -3 * std, 3 * std)
+        scaled = tensor.name.endswith(("wo.weight", "w2.weight", "w3.weight"))
+        depth = int(tensor.name.split(".")[1]) + 1 if scaled else 0.5
+        return TruncatedNormal(0.0, 0.02 / (2 * depth) ** 0.5, -2.0, 2.0)
+
+    def decays(self, recipe: Recipe, tensor: TensorInfo) -> bool:
+        return True
+
+    def learning_rate(self, recipe: Recipe, update: int) -> float:
+        peak, low = recipe.optimizer.rate, recipe.minimum_lr
+        if update < recipe.warmup or low is None:
+            return peak * min(1.0, (update + 1) / max(recipe.warmup, 1))
+        progress = (update - recipe.warmup) / (recipe.updates - recipe.warmup)
+        return low + (peak - low) * (1 + math.cos(math.pi * progress)) / 2
+
+    def leftovers(self, recipe: Recipe, place: Place) -> Leftovers | None:
+        return "weighed" if place == "microbatch" else None
+
+    def wins_on_resume(self, recipe: Recipe, setting: Setting) -> Winner:
+        return "checkpoint"
+
+
+class Torchtitan:
+    """torchtitan.train.Trainer, with the settings that its command line has."""
+
+    name, version, policy = "torchtitan", importlib.metadata.version("torchtitan"), Policy()
+    lacks = {
+        "gpt-shape": "its language models have RMSNorm and SwiGLU",
+        "tied": "models/llama3 has no option for it; models/qwen3 has",
+        "foreign-module": "Trainer builds a ModelProtocol from its arguments, on the meta device",
+        "dropout": "models/llama3 has none",
+        "sampler": "HuggingFaceTextDataset takes the samples in order",
+        "any-optimizer": "build_optimizers knows Adam and AdamW",
+        "ndim-policy": "build_optimizers makes one group of all tensors",
+        "load": "a checkpoint holds tensors, and nothing of the model that they belong to",
+        "16-mixed": "mixed_precision_param is bfloat16 or float32",
+        "meta-init": "Trainer always builds on the meta device",
+    }
+    lacks |= dict.fromkeys(("float32-logits", "logits-opt-out"), "the loss converts the logits, not the model")
+    lacks |= dict.fromkeys(("stable-embedding", "finetune", "quantised"), "no converter of models does that")
+    lacks |= dict.fromkeys(("lora-dropout", "tuned-embedding"), "no converter of models adds adapters")
+    lacks |= dict.fromkeys(("second-optimizer", "decay-all"), "build_optimizers makes one group of all tensors")
+    lacks |= dict.fromkeys(("initial-std", "residual-opt-out"), "models/llama3 has no option for it")
+    lacks |= dict.fromkeys(
+        ("grouped-query", "cooldown", "keep-last", "evaluate-batches"), "this adapter does not map it"
+    )
+    lacks |= dict.fromkeys(("loader", "ignored-validation", "validation-document"), "the data set is this adapter's")
+    lacks |= dict.fromkeys(("two-ranks", "sharded"), "each process takes a GPU of its own")
+
+    def __init__(self) -> None:
+        if device_type == "cuda" and not torch.cuda.is_available():
+            raise UsageError("torchtitan trains on a GPU, and PyTorch finds none: run this on a machine that has one.")
+
+    def train(self, recipe: Recipe) -> None:
+        if recipe.block_size % 2:
+            raise NotApplicable("parallelize_llama wants sequences of an even length, also on one GPU")
+        place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ |= place | {"MASTER_PORT": str(free_port())}
+        settings = ConfigManager().parse_args(self.settings(recipe))
+        try:
+            with closing(Trainer(settings)) as trainer, patch("time.sleep"):  # train() ends with two seconds of sleep
+                trainer.train()
+        finally:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+            gc.enable()  # Trainer stops the collector
+
+    def settings(self, recipe: Recipe) -> list[str]:
+        """Return the command line of a run, once its model and its data are registered."""
+        name, assets = register(recipe)
+        given = dict(recipe.optimizer.arguments)
+        if "betas" in given:
+            given["beta1"], given["beta2"] = given.pop("betas")
+        if "fused" in given:
+            given["implementation"] = "fused" if given.pop("fused") else "for-loop"
+        low, last = recipe.minimum_lr, recipe.updates
+        words = f"""--job.dump-folder={recipe.directory} --model.name={name} --model.flavor=recipe
+            --model.hf-assets-path={assets} --metrics.log-freq=1 --metrics.enable-tensorboard
+            --metrics.disable-color-printing --optimizer.name={recipe.optimizer.class_path.rpartition(".")[2]}
+            --lr-scheduler.warmup-steps={recipe.warmup} --lr-scheduler.decay-ratio={0.0 if low is None else None}
+            --lr-scheduler.decay-type=cosine --lr-scheduler.min-lr-factor={(low or 0.0) / recipe.optimizer.rate}
+            --training.dataset=train --training.steps={last} --training.seq-len={recipe.block_size}
+            --training.local-batch-size={recipe.microbatch_size} --training.global-batch-size={recipe.update_size}
+            --training.max-norm={recipe.clip or "inf"} --debug.seed={recipe.seed} --debug.deterministic-warn-only
+            --training.dtype={"bfloat16" if recipe.precision == "bf16-true" else "float32"}
+            --training.mixed-precision-param={"bfloat16" if recipe.precision == "bf16-mixed" else "float32"}
+            --activation-checkpoint.mode={"full" if recipe.activation_checkpointing else "none"}
+            --checkpoint.enable --checkpoint.interval={recipe.save_every or last} --checkpoint.keep-latest-k=0
+            --checkpoint.no-last-save-model-only --checkpoint.no-initial-load-model-only --debug.deterministic
+            --validation.dataset=validation --validation.freq={recipe.evaluate_every or last}
+            --validation.seq-len={recipe.block_size} --validation.local-batch-size={recipe.microbatch_size}""".split()
+        words += [f"--optimizer.{name}={value}" for name, value in given.items()]
+        words += ["--compile.enable"] if recipe.compile else []
+        words += ["--validation.enable"] if recipe.evaluate or recipe.evaluate_every else []
+        words += [f"--checkpoint.initial-load-path={recipe.resume.find('step-*')}"] if recipe.resume else []
+        return words
