@@ -21,8 +21,8 @@ from conformance.subjects.reference import ReferencePolicy
 Part = Literal["train", "validation"]
 # Capabilities that are up to the user, where the stack has no part in it.
 OPTIMIZER = ("builds-optimizer", "fused", "ndim-policy", "decay-all", "second-optimizer")
-MODEL = ("grouped-query", "initial-std", "residual-opt-out", "stable-embedding")
-MODEL += ("finetune", "quantised", "lora-dropout", "tuned-embedding")
+TUNING = ("stable-embedding", "finetune", "quantised", "lora-dropout", "tuned-embedding")
+MODEL = ("grouped-query", "initial-std", "residual-opt-out", *TUNING)
 LOOP = ("evaluate-batches", "ignored-validation", "validation-document", "keep-last", "loader")
 LEFTOVERS: dict[Place, Leftovers] = {"epoch": "short", "window": "short", "ranks": "repeated", "validation": "weighed"}
 
