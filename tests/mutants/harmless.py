@@ -75,7 +75,7 @@ PLACES, SPLIT = "reference.data.tokens:TokenData.places", "np.divmod(numbers, se
 NOT_FUSED = ("fused", "this variant does not ask for it")
 
 HARMLESS = [
-    Harmless("tied-head", model=(("tie_embeddings", True),)),
+    Harmless("tied-head", model=(("tie_embeddings", True),), lacks=(("untied", "this variant always ties"),)),
     Harmless("grouped-query-attention", model=(("n_kv_head", 1),)),
     Harmless("no-biases", model=(("bias", False),)),
     Harmless("rotary-positions", model=(("position", "rotary"),)),
