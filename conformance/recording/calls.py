@@ -57,8 +57,20 @@ class Call:
     inner: Inner | None = None
     autocast: torch.dtype | None = None
     linears: dict[nn.Module, torch.dtype] = field(default_factory=dict)
+    rounded: list[nn.Module] = field(default_factory=list)
     owner: nn.Module | None = None
     """The module in whose method it was called, if it is a part of that one."""
+
+
+def holds_16_bits(value: object) -> bool:
+    """Return True for a float32 tensor of many values that are all bfloat16 numbers: they were rounded before.
+
+    A few different values may be such numbers by nature, as ones and zeros are.
+    """
+    if type(value) is not Tensor or value.dtype != torch.float32 or value.is_meta or value.numel() < 64:
+        return False
+    value = value.detach()
+    return torch.equal(value, value.bfloat16().float()) and len(value.unique()) > 16
 
 
 @dataclass
@@ -143,6 +155,8 @@ class Calls:
             return
         if isinstance(module, nn.Linear) and isinstance(output, Tensor):
             self.call.linears[module] = output.dtype
+            if self.root is None and self.weights.keeps_logits and args and holds_16_bits(args[0]):
+                self.call.rounded.append(module)
         if self.call.module is module and not self.running:
             self.finish(module, args, kwargs, output)
             return
@@ -193,6 +207,7 @@ class Calls:
             inside=inside,
             other_mode=tuple(other),
             linears={clean_name(names[part], wrappers): kind for part, kind in call.linears.items() if part in names},
+            rounded=tuple(clean_name(names[part], wrappers) for part in call.rounded if part in names),
         )
         if forward.training and forward.grad_enabled:
             self.last = module, args, kwargs
