@@ -224,4 +224,8 @@ def test_export_is_plain_and_equal(runs: Runs) -> None:
             outputs = {f"batch {i}": find_logits(module(f.ids.long())) for i, f in enumerate(evaluated)}
         found = {name: logits.float() for name, logits in outputs.items() if logits is not None}
         expected = {f"batch {i}": f.scores.float() for i, f in enumerate(evaluated)}
-        tensors_equal(expected, found, "logits of the loaded model against those of the trained one")
+        try:
+            tensors_equal(expected, found, "logits of the loaded model against those of the trained one")
+        except Violation as error:
+            unlike = embedding.unlike_trained(module, run.update(-1).after)
+            raise Violation(error.expected, "; ".join([*unlike, error.seen])) from None
