@@ -65,12 +65,16 @@ def kind_of_clipping(
     def close(one: float, other: float) -> bool:
         return abs(one - other) <= COARSE_BOUND * abs(other)
 
-    if all(close(factor, 1.0) for factor in factors.values()):
-        return "not clipped when the optimizer steps: the limit is ignored, or applied after the step"
+    if not factors or not all(after < float("inf") for _, after in lengths.values()):
+        return "not a gradient that was clipped, but one that is zero or not finite"
     if any((clipped[name] - free[name] * factors[name]).norm() > COARSE_BOUND * lengths[name][1] for name in factors):
         if all(torch.allclose(clipped[n], free[n].clamp(-limit, limit), rtol=COARSE_BOUND) for n in factors):
             return "each element was clipped by itself"
+        if close(total_norm(clipped), limit):
+            return "clipped to the limit, but not once and as a whole: as if it was clipped after each microbatch"
         return "not clipped once and as a whole: as if it was clipped before the last backward, which added to it"
+    if all(close(factor, 1.0) for factor in factors.values()):
+        return "not clipped when the optimizer steps: the limit is ignored, or applied after the step"
     if all(close(after, min(before, limit)) for before, after in lengths.values()):
         return "each tensor was clipped by itself"
     if not close(max(factors.values()), min(factors.values())):

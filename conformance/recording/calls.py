@@ -62,6 +62,16 @@ class Call:
     """The module in whose method it was called, if it is a part of that one."""
 
 
+def gives_hidden_states(module: nn.Module, output: Tensor) -> bool:
+    """Return True if what a module gives is as wide as its embeddings, of which none has as many rows.
+
+    Under a tied head, the body of a model holds all of its parameters, as the model does.
+    """
+    tables = [part for part in module.modules() if isinstance(part, nn.Embedding)]
+    width = output.shape[-1]
+    return any(t.embedding_dim == width for t in tables) and all(t.num_embeddings != width for t in tables)
+
+
 def holds_16_bits(value: object) -> bool:
     """Return True for a float32 tensor of many values that are all bfloat16 numbers: they were rounded before.
 
@@ -175,8 +185,12 @@ class Calls:
         ids = find_ids(args, kwargs)
         logits = find_logits(output, self.weights.keeps_logits)
         prefix, inside, model = "", False, module
-        if logits is None and call.inner is not None and same_parameters(call.inner.module, module):
-            # A wrapper that computes the loss too.
+        if (
+            logits is None
+            and call.inner is not None
+            and same_parameters(call.inner.module, module)
+            and not gives_hidden_states(call.inner.module, call.inner.logits)
+        ):  # A wrapper that computes the loss too.
             model, ids, logits, inside = call.inner.module, call.inner.ids, call.inner.logits, True
             prefix = next((f"{name}." for name, part in module.named_modules() if part is model), "")
             prefix = "" if model is module else prefix

@@ -115,4 +115,16 @@ MUTANTS = [
             "for module in wide[:1]]",
         ),
     ),
+    mutant(
+        "norm-lost-on-loading",
+        "EMB-8",
+        "Nerogar/OneTrainer#351: trained embeddings are not those that a resumed run goes on with",
+        (
+            "reference.checkpoint.folder:put_into",
+            "model.load_state_dict(kept)",
+            "model.load_state_dict({n: own[n] if n.endswith(('embedding.norm.weight', "
+            "'embedding.norm.bias', 'position.norm.weight', 'position.norm.bias')) else t for n, t "
+            "in kept.items()})",
+        ),
+    ),
 ]

@@ -191,4 +191,14 @@ MUTANTS = [
         "Lightning-AI/litgpt#1971: the loss of rank 0",
         ("reference.training.evaluation:validate", "validation.once(run.fabric.global_rank,", "validation.once(0,"),
     ),
+    mutant(
+        "val-summed-in-16-bits",
+        "EVAL-5",
+        "Lightning-AI/pytorch-lightning#18620: 256 + 1 == 256",
+        (
+            "reference.training.evaluation:evaluate",
+            "dtype=torch.float64",
+            'dtype=torch.bfloat16 if "bf16" in fabric.strategy.precision.precision else torch.float64',
+        ),
+    ),
 ]

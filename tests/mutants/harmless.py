@@ -9,7 +9,7 @@ from torch import Tensor
 from conformance.recipe import Recipe
 from conformance.subjects.reference import Reference, ReferencePolicy
 from reference import GPTConfig, TrainConfig
-from tests.mutants.planting import ADDED, BUILD, FIT, GROUPS, PREPARE, RESTORE, UPDATE, Edit
+from tests.mutants.planting import ADDED, BUILD, EVALUATE, FIT, GROUPS, PREPARE, RATE, RESTORE, UPDATE, Edit
 
 FIT_NORM, FINETUNE = "reference.finetuning.closest:fit_norm", "conformance.subjects.reference:Reference.finetune_config"
 ATTENTION, ONCE = "reference.model.gpt:Attention.forward", "reference.data.tokens:TokenData.passed_once"
@@ -175,6 +175,25 @@ HARMLESS = [
                 "itertools.islice(batches, run.config.evaluate_batches)",
                 "list(batches)[-(run.config.evaluate_batches or 0) :]",
             ),
+        ),
+    ),
+    Harmless(
+        "lone-sequences-and-16-bits-by-a-mask",
+        edits=(
+            Edit(
+                ATTENTION,
+                "if past > 0 and time > 1:",
+                "by_mask = past == 0 and (batch == 1 or q.dtype != torch.float32)\n"
+                "    if by_mask or (past > 0 and time > 1):",
+            ),
+            Edit(ATTENTION, "is_causal=past == 0,", "is_causal=past == 0 and not by_mask,"),
+        ),
+    ),
+    Harmless(
+        "rates-and-validation-loss-in-float32",
+        edits=(
+            Edit(EVALUATE, "dtype=torch.float64", "dtype=torch.float32"),
+            Edit(UPDATE, RATE, f"float(torch.tensor({RATE}))"),
         ),
     ),
     Harmless("updates-counted-from-0-in-reports", edits=(Edit(FIT, "update=update + 1,", "update=update,"),)),

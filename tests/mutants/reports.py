@@ -67,4 +67,14 @@ MUTANTS = [
         "facebookresearch/ParlAI#2106: the count of a resumed run begins anew",
         ("reference.training.trainer:Trainer.fit", "update=update + 1,", "update=update + 1 - done,"),
     ),
+    mutant(
+        "loss-summed-in-16-bits",
+        "REPORT-1",
+        "pytorch/xla#2425: losses are added up in bfloat16",
+        (
+            "reference.training.run:Run.update_once",
+            "share = torch.zeros((), device=device)",
+            'share = torch.zeros((), device=device, dtype=torch.bfloat16 if "bf16" in config.precision else None)',
+        ),
+    ),
 ]
