@@ -7,6 +7,7 @@ and ``<!-- end -->``.
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,6 @@ from typing import Any
 
 import conformance.auditing.rules  # noqa: F401  # fills RULES
 from conformance.auditing.rule import RULES, TOPICS
-from conformance.bench.case import FINE_TUNING_STEP
 from conformance.bench.summary import read_summary
 from conformance.bench.tables import tables
 from conformance.capabilities import CAPABILITIES
@@ -160,12 +160,6 @@ def bench_tables() -> str:
     return "\n".join(f"### {group[:1].upper()}{group[1:]}\n\n{table}" for group, table in found.items())
 
 
-def fine_tuning_table() -> str:
-    """Return the table of the committed run of the bench's fine-tuning rows."""
-    summary = read_summary(REPORTS / "bench" / "nvidia-h200" / "fine-tuning" / "summary.json")
-    return tables(summary)[FINE_TUNING_STEP]
-
-
 def trainer_table() -> str:
     """Return whole runs of ``Trainer.fit`` on a GPU, and of what was tried in them."""
     runs = json.loads((REPORTS / "trainer" / "nvidia-h200.json").read_text(encoding="utf-8"))["rows"]
@@ -206,10 +200,30 @@ def optimizer_cell(row: dict[str, Any]) -> str:
 
 
 def scaling_table() -> str:
-    """Return what one of two GPUs reaches, as a share of what one alone does in the same minutes."""
-    found = json.loads((REPORTS / "trainer" / "nvidia-h200-x2.json").read_text(encoding="utf-8"))
-    rows = ["| two GPUs | share of one GPU alone |", "|---|--:|"]
-    rows += [f"| {name} | {share:.1%} |" for name, share in found["share of one GPU"].items()]
+    """Return what each of two GPUs reaches, as a share of what one alone does in the same minutes."""
+    found = read_json(REPORTS / "trainer" / "nvidia-h200-x2.json", "rows of two GPUs")
+    rows = ["| two GPUs | tokens/s of each | share of one GPU alone |", "|---|--:|--:|"]
+    for name, share in found["share of one GPU"].items():
+        rows.append(f"| {name} | {found['rows'][name]['tokens_per_second_and_gpu']:,} | {share:.1%} |")
+    return "\n".join(rows) + "\n"
+
+
+def float8_table() -> str:
+    """Return what float8 gives at 1.3 billion weights, and where it leads the loss of a small model."""
+    trainer = REPORTS / "trainer"
+    found = read_json(trainer / "nvidia-h200-float8.json", "rows with float8")
+    rates, compiling = found["rows"], found["compiled side by side"]
+    curves = read_json(trainer / "nvidia-h200-float8-curves.json", "losses with float8")["rows"].values()
+    losses = {row["settings"]["float8"]: statistics.fmean(row["loss"][-20:]) for row in curves}
+    plain = next(row for row in rates.values() if row["settings"]["float8"] == "none")
+    rows = ["| `--train.float8` | tokens/s | of bf16 | MFU | memory | compiles in | loss of 124M, updates 281 to 300 |"]
+    rows.append("|---|--:|--:|--:|--:|--:|--:|")
+    for name, row in rates.items():
+        kind, speed = row["settings"]["float8"], row["tokens_per_second"]
+        rows.append(
+            f"| `{kind}` | {speed:,} | {speed / plain['tokens_per_second']:.2f} | {row['mfu']:.1%} "
+            f"| {row['peak_gigabytes']:.1f} GB | {compiling[name]} | {losses[kind]:.3f} |"
+        )
     return "\n".join(rows) + "\n"
 
 
@@ -314,11 +328,11 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "audit-rules": audit_rules,
     "audit-stacks": audit_stacks_table,
     "bench": bench_tables,
-    "bench-fine-tuning": fine_tuning_table,
     "capabilities": capability_table,
     "chapters": chapter_table,
     "commands": command_table,
     "stable-embedding": stable_embedding_table,
+    "float8": float8_table,
     "scaling": scaling_table,
     "trainer": trainer_table,
     "optimizers": optimizer_table,

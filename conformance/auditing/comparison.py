@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -17,6 +16,7 @@ from conformance.auditing.traces import load
 from conformance.errors import UsageError, describe_error, quoted
 from conformance.options import FAILED, PASSED
 from conformance.report.result import plain
+from conformance.report.wrapping import print_wrapped
 
 SCHEMA = 1
 
@@ -85,24 +85,24 @@ def print_comparison(console: Console, found: Comparison, first: str, second: st
     names = f"{plain(first)} and {plain(second)}"
     if parting is None:
         words = f" are equal within noise over {found.updates} update{'s' * (found.updates != 1)}."
-        console.print(Text(names, style="bold").append(words, style="not bold"))
+        print_wrapped(console, Text(names, style="bold").append(words, style="not bold"))
     else:
         number, entry = parting
         where = "at the start" if entry.phase == "start" else f"in update {number}, in the {entry.phase}"
         what = "the processes of one run differ from each other" if entry.cause else "first differ"
-        console.print(Text(f"{names}{':' if entry.cause else ''} {what} {where}", style="bold red"))
+        print_wrapped(console, Text(f"{names}{':' if entry.cause else ''} {what} {where}", style="bold red"))
         told = {"Looks like": found.cause, "Seen": entry.words, "Largest difference": amount(entry)}
         told["Tensors"] = f"{quoted(entry.tensors)}" if entry.tensors else ""
         for label, text in told.items():
             if text:
                 line = Text(f"{label}: ", style="dim").append(plain(text), style="default not dim")
-                console.print(Padding(line, (0, 0, 0, 2)))
+                print_wrapped(console, line, indent=2)
     for note in [*found.notes, *(f"Not compared: {words}" for words in found.unseen)]:
-        console.print(Text(f"  {plain(note)}", style="dim"))
+        print_wrapped(console, Text(plain(note), style="dim"), indent=2)
     noise = "twice what the repeat shows, or the bound of the dtype if that is more" if repeated else "by the dtype"
-    console.print(
-        Text(f"\nLargest relative difference in each phase; in brackets, what counts as noise ({noise})", style="dim")
-    )
+    console.print()
+    words = f"Largest relative difference in each phase; in brackets, what counts as noise ({noise})"
+    print_wrapped(console, Text(words, style="dim"))
     console.print(table(found))
 
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.padding import Padding
 from rich.text import Text
 
 from conformance.auditing.facts import Facts
 from conformance.auditing.rule import TOPICS
 from conformance.report.github import escaped
+from conformance.report.wrapping import print_wrapped
 
 SIGNS = {"fault": "✗", "advice": "!", "allowed": "-", "ok": "✓", "not looked at": "?"}
 STYLES = {"fault": "bold red", "advice": "yellow", "allowed": "dim", "ok": "green", "not looked at": "dim"}
@@ -117,7 +117,7 @@ def print_letter(console: Console, verdict: Verdict) -> None:
     if unseen:
         console.print(Text("\nNot looked at", style="bold"))
     for reason, names in unseen.items():
-        console.print(Padding(Text(f"{', '.join(names)}: {reason}", style="dim"), (0, 0, 0, 2)))
+        print_wrapped(console, Text(f"{', '.join(names)}: {reason}", style="dim"), indent=2)
     total = Text("\nResult: ", style="bold")
     counted = [(outcome, len(verdict.of(outcome))) for outcome in OUTCOMES]
     for number, (outcome, count) in enumerate((outcome, count) for outcome, count in counted if count):
@@ -150,7 +150,7 @@ def print_topic(console: Console, words: str, findings: list[Finding]) -> None:
     for number, finding in enumerate(findings):
         line.append(", " if number else "", style="not dim")
         line.append(SIGNS[finding.outcome] + finding.rule, style=f"{STYLES[finding.outcome]} not bold")
-    console.print(line)
+    print_wrapped(console, line, hang=2)
 
 
 def print_finding(console: Console, finding: Finding) -> None:
@@ -158,9 +158,7 @@ def print_finding(console: Console, finding: Finding) -> None:
     console.print()
     where = f" (process {', '.join(map(str, finding.processes))})" if finding.processes else ""
     head = Text(f"{finding.outcome.upper()} {finding.rule}{where}  ", style=STYLES[finding.outcome])
-    wrapped = head.append(finding.requirement, style="bold not dim").wrap(console, console.width - 2)
-    for number, line in enumerate(wrapped):
-        console.print(line if number == 0 else Text("  ").append(line))
+    print_wrapped(console, head.append(finding.requirement, style="bold not dim"), hang=2)
     lines = [
         ("Expected", finding.expected),
         ("Seen", finding.seen),
@@ -172,7 +170,7 @@ def print_finding(console: Console, finding: Finding) -> None:
     for label, text in lines:
         if text:
             line = Text(f"{label}: ", style="dim").append(text, style="default not dim")
-            console.print(Padding(line, (0, 0, 0, 2)))
+            print_wrapped(console, line, indent=2)
 
 
 def as_text(verdict: Verdict) -> str:

@@ -24,8 +24,6 @@ from conformance.bench.training import ADAMW
 from conformance.errors import Unavailable
 from reference import GPT, GPTConfig
 
-MICROBATCH = 32
-
 Logits = Callable[[Tensor], Any]  # token ids (B, T) to what the library's model gives
 Loss = Callable[[Logits, Tensor, Tensor], Tensor]  # of a forward, token ids and targets (B, T)
 
@@ -41,6 +39,7 @@ class Peer:
     about: str  # how its model, or the way it is run, differs from GPT-2's and from the reference's
     compiles_loss: bool = True  # whether the loss is compiled together with the model, or stays eager
     priority: int = 2  # as :attr:`Case.priority`
+    microbatch: int = 32  # sequences per step
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
@@ -151,6 +150,7 @@ EAGER_LOSS = f"{LITGPT}; the model is compiled and the loss eager, as in litgpt.
 ONE_PIECE = f"{LITGPT}; model and loss are compiled together, which its pretrain does not do"
 MASK = "sdpa under another name, so that no mask is built; loss of its logits, compiled together"
 LOOP = "in the loop of the other libraries: one parameter group, and nothing is read back"
+LARGE = "microbatch 64, as the preset gpt2-124m of the reference has it"
 THREE = "no biases in attention and norms; three projections for q, k, v; compiled together with the loss"
 PEERS = (
     Peer("LitGPT, loss in chunks of 128", "litgpt", litgpt_model, partial(litgpt_loss, 128), EAGER_LOSS, False, 6),
@@ -158,6 +158,15 @@ PEERS = (
     Peer("transformers GPT2LMHeadModel", "transformers", transformers_model, transformers_loss, MASK),
     Peer("reference's GPT in the loop of these", "gpt-conformance", GPT, plain_loss, LOOP),
     Peer("x-transformers TransformerWrapper", "x-transformers", x_transformers_model, plain_loss, THREE),
+    Peer(
+        "transformers GPT2LMHeadModel, microbatch 64",
+        "transformers",
+        transformers_model,
+        transformers_loss,
+        f"{MASK}; {LARGE}",
+        priority=4,
+        microbatch=64,
+    ),
 )
 
 
@@ -175,7 +184,7 @@ def prepare(peer: Peer, config: GPTConfig, setting: Setting) -> Prepared:
         raise Unavailable(
             f"{peer.package} cannot be imported ({error}): pip install 'gpt-conformance[peers]'."
         ) from error
-    microbatch = 2 if setting.small else MICROBATCH
+    microbatch = 2 if setting.small else peer.microbatch
     batches = random_batches(config, microbatch, device)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, **ADAMW, fused=True)

@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from rich.console import Console
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -13,6 +12,7 @@ from conformance.causes import explained_by, in_order_of_cause
 from conformance.clause import CHAPTERS, Clause, chapter_and_number
 from conformance.errors import REFUSED
 from conformance.report.result import Report, Verdict, repeat_command
+from conformance.report.wrapping import print_wrapped
 from conformance.session import OUTCOMES
 from conformance.version import DISTRIBUTION
 
@@ -92,10 +92,7 @@ def print_finding(console: Console, report: Report, verdict: Verdict, clause: Cl
     """Print one clause that did not pass."""
     head = Text(f"{verdict.outcome.upper()} {verdict.id}", style=STYLES[verdict.outcome])
     console.print()
-    # The first line hangs out by two columns: what a narrow terminal wraps stands under the lines below.
-    wrapped = head.append("  ").append(verdict.requirement, style="bold not dim").wrap(console, console.width - 2)
-    for number, line in enumerate(wrapped):
-        console.print(line if number == 0 else Text("  ").append(line))
+    print_wrapped(console, head.append("  ").append(verdict.requirement, style="bold not dim"), hang=2)
     failed, erred = verdict.outcome == "fail", verdict.outcome == "error"
     causes = explained_by(verdict.id, [other.id for other in report.verdicts.values() if other.outcome == "fail"])
     lines = [
@@ -110,7 +107,7 @@ def print_finding(console: Console, report: Report, verdict: Verdict, clause: Cl
     for label, text in lines:
         if text:
             line = Text(f"{label}: ", style="dim").append(text, style="default not dim")
-            console.print(Padding(line, (0, 0, 0, 2)))
+            print_wrapped(console, line, indent=2)
     # In one piece, to be copied.
     repeat = Text("  Repeat: ", style="dim").append(repeat_command(report.spec, verdict.id), style="not dim")
     console.print(repeat, soft_wrap=True)
@@ -132,7 +129,7 @@ def print_alike(console: Console, report: Report, ids: list[str], verbose: bool)
     first = report.verdicts[ids[0]]
     console.print(Text(f"\nERROR in {len(ids)} clauses", style=STYLES["error"]).append("  all with the same reason"))
     for label, text in (("Reason", first.reason), ("Clauses", ", ".join(ids))):
-        console.print(Padding(Text(f"{label}: ", style="dim").append(text, style="default not dim"), (0, 0, 0, 2)))
+        print_wrapped(console, Text(f"{label}: ", style="dim").append(text, style="default not dim"), indent=2)
     repeat = Text("  Repeat: ", style="dim").append(repeat_command(report.spec, first.id), style="not dim")
     console.print(repeat, soft_wrap=True)
     if verbose and first.traceback:
@@ -167,4 +164,4 @@ def print_reasons(console: Console, report: Report) -> None:
     if reasons:
         console.print(Text("\nNot applicable", style="bold"))
     for reason, ids in reasons.items():
-        console.print(Text(f"  {', '.join(ids)}: {reason}", style="dim"))
+        print_wrapped(console, Text(f"{', '.join(ids)}: {reason}", style="dim"), indent=2)

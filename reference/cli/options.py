@@ -174,7 +174,17 @@ def with_underscores(word: str) -> str:
     return f"--{name[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") and name != "--" else word
 
 
-USUAL = {"out": "--directory", "output": "--directory", "out_dir": "--directory", "output_dir": "--directory"}
+USUAL = {
+    **dict.fromkeys(("out", "output", "out_dir", "output_dir"), "--directory"),
+    **dict.fromkeys(("learning_rate", "max_lr", "peak_lr"), "--lr"),
+    **dict.fromkeys(("max_steps", "max_iters", "num_steps", "train_steps"), "--updates"),
+    **dict.fromkeys(("warmup_steps", "warmup_iters", "num_warmup_steps"), "--warmup"),
+    **dict.fromkeys(("batch_size", "micro_batch_size", "per_device_train_batch_size"), "--microbatch_size"),
+    **dict.fromkeys(("gradient_accumulation_steps", "grad_accum", "accumulate"), "--microbatches"),
+    **dict.fromkeys(("seq_len", "sequence_length", "max_seq_len", "context_length"), "--block_size"),
+    **dict.fromkeys(("eval_interval", "eval_steps", "eval_every"), "--evaluate_every"),
+    **dict.fromkeys(("save_steps", "save_interval", "checkpoint_every"), "--save_every"),
+}
 """What other trainers call an option, and its name here."""
 
 

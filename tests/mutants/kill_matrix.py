@@ -130,8 +130,8 @@ def variant_row(index: int) -> dict[str, Any]:
     return {"variant": variant.name, "killed_by": killed}
 
 
-def verdict(result: dict[str, Any]) -> list[str]:
-    """What is wrong with the suite, if anything."""
+def verdict(result: dict[str, Any], whole: bool = True) -> list[str]:
+    """What is wrong with the suite, if anything; unless it is a whole matrix, a clause may have no mutant in it."""
     wrong = [
         f"{row['mutant']} survives {identity}"
         for row in result["mutants"]
@@ -142,7 +142,7 @@ def verdict(result: dict[str, Any]) -> list[str]:
         f"the first letter of {row['mutant']} names {told}" for row in result["mutants"] if (told := misnamed(row))
     ]
     killing = {identity for row in result["mutants"] for identity in row["killed_by"]}
-    wrong += [f"{identity} kills no mutant" for identity in catalogue() if identity not in killing]
+    wrong += [f"{identity} kills no mutant" for identity in catalogue() if whole and identity not in killing]
     wrong += [f"{row['variant']} is killed by {row['killed_by']}" for row in result["harmless"] if row["killed_by"]]
     return wrong
 
@@ -180,13 +180,15 @@ def main() -> int:
     arguments = parser.parse_args()
     console = Console()
     result = matrix(console, arguments.only)
+    whole = not arguments.only
     if arguments.only and arguments.write and arguments.write.exists():
+        whole = True
         result = merged(json.loads(arguments.write.read_text(encoding="utf-8")), result)
     show(console, result)
     if arguments.write:
         arguments.write.parent.mkdir(parents=True, exist_ok=True)
         arguments.write.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    wrong = verdict(result)
+    wrong = verdict(result, whole)
     for line in wrong:
         console.print(f"[red]{line}[/]")
     console.print(

@@ -75,6 +75,8 @@ def test_print_config_of_settings_that_cannot_work_is_an_error(capsys: pytest.Ca
         ("trian", "there is no command 'trian': did you mean train?"),
         ("train --beta 3", "there is no option '--beta': did you mean --train.optimizer_args.betas?"),
         ("train --out X", "there is no option '--out': did you mean --directory?"),
+        ("train --learning-rate 3", "there is no option '--learning_rate': did you mean --lr?"),
+        ("train --max_steps 3", "there is no option '--max_steps': did you mean --updates?"),
         ("train --lrr 3", "there is no option '--lrr': did you mean --lr?"),
         ("train --microbatchsize 3", "there is no option '--microbatchsize': did you mean --microbatch_size?"),
         ("train --min_lr 3", "there is no option '--min_lr': did you mean --train.min_lr?"),
