@@ -72,6 +72,12 @@ def without_attention(recipe: Recipe, weights: Any, ids: Tensor, drop: Callable[
 
 
 PLACES, SPLIT = "reference.data.tokens:TokenData.places", "np.divmod(numbers, self.sequences)"
+FORWARD = "loss = batch_loss(self.wrapped, ids, targets) * scale if early is None else early * scale"
+INSIDE_AUTOCAST = f"""\
+kind = {{"32-true": torch.float32, "bf16-true": torch.bfloat16}}.get(config.precision)
+            with torch.autocast("cpu", torch.bfloat16, enabled=kind is not None):
+                torch.set_autocast_dtype("cpu", kind or torch.bfloat16)  # autocast() itself refuses float32 on a CPU
+                {FORWARD}"""
 NOT_FUSED = ("fused", "this variant does not ask for it")
 
 HARMLESS = [
@@ -188,6 +194,7 @@ HARMLESS = [
         policy=tuple((word, {}) for word in ("leftovers", "wins_on_resume", "logits", "logits_with_dropout")),
     ),
     Harmless("optimizer-not-fused", edits=(Edit(ADDED, 'return {"fused": True}', "return {}"),), lacks=(NOT_FUSED,)),
+    Harmless("autocast-to-the-dtype-of-the-weights", edits=(Edit(UPDATE, FORWARD, INSIDE_AUTOCAST),)),
     Harmless(
         "optimizer-derived",
         edits=(
