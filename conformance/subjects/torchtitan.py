@@ -65,10 +65,13 @@ class Torchtitan:
         "ndim-policy": "build_optimizers makes one group of all tensors",
         "load": "a checkpoint holds tensors, and nothing of the model that they belong to",
         "16-mixed": "mixed_precision_param is bfloat16 or float32",
+        "loader": "build_dataloader_fn returns a BaseDataLoader, which can save its state; torch's DataLoader cannot",
+        "ignored-validation": "Validator makes the targets of the text itself, and ignores none",
         "meta-init": "Trainer always builds on the meta device",
     }
     lacks |= dict.fromkeys(("float32-logits", "logits-opt-out"), "the loss converts the logits, not the model")
     lacks |= dict.fromkeys(("stable-embedding", "finetune", "quantised"), "no converter of models does that")
+    lacks |= {"residual-opt-out": "the residual stream has the dtype of the embedding, and no setting changes it"}
     lacks |= dict.fromkeys(("two-ranks", "sharded"), "each process takes a GPU of its own")
 
     def __init__(self) -> None:
@@ -107,11 +110,12 @@ class Torchtitan:
             --training.local-batch-size={recipe.microbatch_size} --training.global-batch-size={recipe.update_size}
             --training.max-norm={recipe.clip or "inf"} --debug.seed={recipe.seed} --debug.deterministic-warn-only
             --training.dtype={"bfloat16" if recipe.precision == "bf16-true" else "float32"}
-            --training.mixed-precision-param={"bfloat16" if recipe.precision == "bf16-mixed" else "float32"}
+            --training.mixed-precision-param={"float32" if recipe.precision == "32-true" else "bfloat16"}
             --activation-checkpoint.mode={"full" if recipe.activation_checkpointing else "none"}
             --checkpoint.enable --checkpoint.interval={recipe.save_every or last} --checkpoint.keep-latest-k=0
             --checkpoint.no-last-save-model-only --checkpoint.no-initial-load-model-only --debug.deterministic
             --validation.dataset=validation --validation.freq={recipe.evaluate_every or last}
+            --validation.steps={recipe.evaluate_batches or -1}
             --validation.seq-len={recipe.block_size} --validation.local-batch-size={recipe.microbatch_size}""".split()
         words += [f"--optimizer.{name}={value}" for name, value in given.items()]
         words += ["--compile.enable"] if recipe.compile else []

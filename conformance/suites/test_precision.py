@@ -146,8 +146,8 @@ def with_targets(recipe: Recipe, forward: Forward) -> tuple[torch.Tensor, torch.
     "believes.",
     mend="Raise an error if a precision is not available; do not replace it silently.",
     source="litgpt#1802, #1814; nanoGPT on CPU; Fabric turns 16-mixed into bf16-mixed on the CPU",
-    bound="dtypes; and logits under 32-true are not all bfloat16 numbers. An autocast to the dtype in which weights are "
-    "casts nothing, and counts as none",
+    bound="dtypes; and logits under 32-true are not all bfloat16 numbers. Autocast to the dtype of the weights casts "
+    "nothing, and counts as off",
 )
 def test_precision_asked_for(runs: Runs) -> None:
     """Weights have the dtype of the precision asked for, before and after training, and the forward computes in it."""

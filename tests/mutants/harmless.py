@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
+from conformance import Constant, Normal, TensorInfo, TruncatedNormal
 from conformance.recipe import Recipe
 from conformance.subjects.reference import Reference, ReferencePolicy
 from reference import GPTConfig, TrainConfig
-from tests.mutants.planting import ADDED, BUILD, FIT, GROUPS, PREPARE, RESTORE, UPDATE, Edit
+from tests.mutants.planting import ADDED, BUILD, FIT, GROUPS, PREPARE, RESTORE, STD, UPDATE, Edit
 
 FIT_NORM, FINETUNE = "reference.finetuning.closest:fit_norm", "conformance.subjects.reference:Reference.finetune_config"
 ATTENTION, ONCE = "reference.model.gpt:Attention.forward", "reference.data.tokens:TokenData.passed_once"
@@ -69,6 +70,13 @@ class Harmless:
 def without_attention(recipe: Recipe, weights: Any, ids: Tensor, drop: Callable[[Tensor], Tensor]) -> Tensor | None:
     """The logits of a GPT that drops everywhere but in the attention, whose scores have four dimensions."""
     return ReferencePolicy().logits_with_dropout(recipe, weights, ids, lambda x: x if x.ndim == 4 else drop(x))
+
+
+def unit_logits(recipe: Recipe, tensor: TensorInfo) -> Constant | Normal | TruncatedNormal:
+    """The initial weights of a GPT whose head makes logits of variance 1 from what its last norm leaves."""
+    return (
+        Normal(0.0, recipe.n_embd**-0.5) if tensor.name == "head.weight" else ReferencePolicy().initial(recipe, tensor)
+    )
 
 
 PLACES, SPLIT = "reference.data.tokens:TokenData.places", "np.divmod(numbers, self.sequences)"
@@ -195,6 +203,17 @@ HARMLESS = [
     ),
     Harmless("optimizer-not-fused", edits=(Edit(ADDED, 'return {"fused": True}', "return {}"),), lacks=(NOT_FUSED,)),
     Harmless("autocast-to-the-dtype-of-the-weights", edits=(Edit(UPDATE, FORWARD, INSIDE_AUTOCAST),)),
+    Harmless(
+        "logits-of-variance-1",
+        edits=(
+            Edit(
+                STD,
+                "    return config.init_std\n",
+                "    return config.n_embd**-0.5 if name == 'head' else config.init_std\n",
+            ),
+        ),
+        policy=(("initial", unit_logits),),
+    ),
     Harmless(
         "optimizer-derived",
         edits=(
