@@ -26,6 +26,7 @@ from conformance.recording import record
 from conformance.recording.limits import no_sudden_exit, time_limit
 from conformance.recording.trace import Checkpoint, TensorInfo, Trace
 from conformance.subject import Distribution, Leftovers, Loads, Place, Setting, Subject, Winner
+from conformance.unread import watched
 from conformance.version import is_newer
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class Runs:
         self.directory = Path(tempfile.mkdtemp(prefix="conformance-"))
         self._attempts: dict[Recipe, Attempt] = {}
         self._groups: dict[Recipe, list[Trace]] = {}
+        self._read: dict[Recipe, set[str]] = {}
 
     def __enter__(self) -> "Runs":
         return self
@@ -112,6 +114,13 @@ class Runs:
         self.require_seen(attempt.trace)
         self.require_optimizer(recipe, attempt.trace)
         return attempt.trace
+
+    def require_read(self, recipe: Recipe, field: str, capability: str) -> None:
+        """Raise NotApplicable if the adapter has read no such field in the run of a recipe: it does not know it."""
+        if field not in self._read.get(recipe, ()):
+            raise NotApplicable(
+                f"the adapter does not read Recipe.{field}: map it, or name {capability} in lacks, with a reason"
+            )
 
     def require_optimizer(self, recipe: Recipe, trace: Trace) -> None:
         """Raise NotApplicable if an optimizer other than the one asked for has stepped: it must not be judged."""
@@ -167,7 +176,7 @@ class Runs:
         """Let the subject train, and return what it raised."""
         try:
             with time_limit(self.timeout), no_sudden_exit():
-                self.subject.train(dataclasses.replace(recipe, directory=folder))
+                self.subject.train(watched(recipe, folder, self._read.setdefault(recipe, set())))
         except KeyboardInterrupt:
             raise
         except BaseException as raised:  # SystemExit too: a stack that quits has not trained

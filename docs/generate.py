@@ -309,16 +309,20 @@ PAGES: dict[str, Callable[[], str]] = {"docs/clauses.md": clauses_page, "docs/re
 
 
 def blind_table() -> str:
-    """Return how many of the blind faults of each chapter a clause killed: at first sight, and now."""
-    found = read_json(REPORTS / "blind-mutants.json", "blind faults")
-    rows = ["| chapter | faults | killed at first sight | the first letter named the cause | killed now |"]
-    rows.append("|---|---|---|---|---|")
-    chapters = dict.fromkeys(row["chapter"] for row in found["faults"])
-    for chapter in (*chapters, None):
-        those = [row for row in found["faults"] if chapter in (row["chapter"], None)]
-        first, now = ([row[sight] for row in those if row[sight]["clause"]] for sight in ("first sight", "now"))
-        cells = (len(those), len(first), sum(judged["names the cause"] for judged in first), len(now))
-        rows.append(f"| {chapter or '**all**'} | {' | '.join(map(str, cells))} |")
+    """Return how many of the blind faults of each round and chapter a clause killed: at first sight, and now."""
+    rounds = [read_json(REPORTS / name, "blind faults") for name in ("blind-mutants.json", "blind-mutants-2.json")]
+    asked = [found["first sight"]["clauses"] for found in rounds]
+    head = "".join(f" {words} | named | now |" for words in ("first round: at first sight", "second round"))
+    rows = [f"| chapter |{head}", "|---|" + "--:|" * 6]
+    for chapter in (*dict.fromkeys(row["chapter"] for found in rounds for row in found["faults"]), None):
+        cells: list[str] = []
+        for found in rounds:
+            those = [row for row in found["faults"] if chapter in (row["chapter"], None)]
+            first, now = ([row[sight] for row in those if row[sight]["clause"]] for sight in ("first sight", "now"))
+            named = sum(judged["names the cause"] for judged in first)
+            cells += [f"{count} of {len(those)}" for count in (len(first), named, len(now))]
+        rows.append(f"| {chapter or '**all**'} | {' | '.join(cells)} |")
+    rows += ["", f"The rounds were judged by {asked[0]} and by {asked[1]} clauses."]
     return "\n".join(rows) + "\n"
 
 

@@ -21,7 +21,7 @@ FLOORS = {
         ["conformance.recording"],
         ["conformance.probes", "conformance.scripts"],
         ["conformance.loading"],
-        ["conformance.blame", "conformance.recording.ranks"],
+        ["conformance.blame", "conformance.recording.ranks", "conformance.unread"],
         ["conformance.runs"],
         ["conformance.clause", "conformance.checks", "conformance.deviations", "conformance.causes"],
         ["conformance.suites", "conformance.session", "conformance.catalogue"],

@@ -273,6 +273,7 @@ def hints(script: str, found: Found, mapped: set[str]) -> Iterator[str]:
         yield '"schedule": the learning rate changes from update to update (recipe.warmup, recipe.minimum_lr)'
     if found.evaluates:
         yield '"evaluate", "evaluate-every": it evaluates (recipe.validation_batches(), recipe.evaluate_every)'
+        yield '"evaluate-batches", "ignored-validation": if it can (recipe.evaluate_batches, validation_labels())'
     name = Path(found.checkpoint).name if found.checkpoint else "ckpt.pt"
     saw = f"it wrote {found.checkpoint}" if found.checkpoint else "if it saves and resumes"
     yield f'"resume", "load": {saw} (recipe.save_every, recipe.resume.find("{name}"), and a method load())'
@@ -280,6 +281,7 @@ def hints(script: str, found: Found, mapped: set[str]) -> Iterator[str]:
         yield '"tied": the head shares the weight of the embedding; claim it if recipe.tied can choose'
     if "autocast" in found.precision:
         yield '"bf16-mixed", "16-mixed": it has autocast (recipe.precision)'
+    yield '"initial-std", "grouped-query", "cooldown", "keep-last", "decay-all": if it has such a setting'
     yield '"two-ranks": if torchrun can start it on the CPU (recipe.batches(rank), recipe.world_size)'
 
 

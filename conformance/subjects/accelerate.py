@@ -34,12 +34,13 @@ class Accelerate:
         "bf16-true": "prepare() leaves the weights in the dtype that the user's model has",
         "16-mixed": "on the CPU accelerate leaves fp16 off, and does not say so",
         "logits-opt-out": "prepare() always converts what leaves autocast to float32",
-        "quantised": "load_and_quantize_model is for inference",
         "meta-init": "init_empty_weights is for models whose weights are loaded afterwards",
     }
     lacks |= dict.fromkeys(("activation-checkpointing", "sharded"), "FullyShardedDataParallelPlugin wants a GPU")
-    lacks |= dict.fromkeys(("stable-embedding", "finetune"), "prepare() swaps no module and adds no adapters")
-    lacks |= dict.fromkeys(("builds-optimizer", "fused", "ndim-policy"), "the user builds the optimizer")
+    lacks |= dict.fromkeys(user_code.OPTIMIZER, "the user builds the optimizer")
+    lacks |= dict.fromkeys(user_code.MODEL, "the model is the user's, and prepare() swaps no module in it")
+    lacks |= dict.fromkeys(user_code.LOOP, "the loop is the user's")
+    lacks["quantised"] = "load_and_quantize_model is for inference"
 
     def train(self, recipe: Recipe) -> None:
         if recipe.nan_gradient is not None:

@@ -32,8 +32,8 @@ class DeepSpeed:
         **dict.fromkeys(("meta-init", "sharded"), "zero.Init and split parameters belong to stage 3"),
     }
     lacks |= dict.fromkeys(("float32-logits", "logits-opt-out"), "the engine converts no output of a module")
-    lacks |= dict.fromkeys(("builds-optimizer", "fused", "ndim-policy"), "the user builds the optimizer")
-    lacks |= dict.fromkeys(("stable-embedding", "finetune", "quantised"), "the engine swaps no module to train it")
+    lacks |= dict.fromkeys(user_code.MODEL, "the model is the user's, and the engine swaps no module in it")
+    lacks |= dict.fromkeys((*user_code.OPTIMIZER, *user_code.LOOP), "the user builds the optimizer and writes the loop")
 
     def train(self, recipe: Recipe) -> None:
         if recipe.world_size == 1:

@@ -27,13 +27,13 @@ class Module(lightning.LightningModule):
         self.save_hyperparameters("shape")
         self.recipe, self.model = recipe, user_code.build_model(**shape)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
-        loss = self.loss(*batch)
+    def training_step(self, batch: Tensor | tuple[Tensor, Tensor], index: int) -> Tensor:
+        loss = self.loss(*((batch, batch) if isinstance(batch, Tensor) else batch))
         self.log("train_loss", loss)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
-        self.log("val_loss", self.loss(*batch), batch_size=len(batch[0]), sync_dist=True)
+        self.log("val_loss", self.loss(*batch), batch_size=int((batch[1][:, 1:] != -100).sum()), sync_dist=True)
 
     def loss(self, ids: Tensor, labels: Tensor) -> Tensor:
         return cross_entropy(self.model(ids[:, :-1]), labels)
@@ -50,8 +50,11 @@ class Module(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def loader(recipe: Recipe) -> StatefulDataLoader[Any]:
-    """Return shuffled samples, or microbatches in order, which the Trainer's own sampler for ranks would shuffle."""
+def loader(recipe: Recipe) -> Any:
+    """Return the user's loader, shuffled samples, or microbatches in order, which the Trainer's own sampler for "
+    "ranks would shuffle."""
+    if recipe.shuffled_by == "loader":
+        return recipe.loader()
     rank = int(os.environ["RANK"]) if recipe.world_size > 1 else 0
     if recipe.samples is None:
         batches: Any = microbatches(recipe)
@@ -70,19 +73,19 @@ class LightningTrainer:
         "batch-total": "accumulate_grad_batches counts the microbatches",
         "activation-checkpointing": "on one device it is up to the user's module; only FSDPStrategy has an option",
         "16-mixed": "on the CPU the Trainer warns, and takes bf16-mixed",
-        "stable-embedding": "the Trainer swaps no module",
-        "finetune": "the Trainer adds no adapters",
-        "quantised": "BitsandbytesPrecision wants CUDA, and freezes nothing",
         "meta-init": "on one device the Trainer materialises nothing; FSDPStrategy and ModelParallelStrategy do",
         "sharded": "this adapter trains replicas (DDP): with ModelParallelStrategy the user's configure_model shards",
     }
     lacks |= dict.fromkeys(("float32-logits", "logits-opt-out"), "the Trainer converts no output of a module")
-    lacks |= dict.fromkeys(("builds-optimizer", "fused", "ndim-policy"), "configure_optimizers is the user's")
+    lacks |= dict.fromkeys(user_code.OPTIMIZER, "configure_optimizers is the user's")
+    lacks |= dict.fromkeys(user_code.MODEL, "the model is the user's, and the Trainer swaps no module in it")
+    lacks["validation-document"] = "the Trainer is given a loader; the user divides documents"
 
     def train(self, recipe: Recipe) -> None:
         lightning.seed_everything(recipe.seed, verbose=False)
         every = recipe.updates if recipe.evaluate else recipe.evaluate_every
-        save = ModelCheckpoint(recipe.directory, save_top_k=-1, every_n_train_steps=recipe.save_every)
+        newest: Any = {"save_top_k": recipe.keep_last or -1, "monitor": "step" if recipe.keep_last else None}
+        save = ModelCheckpoint(recipe.directory, mode="max", every_n_train_steps=recipe.save_every, **newest)
         trainer = lightning.Trainer(
             accelerator="cpu",
             devices=recipe.world_size,
@@ -90,7 +93,7 @@ class LightningTrainer:
             max_steps=recipe.updates,
             accumulate_grad_batches=recipe.microbatches,
             gradient_clip_val=recipe.clip,
-            limit_val_batches=1.0 if every else 0,
+            limit_val_batches=(recipe.evaluate_batches or 1.0) if every else 0,
             check_val_every_n_epoch=None,
             val_check_interval=every and every * recipe.microbatches,
             num_sanity_val_steps=0,

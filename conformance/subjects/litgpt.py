@@ -3,6 +3,7 @@
 import importlib.metadata
 import math
 import sys
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -57,11 +58,23 @@ class LitGPT:
         "compile": "pretrain.main always compiles",
         "two-ranks": "several devices mean FSDP, which Fabric offers on GPUs only",
         "sharded": "several devices mean FSDP, which Fabric offers on GPUs only",
+        "initial-std": "initialize_weights in pretrain.py computes it from the width",
+        "second-optimizer": "pretrain.main builds one optimizer, over all parameters",
+        "decay-all": "pretrain.main passes model.parameters(), so everything always decays",
+        "cooldown": "get_lr in pretrain.py is a cosine",
+        "loader": "pretrain.fit takes batches as the DataModule's loader gives them",
+        "keep-last": "pretrain.fit keeps every checkpoint",
+        "ignored-validation": "pretrain.validate takes ids and targets from the same tokens",
+        "validation-document": "the DataModule divides documents; here that is the adapter's",
+        "residual-opt-out": "litgpt.Config has no setting for the residual stream",
+        "lora-dropout": "litgpt.pretrain has no adapters",
+        "tuned-embedding": "litgpt.pretrain has no adapters",
     }
 
     def train(self, recipe: Recipe) -> None:
         shape = {"n_layer": recipe.n_layer, "n_head": recipe.n_head, "n_embd": recipe.n_embd, "head_size": None}
-        size = {"block_size": recipe.block_size, "padded_vocab_size": recipe.vocab_size, "n_query_groups": None}
+        size: dict[str, Any] = {"block_size": recipe.block_size, "padded_vocab_size": recipe.vocab_size}
+        size["n_query_groups"] = recipe.n_kv_head
         name = "pythia-14m" if recipe.shape == "gpt" else "tiny-llama-1.1b"
         config = Config.from_name(name, **shape, **size, vocab_size=recipe.vocab_size, intermediate_size=96)
         batch, lr = recipe.update_size, dict(recipe.optimizer.arguments).get("lr", 1e-3)
@@ -70,7 +83,8 @@ class LitGPT:
         train.lr_warmup_steps, train.min_lr = recipe.warmup, lr if recipe.minimum_lr is None else recipe.minimum_lr
         train.max_norm, train.tie_embeddings = 1e9 if recipe.clip is None else recipe.clip, recipe.tied
         interval, final = recipe.evaluate_every or 10**9, recipe.evaluate or recipe.evaluate_every is not None
-        data, evaluation = DataModule(), EvalArgs(interval, max_iters=2, final_validation=final)
+        limit, data = recipe.evaluate_batches or 2, DataModule()
+        evaluation = EvalArgs(interval, max_iters=limit, final_validation=final)
         data.connect = lambda **_: None
         data.train_dataloader = lambda: ResumableLoader(torch.cat(recipe.batches()), recipe.microbatch_size)
         data.val_dataloader = lambda: ResumableLoader(torch.cat(recipe.validation_batches()), recipe.microbatch_size)

@@ -29,11 +29,15 @@ from conformance.subjects.litgpt import LitGPT
 ON_GPU = torch.cuda.is_available()
 
 
+TUNING = ("finetune", "quantised", "lora-dropout")
+
+
 class LitGPTLora(LitGPT):
     """litgpt.finetune.lora.setup."""
 
     name = "LitGPT LoRA"
-    lacks = {name: reason for name, reason in LitGPT.lacks.items() if name not in ("finetune", "quantised")}
+    lacks = {name: reason for name, reason in LitGPT.lacks.items() if name not in TUNING}
+    lacks["tuned-embedding"] = "mark_only_lora_as_trainable freezes everything but the adapters"
     lacks["resume"] = "finetune.lora.setup has no option for it"
     lacks["evaluate-every"] = "finetune.lora prints the loss of its last validation only, as text"
     if ON_GPU:
@@ -57,9 +61,11 @@ class LitGPTLora(LitGPT):
         base = self.base(recipe)
         train = TrainArgs(save_interval=recipe.save_every, micro_batch_size=recipe.microbatch_size, epochs=1000)
         train.global_batch_size, train.max_steps, train.lr_warmup_steps = recipe.update_size, recipe.updates, 1
-        evaluation = EvalArgs(10**9, max_new_tokens=1, max_iters=2, final_validation=recipe.evaluate)
+        limit = recipe.evaluate_batches or 2
+        evaluation = EvalArgs(10**9, max_new_tokens=1, max_iters=limit, final_validation=recipe.evaluate)
         kind = {"int8": "int8-training"}.get(recipe.quantised or "", recipe.quantised)
-        options: dict[str, Any] = {"precision": recipe.precision, "lora_r": recipe.lora_rank, "lora_dropout": 0.0}
+        options: dict[str, Any] = {"precision": recipe.precision}
+        options |= {"lora_r": recipe.lora_rank, "lora_dropout": recipe.lora_dropout}
         options |= dict.fromkeys(("lora_key", "lora_projection", "lora_mlp"), True)
         # save_hyperparameters parses the command line, and merge_lora believes what it wrote.
         words = [word for name, value in options.items() for word in (f"--{name}", str(value).lower())]

@@ -71,6 +71,7 @@ class NanoGPT:
     ) | {
         "any-optimizer": "configure_optimizers in model.py builds an AdamW",
         "keywords": "train.py has beta1, beta2, learning_rate and weight_decay, but not eps",
+        "untied": "model.py always gives the head the weight of wte",
         "seed": "train.py seeds with 1337",
         "float32-logits": "model.py returns the logits as lm_head gives them",
         "sampler": "get_batch draws windows with replacement, so there are no epochs",

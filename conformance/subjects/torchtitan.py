@@ -73,6 +73,13 @@ class Torchtitan:
     }
     lacks |= dict.fromkeys(("float32-logits", "logits-opt-out"), "the loss converts the logits, not the model")
     lacks |= dict.fromkeys(("stable-embedding", "finetune", "quantised"), "no converter of models does that")
+    lacks |= dict.fromkeys(("lora-dropout", "tuned-embedding"), "no converter of models adds adapters")
+    lacks |= dict.fromkeys(("second-optimizer", "decay-all"), "build_optimizers makes one group of all tensors")
+    lacks |= dict.fromkeys(("initial-std", "residual-opt-out"), "models/llama3 has no option for it")
+    lacks |= dict.fromkeys(
+        ("grouped-query", "cooldown", "keep-last", "evaluate-batches"), "this adapter does not map it"
+    )
+    lacks |= dict.fromkeys(("loader", "ignored-validation", "validation-document"), "the data set is this adapter's")
     lacks |= dict.fromkeys(("two-ranks", "sharded"), "each process takes a GPU of its own")
 
     def __init__(self) -> None:

@@ -1,6 +1,7 @@
 """Adapter of Hugging Face's Trainer: Recipe -> transformers.Trainer.train. Installed by the extra ``transformers``."""
 
 import importlib.metadata
+import json
 import math
 import pydoc
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, Trainer, TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from conformance import Checkpoint, Constant, Normal, Recipe, TensorInfo
+from conformance import Checkpoint, Constant, Normal, NotApplicable, Recipe, TensorInfo
 
 Samples = torch.utils.data.IterableDataset[dict[str, Tensor]]
 
@@ -25,7 +26,8 @@ class TransformersPolicy:
     def initial(self, recipe: Recipe, tensor: TensorInfo) -> Constant | Normal:
         if tensor.name.endswith(".bias") or "norm" in tensor.name or "ln_" in tensor.name:
             return Constant(0.0 if tensor.name.endswith(".bias") else 1.0)
-        return Normal(0.0, 0.02 / math.sqrt(2 * recipe.n_layer) if "c_proj" in tensor.name else 0.02)
+        std = 0.02 if recipe.initial_std is None else recipe.initial_std
+        return Normal(0.0, std / math.sqrt(2 * recipe.n_layer) if "c_proj" in tensor.name else std)
 
     def decays(self, recipe: Recipe, tensor: TensorInfo) -> bool:
         return tensor.owner != "LayerNorm" and "norm" not in tensor.name and "bias" not in tensor.name
@@ -33,6 +35,10 @@ class TransformersPolicy:
     def learning_rate(self, recipe: Recipe, update: int) -> float:
         peak: float = dict(recipe.optimizer.arguments).get("lr", 1e-3)
         low = 1.0 if recipe.minimum_lr is None else recipe.minimum_lr / peak
+        if recipe.cooldown is not None:  # warmup_stable_decay, whose warm-up begins at the lowest rate
+            passed = max(0, update - (recipe.updates - recipe.cooldown)) / recipe.cooldown
+            share = min(update / max(1, recipe.warmup), 0.5 * (1 + math.cos(math.pi * passed)))
+            return peak * (share * (1 - low) + low)
         cosine = 0.5 * (1 + math.cos(math.pi * ((update - recipe.warmup) / max(1, recipe.updates - recipe.warmup))))
         return peak * (update / recipe.warmup if update < recipe.warmup else cosine * (1 - low) + low)
 
@@ -52,22 +58,40 @@ class Transformers:
         "quantised": "this adapter trains every weight; the subject transformers-peft does not",
         "meta-init": "Trainer moves the model with .to(device), which raises for one on the meta device",
         "sharded": "this adapter trains replicas (DDP); Trainer's option fsdp is accelerate's",
+        "second-optimizer": "create_optimizer builds one optimizer",
+        "decay-all": "get_decay_parameter_names goes by names and nn.LayerNorm",
+        "loader": "Trainer is given a data set, and builds the loader by itself",
+        "evaluate-batches": "evaluate() takes all of eval_dataset",
+        "validation-document": "Trainer is given samples; a document is divided by its user",
+        "residual-opt-out": "the residual stream has the dtype of the embedding, as autocast leaves it",
+        "lora-dropout": "this adapter has no adapters; the subject transformers-peft does",
+        "tuned-embedding": "this adapter has no adapters; the subject transformers-peft does",
     }
 
     def train(self, recipe: Recipe) -> None:
+        if recipe.n_kv_head is not None and recipe.shape == "gpt":
+            raise NotApplicable("GPT-2 has as many heads of keys and values as of queries")
+        schedule = "constant_with_warmup" if recipe.minimum_lr is None else "cosine_with_min_lr"
+        details: dict[str, Any] = {"min_lr": recipe.minimum_lr or 0}
+        if recipe.cooldown is not None and recipe.minimum_lr is not None:
+            schedule = "warmup_stable_decay"
+            details = {"num_decay_steps": recipe.cooldown, "min_lr_ratio": recipe.minimum_lr / recipe.optimizer.rate}
         optimizer, every = recipe.optimizer.config(), recipe.updates if recipe.evaluate else recipe.evaluate_every
         options = f"""--use_cpu --disable_tqdm true --label_names labels --warmup_steps {recipe.warmup}
             --per_device_train_batch_size {recipe.microbatch_size} --per_device_eval_batch_size {recipe.microbatch_size}
             --gradient_accumulation_steps {recipe.microbatches} --eval_strategy {"steps" if every else "no"}
             --max_steps {recipe.updates} --eval_steps {every or 500} --save_steps {recipe.save_every or 500}
             --weight_decay {optimizer["init_args"].get("weight_decay", 0)} --max_grad_norm {recipe.clip or 0}
-            --lr_scheduler_type {"constant_with_warmup" if recipe.minimum_lr is None else "cosine_with_min_lr"}
-            --lr_scheduler_kwargs {{"min_lr":{recipe.minimum_lr or 0}}} --bf16 {recipe.precision == "bf16-mixed"}
+            --lr_scheduler_type {schedule} --lr_scheduler_kwargs {json.dumps(details, separators=(",", ":"))}
+            {f"--save_total_limit {recipe.keep_last}" if recipe.keep_last else ""}
+            --bf16 {recipe.precision == "bf16-mixed"}
             --logging_steps 1 {"--gradient_checkpointing" if recipe.activation_checkpointing else ""}
             --torch_compile {recipe.compile} --seed {recipe.seed} --output_dir""".split()
         sizes: dict[str, Any] = {"vocab_size": recipe.vocab_size, "max_position_embeddings": recipe.block_size + 1}
         sizes |= {"num_hidden_layers": recipe.n_layer, "num_attention_heads": recipe.n_head}
         sizes |= {"hidden_size": recipe.n_embd, "intermediate_size": 3 * recipe.n_embd}
+        sizes |= {"num_key_value_heads": recipe.n_kv_head} if recipe.n_kv_head else {}
+        sizes |= {"initializer_range": 0.02 if recipe.initial_std is None else recipe.initial_std}
         sizes |= {"tie_word_embeddings": recipe.tied, "attention_dropout": recipe.dropout}
         sizes |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), recipe.dropout)
         config = AutoConfig.for_model("gpt2" if recipe.shape == "gpt" else "llama", **sizes)
@@ -80,12 +104,13 @@ class Transformers:
 
         pairs = zip(rows(recipe.batches), rows(recipe.labels))
         ordered = Stream({key: row, "labels": labels} for row, labels in pairs)
+        validation = zip(rows(recipe.validation_batches), rows(recipe.validation_labels))
         shuffled = recipe.samples and [{key: row, "labels": row} for row in recipe.dataset()]
         Trainer(
             model_init=lambda: foreign() if foreign else self.model(recipe, config, dtype),
             args=HfArgumentParser(TrainingArguments).parse_args_into_dataclasses([*options, str(recipe.directory)])[0],
             train_dataset=shuffled or ordered,
-            eval_dataset=Stream({key: row, "labels": row} for row in rows(recipe.validation_batches)),
+            eval_dataset=Stream({key: row, "labels": labels} for row, labels in validation),
             optimizer_cls_and_kwargs=(pydoc.locate(optimizer["class_path"]), optimizer["init_args"]),
             compute_loss_func=foreign and (lambda *args, **count: ForCausalLMLoss(*args, recipe.vocab_size, **count)),
         ).train(resume_from_checkpoint=recipe.resume and str(recipe.resume.find("trainer_state.json").parent))

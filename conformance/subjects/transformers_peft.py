@@ -32,12 +32,15 @@ def quantisation(recipe: Recipe, dtype: torch.dtype) -> BitsAndBytesConfig | Non
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **four)
 
 
+TUNING = ("finetune", "quantised", "lora-dropout", "tuned-embedding")
+
+
 class TransformersPeft(Transformers):
     """transformers.Trainer.train on peft.get_peft_model."""
 
     name = "transformers Trainer with peft"
     version = f"{importlib.metadata.version('transformers')}, peft {importlib.metadata.version('peft')}"
-    lacks = {name: reason for name, reason in Transformers.lacks.items() if name not in ("finetune", "quantised")}
+    lacks = {name: reason for name, reason in Transformers.lacks.items() if name not in TUNING}
     recipes: dict[Path, Recipe] = {}
 
     def model(self, recipe: Recipe, config: Any, dtype: torch.dtype) -> Any:
@@ -50,7 +53,8 @@ class TransformersPeft(Transformers):
         if recipe.quantised is not None:
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         options = {"target_modules": LAYERS[recipe.shape], "fan_in_fan_out": recipe.shape == "gpt"}
-        lora = LoraConfig(r=recipe.lora_rank, lora_dropout=0.0, task_type="CAUSAL_LM", **options)
+        options |= {"modules_to_save": ["wte", "embed_tokens"]} if recipe.tuned_embedding else {}
+        lora = LoraConfig(r=recipe.lora_rank, lora_dropout=recipe.lora_dropout, task_type="CAUSAL_LM", **options)
         return get_peft_model(model, lora)
 
     def load(self, checkpoint: Checkpoint) -> nn.Module:

@@ -25,6 +25,7 @@ def build_model(recipe: Recipe) -> nn.Module:
     sizes |= {"num_hidden_layers": recipe.n_layer, "num_attention_heads": recipe.n_head}
     sizes |= {"hidden_size": recipe.n_embd, "intermediate_size": 3 * recipe.n_embd}
     sizes |= {"tie_word_embeddings": recipe.tied, "bos_token_id": 0, "eos_token_id": 0}
+    sizes |= {"initializer_range": 0.02 if recipe.initial_std is None else recipe.initial_std}
     sizes |= dict.fromkeys(("attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"), recipe.dropout)
     config = AutoConfig.for_model("gpt2" if recipe.shape == "gpt" else "llama", **sizes)
     dtype = torch.bfloat16 if recipe.precision == "bf16-true" else torch.float32
@@ -62,11 +63,17 @@ class Trl:
         "16-mixed": "on the CPU accelerate leaves fp16 off, and does not say so",
         "logits-opt-out": "accelerate's prepare_model always converts what leaves autocast to float32",
         "stable-embedding": "create_optimizer gives nn.Embedding 32-bit state, and swaps nothing",
-        "finetune": "this adapter trains every weight; SFTTrainer's peft_config is not mapped",
-        "quantised": "this adapter trains every weight",
         "meta-init": "Trainer moves the model with .to(device), which raises for one on the meta device",
         "sharded": "this adapter trains replicas (DDP); Trainer's option fsdp is accelerate's",
+        "second-optimizer": "create_optimizer builds one optimizer",
+        "decay-all": "get_decay_parameter_names goes by names and nn.LayerNorm",
+        "loader": "Trainer is given a data set, and builds the loader by itself",
+        "evaluate-batches": "evaluate() takes all of eval_dataset",
+        "validation-document": "this adapter gives samples; SFTTrainer's packing is not mapped",
+        "residual-opt-out": "the residual stream has the dtype of the embedding, as autocast leaves it",
     }
+    lacks |= dict.fromkeys(("grouped-query", "cooldown"), "this adapter does not map it; the subject transformers does")
+    lacks |= dict.fromkeys(("finetune", "quantised", "lora-dropout", "tuned-embedding"), "peft_config is not mapped")
 
     def train(self, recipe: Recipe) -> None:
         optimizer = recipe.optimizer.config()
@@ -94,6 +101,7 @@ class Trl:
             eval_strategy="steps" if every else "no",
             eval_steps=every,
             save_steps=recipe.save_every or 500,
+            save_total_limit=recipe.keep_last,
         )
         ids, labels = all_ranks(recipe, recipe.batches), all_ranks(recipe, recipe.labels)
         if recipe.samples is not None:
@@ -103,7 +111,7 @@ class Trl:
             model=build_model(recipe),
             args=arguments,
             train_dataset=dataset(ids, labels),
-            eval_dataset=dataset(validation, validation),
+            eval_dataset=dataset(validation, all_ranks(recipe, recipe.validation_labels)),
             processing_class=build_tokenizer(recipe),
             optimizer_cls_and_kwargs=(pydoc.locate(optimizer["class_path"]), optimizer["init_args"]),
         ).train(resume_from_checkpoint=recipe.resume and str(recipe.resume.find("trainer_state.json").parent))

@@ -19,6 +19,11 @@ from conformance.subject import Leftovers, Place, Setting, Winner
 from conformance.subjects.reference import ReferencePolicy
 
 Part = Literal["train", "validation"]
+# Capabilities that are up to the user, where the stack has no part in it.
+OPTIMIZER = ("builds-optimizer", "fused", "ndim-policy", "decay-all", "second-optimizer")
+TUNING = ("stable-embedding", "finetune", "quantised", "lora-dropout", "tuned-embedding")
+MODEL = ("grouped-query", "initial-std", "residual-opt-out", *TUNING)
+LOOP = ("evaluate-batches", "ignored-validation", "validation-document", "keep-last", "loader")
 LEFTOVERS: dict[Place, Leftovers] = {"epoch": "short", "window": "short", "ranks": "repeated", "validation": "weighed"}
 
 
@@ -84,7 +89,9 @@ def microbatches(recipe: Recipe, part: Part = "train") -> Any:
 
     A sampler that deals them out in turn gives each rank those that the recipe means it to have.
     """
-    sources: Any = (recipe.batches, recipe.labels) if part == "train" else (recipe.validation_batches,) * 2
+    sources: Any = (recipe.batches, recipe.labels)
+    if part == "validation":
+        sources = recipe.validation_batches, recipe.validation_labels
     ids, labels = ([source(rank) for rank in range(recipe.world_size)] for source in sources)
     steps = zip(zip(*ids), zip(*labels))  # in each, the microbatches of all ranks
     return [pair for ids_of_ranks, labels_of_ranks in steps for pair in zip(ids_of_ranks, labels_of_ranks)]

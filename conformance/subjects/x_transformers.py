@@ -22,6 +22,7 @@ from reference.model.embedding import restore_embeddings, swap_embeddings
 
 # The matrices that multiply activations. ff.0.0 is the first one of a GELU MLP, ff.0.proj of a SwiGLU MLP.
 MATRICES = ("to_q", "to_k", "to_v", "to_out", "ff.0.0", "ff.0.proj", "ff.2", "to_logits")
+OF_GPT = "activation-checkpointing finetune quantised lora-dropout tuned-embedding initial-std residual-opt-out"
 
 
 class XTransformersPolicy(ReferencePolicy):
@@ -38,7 +39,7 @@ class XTransformersPolicy(ReferencePolicy):
         return Uniform(-(inputs**-0.5), inputs**-0.5)
 
     def decays(self, recipe: Recipe, tensor: TensorInfo) -> bool:
-        if recipe.decay == "ndim" or recipe.module is not None:
+        if recipe.decay != "declared" or recipe.module is not None:
             return super().decays(recipe, tensor)
         return tensor.name.endswith(tuple(f"{part}.weight" for part in MATRICES))
 
@@ -48,7 +49,7 @@ def build(recipe: Recipe) -> nn.Module:
     gpt = {"use_scalenorm": True}
     llama = {"use_rmsnorm": True, "rotary_pos_emb": True, "ff_swish": True, "ff_glu": True, "ff_no_bias": True}
     size: dict[str, Any] = {"dim": recipe.n_embd, "depth": recipe.n_layer, "heads": recipe.n_head, "verbose": False}
-    size |= {"attn_dim_head": recipe.n_embd // recipe.n_head, "attn_num_mem_kv": 2}
+    size |= {"attn_dim_head": recipe.n_embd // recipe.n_head, "attn_num_mem_kv": 2, "attn_kv_heads": recipe.n_kv_head}
     size |= {"attn_dropout": recipe.dropout, "ff_dropout": recipe.dropout}
     layers = Decoder(**size, **(gpt if recipe.shape == "gpt" else llama))
     sizes = {"num_tokens": recipe.vocab_size, "max_seq_len": recipe.block_size, "num_memory_tokens": 2}
@@ -59,11 +60,10 @@ def build(recipe: Recipe) -> nn.Module:
 class XTransformers(Reference):
     """reference.Trainer on x_transformers.TransformerWrapper."""
 
-    name = "x-transformers"
+    name, policy = "x-transformers", XTransformersPolicy()
     version = importlib.metadata.version("x-transformers")
-    policy = XTransformersPolicy()
     lacks = Reference.lacks | {"meta-init": "TransformerWrapper, Attention and the norms have no reset_parameters()"}
-    lacks |= dict.fromkeys(("activation-checkpointing", "finetune", "quantised"), "Trainer does so to its own GPT only")
+    lacks |= dict.fromkeys(OF_GPT.split(), "Trainer has this option for its own GPT only")
     recipes: dict[Path, Recipe] = {}  # by directory: a checkpoint cannot say how to build a module of somebody else's
 
     def model_config(self, recipe: Recipe) -> Any:  # a function, which Trainer takes as well as a GPTConfig

@@ -3,7 +3,7 @@
 This file has what several chapters share: recipes, and questions about a trace.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -48,6 +48,22 @@ def shapes(runs: Runs, recipe: Recipe | None = None) -> list[Recipe]:
     if not found:
         raise NotApplicable("lacks both gpt-shape and llama-shape")
     return found
+
+
+def in_shapes(runs: Runs, recipe: Recipe, judge: Callable[[Recipe], None]) -> None:
+    """Judge a recipe in each model shape that the subject has and does not refuse it for.
+
+    Raises:
+        NotApplicable: if it has none, or refuses the recipe in all of them.
+    """
+    found, refusals = shapes(runs, recipe), []
+    for shaped in found:
+        try:
+            judge(shaped)
+        except NotApplicable as refusal:
+            refusals.append(refusal)
+    if len(refusals) == len(found):
+        raise refusals[0]
 
 
 def everyday(runs: Runs, optimizer: OptimizerChoice | None = None) -> Recipe:

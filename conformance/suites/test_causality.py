@@ -12,7 +12,7 @@ from conformance.clause import clause
 from conformance.errors import NotApplicable, Violation, quoted
 from conformance.recipe import Alteration, Recipe
 from conformance.runs import Runs
-from conformance.suites import SHARED, shapes
+from conformance.suites import SHARED, in_shapes, shapes
 
 Pair = tuple[Tensor, Tensor, Tensor, Tensor]
 """Token ids (B, T) and logits (B, T, V) of a forward, and those of the same forward of the altered run."""
@@ -185,8 +185,13 @@ def test_no_look_ahead_with_dropout(runs: Runs) -> None:
 )
 def test_no_look_ahead_with_shared_heads(runs: Runs) -> None:
     """If query heads share heads of keys and values, no logit depends on a later token."""
-    for recipe in shapes(runs, replace(SHARED, updates=1)):
-        sees_nothing_later(runs, recipe, f"{recipe.shape}, two query heads for each head of keys and values: ")
+    in_shapes(
+        runs,
+        replace(SHARED, updates=1),
+        lambda recipe: sees_nothing_later(
+            runs, recipe, f"{recipe.shape}, two query heads for each head of keys and values: "
+        ),
+    )
 
 
 def blind_to_first(runs: Runs, recipe: Recipe, chosen: Tensor) -> bool:

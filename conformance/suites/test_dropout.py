@@ -12,7 +12,7 @@ from conformance.recipe import Recipe
 from conformance.recording.trace import Forward
 from conformance.runs import Runs
 from conformance.suites import STILL, everyday, require_still, shapes
-from conformance.suites.test_model import QUICK, is_as_declared
+from conformance.suites.test_model import QUICK, ROUGH, is_as_declared
 
 
 def repeated(runs: Runs, probability: float) -> Recipe:
@@ -120,7 +120,7 @@ def test_none_where_none_is_asked_for(runs: Runs) -> None:
     mend="Hand the probability on to every place that the policy declares, and divide what is kept by 1 - p.",
     source="jadore801120/attention-is-all-you-need-pytorch#40, lucidrains/reformer-pytorch#55, "
     "salesforce/awd-lstm-lm#124",
-    bound="as MODEL-1 (weakest mutant, none in attention: 2e-4)",
+    bound="1e-3 of the logits' size (healthy: 8e-7; weakest mutant, none in attention: 0.17)",
 )
 def test_dropout_acts_where_declared(runs: Runs) -> None:
     """In training, dropout acts at each place that the stack declares and at no other, and scales what it keeps by
@@ -133,4 +133,4 @@ def test_dropout_acts_where_declared(runs: Runs) -> None:
             raise NotApplicable(
                 "the stack does not drop by torch's dropout, so the suite cannot have it keep everything"
             )
-        is_as_declared(runs, recipe, lambda activations: activations / (1 - chance))
+        is_as_declared(runs, recipe, lambda activations: activations / (1 - chance), ROUGH)

@@ -386,6 +386,7 @@ def test_adapters_drop(runs: Runs) -> None:
     """In fine-tuning with dropout of the adapters, two updates on equal tokens and weights have different gradients."""
     for recipe in still_tuning(runs):
         run = tuned(runs, recipe)
+        runs.require_read(recipe, "lora_dropout", "lora-dropout")
         require_still(run)
         first, second = run.update(0).gradients, run.update(1).gradients
         # A factor that starts at 0 hides the other one's gradient, until a step of 1e-30 has moved it.
@@ -413,6 +414,7 @@ def test_embedding_is_tuned_if_asked(runs: Runs) -> None:
     """If the user asks fine-tuning to train the embedding too, the optimizer owns it, and it has a gradient."""
     for recipe in still_tuning(runs):
         run = tuned(runs, recipe)
+        runs.require_read(recipe, "tuned_embedding", "tuned-embedding")
         update = run.update(0)
         tables = {f"{info.name}.weight" for info in run.embeddings if info.shape[0] >= recipe.vocab_size}
         owned = {name for step in update.steps for name in step.tensors if tables.intersection(run.tensors[name].names)}

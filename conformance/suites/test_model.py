@@ -11,20 +11,24 @@ from conformance.errors import NotApplicable
 from conformance.recipe import OptimizerChoice, Recipe
 from conformance.recording.trace import Named
 from conformance.runs import Runs
-from conformance.suites import ADAMW, SHARED, shapes
+from conformance.suites import ADAMW, SHARED, in_shapes, shapes
 
 QUICK = OptimizerChoice.of(ADAMW, lr=0.1)
 """Moves the weights far, in a few updates: at small ones an activation is nearly a line."""
 BOUND = 1e-5  # of the root mean square of the logits
+ROUGH = 1e-3  # where weights can make the noise larger (1.9e-5 seen), and every fault that is looked for is large
 
 
-def is_as_declared(runs: Runs, recipe: Recipe, drop: Callable[[Tensor], Tensor] | None = None) -> None:
+def is_as_declared(
+    runs: Runs, recipe: Recipe, drop: Callable[[Tensor], Tensor] | None = None, bound: float = BOUND
+) -> None:
     """Check the logits of the first and of the last update of a run against the declared ones.
 
     Args:
         runs: of the subject.
         recipe: of the run, but for its updates and its optimizer.
         drop: what dropout does to activations, if there is some.
+        bound: of the root mean square of the logits.
     """
     run = runs.trace(replace(recipe, updates=4, optimizer=QUICK))
     for number in (0, -1):
@@ -37,7 +41,7 @@ def is_as_declared(runs: Runs, recipe: Recipe, drop: Callable[[Tensor], Tensor] 
         when = "first" if number == 0 else "last"
         what = f"{recipe.shape}, {when} update: the declared forward in float64 against the model's"
         what += "" if drop is None else ", with dropout that keeps everything and scales it"
-        same_function(expected, first.scores, what, BOUND)
+        same_function(expected, first.scores, what, bound)
 
 
 @clause(
@@ -81,11 +85,11 @@ def test_declared_forward_tied(runs: Runs) -> None:
     mend="Give each head of keys and values to query heads that stand in a row: repeat_interleave, not repeat. If your "
     "stack has no such heads, name grouped-query in lacks.",
     source="EricLBuehler/candle-vllm#52, jxiw/M1#4 (heads repeated in another order)",
-    bound="as MODEL-1",
+    bound="1e-3 of the logits' size (healthy: 1.3e-6, and up to 1.9e-5 with other weights; heads in another order: "
+    "0.7)",
 )
 def test_declared_forward_of_shared_heads(runs: Runs) -> None:
     """If query heads share heads of keys and values, the model's logits still equal those of the forward that the stack
     declares, computed in float64 from the same weights.
     """
-    for recipe in shapes(runs, SHARED):
-        is_as_declared(runs, recipe)
+    in_shapes(runs, SHARED, lambda recipe: is_as_declared(runs, recipe, bound=ROUGH))

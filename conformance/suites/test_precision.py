@@ -320,7 +320,9 @@ def test_residual_opt_out(runs: Runs) -> None:
     with one in float32.
     """
     recipe = Recipe(precision="bf16-mixed")
-    first = [runs.trace(each).training_forwards(0) for each in (recipe, replace(recipe, residual="compute"))]
+    opted = replace(recipe, residual="compute")
+    first = [runs.trace(each).training_forwards(0) for each in (recipe, opted)]
+    runs.require_read(opted, "residual", "residual-opt-out")
     pairs = list(zip(*first))
     if not pairs:
         raise NotApplicable("no forward in training mode and with gradients: see ACC-6")

@@ -1,13 +1,14 @@
 """REPORT: the numbers that a run prints about its training are those of its training."""
 
 import itertools
+from collections import Counter
 from dataclasses import replace
 from statistics import fmean
 
 import torch
 
 from conformance.checks.accumulation import total_norm
-from conformance.checks.data import IGNORED, sequence_entropies
+from conformance.checks.data import IGNORED, sample_numbers, sequence_entropies
 from conformance.checks.evaluation import validation_losses_by_step
 from conformance.checks.reports import (
     gradient_norms,
@@ -25,7 +26,7 @@ from conformance.recipe import Recipe
 from conformance.recording.trace import Trace
 from conformance.runs import Runs
 from conformance.suites import STILL, clipped, everyday, interrupted, mean_of, stays_inside
-from conformance.suites.test_evaluation import evaluations
+from conformance.suites.test_evaluation import evaluations, validation
 from conformance.suites.test_resume import resumed
 
 
@@ -188,14 +189,16 @@ def test_validation_loss_of_each_evaluation(runs: Runs) -> None:
     """Loggers get a validation loss only with the number of an update after which the stack evaluates."""
     recipe = everyday(runs)
     run = runs.trace(recipe)
-    evaluated = {forward.update for forward in evaluations(recipe, run)}
+    rows = validation(recipe)
+    numbers = (number for forward in evaluations(recipe, run) for number in sample_numbers(forward.ids, rows))
+    evaluated = max(Counter(number for number in numbers if number is not None).values())
     logged = validation_losses_by_step(run.messages)
     if not logged:
         raise NotApplicable("no logger gets a validation loss with the number of an update")
     again = [step for step, value in logged.items() if any(value == logged[other] for other in logged if other < step)]
-    if len(logged) > len(evaluated) and again:
+    if len(logged) > evaluated and again:
         raise Violation(
-            f"a validation loss for each of {len(evaluated)} evaluations",
+            f"a validation loss for each of {evaluated} evaluations",
             f"one at {len(logged)} steps; at {quoted(again)} that of an earlier evaluation",
         )
 

@@ -197,7 +197,7 @@ def test_newest_checkpoints_stay(runs: Runs) -> None:
             )
             left += [update] if largest.exists() else []
     if left == [1, 2, 3, 4]:
-        raise NotApplicable("the run keeps all of its checkpoints, or the adapter does not hand on recipe.keep_last")
+        raise NotApplicable("the run keeps all of its checkpoints, or the adapter does not read Recipe.keep_last")
     if 1 in left or not {3, 4} <= set(left):
         raise Violation(
             "after four updates, the checkpoints of updates 3 and 4 and not that of update 1",

@@ -100,7 +100,7 @@ def test_lookup_and_head_learn(runs: Runs) -> None:
 @clause(
     "TIE-4",
     since="0.2",
-    needs=("untied",),
+    needs=("tied", "untied"),
     why="A user who asks for a head of its own trains a smaller model, with other gradients, and compares it with "
     "larger "
     "ones.",

@@ -329,3 +329,47 @@ def test_losses_that_lie_close_are_matched_by_chance() -> None:
     assert reports.matches_by_chance(["2.000031"] * 9, [2.0 + 0.00001 * number for number in range(10)]) > 1
     assert reports.matches_by_chance(["1.87"] * 9, means) == 0, "they lie elsewhere"
     assert reports.matches_by_chance(["2.0"], [2.0]) == 1
+
+
+def test_numbers_of_targets_are_found_and_those_of_plain_tokens_are_not() -> None:
+    lines = [
+        "step 1: loss 4.85, target_tokens 17.0",
+        "trainable tokens: 18; 19 targets",
+        "tokens 32.0, total_tokens 64.0, 12,345 tokens/s, tokens 4096",
+        "targets=20, num_label_tokens 21",
+    ]
+    assert reports.numbers_of_targets(lines) == ["17.0", "18", "20", "21"]
+
+
+def test_last_numbers_are_those_of_lines_about_an_update() -> None:
+    lines = [
+        "resuming from step 2",
+        "Epoch 1 | iter 11 step 5 | loss train: 4.812, val: 4.9 |",
+        "step 6: learning_rate 1e-04",
+        "step 99: the checkpoint is written",
+        "update 4/6: loss 4.8348, validation 4.8340",
+    ]
+    assert reports.last_numbers(lines) == {"iter": 11, "step": 6, "update": 4}
+
+
+def test_validation_losses_are_those_that_loggers_got() -> None:
+    lines = [
+        "step 2: val_loss 4.9",
+        "iter 3: val loss 4.8",
+        "step 4: loss 4.7",
+        "step 4: loss 4.7, validation_loss 4.6",
+    ]
+    assert evaluation.validation_losses_by_step(lines) == {2: "4.9", 4: "4.6"}
+
+
+@pytest.mark.parametrize(
+    ("ids", "found"),
+    [
+        ([5, 6, 7, 8], (2, 4)),
+        ([7, 8, 9, 0, 0], (4, 3)),  # filled up behind the end
+        ([3, 4, 1, 1], (0, 0)),  # two tokens are no window
+        ([1, 1, 1], (0, 0)),
+    ],
+)
+def test_a_window_is_found_in_its_document(ids: list[int], found: tuple[int, int]) -> None:
+    assert data.places_in_document(torch.tensor(ids), torch.arange(3, 10)) == found

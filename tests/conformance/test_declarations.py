@@ -12,6 +12,9 @@ from conformance.recipe import Recipe
 from conformance.runs import Runs
 from conformance.session import Result, Session
 from conformance.subjects.reference import Reference, ReferencePolicy
+from reference import GPTConfig
+
+SIZES = ("n_layer", "n_head", "n_embd", "vocab_size", "block_size")
 
 
 def judged(subject: Any, identity: str) -> Result:
@@ -25,7 +28,7 @@ def declaring(method: str, answer: Callable[..., Any]) -> Reference:
     def own(*_: Any, **__: Any) -> Any:
         return answer()
 
-    policy = type("Policy", (ReferencePolicy,), {method: own})()
+    policy = type("Policy", (ReferencePolicy,), {"rate": None, method: own})()  # without rate(), which is optional
     return type("Own", (Reference,), {"policy": policy})()
 
 
@@ -81,3 +84,16 @@ def test_a_run_cannot_be_called_off_at_its_end() -> None:
     result = judged(GivesUp(), "DECAY-1")
     assert result.outcome == "error"
     assert "train() raised NotApplicable after" in result.reason
+
+
+def test_an_adapter_that_does_not_know_a_field_is_not_judged_by_it() -> None:
+    class Older(Reference):
+        def model_config(self, recipe: Recipe) -> GPTConfig:
+            sizes = {name: getattr(recipe, name) for name in SIZES}
+            return GPTConfig.gpt2(**sizes, tie_embeddings=False)
+
+    result = judged(Older(), "PREC-11")
+    assert (result.outcome, result.reason) == (
+        "n/a",
+        "the adapter does not read Recipe.residual: map it, or name residual-opt-out in lacks, with a reason",
+    )

@@ -92,3 +92,35 @@ def test_altered_tokens_are_those_that_are_named_and_no_others() -> None:
         altered = torch.stack(Recipe(altered=name).batches())  # type: ignore[arg-type] # a name of the Literal
         assert torch.equal(altered != plain, expected), name
         assert 0 <= int(altered.min()) <= int(altered.max()) < Recipe().vocab_size
+
+
+def test_half_of_the_validation_sequences_keep_one_target() -> None:
+    recipe = Recipe(ignored_validation=True)
+    ids, labels = torch.cat(recipe.validation_batches()), torch.cat(recipe.validation_labels())
+    kept = labels != -100
+    assert torch.equal(labels[kept], ids[kept])
+    assert kept[:, 1:].sum(dim=1).tolist() == [1, 1, 16, 16]
+    assert torch.equal(torch.cat(Recipe().validation_labels()), torch.cat(Recipe().validation_batches()))
+
+
+def test_there_is_one_validation_batch_more_than_are_to_be_evaluated() -> None:
+    assert len(Recipe(evaluate_batches=2).validation_batches()) == 3
+    assert len(Recipe(evaluate_batches=2, world_size=2).validation_batches(rank=1)) == 3
+
+
+def test_a_validation_document_has_a_tail_and_no_three_tokens_twice() -> None:
+    recipe = Recipe()
+    document = recipe.validation_document().tolist()
+    assert len(document) == 8 * recipe.block_size + 5
+    assert not {0, recipe.vocab_size - 1} & set(document)
+    triples = list(zip(document, document[1:], document[2:], strict=False))
+    assert len(set(triples)) == len(triples)
+
+
+def test_a_loader_gives_the_data_set_in_another_order_each_time() -> None:
+    recipe = Recipe(samples=8)
+    torch.manual_seed(1)
+    first, second = (torch.cat(list(recipe.loader())) for _ in range(2))
+    assert not torch.equal(first, second)
+    for rows in (first, second):
+        assert sorted(rows.tolist()) == sorted(recipe.dataset().tolist())

@@ -18,7 +18,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from reference.cli.presets import PRESETS
 from reference.config import GPTConfig, TrainConfig
@@ -43,7 +43,16 @@ WHOLE: dict[str, Any] = {"optimize_ddp": False}
 SHARD = "reference.training.sharding.fully_shard"
 KEPT = partial(fully_shard, reshard_after_forward=False)
 OTHER = ", on the other GPU"
+NO_SYNC = "lightning.fabric.strategies.model_parallel._FSDPNoSync._set_requires_grad_sync"
 NARROW = partial(fully_shard, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+
+
+def until_the_last(self: Any, requires_grad_sync: bool) -> None:
+    """Keep gathered weights, as Fabric keeps gradients, until the last backward of an update."""
+    for part in self._module.modules():
+        if isinstance(part, FSDPModule):
+            part.set_requires_gradient_sync(requires_grad_sync, recurse=False)
+            part.set_reshard_after_backward(requires_grad_sync, recurse=False)
 
 
 def two(config: TrainConfig, strategy: str = "ddp") -> TrainConfig:
@@ -75,6 +84,8 @@ def rows() -> list[tuple[Row, str]]:
         for row, base in ((sharded, true), (of_mixed, mixed)):
             if row is of_mixed or function is KEPT:
                 found.append((replace(row, name=f"{row.name}, {name}", constants={SHARD: function}), base.name))
+    once = {SHARD: KEPT, NO_SYNC: until_the_last}
+    found.append((replace(sharded, name=f"{sharded.name}, gathered once in an update", constants=once), true.name))
     for size in (8, 128):
         piece = {"reference.training.replication.PIECE": size * 2**20}
         name = f"{single.name}, replicas, pieces of {size} Mi elements"

@@ -108,5 +108,9 @@ CAUSES: dict[str, str] = {
     "batch-and-time-exchanged": "another sequence of the batch",
     "window-of-zero": "if the first token changes",
     "labels-unshifted": "the token itself",
+    "tables-ignore-std": "embedding.*std",
+    "embeddings-option-ignored": "an embedding that the optimizer owns",
+    "val-weighs-by-sequences": "over all targets that are not ignored",
+    "tie-cannot-be-switched-off": TIED,
 }
 """A regular expression for the requirement, or what is expected or seen."""

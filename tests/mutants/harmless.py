@@ -89,7 +89,7 @@ kind = {{"32-true": torch.float32, "bf16-true": torch.bfloat16}}.get(config.prec
 NOT_FUSED = ("fused", "this variant does not ask for it")
 
 HARMLESS = [
-    Harmless("tied-head", model=(("tie_embeddings", True),)),
+    Harmless("tied-head", model=(("tie_embeddings", True),), lacks=(("untied", "this variant always ties"),)),
     Harmless("grouped-query-attention", model=(("n_kv_head", 1),)),
     Harmless("no-biases", model=(("bias", False),)),
     Harmless("rotary-positions", model=(("position", "rotary"),)),
