@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from conformance import Constant, Normal, TensorInfo, TruncatedNormal
+from conformance import Normal, TensorInfo
 from conformance.recipe import Recipe
+from conformance.subject import Distribution
 from conformance.subjects.reference import Reference, ReferencePolicy
 from reference import GPTConfig, TrainConfig
 from tests.mutants.planting import ADDED, BUILD, FIT, GROUPS, PREPARE, RESTORE, STD, UPDATE, Edit
@@ -72,7 +73,7 @@ def without_attention(recipe: Recipe, weights: Any, ids: Tensor, drop: Callable[
     return ReferencePolicy().logits_with_dropout(recipe, weights, ids, lambda x: x if x.ndim == 4 else drop(x))
 
 
-def unit_logits(recipe: Recipe, tensor: TensorInfo) -> Constant | Normal | TruncatedNormal:
+def unit_logits(recipe: Recipe, tensor: TensorInfo) -> Distribution:
     """The initial weights of a GPT whose head makes logits of variance 1 from what its last norm leaves."""
     return (
         Normal(0.0, recipe.n_embd**-0.5) if tensor.name == "head.weight" else ReferencePolicy().initial(recipe, tensor)
