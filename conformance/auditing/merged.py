@@ -95,8 +95,10 @@ def whole_run(ranks: list[Facts]) -> WholeRun:
 
 def drift_of(ranks: list[Facts]) -> tuple[Drift | None, str]:
     """Return where the processes' copies come apart, and why that was not looked at."""
+    silent = ranks[0].world - len(ranks)
+    unseen = f"{silent} of {ranks[0].world} left no record" if silent > 0 else ""
     try:
-        return (drift(ranks) if len(ranks) > 1 else None), ""
+        return (drift(ranks) if len(ranks) > 1 else None), unseen
     except NotApplicable as reason:
         return None, str(reason)
 

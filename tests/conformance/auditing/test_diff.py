@@ -217,6 +217,14 @@ def test_processes_that_cannot_be_compared_are_told(tmp_path: Path, capsys: pyte
     assert "Not compared: the processes of the first run with each other (the processes began with different" in text
 
 
+def test_a_process_without_a_record_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = replicas(tmp_path / "torn", other_step)
+    (tmp_path / "torn" / "process-3.pt").unlink()
+    assert main(["diff", folder, folder]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Not compared: the processes of the first run with each other (1 of 4 left no record)" in text
+
+
 def test_a_record_is_what_was_recorded(tmp_path: Path) -> None:
     facts = load(recorded(Run(), tmp_path / "a"))[0]
     assert [update.optimizer[0] for update in facts.updates] == ["torch.optim.adamw.AdamW"] * 3
