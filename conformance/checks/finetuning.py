@@ -196,8 +196,8 @@ def other_scale(loaded: nn.Module, trained: Mapping[str, Tensor], ids: Tensor, l
     scale, before = moves[0][2], 1.0
     with torch.no_grad():
         for factor in (rank**0.5, rank**-0.5, float(rank), 1 / rank, 2.0, 0.5):
-            for target, delta, used in moves:
-                target += delta * used * (factor - before)
+            for weight, delta, used in moves:
+                weight += delta * used * (factor - before)
             before = factor
             seen = find_logits(loaded(ids))
             if seen is not None and relative_difference(logits, seen) <= 1e-4:

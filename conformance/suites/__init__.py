@@ -113,7 +113,7 @@ def tied(runs: Runs, recipe: Recipe) -> list[Recipe]:
 
 def setting(recipe: Recipe) -> str:
     """Return in which respect a run is not the plain one, to begin a message with: "bf16-mixed, tied weights: "."""
-    words = [recipe.precision] if recipe.precision != "32-true" else []
+    words: list[str] = [recipe.precision] if recipe.precision != "32-true" else []
     words += ["tied weights"] if recipe.tied else []
     return f"{', '.join(words)}: " if words else ""
 
