@@ -79,7 +79,9 @@ class DeepSpeed:
             if not last:
                 continue
             update = engine.global_steps
-            print(f"step {update}: loss {total}, lr {rate}, grad_norm {engine.get_global_grad_norm()}")
+            mean = torch.tensor(total / recipe.world_size)
+            comm.all_reduce(mean)
+            print(f"step {update}: loss {mean}, lr {rate}, grad_norm {engine.get_global_grad_norm()}")
             total = 0.0
             if user_code.evaluates(recipe, update):
                 print(f"step {update}: val_loss {self.evaluate(recipe, engine)}")

@@ -105,7 +105,8 @@ class Transformers:
         pairs = zip(rows(recipe.batches), rows(recipe.labels))
         ordered = Stream({key: row, "labels": labels} for row, labels in pairs)
         validation = zip(rows(recipe.validation_batches), rows(recipe.validation_labels))
-        shuffled = recipe.samples and [{key: row, "labels": row} for row in recipe.dataset()]
+        samples = zip(recipe.dataset(), recipe.dataset_labels()) if recipe.samples else ()
+        shuffled = [{key: row, "labels": labels} for row, labels in samples]
         Trainer(
             model_init=lambda: foreign() if foreign else self.model(recipe, config, dtype),
             args=HfArgumentParser(TrainingArguments).parse_args_into_dataclasses([*options, str(recipe.directory)])[0],

@@ -68,6 +68,7 @@ class Trl:
         "second-optimizer": "create_optimizer builds one optimizer",
         "decay-all": "get_decay_parameter_names goes by names and nn.LayerNorm",
         "loader": "Trainer is given a data set, and builds the loader by itself",
+        "module-factory": "SFTTrainer takes models of transformers",
         "evaluate-batches": "evaluate() takes all of eval_dataset",
         "validation-document": "this adapter gives samples; SFTTrainer's packing is not mapped",
         "residual-opt-out": "the residual stream has the dtype of the embedding, as autocast leaves it",
@@ -105,7 +106,7 @@ class Trl:
         )
         ids, labels = all_ranks(recipe, recipe.batches), all_ranks(recipe, recipe.labels)
         if recipe.samples is not None:
-            ids = labels = [recipe.dataset()]
+            ids, labels = [recipe.dataset()], [recipe.dataset_labels()]
         validation = all_ranks(recipe, recipe.validation_batches)
         SFTTrainer(
             model=build_model(recipe),

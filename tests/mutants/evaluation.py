@@ -191,4 +191,10 @@ MUTANTS = [
         "Lightning-AI/litgpt#1971: the loss of rank 0",
         ("reference.training.evaluation:validate", "validation.once(run.fabric.global_rank,", "validation.once(0,"),
     ),
+    mutant(
+        "no-evaluation-at-the-end",
+        "EVAL-17",
+        "huggingface/transformers#44146, PrimeIntellect-ai/prime-rl#835",
+        (FIT, "is_due(update, config.evaluate_every, last)", "is_due(update, config.evaluate_every, False)"),
+    ),
 ]
