@@ -26,7 +26,10 @@ nox.options.error_on_external_run = True
 HERE = Path(__file__).parent
 LATEST = HERE / "reports" / "latest"  # ignored by git: a second run leaves the checkout clean
 # Subjects, each installed by an extra of the same name.
-EXTRAS = {"accelerate", "deepspeed", "lightning-trainer", "litgpt", "transformers", "trl", "x-transformers"}
+EXTRAS = {
+    *("accelerate", "deepspeed", "lightning-trainer", "litgpt"),
+    *("torchtitan", "transformers", "trl", "x-transformers"),
+}
 PACKAGE = ".[reference,optimizers,bench,{}]"  # what the default sessions need, and more extras
 PEERS = {  # the stacks of the matrix: subject, and what pip installs for it beside this package
     "litgpt-0.4.12": ("litgpt", ["jsonargparse[signatures]", "requests", "tokenizers", "tqdm"]),
@@ -39,6 +42,7 @@ PEERS = {  # the stacks of the matrix: subject, and what pip installs for it bes
     "accelerate": ("accelerate", ["accelerate"]),
     "deepspeed": ("deepspeed", ["deepspeed"]),
     "trl": ("trl", ["trl", "datasets"]),
+    "torchtitan": ("torchtitan", ["torchtitan==0.2.2"]),
     "nanogpt": ("nanogpt", []),
     "nanochat": ("nanochat", ["filelock", "kernels", "psutil", "pyarrow", "requests", "rustbpe", "tiktoken", "wandb"]),
     "plain-loop": ("examples.plain_loop_adapter:PlainLoop", []),
@@ -46,6 +50,7 @@ PEERS = {  # the stacks of the matrix: subject, and what pip installs for it bes
 }
 SHOWN = "nvidia-h200"  # the run of the bench whose figures the docs show, and which the page shows first
 CHECKOUTS = {"nanogpt": "NANOGPT", "nanochat": "NANOCHAT"}  # peers that no package index has: where their checkout is
+ON_GPU = {"torchtitan"}  # peers that train on a GPU only
 PYTHONS, TORCHES = ("3.11", "3.12", "3.13"), ("2.11.0", "2.12.1", "2.13.0", "2.14.1")
 
 # One thread: the models are tiny, and threads only wait for each other. Warnings and progress need no buffering.
@@ -207,6 +212,8 @@ def peers(session: nox.Session, peer: str) -> None:
     subject, packages = PEERS[peer]
     if peer in CHECKOUTS and not os.environ.get(CHECKOUTS[peer]):
         session.skip(f"set the environment variable {CHECKOUTS[peer]} to the path of a checkout")
+    if peer in ON_GPU and shutil.which("nvidia-smi") is None:
+        session.skip(f"{peer} trains on a GPU, and this machine has none")
     target = PACKAGE.format("").replace(",]", "]")
     with installing(session, f"PyTorch and {peer} into an environment of their own"):
         session.install("--quiet", "--constraint", "constraints.txt", "--editable", target, *packages)

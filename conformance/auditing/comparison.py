@@ -89,7 +89,8 @@ def print_comparison(console: Console, found: Comparison, first: str, second: st
     else:
         number, entry = parting
         where = "at the start" if entry.phase == "start" else f"in update {number}, in the {entry.phase}"
-        print_wrapped(console, Text(f"{names} first differ {where}", style="bold red"))
+        what = "the processes of one run differ from each other" if entry.cause else "first differ"
+        print_wrapped(console, Text(f"{names}{':' if entry.cause else ''} {what} {where}", style="bold red"))
         told = {"Looks like": found.cause, "Seen": entry.words, "Largest difference": amount(entry)}
         told["Tensors"] = f"{quoted(entry.tensors)}" if entry.tensors else ""
         for label, text in told.items():

@@ -36,6 +36,8 @@ class Difference:
     tensors: tuple[str, ...] = ()
     """The worst first."""
     words: str = ""
+    cause: str = ""
+    """The kind of cause, where the processes of one run differ from each other."""
 
     @property
     def parts(self) -> bool:
@@ -79,21 +81,23 @@ def compare(first: WholeRun, second: WholeRun, noise: "Comparison | None" = None
         result.seen.append((0, Difference("start", math.inf, 0.0, (*lost, *new), words)))
         result.cause = "the models have different tensors"
         return result
-    steps: list[tuple[int, Difference]] = [(0, started(first, second, result))]
+    steps = [(0, found) for found in drifted(first, second, 0, "start")]
+    steps.append((0, started(first, second, result)))
     for number in range(result.updates):
         steps += [(number + 1, found) for found in update_phases(first, second, number, result)]
     for number, found in steps:
         found = replace(found, bound=max(found.bound, 2 * largest(noise, found.phase)))
         result.seen.append((number, found))
         if found.parts:
-            result.cause = cause_of(first, second, number, found)
+            result.cause = found.cause or cause_of(first, second, number, found)
             break
     return result
 
 
 def largest(noise: Comparison | None, phase: str) -> float:
     """Return the largest difference that a repeat shows in a phase."""
-    return max((found.value for _, found in noise.seen if found.phase == phase), default=0.0) if noise else 0.0
+    values = [found.value for _, found in noise.seen if found.phase == phase] if noise else []
+    return max(filter(math.isfinite, values), default=0.0)  # what cannot be compared is no noise
 
 
 def describe_runs(first: WholeRun, second: WholeRun, result: Comparison) -> None:
@@ -107,6 +111,9 @@ def describe_runs(first: WholeRun, second: WholeRun, result: Comparison) -> None
     optimizers = [run.updates[0].optimizers if run.updates else () for run in (first, second)]
     if optimizers[0] != optimizers[1]:
         result.notes.append(f"optimizers: {quoted(optimizers[0])} and {quoted(optimizers[1])}")
+    for which, run in ("first", first), ("second", second):
+        if run.unseen:
+            tell_once(result, f"the processes of the {which} run with each other ({run.unseen})")
 
 
 def bound(first: WholeRun, second: WholeRun, phase: str, number: int = 0) -> float:
@@ -130,11 +137,21 @@ def update_phases(first: WholeRun, second: WholeRun, number: int, result: Compar
     a, b = first.updates[number], second.updates[number]
     yield data(a, b, number, result)
     yield forward(a, b, bound(first, second, "forward", number), number, result)
+    yield from drifted(first, second, number + 1, "gradient", "clipped gradient")
     yield from gradients(a, b, first.sizes, bound(first, second, "gradient", number))
     yield settings(a, b)
+    yield from drifted(first, second, number + 1, "parameters")
     if a.before.samples and b.before.samples:
         moved = [Values({n: u.after.samples[n] - u.before.samples[n] for n in u.before.samples}) for u in (a, b)]
         yield vectors("parameters", moved[0], moved[1], first.sizes, bound(first, second, "parameters", number))
+
+
+def drifted(first: WholeRun, second: WholeRun, number: int, *phases: str) -> Iterable[Difference]:
+    """Yield where the processes of one run differ: the values of process 0, which are compared, do not show it."""
+    for which, run in ("first", first), ("second", second):
+        if (found := run.drift) is not None and found.update == number and found.phase in phases:
+            words = f"the processes of the {which} run hold different copies: {found.words}"
+            yield Difference(found.phase, math.inf, 0.0, found.tensors, words, found.cause)
 
 
 def data(a: WholeUpdate, b: WholeUpdate, number: int, result: Comparison) -> Difference:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from conformance.auditing.facts import Facts, clip_factor
+from conformance.auditing.replicas import Drift, drift
+from conformance.errors import NotApplicable
 from conformance.recording.trace import Measures, Named
 
 
@@ -63,6 +65,10 @@ class WholeRun:
     weights: frozenset[torch.dtype]
     dropout: bool
     processes: int
+    drift: Drift | None = None
+    """Where the processes' copies of a tensor come apart. Values are those of process 0, which shows nothing of it."""
+    unseen: str = ""
+    """Why the processes were not compared with each other, if there are several."""
 
 
 def whole_run(ranks: list[Facts]) -> WholeRun:
@@ -73,6 +79,7 @@ def whole_run(ranks: list[Facts]) -> WholeRun:
     weights = frozenset(info.dtype for info in infos.values())
     autocast = {forward.autocast for forward in forwards if forward.autocast is not None}
     count = min(len(facts.updates) for facts in ranks)
+    found, unseen = drift_of(ranks)
     return WholeRun(
         sizes={name: math.prod(info.shape) for name, info in infos.items()},
         initial=joined(ranks, [facts.trace.initial for facts in ranks], [f.trace.measured_initial for f in ranks]),
@@ -81,7 +88,19 @@ def whole_run(ranks: list[Facts]) -> WholeRun:
         weights=weights,
         dropout=any(first.dropout.values()),
         processes=len(ranks),
+        drift=found,
+        unseen=unseen,
     )
+
+
+def drift_of(ranks: list[Facts]) -> tuple[Drift | None, str]:
+    """Return where the processes' copies come apart, and why that was not looked at."""
+    silent = ranks[0].world - len(ranks)
+    unseen = f"{silent} of {ranks[0].world} left no record" if silent > 0 else ""
+    try:
+        return (drift(ranks) if len(ranks) > 1 else None), unseen
+    except NotApplicable as reason:
+        return None, str(reason)
 
 
 def whole_update(ranks: list[Facts], number: int) -> WholeUpdate:

@@ -12,7 +12,7 @@ from conformance.report.result import Report
 KINDS = {
     "Trainers": (
         *("reference", "litgpt", "litgpt-lora", "lightning-trainer"),
-        *("transformers", "transformers-peft", "trl", "deepspeed"),
+        *("transformers", "transformers-peft", "trl", "deepspeed", "torchtitan"),
     ),
     "Models": ("x-transformers",),
     "Loops": ("accelerate", "nanogpt", "nanochat", "examples.plain_loop_adapter:PlainLoop"),

@@ -17,6 +17,7 @@ from conformance.errors import UsageError
 from conformance.recording.ranks import free_port
 from conformance.subject import Leftovers, Place, Setting, Winner
 from conformance.subjects.torchtitan_data import register
+from conformance.subjects.torchtitan_settings import command_line
 
 
 class Policy:
@@ -65,7 +66,10 @@ class Torchtitan:
         "ndim-policy": "build_optimizers makes one group of all tensors",
         "load": "a checkpoint holds tensors, and nothing of the model that they belong to",
         "16-mixed": "mixed_precision_param is bfloat16 or float32",
+        "loader": "build_dataloader_fn returns a BaseDataLoader, which can save its state; torch's DataLoader cannot",
+        "ignored-validation": "Validator makes the targets of the text itself, and ignores none",
         "meta-init": "Trainer always builds on the meta device",
+        "residual-opt-out": "the residual stream has the dtype of the embedding, and no setting changes it",
     }
     lacks |= dict.fromkeys(("float32-logits", "logits-opt-out"), "the loss converts the logits, not the model")
     lacks |= dict.fromkeys(("stable-embedding", "finetune", "quantised"), "no converter of models does that")
@@ -90,7 +94,7 @@ class Torchtitan:
             raise NotApplicable("parallelize_llama wants sequences of an even length, also on one GPU")
         place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ |= place | {"MASTER_PORT": str(free_port())}
-        settings = ConfigManager().parse_args(self.settings(recipe))
+        settings = ConfigManager().parse_args(command_line(recipe, *register(recipe)))
         try:
             with closing(Trainer(settings)) as trainer, patch("time.sleep"):  # train() ends with two seconds of sleep
                 trainer.train()
@@ -98,33 +102,3 @@ class Torchtitan:
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
             gc.enable()  # Trainer stops the collector
-
-    def settings(self, recipe: Recipe) -> list[str]:
-        """Return the command line of a run, once its model and its data are registered."""
-        name, assets = register(recipe)
-        given = dict(recipe.optimizer.arguments)
-        if "betas" in given:
-            given["beta1"], given["beta2"] = given.pop("betas")
-        if "fused" in given:
-            given["implementation"] = "fused" if given.pop("fused") else "for-loop"
-        low, last = recipe.minimum_lr, recipe.updates
-        words = f"""--job.dump-folder={recipe.directory} --model.name={name} --model.flavor=recipe
-            --model.hf-assets-path={assets} --metrics.log-freq=1 --metrics.enable-tensorboard
-            --metrics.disable-color-printing --optimizer.name={recipe.optimizer.class_path.rpartition(".")[2]}
-            --lr-scheduler.warmup-steps={recipe.warmup} --lr-scheduler.decay-ratio={0.0 if low is None else None}
-            --lr-scheduler.decay-type=cosine --lr-scheduler.min-lr-factor={(low or 0.0) / recipe.optimizer.rate}
-            --training.dataset=train --training.steps={last} --training.seq-len={recipe.block_size}
-            --training.local-batch-size={recipe.microbatch_size} --training.global-batch-size={recipe.update_size}
-            --training.max-norm={recipe.clip or "inf"} --debug.seed={recipe.seed} --debug.deterministic-warn-only
-            --training.dtype={"bfloat16" if recipe.precision == "bf16-true" else "float32"}
-            --training.mixed-precision-param={"bfloat16" if recipe.precision == "bf16-mixed" else "float32"}
-            --activation-checkpoint.mode={"full" if recipe.activation_checkpointing else "none"}
-            --checkpoint.enable --checkpoint.interval={recipe.save_every or last} --checkpoint.keep-latest-k=0
-            --checkpoint.no-last-save-model-only --checkpoint.no-initial-load-model-only --debug.deterministic
-            --validation.dataset=validation --validation.freq={recipe.evaluate_every or last}
-            --validation.seq-len={recipe.block_size} --validation.local-batch-size={recipe.microbatch_size}""".split()
-        words += [f"--optimizer.{name}={value}" for name, value in given.items()]
-        words += ["--compile.enable"] if recipe.compile else []
-        words += ["--validation.enable"] if recipe.evaluate or recipe.evaluate_every else []
-        words += [f"--checkpoint.initial-load-path={recipe.resume.find('step-*')}"] if recipe.resume else []
-        return words

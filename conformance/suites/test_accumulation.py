@@ -117,11 +117,12 @@ def test_ragged_ranks(runs: Runs) -> None:
     mend="Divide by the number of predicted tokens: leave out those that are ignored and those with no next token. "
     "Clear the gradients of all tensors after every update.",
     source="huggingface/transformers#46204 (GPT-2 still: one token too many), Lightning-AI/litgpt#751",
-    bound="5e-3 of the fall of the loss over a small step (healthy: 2e-4; 17 tokens counted in place of 16: 5.9e-2)",
+    bound="5e-3 of the fall of the loss over a small step (healthy: 7e-5, and 1.1e-3 if logits begin with variance 1; "
+    "17 tokens counted in place of 16: 5.9e-2)",
 )
 def test_gradient_of_the_mean(runs: Runs) -> None:
     """The gradient is that of the mean cross entropy over exactly the target tokens."""
-    step = OptimizerChoice.of(SGD, lr=1e-3) if runs.has("any-optimizer") else OptimizerChoice.of(ADAMW, lr=3e-5)
+    step = OptimizerChoice.of(SGD, lr=3e-4) if runs.has("any-optimizer") else OptimizerChoice.of(ADAMW, lr=3e-5)
     plain = Recipe(optimizer=step, same_batches=True)
     recipes = [plain, replace(plain, ignored_targets=True)] if runs.has("ignored-targets") else [plain]
     if runs.policy.auxiliary_loss(plain):

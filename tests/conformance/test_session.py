@@ -211,6 +211,33 @@ def test_a_subject_that_trains_nothing_is_an_error() -> None:
         assert session.judge(rule(traces)).outcome == "error"
 
 
+class CommandLine(Reference):
+    """Its command line prints what is wrong with a word that it does not know, and quits, as torchtitan's does."""
+
+    def __init__(self, hint: str) -> None:
+        self.hint = hint
+
+    def train(self, recipe: Recipe) -> None:
+        if "wieght_decay" in dict(recipe.optimizer.arguments):
+            print(f"Unrecognized options: --optimizer.wieght-decay{self.hint}", file=sys.stderr)
+            raise SystemExit(2)
+        super().train(recipe)
+
+
+@pytest.mark.parametrize(
+    ("hint", "outcome"),
+    [
+        ("\nPerhaps you meant: --optimizer.weight-decay", "pass"),
+        ("\nPerhaps you meant: --optimizer.amsgrad", "fail"),
+        ("", "fail"),
+    ],
+)
+def test_a_command_line_that_quits_is_judged_by_what_it_printed(hint: str, outcome: str) -> None:
+    with Session(CommandLine(hint)) as session:
+        assert session.judge(catalogue()["OPT-10"]).outcome == "pass"
+        assert session.judge(catalogue()["OPT-11"]).outcome == outcome
+
+
 class Inherited(Reference):
     """Its fault is in a method that an inherited train() calls, as anyone varies the reference."""
 

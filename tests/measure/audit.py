@@ -9,6 +9,7 @@ import contextlib
 import json
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch._dynamo.utils
 from torch import nn
 
 import conformance
+from conformance.auditing.traces import save
 from conformance.report.environment import environment
 from reference import GPT, GPTConfig
 
@@ -99,6 +101,9 @@ def measure(case: dict[str, Any], device: str) -> dict[str, Any]:
         run(after, AFTER)
     again = [loop.update() for _ in range(ALONE)]
     base = statistics.median([*alone, *again])
+    with tempfile.TemporaryDirectory() as folder:
+        assert verdict.facts is not None, verdict.broken
+        record = save(verdict.facts, Path(folder)).stat().st_size
     return {
         **case,
         "device": device,
@@ -109,7 +114,8 @@ def measure(case: dict[str, Any], device: str) -> dict[str, Any]:
         "after_to_alone": round(statistics.median(after) / base, 4),
         "again_to_alone": round(statistics.median(again) / statistics.median(alone), 4),
         "ending_seconds": round(ending, 3),
-        "memory_above_alone_bytes": max(memory[0] - memory_alone, 0),
+        "memory_above_alone_bytes": max(memory[0] - memory_alone, 0) if device == "cuda" else None,
+        "record_bytes_per_update": record // RECORDED,
         "graphs_made_beside_the_run": compilations() - before,
         "faults": [finding.rule for finding in verdict.faults],
         "not_looked_at": [finding.rule for finding in verdict.of("not looked at")],

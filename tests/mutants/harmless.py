@@ -6,10 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
+from conformance import Normal, TensorInfo
 from conformance.recipe import Recipe
+from conformance.subject import Distribution
 from conformance.subjects.reference import Reference, ReferencePolicy
 from reference import GPTConfig, TrainConfig
-from tests.mutants.planting import ADDED, BUILD, FIT, GROUPS, PREPARE, RESTORE, UPDATE, Edit
+from tests.mutants.planting import ADDED, BUILD, FIT, GROUPS, PREPARE, RESTORE, STD, UPDATE, Edit
 
 FIT_NORM, FINETUNE = "reference.finetuning.closest:fit_norm", "conformance.subjects.reference:Reference.finetune_config"
 ATTENTION, ONCE = "reference.model.gpt:Attention.forward", "reference.data.tokens:TokenData.passed_once"
@@ -71,7 +73,20 @@ def without_attention(recipe: Recipe, weights: Any, ids: Tensor, drop: Callable[
     return ReferencePolicy().logits_with_dropout(recipe, weights, ids, lambda x: x if x.ndim == 4 else drop(x))
 
 
+def unit_logits(recipe: Recipe, tensor: TensorInfo) -> Distribution:
+    """The initial weights of a GPT whose head makes logits of variance 1 from what its last norm leaves."""
+    return (
+        Normal(0.0, recipe.n_embd**-0.5) if tensor.name == "head.weight" else ReferencePolicy().initial(recipe, tensor)
+    )
+
+
 PLACES, SPLIT = "reference.data.tokens:TokenData.places", "np.divmod(numbers, self.sequences)"
+FORWARD = "loss = batch_loss(self.wrapped, ids, targets) * scale if early is None else early * scale"
+INSIDE_AUTOCAST = f"""\
+kind = {{"32-true": torch.float32, "bf16-true": torch.bfloat16}}.get(config.precision)
+            with torch.autocast("cpu", torch.bfloat16, enabled=kind is not None):
+                torch.set_autocast_dtype("cpu", kind or torch.bfloat16)  # autocast() itself refuses float32 on a CPU
+                {FORWARD}"""
 NOT_FUSED = ("fused", "this variant does not ask for it")
 
 HARMLESS = [
@@ -188,6 +203,18 @@ HARMLESS = [
         policy=tuple((word, {}) for word in ("leftovers", "wins_on_resume", "logits", "logits_with_dropout")),
     ),
     Harmless("optimizer-not-fused", edits=(Edit(ADDED, 'return {"fused": True}', "return {}"),), lacks=(NOT_FUSED,)),
+    Harmless("autocast-to-the-dtype-of-the-weights", edits=(Edit(UPDATE, FORWARD, INSIDE_AUTOCAST),)),
+    Harmless(
+        "logits-of-variance-1",
+        edits=(
+            Edit(
+                STD,
+                "    return config.init_std\n",
+                "    return config.n_embd**-0.5 if name == 'head' else config.init_std\n",
+            ),
+        ),
+        policy=(("initial", unit_logits),),
+    ),
     Harmless(
         "optimizer-derived",
         edits=(

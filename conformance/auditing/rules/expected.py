@@ -7,7 +7,7 @@ from conformance.auditing.held import groups_of, steps
 from conformance.auditing.rule import Doubt, Seen, rule
 from conformance.auditing.rules.gradients import total_norm
 from conformance.auditing.rules.weights import default_init, first_loss, vocabulary
-from conformance.checks.initialization import LOSS_MARGIN
+from conformance.checks.initialization import LOSS_ABOVE, LOSS_MARGIN
 from conformance.errors import NotApplicable, UsageError, Violation, quoted
 
 WORDS = {
@@ -101,7 +101,7 @@ def fresh(seen: Seen) -> None:
     """Training begins with fresh weights that the model's own initialisation drew."""
     wanted(seen, "fresh")
     loss, size = first_loss(seen.facts), vocabulary(seen.facts)
-    if not abs(loss - math.log(size)) <= LOSS_MARGIN:
+    if not -LOSS_MARGIN <= loss - math.log(size) <= LOSS_ABOVE:
         raise Violation(f"a first loss near ln {size} = {math.log(size):.2f}", f"{loss:.2f}")
     default_init(seen)
 

@@ -290,6 +290,10 @@ def closed_form(seen: Seen) -> None:
     steps(facts)
     looked = 0
     for number, update in enumerate(facts.updates, start=1):
+        measured = update.measured_gradients
+        if measured is not None and not all(norm.isfinite() for norm in measured.norms.values()):
+            history.reasons[""] = "a gradient is not finite"  # of what comes after it, not-finite tells
+            break
         names = [name for step in update.steps for name in step.tensors]
         for step in update.steps:
             if step.skipped:

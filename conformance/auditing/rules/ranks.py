@@ -5,14 +5,20 @@ processes see different batches. A tensor that processes hold parts of is left o
 """
 
 import torch
-from torch import Tensor
 
 from conformance.auditing.entropies import weights
-from conformance.auditing.facts import Facts, clip_factor
+from conformance.auditing.facts import Facts
+from conformance.auditing.replicas import (
+    SAME_BATCH,
+    apart_after,
+    apart_at_start,
+    batches_differ,
+    clipped_apart,
+    first_ids,
+    unreduced,
+)
 from conformance.auditing.rule import Doubt, Seen, rule
 from conformance.errors import NotApplicable, Violation, quoted
-from conformance.recording.snapshot import equal_values
-from conformance.recording.trace import Measures, Named
 
 DATA_PARALLEL = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine")
 
@@ -25,51 +31,6 @@ def heard(seen: Seen) -> list[Facts]:
     if silent:
         raise NotApplicable(f"nothing was heard of process {', '.join(silent)}")
     return seen.ranks
-
-
-def first_ids(facts: Facts) -> torch.Tensor | None:
-    """Return the token ids of the first training forward."""
-    return next((forward.ids for forward in facts.trace.forwards if forward.grad_enabled), None)
-
-
-def batches_differ(ranks: list[Facts]) -> bool:
-    """Return True if no two processes began with the same batch."""
-    found = [ids for facts in ranks if (ids := first_ids(facts)) is not None]
-    if len(found) < len(ranks):
-        raise NotApplicable("token ids were not seen on all processes")
-    return not any(
-        torch.equal(first, second) for number, first in enumerate(found) for second in found[number + 1 :]
-        if first.shape == second.shape
-    )  # fmt: skip
-
-
-def apart(measures: list[Measures | None], samples: list[Named[Tensor]], names: list[str]) -> list[str]:
-    """Return the tensors that are not the same on all processes, by the digest of their bits or by their samples.
-
-    A digest is an XOR: equal changes of two elements cancel, as in the first steps of a bias, which all have one size.
-    """
-    found = [measure for measure in measures if measure is not None]
-    if len(found) < len(measures):
-        raise NotApplicable("the weights were not seen on all processes")
-    return [
-        name
-        for name in names
-        if all(name in measure.bits for measure in found)
-        and (
-            any(not torch.equal(found[0].bits[name], other.bits[name]) for other in found[1:])
-            or any(not equal_values(samples[0].get(name), other.get(name)) for other in samples[1:])
-        )
-    ]
-
-
-def replicated(ranks: list[Facts]) -> list[str]:
-    """Return the tensors of which every process holds the whole."""
-    sharded = set[str]().union(*(facts.sharded for facts in ranks))
-    shapes = [facts.trace.tensors for facts in ranks]
-    names = [name for name in shapes[0] if all(name in other for other in shapes) and name not in sharded]
-    if not names:
-        raise NotApplicable("every tensor is sharded over the processes")
-    return names
 
 
 @rule(
@@ -94,9 +55,9 @@ def own_data(seen: Seen) -> None:
             f"none: all {len(ranks)} processes train by themselves, and begin with the same batch",
         )
     if not any(name in facts.wrappers for facts in ranks for name in DATA_PARALLEL) or not same:
-        raise NotApplicable("processes that share a batch may hold parts of one model")
+        raise NotApplicable(SAME_BATCH)
     if any(facts.sharded for facts in ranks) and "FSDPModule" not in ranks[0].wrappers:
-        raise NotApplicable("processes that share a batch may hold parts of one model")
+        raise NotApplicable(SAME_BATCH)
     raise Violation("other batches on each process", f"all {len(ranks)} processes begin with the same batch")
 
 
@@ -111,10 +72,9 @@ def own_data(seen: Seen) -> None:
 def same_start(seen: Seen) -> None:
     """All processes of a data-parallel run begin with the same weights."""
     ranks = heard(seen)
-    names = replicated(ranks)
+    bad = apart_at_start(ranks)
     if not batches_differ(ranks):
-        raise NotApplicable("processes that share a batch may hold parts of one model")
-    bad = apart([f.trace.measured_initial for f in ranks], [f.trace.initial for f in ranks], names)
+        raise NotApplicable(SAME_BATCH)
     if bad:
         raise Violation("the same weights on all processes at the start", f"they differ in {quoted(bad)}")
 
@@ -132,38 +92,13 @@ def same_start(seen: Seen) -> None:
 def same_weights(seen: Seen) -> None:
     """Replicas are equal after every update."""
     ranks = heard(seen)
-    names = replicated(ranks)
-    count = min(len(facts.updates) for facts in ranks)
-    if not count:
-        raise NotApplicable("not every process made an update")
-    started = set(apart([f.trace.measured_initial for f in ranks], [f.trace.initial for f in ranks], names))
-    names = [name for name in names if name not in started]
-    if not names:
-        raise NotApplicable("the processes began with different weights")
-    for number in range(count):
-        updates = [facts.updates[number] for facts in ranks]
-        bad = apart([update.measured_after for update in updates], [update.after for update in updates], names)
-        if bad:
-            gradients = [name for name in bad if not one_norm(ranks, number, name)]
-            factors = [clip_factor(facts, number) for facts in ranks]
-            cause = f"; the gradients of {quoted(gradients)} are not reduced" if gradients else ""
-            if max(factors) > 1.001 * min(factors):
-                told = ", ".join(f"{factor:.3g}" for factor in factors[:8])
-                cause += f"; clipping multiplies the gradients by another factor on each process: {told}"
-            raise Violation(f"equal replicas after update {number + 1}", f"they differ in {quoted(bad)}{cause}")
-
-
-def one_norm(ranks: list[Facts], number: int, name: str) -> bool:
-    """Return True if a tensor's gradient in an update has the same norm on all processes, before clipping."""
-    found = [facts.updates[number].measured_gradients for facts in ranks]
-    norms = [measure.norms[name].item() for measure in found if measure is not None and name in measure.norms]
-    if len(norms) != len(ranks):
-        return False
-    factors = [clip_factor(facts, number) for facts in ranks]
-    if max(factors) == min(factors):
-        return max(norms) == min(norms)
-    norms = [norm / factor for norm, factor in zip(norms, factors, strict=True)]
-    return max(norms) <= (1 + 1e-3) * min(norms)  # clipping rounds, in 16 bits by up to 2**-9
+    number, bad = apart_after(ranks)
+    if bad:
+        gradients, clipping = unreduced(ranks, number, bad), clipped_apart(ranks, number)
+        seen_there = [f"they differ in {quoted(bad)}"]
+        seen_there += [f"the gradients of {quoted(gradients)} are not reduced"] if gradients else []
+        seen_there += [clipping] if clipping else []
+        raise Violation(f"equal replicas after update {number + 1}", "; ".join(seen_there))
 
 
 @rule(
@@ -180,7 +115,7 @@ def own_masks(seen: Seen) -> None:
     if not any(any(facts.dropout.values()) for facts in ranks):
         raise NotApplicable("the model drops nothing")
     if not batches_differ(ranks):
-        raise NotApplicable("processes that share a batch may hold parts of one model")
+        raise NotApplicable(SAME_BATCH)
     device = ranks[0].device if ranks[0].device in ranks[0].generators else "cpu"
     states = [facts.generators.get(device) for facts in ranks]
     if None in states:

@@ -8,7 +8,7 @@ from conformance.auditing.entropies import UNSEEN
 from conformance.auditing.facts import Facts
 from conformance.auditing.held import COARSE, float32_copies
 from conformance.auditing.rule import Doubt, Seen, rule
-from conformance.checks.initialization import LOSS_MARGIN
+from conformance.checks.initialization import LOSS_ABOVE, LOSS_MARGIN
 from conformance.errors import NotApplicable, Violation, quoted
 from conformance.recording.trace import Update
 
@@ -110,7 +110,7 @@ def starts_ignorant(seen: Seen) -> None:
     loss, size = first_loss(seen.facts), vocabulary(seen.facts)
     if loss < math.log(size) - LOSS_MARGIN:
         raise NotApplicable(f"the first loss is {loss:.2f}, below ln {size}: the model was trained before")
-    if not loss <= math.log(size) + LOSS_MARGIN:
+    if not loss <= math.log(size) + LOSS_ABOVE:
         raise Violation(f"a first loss near ln {size} = {math.log(size):.2f}", f"{loss:.2f}")
 
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +11,11 @@ import torch
 from torch import nn
 
 import conformance
+from conformance.auditing.facts import Facts
 from conformance.auditing.traces import load, save
 from conformance.cli import main
+from conformance.recording.trace import Named
+from tests.conformance.auditing.made_up import healthy, measures, set_update
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,95 @@ def test_a_repeat_shows_what_is_noise(tmp_path: Path, capsys: pytest.CaptureFixt
     found = json.loads(capsys.readouterr().out)
     bounds = {entry["bound"] for entry in found["seen"] if entry["phase"] == "forward"}
     assert max(bounds) > 1e-3  # the noise of dropout, not of float32
+
+
+def replicas(folder: Path, change: Callable[[Facts], None] | None = None) -> str:
+    """Keep a record of four processes, of which the last is changed, and return its folder."""
+    folder.mkdir()
+    for rank in range(4):
+        facts = healthy(rank, 4)
+        if change is not None and rank == 3:
+            change(facts)
+        save(facts, folder)
+    return str(folder)
+
+
+def other_start(facts: Facts) -> None:
+    weights = {**facts.trace.initial, "norm.weight": torch.ones(4)}
+    facts.trace.initial, facts.trace.measured_initial = Named(weights), measures(weights)
+
+
+def other_step(facts: Facts) -> None:
+    weights = {**facts.updates[2].after, "norm.weight": torch.ones(4)}
+    set_update(facts, 2, after=Named(weights), measured_after=measures(weights))
+
+
+def other_gradient(facts: Facts) -> None:
+    """Turn a gradient round, which keeps its norm."""
+    gradients = {n: -g if n == "norm.weight" and g is not None else g for n, g in facts.updates[2].gradients.items()}
+    set_update(facts, 2, gradients=Named(gradients))
+    other_step(facts)
+
+
+def other_limit(facts: Facts) -> None:
+    facts.clips[2] = replace(facts.clips[2], limit=1e-3)
+    factor = 1e-3 / (float(facts.clips[2].norm or 0.0) + 1e-6)
+    gradients = {name: factor * g for name, g in facts.updates[2].gradients.items() if g is not None}
+    set_update(facts, 2, gradients=Named(gradients), measured_gradients=measures(gradients))
+    other_step(facts)
+
+
+@pytest.mark.parametrize(
+    ("change", "update", "phase", "words"),
+    [
+        (other_start, 0, "start", "process 3 differs from process 0"),
+        (other_gradient, 3, "gradient", "process 3 differs from process 0"),
+        (other_limit, 3, "clipped gradient", "by another factor on each process: 1, 1, 1, "),
+        (other_step, 3, "parameters", "process 3 differs from process 0"),
+    ],
+)
+@pytest.mark.parametrize("which", ["first", "second"])
+def test_processes_of_one_run_that_differ_are_named(
+    which: str,
+    change: Callable[[Facts], None],
+    update: int,
+    phase: str,
+    words: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    good, bad = replicas(tmp_path / "good"), replicas(tmp_path / "bad", change)
+    assert main(["diff", good, good]) == 0, capsys.readouterr().out
+    capsys.readouterr()
+    order = [bad, good] if which == "first" else [good, bad]
+    for noise in ([], ["--noise", bad]):  # a record whose own processes differ does not make that noise
+        assert main(["diff", *order, *noise, "--format", "json"]) == 1
+        parted = json.loads(capsys.readouterr().out)["seen"][-1]
+        assert (parted["update"], parted["phase"], parted["tensors"]) == (update, phase, ["norm.weight"])
+        assert f"the processes of the {which} run hold different copies: " in parted["words"]
+        assert words in parted["words"]
+
+
+def test_processes_that_cannot_be_compared_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Parts of a model in plain tensors: the processes share a batch, and begin with different weights."""
+
+    def part(facts: Facts) -> None:
+        other_start(facts)
+        other_step(facts)
+        facts.trace.forwards = healthy(0, 4).trace.forwards
+
+    folder = replicas(tmp_path / "parts", part)
+    assert main(["diff", folder, folder]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Not compared: the processes of the first run with each other (the processes began with different" in text
+
+
+def test_a_process_without_a_record_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = replicas(tmp_path / "torn", other_step)
+    (tmp_path / "torn" / "process-3.pt").unlink()
+    assert main(["diff", folder, folder]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Not compared: the processes of the first run with each other (1 of 4 left no record)" in text
 
 
 def test_a_record_is_what_was_recorded(tmp_path: Path) -> None:

@@ -102,20 +102,36 @@ def test_a_healthy_parallel_run_is_accused_of_nothing_and_equals_one_process(
 
 
 @pytest.mark.parametrize(
-    ("kind", "fault", "rule"),
+    ("kind", "fault", "rule", "phase", "tensors"),
     [
-        ("none", "", "replicas-apart"),
-        ("ddp", "data", "same-data"),
-        ("ddp", "one tensor", "replicas-apart"),
-        ("none", "clipped", "replicas-apart"),
-        ("none", "start", "starts-differ"),
+        ("none", "", "replicas-apart", "gradient", 9),
+        ("ddp", "data", "same-data", "data", 0),
+        ("ddp", "one tensor", "replicas-apart", "gradient", ["3.bias"]),
+        ("none", "clipped", "replicas-apart", "gradient", ["3.bias"]),
+        ("none", "start", "starts-differ", "start", 7),
     ],
 )
-def test_a_fault_between_processes_is_named(kind: str, fault: str, rule: str, tmp_path: Path) -> None:
+def test_a_fault_between_processes_is_named(
+    kind: str,
+    fault: str,
+    rule: str,
+    phase: str,
+    tensors: int | list[str],
+    alone: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     seen = found(audit(tmp_path / "two", kind, fault), "fault")
     assert rule in seen
     assert fault != "one tensor" or "3.bias" in seen[rule]
     assert fault != "clipped" or "; the gradients of 3.bias are not reduced; clipping multiplies" in seen[rule]
+
+    assert main(["diff", str(alone), str(tmp_path / "two"), "--format", "json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    parted = told["seen"][-1]
+    assert (parted["update"], parted["phase"]) == (0 if phase == "start" else 1, phase)
+    assert parted["tensors"] == tensors or len(parted["tensors"]) == tensors
+    assert fault == "data" or "second run hold different copies: process 1 differs from process 0" in parted["words"]
 
 
 def test_two_nodes_write_one_report(tmp_path: Path) -> None:

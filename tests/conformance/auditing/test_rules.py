@@ -565,6 +565,27 @@ def test_accuses_what_is_faulty_and_nothing_else(name: str, case: Case) -> None:
     assert case.words in words
 
 
+def test_a_step_from_nan_is_not_called_another_step() -> None:
+    facts = healthy()
+    spoilt = {name: tensor * torch.nan for name, tensor in facts.updates[1].after.items()}
+    set_update(facts, 1, gradients=Named(spoilt), measured_gradients=measures(spoilt))
+    set_update(facts, 1, after=Named(spoilt), measured_after=measures(spoilt))
+    assert outcome("closed-form", [facts])[0] == "ok"
+    assert outcome("not-finite", [facts])[0] == "fault"
+
+
+def test_parts_of_one_model_in_plain_tensors_are_no_replicas() -> None:
+    """The processes share their batches; a weight is another part on each, a bias begins at zero and becomes one."""
+    ranks = [healthy(0, 2), healthy(0, 2)]
+    part = {**ranks[1].trace.initial, "h.0.weight": torch.ones(SHAPES["h.0.weight"])}
+    ranks[1].rank, ranks[1].trace.measured_initial = 1, measures(part)
+    replica_moves(ranks[1])
+    for name in ("starts-differ", "replicas-apart"):
+        said, words = outcome(name, ranks)
+        assert said == "not looked at", words
+        assert "may hold parts of one model" in words
+
+
 def test_every_rule_has_a_case() -> None:
     own = {
         name for name, rule in RULES.items() if rule.topic not in ("expected", "speed", "resumed")
