@@ -78,7 +78,6 @@ class NanoGPT:
         "ignored-targets": "get_batch takes ids and targets from the same tokens",
         "fused": "configure_optimizers asks for fused on CUDA only",
         **dict.fromkeys(("bf16-mixed", "16-mixed"), "train.py has no autocast on the CPU, whatever dtype says"),
-        "final-evaluation": "train.py evaluates where eval_interval divides the number of updates, and nowhere else",
         "two-ranks": "with several ranks, train.py sets the device to cuda",
     }
 

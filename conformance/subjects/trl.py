@@ -57,7 +57,6 @@ class Trl:
     name, version, policy = "TRL SFTTrainer", importlib.metadata.version("trl"), TransformersPolicy()
     lacks = {
         "batch-total": "gradient_accumulation_steps counts the microbatches",
-        "foreign-module": "SFTTrainer takes models of transformers",
         "fused": "create_optimizer adds nothing to a class; only the name adamw_torch_fused asks for it",
         "ndim-policy": "get_decay_parameter_names goes by names and nn.LayerNorm",
         "16-mixed": "on the CPU accelerate leaves fp16 off, and does not say so",
@@ -68,11 +67,11 @@ class Trl:
         "second-optimizer": "create_optimizer builds one optimizer",
         "decay-all": "get_decay_parameter_names goes by names and nn.LayerNorm",
         "loader": "Trainer is given a data set, and builds the loader by itself",
-        "module-factory": "SFTTrainer takes models of transformers",
         "evaluate-batches": "evaluate() takes all of eval_dataset",
         "validation-document": "this adapter gives samples; SFTTrainer's packing is not mapped",
         "residual-opt-out": "the residual stream has the dtype of the embedding, as autocast leaves it",
     }
+    lacks |= dict.fromkeys(("foreign-module", "module-factory"), "SFTTrainer takes models of transformers")
     lacks |= dict.fromkeys(("grouped-query", "cooldown"), "this adapter does not map it; the subject transformers does")
     lacks |= dict.fromkeys(("finetune", "quantised", "lora-dropout", "tuned-embedding"), "peft_config is not mapped")
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from conformance.checks.comparison import same
 from conformance.checks.dropout import masks_differ, same_function
 from conformance.clause import clause
-from conformance.errors import NotApplicable
+from conformance.errors import NotApplicable, RunFailed
 from conformance.recipe import Recipe
 from conformance.recording.trace import Forward
 from conformance.runs import Runs
@@ -98,7 +98,10 @@ def test_another_mask_each_sequence(runs: Runs) -> None:
                 masks_differ(forward.scores[0], forward.scores[1], "each sequence of a batch")
     one = replace(repeated(runs, 0.5), microbatches=1, n_layer=1, updates=8, dropping="at one place")
     for recipe in shapes(runs, one):
-        each = [update[0].scores for update in forwards(runs, recipe)]
+        try:
+            each = [update[0].scores for update in forwards(runs, recipe)]
+        except RunFailed:
+            continue  # where activations are recomputed, torch sees that dropout acts in another place than before
         whole = each[-1]  # a layer has fewer places: the last updates drop nothing
         if len(whole) < 2 or not all(same(row, whole[0]) for row in (*whole, *each[-2])):
             continue  # the stack does not drop by torch's dropout, so the suite cannot look at one place
@@ -139,7 +142,9 @@ def test_dropout_acts_where_declared(runs: Runs) -> None:
     1 / (1 - p): if it keeps everything, the logits are those of the declared forward with these factors.
     """
     chance = 0.25
-    for recipe in shapes(runs, Recipe(dropout=chance, dropping="nowhere", same_batches=True, altered="equal sequences")):
+    for recipe in shapes(
+        runs, Recipe(dropout=chance, dropping="nowhere", same_batches=True, altered="equal sequences")
+    ):
         run = runs.trace(replace(recipe, updates=4, optimizer=QUICK))
         if any(not same(row, forward.scores[0]) for forward in run.training_forwards(0) for row in forward.scores):
             raise NotApplicable(

@@ -34,7 +34,6 @@ from conformance.suites import (
     mean_of,
     on_two_ranks,
     stays_inside,
-    with_muon,
 )
 from conformance.suites.test_evaluation import evaluations, validation
 from conformance.suites.test_resume import resumed
@@ -133,16 +132,12 @@ def reports_updates(runs: Runs, recipe: Recipe, traces: Sequence[Trace]) -> None
     needs=("schedule",),
     level="should",
     why="The schedule shown is not the one that was trained with; after a restart it can be off by the whole range.",
-    mend="Read the rate before the scheduler moves on to the next one. If you report one rate, let it be that of the "
-    "first optimizer.",
-    source="huggingface/transformers#35942, catalyst-team/catalyst#60; "
-    "open-mmlab/mmengine#482, facebookresearch/ConvNeXt#7 (the least rate, of whatever group has it)",
+    mend="Read the rate before the scheduler moves on to the next one.",
+    source="huggingface/transformers#35942, catalyst-team/catalyst#60",
     bound="all digits of the number reported",
 )
 def test_reported_rate(runs: Runs) -> None:
-    """The last learning rate that the run reports is one that an update had. If the user gives rates to two
-    optimizers, that of the first is reported.
-    """
+    """The last learning rate that the run reports is one that an update had."""
     # Three rates, and the next is another one; with digits enough to tell them apart.
     step = replace(everyday(runs).optimizer, arguments=(("lr", 0.0987),))
     run = runs.trace(replace(everyday(runs, step), updates=3, warmup=3, minimum_lr=None))
@@ -151,12 +146,6 @@ def test_reported_rate(runs: Runs) -> None:
         raise NotApplicable("no message of the run gives a learning rate")
     rates = [float(group.settings["lr"]) for update in run.updates for group in update.groups if "lr" in group.settings]
     one_is_among(found[-1:], rates, f"one of the rates {', '.join(dict.fromkeys(f'{rate:.4g}' for rate in rates))}")
-    if runs.has("second-optimizer") and runs.asks("0.2"):
-        two = with_muon(runs)
-        tried = runs.attempt(two)  # which a stack may refuse
-        if tried.error is None and two.rest is not None and (told := learning_rates(tried.trace.messages)):
-            wanted = f"{two.optimizer.rate:g}, the rate of the first optimizer, beside that of the second or without it"
-            one_is_among(told, [two.optimizer.rate], wanted)
 
 
 @clause(

@@ -81,14 +81,4 @@ MUTANTS = [
         "Lightning-AI/litgpt#1927: the other nodes are not counted",
         (UPDATE, DONE, DONE.replace("int(tokens)", "int(count_targets(pairs))")),
     ),
-    mutant(
-        "reported-rate-is-the-least",
-        "REPORT-2",
-        "open-mmlab/mmengine#482, facebookresearch/ConvNeXt#7: the least rate, of whatever group has it",
-        (
-            FIT,
-            'float(run.bare.param_groups[0]["lr"])',
-            'min(float(group["lr"]) for group in run.bare.param_groups)',
-        ),
-    ),
 ]
