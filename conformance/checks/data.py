@@ -161,7 +161,11 @@ def counts_declared_targets(
     for tokens, given in zip(behind, labels, strict=True):
         tokens[:, 1:].masked_fill_(given[:, :-1] == IGNORED, IGNORED)
     found = {}
-    for name, targets in (("those", labels), ("all tokens", rows), ("the token behind each of those", behind)):
+    for name, targets in (
+        ("those", labels),
+        ("all tokens", rows),
+        ("the token behind each, as if the mask were that of the inputs", behind),
+    ):
         counts = [int((given[:, 1:] != IGNORED).sum()) for given in targets]
         means = [mean_entropy(*next_tokens(scores, given)) for scores, given in zip(logits, targets, strict=True)]
         sums = [mean * count for mean, count in zip(means, counts, strict=True)]
