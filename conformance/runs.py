@@ -163,8 +163,8 @@ class Runs:
         """
         if recipe not in self._attempts:
             folder, keep = self.folders()
-            nan, kept = recipe.nan_gradient, recipe.dropout_kept
-            with record(folder, recipe.zero_gradients, nan_gradient=nan, keep=keep, dropout_kept=kept) as trace:
+            nan, dropping = recipe.nan_gradient, recipe.dropping
+            with record(folder, recipe.zero_gradients, nan_gradient=nan, keep=keep, dropping=dropping) as trace:
                 error = self.train(recipe, folder)
             self._attempts[recipe] = Attempt(trace, error)
         return self.excused(self._attempts[recipe])

@@ -50,6 +50,23 @@ def swapped(embeddings: Iterable[EmbeddingInfo]) -> list[str]:
     return [info.name for info in embeddings if info.kind.endswith(f".{STABLE}")]
 
 
+def tables_trained(before: Mapping[str, TensorInfo], after: Mapping[str, TensorInfo], names: Iterable[str]) -> None:
+    """Check that the table of each StableEmbedding is trained if it was trained as a plain embedding.
+
+    Args:
+        before: tensors of the run without the swap.
+        after: of the run with it.
+        names: of the modules that were swapped.
+
+    Raises:
+        Violation: naming tables that are frozen.
+    """
+    tables = [f"{name}.weight" for name in names]
+    frozen = [n for n in tables if n in before and n in after and before[n].trainable > after[n].trainable]
+    if frozen:
+        raise Violation("a table that is trained without the swap is trained after it", f"frozen: {quoted(frozen)}")
+
+
 def norms_trained(tensors: Mapping[str, TensorInfo], names: Iterable[str]) -> None:
     """Check that the norm of each StableEmbedding is trained where its table is.
 

@@ -102,11 +102,11 @@ class Transformers:
         pairs = zip(rows(recipe.batches), rows(recipe.labels))
         ordered = Stream({key: row, "labels": labels} for row, labels in pairs)
         validation = zip(rows(recipe.validation_batches), rows(recipe.validation_labels))
-        shuffled = recipe.samples and [{key: row, "labels": row} for row in recipe.dataset()]
+        samples = zip(recipe.dataset(), recipe.dataset_labels()) if recipe.samples else ()
         Trainer(
             model_init=lambda: foreign() if foreign else self.model(recipe, config, dtype),
             args=HfArgumentParser(TrainingArguments).parse_args_into_dataclasses([*options, str(recipe.directory)])[0],
-            train_dataset=shuffled or ordered,
+            train_dataset=[{key: row, "labels": labels} for row, labels in samples] or ordered,
             eval_dataset=Stream({key: row, "labels": labels} for row, labels in validation),
             optimizer_cls_and_kwargs=(pydoc.locate(optimizer["class_path"]), optimizer["init_args"]),
             compute_loss_func=foreign and (lambda *args, **count: ForCausalLMLoss(*args, recipe.vocab_size, **count)),

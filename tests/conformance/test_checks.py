@@ -279,6 +279,33 @@ def test_a_loss_divided_by_a_target_too_many_is_still_that_of_the_next_tokens() 
 
 
 @pytest.mark.parametrize(
+    ("counted", "seen"),
+    [
+        ("marked", ""),
+        ("sums", ""),
+        ("all", "all tokens"),
+        ("behind", "the token behind"),
+        ("half", "the factor varies"),
+    ],
+)
+def test_targets_that_are_counted_by_another_mask_are_named(counted: str, seen: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits = [torch.randn(2, 8, 12, generator=generator) for _ in range(3)]
+    rows = [torch.randint(12, (2, 9), generator=generator) for _ in range(3)]
+    marked = [torch.rand(2, 9, generator=generator) < 0.5 for _ in range(3)]
+    masks = {"all": [torch.ones(2, 8, dtype=torch.bool)] * 3, "half": [mask[:, 1:].logical_not() for mask in marked]}
+    masks |= {"marked": [mask[:, 1:] for mask in marked], "behind": [mask[:, :-1] for mask in marked]}
+    masks["sums"] = masks["marked"]
+    targets = [tokens[:, 1:].masked_fill(~mask, -100) for tokens, mask in zip(rows, masks[counted], strict=True)]
+    losses = [data.mean_entropy(*pair) for pair in zip(logits, targets, strict=True)]
+    if counted == "sums":
+        losses = [loss * int(mask.sum()) for loss, mask in zip(losses, masks["sums"], strict=True)]
+    labels = [tokens.masked_fill(~mask, -100) for tokens, mask in zip(rows, marked, strict=True)]
+    with pytest.raises(Violation, match=seen) if seen else contextlib.nullcontext():
+        data.counts_declared_targets(logits, rows, labels, losses)
+
+
+@pytest.mark.parametrize(
     ("shift", "name"), [(0, "the token itself"), (2, "the token after the next"), (3, "some other token")]
 )
 def test_targets_of_a_cross_entropy_at_another_distance_are_named(shift: int, name: str) -> None:

@@ -92,6 +92,8 @@ CAUSES: dict[str, str] = {
     "labels-shifted-twice": "the token after the next",
     "leftovers-dropped": "at the end of an epoch",
     "leftovers-repeated": "at the end of an epoch",
+    "mask-of-the-inputs": "the mask were that of the inputs",
+    "mask-dropped": "that of all tokens",
     "val-subset-drifts": "the same sequences in each evaluation",
     "last-target-of-odd-lengths-left-out": "odd length",
     "ids-clamped": "an error about the token id",

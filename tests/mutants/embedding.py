@@ -127,4 +127,19 @@ MUTANTS = [
             "in kept.items()})",
         ),
     ),
+    mutant(
+        "table-frozen-by-the-swap",
+        "EMB-3",
+        "huggingface/optimum-graphcore#304: an embedding made from given weights is frozen",
+        (
+            "reference.model.embedding:stable_embedding",
+            "return stable.train(plain.training)",
+            "stable.weight.requires_grad_(False)\n    return stable.train(plain.training)",
+        ),
+        (
+            "reference.optimizers.build:create_one",
+            "for module in stable_embeddings(model)]",
+            "for module in stable_embeddings(model) if module.weight.requires_grad]",
+        ),
+    ),
 ]

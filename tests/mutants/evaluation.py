@@ -201,4 +201,10 @@ MUTANTS = [
             'dtype=torch.bfloat16 if "bf16" in fabric.strategy.precision.precision else torch.float64',
         ),
     ),
+    mutant(
+        "no-evaluation-at-the-end",
+        "EVAL-17",
+        "huggingface/transformers#44146, PrimeIntellect-ai/prime-rl#835",
+        (FIT, "is_due(update, config.evaluate_every, last)", "is_due(update, config.evaluate_every, False)"),
+    ),
 ]

@@ -178,6 +178,17 @@ HARMLESS = [
         policy=(("logits_with_dropout", without_attention),),
     ),
     Harmless(
+        "drops-weights-of-the-head",  # one mask for all sequences, which is meant
+        edits=(
+            Edit(
+                "reference.model.gpt:GPT.forward",
+                "return self.head(self.norm(x))",
+                "return F.linear(self.norm(x), F.dropout(self.head.weight, self.config.dropout, self.training))",
+            ),
+        ),
+        policy=(("logits_with_dropout", {}),),
+    ),
+    Harmless(
         "drops-the-tail-of-a-document-and-says-so",
         edits=(Edit(ONCE, "windows = -(-(self.tokens - 1) // length)", "windows = (self.tokens - 1) // length"),),
         policy=(("leftovers", {"tail": "dropped"}),),
