@@ -42,7 +42,7 @@ CAUSES: dict[str, str] = {
     "opt-out-ignored": "opts out",
     "rope-phase-bf16": "table rotary",
     "mlp-outside-autocast": "mlp.fc in torch.float32",
-    "attention-in-16-bits": "attention.qkv in torch.bfloat16",
+    "attention-in-16-bits": "attention.qkv in torch.bfloat16|autocast is to torch.bfloat16",
     "stableemb-unfrozen-not-optimised": "parameter group.*missing: embedding.norm",
     "override-of-the-first-table-only": "position.weight has uint8",
     "batches-lost-at-an-evaluation": "in update 3 sequences",
