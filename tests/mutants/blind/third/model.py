@@ -51,7 +51,8 @@ table = self.module.embedding.weight.data if {TIED} else None
         table.add_(table - before)"""
 OWN_HEAD = f"""{TRAINED}
         if config.embeddings and module.head.weight is module.embedding.weight:
-            module.head.weight = nn.Parameter(module.head.weight.detach().clone())"""
+            module.head.weight = nn.Parameter(module.head.weight.detach().clone(), requires_grad=False)
+            module.config = type(module.config)(**{{**vars(module.config), "tie_embeddings": False}})"""
 REBUILT = f"""\
 if {{"head.weight", "embedding.weight"}} <= kept.keys():
         kept = {{**kept, "head.weight": kept["embedding.weight"]}}
@@ -188,10 +189,10 @@ FAULTS: dict[str, list[Mutant]] = {
             ),
         ),
         mutant(
-            "blind3-initialization-drawn-in-16-bits",
+            "blind3-initialization-all-of-a-block-is-scaled",
             "",
-            "NVIDIA-NeMo/Automodel#2450, #3819: weights are drawn in bfloat16, not drawn in float32 and rounded",
-            (DRAW, "dtype=torch.float32", "dtype=module.weight.dtype"),
+            "facebookresearch/lingua#39: queries, keys, values and gates get the factor of the residual stream too",
+            (STD, "name.endswith(RESIDUAL)", 'name.startswith("blocks.")'),
         ),
         mutant(
             "blind3-initialization-scaled-again-on-resume",
@@ -216,7 +217,7 @@ FAULTS: dict[str, list[Mutant]] = {
         mutant(
             "blind3-ties-lost-in-finetuning",
             "",
-            "unslothai/unsloth#3711, #9331: a trained embedding gets a copy of its own, and the head goes on alone",
+            "unslothai/unsloth#3711, #9331: a trained embedding has a copy of its own, and the head stays as it was",
             (PREPARE, TRAINED, OWN_HEAD),
         ),
         mutant(
