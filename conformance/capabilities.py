@@ -100,6 +100,19 @@ CAPABILITIES = {
     "validation-document": Capability(
         "divides a validation document into windows by itself", since="0.2", extension=True
     ),
+    "final-evaluation": Capability(
+        "evaluates after the last update, whatever the interval between evaluations", since="0.2", extension=True
+    ),
+    "masked-samples": Capability(
+        "shuffles a data set in which only some tokens are targets, such as the assistant's in chats",
+        since="0.2",
+        extension=True,
+    ),
+    "module-factory": Capability(
+        "builds the module of somebody else's itself, from a function that its user names or hands over",
+        since="0.2",
+        extension=True,
+    ),
     "residual-opt-out": Capability(
         "can be told to keep the residual stream in 16 bits in a mixed precision", since="0.2", extension=True
     ),

@@ -27,6 +27,7 @@ FOLLOWS: Mapping[str, tuple[str, ...]] = {
     "EMB-14": ("ACC-6",),
     "EMB-15": ("EVAL-9",),
     "DROP-5": ("CAUSAL-5",),
+    "ACC-1": ("CAUSAL-1",),
     "ACC-5": ("ACC-10",),
     "ACC-6": ("EVAL-1", "DIST-3"),
     "RESUME-1": ("RESUME-2", "DROP-1", "EVAL-8", "EVAL-7", "OPT-12", "INIT-6", "RESUME-7"),

@@ -22,6 +22,7 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 Alteration = Literal[
     "later tokens", "first token", "other sequences", "equal sequences", "exchanged tokens", "unknown token"
 ]
+Dropping = Literal["everywhere", "nowhere", "at one place"]
 Quantisation = Literal["nf4", "nf4-dq", "fp4", "fp4-dq", "int8"]
 QUANTISATIONS: tuple[Quantisation, ...] = get_args(Quantisation)
 DATA_SEED = 20240229  # of the token ids; another than Recipe.seed, which decides the weights only
@@ -129,6 +130,9 @@ class Recipe:
     shuffled_by: Literal["stack", "loader"] = "stack"
     """loader: the samples are in loader(), a DataLoader that shuffles, and the stack is handed that one (capability
     loader)."""
+    masked_samples: bool = False
+    """Beside ``samples``: only some tokens of the data set are targets, as in chats only those of the assistant: see
+    dataset_labels() (capability masked-samples)."""
     ignored_targets: bool = False
     """Many targets are -100, in some microbatches more than in others: see labels() (capability ignored-targets)."""
     updates: int = 2
@@ -148,7 +152,8 @@ class Recipe:
     evaluate: bool = False
     """Evaluate on validation_batches() after the last update (capability evaluate)."""
     evaluate_every: int | None = None
-    """Updates between evaluations; the stack also evaluates after the last update (capability evaluate-every)."""
+    """Updates between evaluations (capability evaluate-every). If they do not divide ``updates``, the stack also
+    evaluates after the last one (capability final-evaluation)."""
     evaluate_batches: int | None = None
     """Validation batches of each evaluation and rank, always the same, of one more that there are (capability
     evaluate-batches). None: all."""
@@ -196,8 +201,9 @@ class Recipe:
     """The recorder zeroes every gradient on entry to ``step``: what moves then is weight decay."""
     nan_gradient: int | None = None
     """The recorder puts a NaN into the gradients of this update, counted from 0, when their backward has ended."""
-    dropout_kept: bool = False
-    """The recorder has torch's dropout keep every activation, scaled as those that it keeps."""
+    dropping: Dropping = "everywhere"
+    """Where the recorder lets torch's dropout act; elsewhere it keeps every activation, scaled as those that it keeps.
+    at one place: in one call of it in each update, the first call in the first update, the second in the second."""
     same_batches: bool = False
     """Not for the adapter: every update trains on the sequences of the first."""
     altered: Alteration | None = None
@@ -296,6 +302,22 @@ class Recipe:
 
         end = torch.tensor([self.vocab_size - 1])
         return torch.cat((self.document(), end)).unfold(0, self.block_size + 1, self.block_size)
+
+    def dataset_labels(self) -> "torch.Tensor":
+        """Return the targets: dataset(), with -100 for each token that is none under ``masked_samples``.
+
+        Targets and others alternate in stretches of two to five tokens; the end of the document is a target.
+        """
+        import torch
+
+        rows = self.dataset()
+        if not self.masked_samples:
+            return rows
+        generator = torch.Generator().manual_seed(DATA_SEED + 6)
+        lengths = torch.randint(2, 6, (rows.numel(),), generator=generator)
+        kept = (torch.arange(len(lengths)) % 2).repeat_interleave(lengths)[: len(self.document()) + 1].bool()
+        kept[-1] = True
+        return rows.masked_fill(~kept.unfold(0, self.block_size + 1, self.block_size), -100)
 
     def loader(self) -> "DataLoader[torch.Tensor]":
         """Return a DataLoader of microbatches of dataset(), which it shuffles anew, by torch's seed, in every pass."""

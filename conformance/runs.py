@@ -111,7 +111,7 @@ class Runs:
             if isinstance(attempt.error, SystemExit) and attempt.trace.messages:
                 reason += f", after {attempt.trace.messages[-1].strip()!r}"  # argparse, say, prints why it quits
             raise RunFailed(reason) from attempt.error
-        self.require_seen(attempt.trace)
+        self.require_seen(recipe, attempt.trace)
         self.require_optimizer(recipe, attempt.trace)
         return attempt.trace
 
@@ -135,11 +135,13 @@ class Runs:
                 "optimizer, the adapter must name any-optimizer in lacks"
             )
 
-    def require_seen(self, trace: Trace) -> None:
+    def require_seen(self, recipe: Recipe, trace: Trace) -> None:
         """Raise AdapterFailed if a run has ended without any training."""
         if not trace.updates or not trace.tensors:
             seen = f"{len(trace.forwards)} calls of a model with token ids and {len(trace.updates)} updates"
             why = " ".join(["it must run your stack's own entry point.", *trace.notes])
+            if recipe.resume is not None:
+                why = "it must go on from the checkpoint that it is given, Recipe.resume, to Recipe.updates in all."
             raise AdapterFailed(f"{type(self.subject).__name__}.train() ended, but the suite saw {seen}: {why}")
 
     def start(self, recipe: Recipe) -> Trace:
@@ -161,8 +163,8 @@ class Runs:
         """
         if recipe not in self._attempts:
             folder, keep = self.folders()
-            nan, kept = recipe.nan_gradient, recipe.dropout_kept
-            with record(folder, recipe.zero_gradients, nan_gradient=nan, keep=keep, dropout_kept=kept) as trace:
+            nan, dropping = recipe.nan_gradient, recipe.dropping
+            with record(folder, recipe.zero_gradients, nan_gradient=nan, keep=keep, dropping=dropping) as trace:
                 error = self.train(recipe, folder)
             self._attempts[recipe] = Attempt(trace, error)
         return self.excused(self._attempts[recipe])

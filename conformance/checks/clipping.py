@@ -1,10 +1,11 @@
 """Rules of gradient clipping."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
+import torch
 from torch import Tensor
 
-from conformance.checks.accumulation import gradients_agree, total_norm
+from conformance.checks.accumulation import gradients_agree, named_gradients, total_norm
 from conformance.errors import Violation, quoted
 
 # Of the gradient vector, relative to its length. Healthy runs show 1e-6, which torch adds to the norm it divides by.
@@ -18,6 +19,8 @@ def clipped_as_one(
     clipped: Mapping[str, Tensor | None],
     limit: float,
     bound: float = CLIP_BOUND,
+    shared: Collection[str] = (),
+    where: str = "",
 ) -> None:
     """Check that clipping scales the whole gradient, all tensors together, to the limit.
 
@@ -26,13 +29,65 @@ def clipped_as_one(
         clipped: as it reached the optimizer.
         limit: largest global norm.
         bound: of the length of the vector.
+        shared: tensors that have several names.
+        where: begins the message.
 
     Raises:
-        Violation: with the relative error and the lengths.
+        Violation: with the kind of clipping that the gradient looks like, the relative error and the lengths.
     """
     factor = limit / total_norm(free)
     expected = {name: None if gradient is None else gradient.double() * factor for name, gradient in free.items()}
-    gradients_agree(expected, clipped, f"the gradient scaled to a global norm of {limit:g}", bound)
+    try:
+        gradients_agree(expected, clipped, f"{where}the gradient clipped to a global norm of {limit:g}", bound)
+    except Violation as error:
+        before, after = named_gradients(free), named_gradients(clipped)
+        if set(before) != set(after):
+            raise
+        kind = kind_of_clipping(before, after, limit, shared)
+        raise Violation(error.expected, f"{kind}: {error.seen}") from None
+
+
+def kind_of_clipping(
+    free: Mapping[str, Tensor], clipped: Mapping[str, Tensor], limit: float, shared: Collection[str] = ()
+) -> str:
+    """Return what was done to a gradient instead of clipping it as a whole, as far as the two gradients tell.
+
+    Args:
+        free: the gradient without clipping, in float64.
+        clipped: the same tensors, as they reached the optimizer.
+        limit: largest global norm.
+        shared: tensors that have several names.
+    """
+    lengths = {name: (free[name].norm().item(), clipped[name].norm().item()) for name in free}
+    lengths = {name: (before, after) for name, (before, after) in lengths.items() if before > 1e-9 * total_norm(free)}
+    factors = {name: after / before for name, (before, after) in lengths.items()}
+
+    def close(one: float, other: float) -> bool:
+        return abs(one - other) <= COARSE_BOUND * abs(other)
+
+    if not factors or not all(after < float("inf") for _, after in lengths.values()):
+        return "not a gradient that was clipped, but one that is zero or not finite"
+    if any((clipped[name] - free[name] * factors[name]).norm() > COARSE_BOUND * lengths[name][1] for name in factors):
+        if all(torch.allclose(clipped[n], free[n].clamp(-limit, limit), rtol=COARSE_BOUND) for n in factors):
+            return "each element was clipped by itself"
+        if close(total_norm(clipped), limit):
+            return "clipped to the limit, but not once and as a whole: as if it was clipped after each microbatch"
+        return "not clipped once and as a whole: as if it was clipped before the last backward, which added to it"
+    if all(close(factor, 1.0) for factor in factors.values()):
+        return "not clipped when the optimizer steps: the limit is ignored, or applied after the step"
+    if all(close(after, min(before, limit)) for before, after in lengths.values()):
+        return "each tensor was clipped by itself"
+    if not close(max(factors.values()), min(factors.values())):
+        parts = [name for name in factors if close(factors[name], next(iter(factors.values())))]
+        some = f"{quoted(parts, limit=3)} together" if len(parts) > 1 else parts[0]
+        return f"parts of the model were clipped apart, by norms of their own: {some}, and others"
+    counted = limit / max(factors.values())
+    twice = sum(before**2 * (2 if name in shared else 1) for name, (before, _) in lengths.items()) ** 0.5
+    if shared and close(counted, twice):
+        return f"clipped as if the norm was {counted:.4g}: the tied tensor {quoted(shared)} was counted twice"
+    if close(counted, sum(before for before, _ in lengths.values())):
+        return f"clipped as if the norm was {counted:.4g}, the sum of the norms of all tensors"
+    return f"clipped as if the norm was {counted:.4g}; it is {total_norm(free):.4g}"
 
 
 def all_finite(tensors: Mapping[str, Tensor], when: str) -> None:

@@ -143,6 +143,43 @@ def divided_by_counts(logits: Sequence[Tensor], rows: Sequence[Tensor], losses: 
     return True
 
 
+def counts_declared_targets(
+    logits: Sequence[Tensor], rows: Sequence[Tensor], labels: Sequence[Tensor], losses: Sequence[float]
+) -> None:
+    """Check that the losses are those of the targets that count, up to a factor that all share.
+
+    Args:
+        logits: of at least two microbatches, (B, T, V) or (B, T + 1, V).
+        rows: their tokens, (B, T + 1).
+        labels: the same, with -100 for each token that is no target.
+        losses: their losses, each the mean or the sum over its targets.
+
+    Raises:
+        Violation: saying which tokens are targets instead, if those are known.
+    """
+    behind = [tokens.clone() for tokens in rows]
+    for tokens, given in zip(behind, labels, strict=True):
+        tokens[:, 1:].masked_fill_(given[:, :-1] == IGNORED, IGNORED)
+    found = {}
+    for name, targets in (
+        ("those", labels),
+        ("all tokens", rows),
+        ("the token behind each, as if the mask were that of the inputs", behind),
+    ):
+        counts = [int((given[:, 1:] != IGNORED).sum()) for given in targets]
+        means = [mean_entropy(*next_tokens(scores, given)) for scores, given in zip(logits, targets, strict=True)]
+        sums = [mean * count for mean, count in zip(means, counts, strict=True)]
+        factors = [[loss / value for loss, value in zip(losses, values, strict=True)] for values in (means, sums)]
+        found[name] = min(max(each) / min(each) - 1 for each in factors)
+    if not found["those"] <= SHIFT_BOUND and not divided_by_counts(logits, labels, losses):
+        instead = [name for name, spread in found.items() if spread <= SHIFT_BOUND]
+        raise Violation(
+            "losses that are the cross entropy of the tokens marked as targets, and of no others, up to one factor "
+            f"(within {SHIFT_BOUND:g})",
+            f"they are that of {instead[0]}" if instead else f"the factor varies by {found['those']:.1e}",
+        )
+
+
 def targets_are_next(targets: Sequence[Tensor], rows: Sequence[Tensor]) -> None:
     """Check that the targets of cross entropies are each token's next one.
 

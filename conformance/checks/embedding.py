@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from conformance.errors import Violation, quoted
 from conformance.recording.trace import EmbeddingInfo, TensorInfo
@@ -49,6 +50,23 @@ def swapped(embeddings: Iterable[EmbeddingInfo]) -> list[str]:
     return [info.name for info in embeddings if info.kind.endswith(f".{STABLE}")]
 
 
+def tables_trained(before: Mapping[str, TensorInfo], after: Mapping[str, TensorInfo], names: Iterable[str]) -> None:
+    """Check that the table of each StableEmbedding is trained if it was trained as a plain embedding.
+
+    Args:
+        before: tensors of the run without the swap.
+        after: of the run with it.
+        names: of the modules that were swapped.
+
+    Raises:
+        Violation: naming tables that are frozen.
+    """
+    tables = [f"{name}.weight" for name in names]
+    frozen = [n for n in tables if n in before and n in after and before[n].trainable > after[n].trainable]
+    if frozen:
+        raise Violation("a table that is trained without the swap is trained after it", f"frozen: {quoted(frozen)}")
+
+
 def norms_trained(tensors: Mapping[str, TensorInfo], names: Iterable[str]) -> None:
     """Check that the norm of each StableEmbedding is trained where its table is.
 
@@ -69,6 +87,38 @@ def norms_trained(tensors: Mapping[str, TensorInfo], names: Iterable[str]) -> No
     ]
     if frozen:
         raise Violation("the norm of a swapped embedding is trained beside its table", f"frozen: {quoted(frozen)}")
+
+
+def unlike_trained(loaded: nn.Module, trained: Mapping[str, Tensor]) -> list[str]:
+    """Return what each table of a loaded model is that is not the trained one behind its trained norm.
+
+    Args:
+        loaded: with plain embeddings, named as in training.
+        trained: the tensors at the end of the training, in which StableEmbeddings have norms.
+    """
+    found = []
+    for name, module in loaded.named_modules():
+        parts = [trained.get(f"{name}.{part}") for part in ("weight", "norm.weight", "norm.bias")]
+        if not isinstance(module, nn.Embedding) or any(part is None for part in parts):
+            continue
+        table, gain, bias = (part.float() for part in parts if part is not None)
+        seen, width = module.weight.detach().float(), table.shape[1:]
+        if seen.shape != table.shape or close(seen, F.layer_norm(table, width, gain, bias)):
+            continue
+        if close(seen, table):
+            what = "without its norm"
+        elif close(seen, F.layer_norm(table, width)):
+            what = "behind a norm that was never trained: the trained norm is lost"
+        else:
+            found.append(f"{name} of the loaded model is not the trained table behind its norm")
+            continue
+        found.append(f"{name} of the loaded model is the trained table {what}")
+    return found
+
+
+def close(first: Tensor, second: Tensor) -> bool:
+    """Return True if two tables are the same, up to rounding."""
+    return torch.allclose(first, second, rtol=1e-4, atol=1e-5)
 
 
 def state_bits(state: Mapping[str, Mapping[str, object]], tensors: Mapping[str, TensorInfo], wide: set[str]) -> None:

@@ -29,13 +29,14 @@ def validation_losses_by_step(messages: Iterable[str]) -> dict[int, str]:
     return {int(step): losses[-1] for step, line in lines if (losses := REPORTED.findall(line))}
 
 
-def reports(messages: Sequence[str], expected: float, over: str = "logits evaluated") -> None:
+def reports(messages: Sequence[str], expected: float, over: str = "logits evaluated", where: str = "") -> None:
     """Check that some message gives the validation loss, and that it is the expected one.
 
     Args:
         messages: of the run.
         expected: the loss.
         over: what the mean is over, for the message.
+        where: begins the message.
 
     Raises:
         Violation: with the numbers that the messages give instead.
@@ -43,7 +44,7 @@ def reports(messages: Sequence[str], expected: float, over: str = "logits evalua
     one_is_among(
         reported_losses(messages),
         [expected],
-        f"a validation loss of {expected:.6f}, the mean cross entropy of the next tokens over all {over}",
+        f"{where}a validation loss of {expected:.6f}, the mean cross entropy of the next tokens over all {over}",
     )
 
 

@@ -1,12 +1,13 @@
 """Rules of fine-tuning: what stays frozen, what is trained, and by how much the first loss may move unsaid."""
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from conformance.errors import NotApplicable, Violation, quoted
+from conformance.recording.snapshot import find_logits
 from conformance.recording.trace import TensorInfo
 
 # Nats per token. A run that starts from the same float32 weights shows 0; nf4 weights move it by 1.7e-3,
@@ -88,7 +89,27 @@ def base_frozen(tensors: Mapping[str, TensorInfo], base: Collection[str], embedd
         raise Violation("the model's own tensors are frozen, but for embeddings", f"trained: {quoted(trained)}")
 
 
-def same_first_loss(before: float, after: float, messages: Iterable[str]) -> None:
+def other_than_base(base: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the tensors of a run's start that are not those of the model that it starts from.
+
+    Args:
+        base: tensors of that model.
+        start: of the run, whose names may have something before those of the base; what is packed is left out.
+    """
+    return [
+        name
+        for name, tensor in start.items()
+        for known, value in base.items()
+        if (name == known or name.endswith(f".{known}"))
+        and tensor.shape == value.shape
+        and tensor.is_floating_point()
+        and not torch.equal(tensor, value.to(tensor.dtype))
+    ]
+
+
+def same_first_loss(
+    before: float, after: float, messages: Iterable[str], changed: Callable[[], Sequence[str]] = tuple
+) -> None:
     """Check that the first loss of a run is that of the model it started from, or that a message says how it moves.
 
     >>> same_first_loss(2.5, 2.5, [])
@@ -98,6 +119,7 @@ def same_first_loss(before: float, after: float, messages: Iterable[str]) -> Non
         before: loss of the model, in nats per token.
         after: first loss of the run, on the same tokens.
         messages: what the run printed or logged.
+        changed: finds the tensors that are not those of the model, for the message.
 
     Raises:
         Violation: if it moves and nothing says so.
@@ -109,7 +131,8 @@ def same_first_loss(before: float, after: float, messages: Iterable[str]) -> Non
         raise Violation(
             f"a first loss of {before:.4f}, that of the model that the run starts from, or a message that says by how "
             "much it moves",
-            f"{after:.4f}, which is {moved:+.4f}, and no message about it",
+            f"{after:.4f}, which is {moved:+.4f}, and no message about it"
+            + (f"; not those of that model: {quoted(names)}" if (names := changed()) else ""),
         )
 
 
@@ -142,6 +165,44 @@ def storage(tensors: Mapping[str, TensorInfo], declared: torch.dtype) -> None:
     ]
     if wrong:
         raise Violation(f"trained tensors in {str(declared).removeprefix('torch.')} or float32", quoted(wrong))
+
+
+def other_scale(loaded: nn.Module, trained: Mapping[str, Tensor], ids: Tensor, logits: Tensor) -> str:
+    """Return by which other scale adapters would have to be merged for a loaded model to be the trained one.
+
+    LoRA adds scale * B @ A to a weight (arXiv:2106.09685); scale is alpha / rank, or alpha / sqrt(rank)
+    (arXiv:2312.03732). Empty if no scale explains it. The loaded model is used up: its weights are moved.
+
+    Args:
+        loaded: the model.
+        trained: tensors of the training run at its end, with adapters.
+        ids: (B, T).
+        logits: what the trained model gave for them.
+    """
+    weights, moves = dict(loaded.named_parameters()), list[tuple[Tensor, Tensor, float]]()
+    for name, down in trained.items():
+        prefix, found, rest = name.partition(".lora_A")
+        up, base = trained.get(f"{prefix}.lora_B{rest}"), trained.get(f"{prefix}.base_layer.weight")
+        target = next((w for known, w in weights.items() if prefix.endswith(known.removesuffix(".weight"))), None)
+        if not found or up is None or base is None or target is None or base.shape != target.shape:
+            continue
+        delta = up.float() @ down.float()
+        delta = delta if delta.shape == target.shape else delta.T
+        used = float(((target.detach() - base) * delta).sum() / delta.square().sum().clamp(min=1e-30))
+        moves.append((target, delta, used))
+    if not moves:
+        return ""
+    rank = min(trained[name].shape[0] for name in trained if ".lora_A" in name)
+    scale, before = moves[0][2], 1.0
+    with torch.no_grad():
+        for factor in (rank**0.5, rank**-0.5, float(rank), 1 / rank, 2.0, 0.5):
+            for weight, delta, used in moves:
+                weight += delta * used * (factor - before)
+            before = factor
+            seen = find_logits(loaded(ids))
+            if seen is not None and relative_difference(logits, seen) <= 1e-4:
+                return f": the adapters are merged with a scale of {scale:.3g}, but trained with {scale * factor:.3g}"
+    return ""
 
 
 def relative_difference(expected: Tensor, seen: Tensor) -> float:

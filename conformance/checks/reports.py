@@ -69,6 +69,19 @@ def slack(text: str, value: float) -> float:
     return 0.5 * unit + 1e-6 * abs(value)
 
 
+def finest(numbers: Sequence[str]) -> list[str]:
+    """Return numbers without those that are another one, rounded to fewer digits, such as printed ones beside logged.
+
+    >>> finest(["4.84", "4.8375", "2.71"])
+    ['4.8375', '2.71']
+    """
+
+    def is_coarser(text: str, other: str) -> bool:
+        return slack(text, 0.0) > slack(other, 0.0) and is_rounded(text, float(other))
+
+    return [text for text in numbers if not any(is_coarser(text, other) for other in numbers)]
+
+
 def matches_by_chance(numbers: Sequence[str], values: Sequence[float]) -> float:
     """Return how many numbers one would expect to equal some value by chance: of those that lie among the values."""
     low, high = min(values), max(values)

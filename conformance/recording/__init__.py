@@ -6,6 +6,7 @@
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from conformance.recipe import Dropping
 from conformance.recording.trace import Trace
 
 
@@ -15,7 +16,7 @@ def record(
     rank: int = 0,
     nan_gradient: int | None = None,
     keep: Path | None = None,
-    dropout_kept: bool = False,
+    dropping: Dropping = "everywhere",
 ) -> AbstractContextManager[Trace]:
     """Record the training run inside a ``with`` block.
 
@@ -32,8 +33,8 @@ def record(
         rank: only kept in the trace.
         nan_gradient: the update, counted from 0, whose gradients get a NaN when their backward has ended.
         keep: folder for copies of what the run writes, so that a checkpoint is known even if it is written over.
-        dropout_kept: have dropout keep every activation: see conformance.recording.dropping.
+        dropping: where dropout acts; elsewhere it keeps every activation: see conformance.recording.dropping.
     """
     from conformance.recording.recorder import recording
 
-    return recording(directory, zero_gradients, rank, nan_gradient, keep, dropout_kept)
+    return recording(directory, zero_gradients, rank, nan_gradient, keep, dropping)

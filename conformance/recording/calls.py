@@ -57,8 +57,30 @@ class Call:
     inner: Inner | None = None
     autocast: torch.dtype | None = None
     linears: dict[nn.Module, torch.dtype] = field(default_factory=dict)
+    rounded: list[nn.Module] = field(default_factory=list)
     owner: nn.Module | None = None
     """The module in whose method it was called, if it is a part of that one."""
+
+
+def gives_hidden_states(module: nn.Module, output: Tensor) -> bool:
+    """Return True if what a module gives is as wide as its embeddings, of which none has as many rows.
+
+    Under a tied head, the body of a model holds all of its parameters, as the model does.
+    """
+    tables = [part for part in module.modules() if isinstance(part, nn.Embedding)]
+    width = output.shape[-1]
+    return any(t.embedding_dim == width for t in tables) and all(t.num_embeddings != width for t in tables)
+
+
+def holds_16_bits(value: object) -> bool:
+    """Return True for a float32 tensor of many values that are all bfloat16 numbers: they were rounded before.
+
+    A few different values may be such numbers by nature, as ones and zeros are.
+    """
+    if type(value) is not Tensor or value.dtype != torch.float32 or value.is_meta or value.numel() < 64:
+        return False
+    value = value.detach()
+    return torch.equal(value, value.bfloat16().float()) and len(value.unique()) > 16
 
 
 @dataclass
@@ -143,6 +165,8 @@ class Calls:
             return
         if isinstance(module, nn.Linear) and isinstance(output, Tensor):
             self.call.linears[module] = output.dtype
+            if self.root is None and self.weights.keeps_logits and args and holds_16_bits(args[0]):
+                self.call.rounded.append(module)
         if self.call.module is module and not self.running:
             self.finish(module, args, kwargs, output)
             return
@@ -161,8 +185,12 @@ class Calls:
         ids = find_ids(args, kwargs)
         logits = find_logits(output, self.weights.keeps_logits)
         prefix, inside, model = "", False, module
-        if logits is None and call.inner is not None and same_parameters(call.inner.module, module):
-            # A wrapper that computes the loss too.
+        if (
+            logits is None
+            and call.inner is not None
+            and same_parameters(call.inner.module, module)
+            and not gives_hidden_states(call.inner.module, call.inner.logits)
+        ):  # A wrapper that computes the loss too.
             model, ids, logits, inside = call.inner.module, call.inner.ids, call.inner.logits, True
             prefix = next((f"{name}." for name, part in module.named_modules() if part is model), "")
             prefix = "" if model is module else prefix
@@ -193,6 +221,7 @@ class Calls:
             inside=inside,
             other_mode=tuple(other),
             linears={clean_name(names[part], wrappers): kind for part, kind in call.linears.items() if part in names},
+            rounded=tuple(clean_name(names[part], wrappers) for part in call.rounded if part in names),
         )
         if forward.training and forward.grad_enabled:
             self.last = module, args, kwargs

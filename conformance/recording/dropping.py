@@ -11,31 +11,61 @@ from torch import Tensor
 NATIVE = ("dropout", "dropout_", "feature_dropout", "feature_dropout_")
 
 
+class Places:
+    """Which call of dropout in an update is the one that may act."""
+
+    def __init__(self, update: Callable[[], int] | None) -> None:
+        """Begin; ``update`` returns the number of updates done. None: no call may act."""
+        self.update = update
+        self.calls = self.last = 0
+
+    def acts(self, x: Tensor) -> bool:
+        """Count a call that drops from ``x``, and return whether it may act: call n in update n, both from 0."""
+        if self.update is None or isinstance(x, torch.nn.Parameter):  # of weights there is one mask for all sequences
+            return False
+        update = self.update()
+        self.calls = self.calls + 1 if update == self.last else 1
+        self.last = update
+        return self.calls - 1 == update
+
+
 @contextlib.contextmanager
-def everything_kept() -> Iterator[None]:
+def everything_kept(but_for: Callable[[], int] | None = None) -> Iterator[None]:
     """Have torch's dropout keep every element inside the block, scaled by 1 / (1 - p) as those that it keeps.
 
     Seen are torch.nn.Dropout, its variants for whole channels, torch.nn.functional.dropout, and the dropout inside
     scaled_dot_product_attention. Dropout that a stack writes itself, from random numbers, stays as it is.
+
+    Args:
+        but_for: returns the number of updates done: in update n, from 0, the n-th call of dropout acts. None: in no
+            update does any.
     """
+    places = Places(but_for)
     functional: Any = torch.nn.functional
     attention: Callable[..., Tensor] = functional.scaled_dot_product_attention
 
-    def kept(x: Tensor, p: float, train: bool) -> Tensor:
-        return x / (1.0 - p) if train and 0.0 < p < 1.0 else x
+    def stand_in(native: Callable[..., Tensor], inplace: bool) -> Callable[..., Tensor]:
+        def kept(x: Tensor, p: float, train: bool) -> Tensor:
+            if not train or not 0.0 < p < 1.0:
+                return x
+            if places.acts(x):
+                return native(x, p, train)
+            return x.div_(1.0 - p) if inplace else x / (1.0 - p)
 
-    def kept_(x: Tensor, p: float, train: bool) -> Tensor:
-        return x.div_(1.0 - p) if train and 0.0 < p < 1.0 else x
+        return kept
 
     def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, *args: Any,
                **kwargs: Any) -> Tensor:  # fmt: skip
+        drops = 0.0 < dropout_p < 1.0
+        if drops and places.acts(query):
+            return attention(query, key, value, attn_mask, dropout_p, *args, **kwargs)
         mixed = attention(query, key, value, attn_mask, 0.0, *args, **kwargs)
-        return mixed / (1.0 - dropout_p) if 0.0 < dropout_p < 1.0 else mixed  # the weights are linear in it
+        return mixed / (1.0 - dropout_p) if drops else mixed  # the weights are linear in it
 
     with contextlib.ExitStack() as stack:
         for owner in (torch, torch._VF):
             for name in NATIVE:
-                stack.enter_context(replaced(owner, name, kept_ if name.endswith("_") else kept))
+                stack.enter_context(replaced(owner, name, stand_in(getattr(owner, name), name.endswith("_"))))
         stack.enter_context(replaced(functional, "scaled_dot_product_attention", attend))
         yield
 

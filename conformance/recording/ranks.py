@@ -100,7 +100,7 @@ def run_rank(rank: int, subject: Subject, recipe: Recipe, directory: Path, port:
         for stream in (1, 2):  # by number: handlers of loggers and native code keep the streams they once had
             os.dup2(nowhere.fileno(), stream)
         keep = directory.with_name(f"{directory.name}-kept-{rank}")
-        with record(directory, recipe.zero_gradients, rank, recipe.nan_gradient, keep, recipe.dropout_kept) as trace:
+        with record(directory, recipe.zero_gradients, rank, recipe.nan_gradient, keep, recipe.dropping) as trace:
             try:
                 subject.train(dataclasses.replace(recipe, directory=directory))
             except BaseException as error:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from conformance.recipe import collect_reports, remember_configs
+from conformance.recipe import Dropping, collect_reports, remember_configs
 from conformance.recording import metrics
 from conformance.recording.calls import Calls
 from conformance.recording.dropping import everything_kept
@@ -42,7 +42,7 @@ def recording(
     rank: int,
     nan_gradient: int | None,
     keep: Path | None,
-    dropout_kept: bool = False,
+    dropping: Dropping = "everywhere",
 ) -> Iterator[Trace]:
     """Record the training run inside a ``with`` block; see :func:`conformance.record`."""
     recorder = Recorder(Trace(rank=rank), Files(directory, keep), Whole(), zero_gradients, nan_gradient)
@@ -55,8 +55,10 @@ def recording(
         recorder.loggers = Loggers(recorder.trace.messages.append)
         stack.callback(recorder.loggers.leave)
         stack.enter_context(watched(recorder))
-        if dropout_kept:
+        if dropping == "nowhere":
             stack.enter_context(everything_kept())
+        elif dropping == "at one place":
+            stack.enter_context(everything_kept(but_for=lambda: recorder.done))
         try:
             yield recorder.trace
         finally:

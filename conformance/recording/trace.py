@@ -84,6 +84,9 @@ class Forward:
     """Submodules whose mode (training or eval) is not that of the model."""
     linears: "dict[str, torch.dtype]" = field(default_factory=dict)
     """Dtype of the output of each nn.Linear that was called, by its name."""
+    rounded: tuple[str, ...] = ()
+    """Of these, those whose input was in float32 and held bfloat16 numbers alone. Looked at before the first update, in
+    runs whose tensors are kept whole."""
 
     @property
     def scores(self) -> "Tensor":

@@ -273,6 +273,7 @@ def hints(script: str, found: Found, mapped: set[str]) -> Iterator[str]:
         yield '"schedule": the learning rate changes from update to update (recipe.warmup, recipe.minimum_lr)'
     if found.evaluates:
         yield '"evaluate", "evaluate-every": it evaluates (recipe.validation_batches(), recipe.evaluate_every)'
+        yield '"final-evaluation": if it evaluates after the last update, too, whatever the interval'
         yield '"evaluate-batches", "ignored-validation": if it can (recipe.evaluate_batches, validation_labels())'
     name = Path(found.checkpoint).name if found.checkpoint else "ckpt.pt"
     saw = f"it wrote {found.checkpoint}" if found.checkpoint else "if it saves and resumes"

@@ -69,18 +69,18 @@ class DeepSpeed:
             folder = recipe.resume.find("*/mp_rank_00_model_states.pt").parent
             _, kept = engine.load_checkpoint(folder.parent, folder.name)
             torch.set_rng_state(kept["generators"][comm.get_rank()])
-        total = 0.0
+        total = torch.zeros(())
         for ids, labels in self.batches(recipe, engine):
             loss = cross_entropy(engine(ids[:, :-1]), labels)
             engine.backward(loss)
-            total += loss.item() / recipe.microbatches
-            rate, last = schedule.get_last_lr()[0], engine.is_gradient_accumulation_boundary()
+            total += loss.detach() / recipe.microbatches / recipe.world_size
+            rate, done = schedule.get_last_lr()[0], engine.global_steps
             engine.step()
-            if not last:
+            if (update := engine.global_steps) == done:
                 continue
-            update = engine.global_steps
+            comm.all_reduce(total)
             print(f"step {update}: loss {total}, lr {rate}, grad_norm {engine.get_global_grad_norm()}")
-            total = 0.0
+            total.zero_()
             if user_code.evaluates(recipe, update):
                 print(f"step {update}: val_loss {self.evaluate(recipe, engine)}")
             if user_code.saves(recipe, update):

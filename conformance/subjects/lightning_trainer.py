@@ -29,7 +29,7 @@ class Module(lightning.LightningModule):
 
     def training_step(self, batch: Tensor | tuple[Tensor, Tensor], index: int) -> Tensor:
         loss = self.loss(*((batch, batch) if isinstance(batch, Tensor) else batch))
-        self.log("train_loss", loss)
+        self.log("train_loss", loss, sync_dist=True)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
@@ -79,6 +79,7 @@ class LightningTrainer:
     lacks |= dict.fromkeys(("float32-logits", "logits-opt-out"), "the Trainer converts no output of a module")
     lacks |= dict.fromkeys(user_code.OPTIMIZER, "configure_optimizers is the user's")
     lacks |= dict.fromkeys(user_code.MODEL, "the model is the user's, and the Trainer swaps no module in it")
+    lacks["final-evaluation"] = "the Trainer validates at val_check_interval, and not once more at the end"
     lacks["validation-document"] = "the Trainer is given a loader; the user divides documents"
 
     def train(self, recipe: Recipe) -> None:

@@ -65,6 +65,8 @@ class LitGPT:
         "loader": "pretrain.fit takes batches as the DataModule's loader gives them",
         "keep-last": "pretrain.fit keeps every checkpoint",
         "ignored-validation": "pretrain.validate takes ids and targets from the same tokens",
+        "masked-samples": "pretrain.fit takes ids and targets from the same tokens",
+        "module-factory": "pretrain.setup builds litgpt.GPT from a Config",
         "validation-document": "the DataModule divides documents; here that is the adapter's",
         "residual-opt-out": "litgpt.Config has no setting for the residual stream",
         "lora-dropout": "litgpt.pretrain has no adapters",

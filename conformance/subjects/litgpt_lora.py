@@ -26,17 +26,15 @@ from conformance import Checkpoint, Recipe
 from conformance.errors import NotApplicable
 from conformance.subjects.litgpt import LitGPT
 
+TUNED = ("finetune", "quantised", "lora-dropout")
 ON_GPU = torch.cuda.is_available()
-
-
-TUNING = ("finetune", "quantised", "lora-dropout")
 
 
 class LitGPTLora(LitGPT):
     """litgpt.finetune.lora.setup."""
 
     name = "LitGPT LoRA"
-    lacks = {name: reason for name, reason in LitGPT.lacks.items() if name not in TUNING}
+    lacks = {name: reason for name, reason in LitGPT.lacks.items() if name not in TUNED}
     lacks["tuned-embedding"] = "mark_only_lora_as_trainable freezes everything but the adapters"
     lacks["resume"] = "finetune.lora.setup has no option for it"
     lacks["evaluate-every"] = "finetune.lora prints the loss of its last validation only, as text"
@@ -47,13 +45,11 @@ class LitGPTLora(LitGPT):
         lacks["stable-embedding"] = "finetune.lora swaps only if it quantises, on CUDA"
 
     def train(self, recipe: Recipe) -> None:
+        if recipe.stable_embedding and (recipe.finetune is None or recipe.quantised is None):
+            raise NotApplicable("litgpt.pretrain swaps no embedding, and finetune.lora does only if it quantises")
         if recipe.finetune is None:
-            if recipe.stable_embedding:
-                raise NotApplicable("litgpt.pretrain swaps nothing; finetune.lora swaps if it quantises")
             super().train(recipe)
             return
-        if recipe.stable_embedding and recipe.quantised is None:
-            raise NotApplicable("finetune.lora swaps in a StableEmbedding only if it quantises")
         if recipe.quantised is not None and recipe.precision.endswith("mixed"):
             raise NotApplicable("finetune.lora.setup refuses quantised weights under a mixed precision")
         if recipe.quantised == "int8":
@@ -61,16 +57,15 @@ class LitGPTLora(LitGPT):
         base = self.base(recipe)
         train = TrainArgs(save_interval=recipe.save_every, micro_batch_size=recipe.microbatch_size, epochs=1000)
         train.global_batch_size, train.max_steps, train.lr_warmup_steps = recipe.update_size, recipe.updates, 1
-        limit = recipe.evaluate_batches or 2
-        evaluation = EvalArgs(10**9, max_new_tokens=1, max_iters=limit, final_validation=recipe.evaluate)
-        kind = {"int8": "int8-training"}.get(recipe.quantised or "", recipe.quantised)
+        limit: dict[str, Any] = {"max_new_tokens": 1, "max_iters": recipe.evaluate_batches or 2}
+        limit["final_validation"] = recipe.evaluate
         options: dict[str, Any] = {"precision": recipe.precision}
         options |= {"lora_r": recipe.lora_rank, "lora_dropout": recipe.lora_dropout}
         options |= dict.fromkeys(("lora_key", "lora_projection", "lora_mlp"), True)
         # save_hyperparameters parses the command line, and merge_lora believes what it wrote.
         words = [word for name, value in options.items() for word in (f"--{name}", str(value).lower())]
-        options |= {"data": Rows(recipe), "train": train, "eval": evaluation, "quantize": kind and f"bnb.{kind}"}
-        options |= {"optimizer": recipe.optimizer.config(), "seed": recipe.seed}
+        options |= {"data": Rows(recipe), "train": train, "seed": recipe.seed, "optimizer": recipe.optimizer.config()}
+        options |= {"eval": EvalArgs(10**9, **limit), "quantize": recipe.quantised and f"bnb.{recipe.quantised}"}
         with patch.object(sys, "argv", ["litgpt", "finetune_lora", str(base), *words]):
             lora.setup(base, recipe.directory / "tuned", **options)
 

@@ -69,7 +69,8 @@ class Nanochat:
 
     name, policy = "nanochat", NanochatPolicy()
     lacks = everything_but(
-        *("llama-shape", "microbatches", "schedule", "resume", "evaluate", "evaluate-every", "load"),
+        *("llama-shape", "microbatches", "schedule", "resume", "evaluate", "evaluate-every", "final-evaluation"),
+        "load",
         reason="base_train has no such setting",
     ) | {
         "any-optimizer": "setup_optimizer builds a MuonAdamW",

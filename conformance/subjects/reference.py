@@ -17,7 +17,8 @@ import reference
 from conformance import Checkpoint, Constant, Normal, Recipe, TensorInfo
 from conformance.subject import Distribution, Leftovers, Place, Setting, Winner
 from conformance.version import suite_version
-from reference.data import TokenData, write_tokens
+from reference.data import TokenData
+from reference.data.tokenfile import TokenWriter
 from reference.finetuning import FinetuneConfig
 
 
@@ -126,11 +127,18 @@ def declared_forward(
     return linear("head", norm("norm", x))
 
 
-def token_data(recipe: Recipe, split: str, document: Tensor, rank: int) -> TokenData:
-    """Write a document, and the id that ends it, into a token file of this rank's own; return it open."""
+def token_data(recipe: Recipe, split: str, document: Tensor, rank: int, targets: Tensor | None = None) -> TokenData:
+    """Write a document, and the id that ends it, into a token file of this rank's own; return it open.
+
+    Args:
+        targets: for each token of the document whether it is one, bool; None: all are.
+    """
     folder = recipe.directory / f"tokens-{rank}"
     kind: Any = {"vocab_size": recipe.vocab_size, "tokenizer": "none", "end_of_document": recipe.vocab_size - 1}
-    write_tokens(folder, split, [document.numpy()], **kind)
+    with TokenWriter(folder, split, masked=targets is not None, **kind) as writer:
+        writer.write(document.numpy(), None if targets is None else targets.numpy())
+        writer.end_document()
+        writer.publish()
     sizes = {"block_size": recipe.block_size, "microbatch_size": recipe.microbatch_size}
     return TokenData(folder, split, **sizes, seed=recipe.seed)
 
@@ -214,7 +222,8 @@ class Reference:
         if recipe.shuffled_by == "loader":
             return recipe.loader()
         if recipe.samples is not None:
-            return token_data(recipe, "train", recipe.document(), rank)
+            targets = (recipe.dataset_labels()[:, :-1] != -100).flatten() if recipe.masked_samples else None
+            return token_data(recipe, "train", recipe.document(), rank, targets)
         return pairs(recipe.batches(rank), recipe.labels(rank)) if recipe.ignored_targets else recipe.batches(rank)
 
     def validation(self, recipe: Recipe, rank: int) -> Any:

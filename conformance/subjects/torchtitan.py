@@ -80,6 +80,9 @@ class Torchtitan:
         ("grouped-query", "cooldown", "keep-last", "evaluate-batches"), "this adapter does not map it"
     )
     lacks |= dict.fromkeys(("loader", "ignored-validation", "validation-document"), "the data set is this adapter's")
+    lacks["masked-samples"] = "the data set is this adapter's"
+    lacks["module-factory"] = "Trainer builds a ModelProtocol from its arguments, on the meta device"
+    lacks["final-evaluation"] = "should_validate in validate.py: after update 1, and where freq divides the updates"
     lacks |= dict.fromkeys(("two-ranks", "sharded"), "each process takes a GPU of its own")
 
     def __init__(self) -> None:

@@ -54,8 +54,6 @@ class Transformers:
         "16-mixed": "on the CPU accelerate leaves fp16 off, and does not say so",
         "logits-opt-out": "accelerate's prepare_model always converts what leaves autocast to float32",
         "stable-embedding": "create_optimizer gives nn.Embedding 32-bit state, and swaps nothing",
-        "finetune": "this adapter trains every weight; the subject transformers-peft does not",
-        "quantised": "this adapter trains every weight; the subject transformers-peft does not",
         "meta-init": "Trainer moves the model with .to(device), which raises for one on the meta device",
         "sharded": "this adapter trains replicas (DDP); Trainer's option fsdp is accelerate's",
         "second-optimizer": "create_optimizer builds one optimizer",
@@ -64,9 +62,9 @@ class Transformers:
         "evaluate-batches": "evaluate() takes all of eval_dataset",
         "validation-document": "Trainer is given samples; a document is divided by its user",
         "residual-opt-out": "the residual stream has the dtype of the embedding, as autocast leaves it",
-        "lora-dropout": "this adapter has no adapters; the subject transformers-peft does",
-        "tuned-embedding": "this adapter has no adapters; the subject transformers-peft does",
     }
+    tuning = "this adapter trains every weight; the subject transformers-peft does not"
+    lacks |= dict.fromkeys(("finetune", "quantised", "lora-dropout", "tuned-embedding"), tuning)
 
     def train(self, recipe: Recipe) -> None:
         if recipe.n_kv_head is not None and recipe.shape == "gpt":
@@ -84,9 +82,8 @@ class Transformers:
             --weight_decay {optimizer["init_args"].get("weight_decay", 0)} --max_grad_norm {recipe.clip or 0}
             --lr_scheduler_type {schedule} --lr_scheduler_kwargs {json.dumps(details, separators=(",", ":"))}
             {f"--save_total_limit {recipe.keep_last}" if recipe.keep_last else ""}
-            --bf16 {recipe.precision == "bf16-mixed"}
-            --logging_steps 1 {"--gradient_checkpointing" if recipe.activation_checkpointing else ""}
-            --torch_compile {recipe.compile} --seed {recipe.seed} --output_dir""".split()
+            --bf16 {recipe.precision == "bf16-mixed"} --torch_compile {recipe.compile} --seed {recipe.seed}
+            --gradient_checkpointing {recipe.activation_checkpointing} --logging_steps 1 --output_dir""".split()
         sizes: dict[str, Any] = {"vocab_size": recipe.vocab_size, "max_position_embeddings": recipe.block_size + 1}
         sizes |= {"num_hidden_layers": recipe.n_layer, "num_attention_heads": recipe.n_head}
         sizes |= {"hidden_size": recipe.n_embd, "intermediate_size": 3 * recipe.n_embd}
@@ -105,11 +102,11 @@ class Transformers:
         pairs = zip(rows(recipe.batches), rows(recipe.labels))
         ordered = Stream({key: row, "labels": labels} for row, labels in pairs)
         validation = zip(rows(recipe.validation_batches), rows(recipe.validation_labels))
-        shuffled = recipe.samples and [{key: row, "labels": row} for row in recipe.dataset()]
+        samples = zip(recipe.dataset(), recipe.dataset_labels()) if recipe.samples else ()
         Trainer(
             model_init=lambda: foreign() if foreign else self.model(recipe, config, dtype),
             args=HfArgumentParser(TrainingArguments).parse_args_into_dataclasses([*options, str(recipe.directory)])[0],
-            train_dataset=shuffled or ordered,
+            train_dataset=[{key: row, "labels": labels} for row, labels in samples] or ordered,
             eval_dataset=Stream({key: row, "labels": labels} for row, labels in validation),
             optimizer_cls_and_kwargs=(pydoc.locate(optimizer["class_path"]), optimizer["init_args"]),
             compute_loss_func=foreign and (lambda *args, **count: ForCausalLMLoss(*args, recipe.vocab_size, **count)),

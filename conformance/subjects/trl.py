@@ -57,7 +57,6 @@ class Trl:
     name, version, policy = "TRL SFTTrainer", importlib.metadata.version("trl"), TransformersPolicy()
     lacks = {
         "batch-total": "gradient_accumulation_steps counts the microbatches",
-        "foreign-module": "SFTTrainer takes models of transformers",
         "fused": "create_optimizer adds nothing to a class; only the name adamw_torch_fused asks for it",
         "ndim-policy": "get_decay_parameter_names goes by names and nn.LayerNorm",
         "16-mixed": "on the CPU accelerate leaves fp16 off, and does not say so",
@@ -72,6 +71,7 @@ class Trl:
         "validation-document": "this adapter gives samples; SFTTrainer's packing is not mapped",
         "residual-opt-out": "the residual stream has the dtype of the embedding, as autocast leaves it",
     }
+    lacks |= dict.fromkeys(("foreign-module", "module-factory"), "SFTTrainer takes models of transformers")
     lacks |= dict.fromkeys(("grouped-query", "cooldown"), "this adapter does not map it; the subject transformers does")
     lacks |= dict.fromkeys(("finetune", "quantised", "lora-dropout", "tuned-embedding"), "peft_config is not mapped")
 
@@ -105,7 +105,7 @@ class Trl:
         )
         ids, labels = all_ranks(recipe, recipe.batches), all_ranks(recipe, recipe.labels)
         if recipe.samples is not None:
-            ids = labels = [recipe.dataset()]
+            ids, labels = [recipe.dataset()], [recipe.dataset_labels()]
         validation = all_ranks(recipe, recipe.validation_batches)
         SFTTrainer(
             model=build_model(recipe),

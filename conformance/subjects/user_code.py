@@ -22,8 +22,9 @@ Part = Literal["train", "validation"]
 # Capabilities that are up to the user, where the stack has no part in it.
 OPTIMIZER = ("builds-optimizer", "fused", "ndim-policy", "decay-all", "second-optimizer")
 TUNING = ("stable-embedding", "finetune", "quantised", "lora-dropout", "tuned-embedding")
-MODEL = ("grouped-query", "initial-std", "residual-opt-out", *TUNING)
-LOOP = ("evaluate-batches", "ignored-validation", "validation-document", "keep-last", "loader")
+MODEL = ("grouped-query", "initial-std", "residual-opt-out", "module-factory", *TUNING)
+EVALUATION = ("evaluate-batches", "final-evaluation", "ignored-validation", "validation-document")
+LOOP = (*EVALUATION, "keep-last", "loader")
 LEFTOVERS: dict[Place, Leftovers] = {"epoch": "short", "window": "short", "ranks": "repeated", "validation": "weighed"}
 
 
@@ -99,7 +100,7 @@ def microbatches(recipe: Recipe, part: Part = "train") -> Any:
 
 def samples(recipe: Recipe) -> Any:
     """Return the data set that the stack shuffles by itself, as a list of (ids, labels), each (T + 1)."""
-    return [(row, row) for row in recipe.dataset()]
+    return list(zip(recipe.dataset(), recipe.dataset_labels()))
 
 
 def loader(recipe: Recipe, rank: int) -> Any:

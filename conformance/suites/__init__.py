@@ -56,13 +56,22 @@ def in_shapes(runs: Runs, recipe: Recipe, judge: Callable[[Recipe], None]) -> No
     Raises:
         NotApplicable: if it has none, or refuses the recipe in all of them.
     """
-    found, refusals = shapes(runs, recipe), []
-    for shaped in found:
+    each_unless_refused(shapes(runs, recipe), judge)
+
+
+def each_unless_refused(recipes: Sequence[Recipe], judge: Callable[[Recipe], None]) -> None:
+    """Judge each recipe that can be judged.
+
+    Raises:
+        NotApplicable: if none can be.
+    """
+    refusals = []
+    for recipe in recipes:
         try:
-            judge(shaped)
+            judge(recipe)
         except NotApplicable as refusal:
             refusals.append(refusal)
-    if len(refusals) == len(found):
+    if len(refusals) == len(recipes):
         raise refusals[0]
 
 
@@ -83,6 +92,30 @@ def everyday(runs: Runs, optimizer: OptimizerChoice | None = None) -> Recipe:
     elif runs.has("evaluate"):
         recipe = replace(recipe, evaluate=True)
     return recipe
+
+
+def every_day(runs: Runs) -> list[Recipe]:
+    """Return the everyday run and, for adapters of 0.2, the same in 16 bits and with tied weights, if the subject can.
+
+    Not in float16: its scaler may leave out the first updates.
+    """
+    plain = everyday(runs)
+    if not runs.asks("0.2"):
+        return [plain]
+    coarse = [replace(plain, precision=name) for name in runs.precisions() if name.startswith("bf16")]
+    return [plain, *coarse[:1], *tied(runs, plain)]
+
+
+def tied(runs: Runs, recipe: Recipe) -> list[Recipe]:
+    """Return the same run with tied weights, for adapters of 0.2; nothing if the subject has none."""
+    return [replace(recipe, tied=True)] if runs.has("tied") and runs.asks("0.2") else []
+
+
+def setting(recipe: Recipe) -> str:
+    """Return in which respect a run is not the plain one, to begin a message with: "bf16-mixed, tied weights: "."""
+    words: list[str] = [recipe.precision] if recipe.precision != "32-true" else []
+    words += ["tied weights"] if recipe.tied else []
+    return f"{', '.join(words)}: " if words else ""
 
 
 def dropping(runs: Runs, recipe: Recipe, probability: float = 0.1) -> Recipe:

@@ -46,12 +46,25 @@ def pairs(runs: Runs, recipe: Recipe, altered: Alteration) -> list[Pair]:
     bound="bit equality (healthy: 0; weakest mutant, a mask one token too wide: 1e-2)",
 )
 def test_no_look_ahead(runs: Runs) -> None:
-    """No logit depends on a later token, in sequences of even and of odd length."""
+    """No logit depends on a later token, in sequences of even and of odd length, in a batch of a single sequence, and
+    in every precision.
+    """
     for recipe in shapes(runs):
         sees_nothing_later(runs, recipe, f"{recipe.shape}, {recipe.block_size} tokens: ")
     for recipe in shapes(runs, Recipe(block_size=13)) if runs.asks("0.2") else []:  # of another kernel, or a padded one
         with contextlib.suppress(NotApplicable):  # a stack may refuse odd lengths by design: DATA-10 says why
             sees_nothing_later(runs, recipe, f"{recipe.shape}, {recipe.block_size} tokens: ")
+    for recipe in alone_and_in_16_bits(runs) if runs.asks("0.2") else []:
+        with contextlib.suppress(NotApplicable):
+            where = f"{recipe.precision}, sequences in a batch: {recipe.microbatch_size}"
+            sees_nothing_later(runs, recipe, f"{recipe.shape}, {where}: ")
+
+
+def alone_and_in_16_bits(runs: Runs) -> list[Recipe]:
+    """Return runs for which a stack may take another kernel: a sequence at a time, and each 16-bit precision."""
+    alone = shapes(runs, Recipe(microbatch_size=1, updates=1))
+    first = shapes(runs)[0]  # attention is the same in both shapes, and so is the kernel
+    return alone + [replace(first, precision=name) for name in runs.precisions() if name != "32-true"]
 
 
 def sees_nothing_later(runs: Runs, recipe: Recipe, where: str) -> None:

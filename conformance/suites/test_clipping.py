@@ -9,7 +9,7 @@ from conformance.clause import clause
 from conformance.errors import NotApplicable
 from conformance.recipe import Recipe
 from conformance.runs import Runs
-from conformance.suites import clipped, everyday, in_16_bits, on_two_ranks, paired
+from conformance.suites import clipped, each_unless_refused, everyday, in_16_bits, on_two_ranks, paired, setting, tied
 
 
 @clause(
@@ -24,13 +24,20 @@ from conformance.suites import clipped, everyday, in_16_bits, on_two_ranks, pair
 )
 def test_clipped_as_one(runs: Runs) -> None:
     """If the gradient's norm over all tensors and microbatches exceeds the limit, the stack scales the whole gradient
-    to it.
+    to it, with tied weights too.
     """
     recipe = everyday(runs)
-    free = runs.trace(recipe).update(0).gradients
-    short = clipped(recipe, total_norm(free), 0.1)
+    each_unless_refused([recipe, *tied(runs, recipe)], lambda each: is_clipped_as_one(runs, each))
+
+
+def is_clipped_as_one(runs: Runs, recipe: Recipe) -> None:
+    """Check that a limit of a tenth of the first gradient's norm scales that gradient to it."""
+    free = runs.trace(recipe)
+    short = clipped(recipe, total_norm(free.update(0).gradients), 0.1)
     assert short.clip is not None
-    clipped_as_one(free, runs.trace(short).update(0).gradients, short.clip)
+    gradients = free.update(0).gradients, runs.trace(short).update(0).gradients
+    shared = [info.name for info in free.tensors.values() if len(info.names) > 1]
+    clipped_as_one(*gradients, short.clip, shared=shared, where=setting(recipe))
 
 
 @clause(

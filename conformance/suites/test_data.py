@@ -7,6 +7,7 @@ from torch import Tensor
 
 from conformance.checks.data import (
     IGNORED,
+    counts_declared_targets,
     divided_by_counts,
     leftovers_as_declared,
     once_each,
@@ -348,3 +349,30 @@ def test_order_of_a_loader(runs: Runs) -> None:
         once_each(epoch, recipe.samples, f"epoch {number}")
     if first == second:
         raise Violation("two epochs in two different random orders", f"the same order in both: {first}")
+
+
+@clause(
+    "DATA-13",
+    since="0.2",
+    needs=("sampler", "masked-samples"),
+    why="A model that also learns the prompts learns to write them. If the mask of the inputs is laid on the targets, "
+    "each answer lacks its first token, and the run learns the first token of the next prompt.",
+    mend="Shift the mask with the targets: where the next token is marked, there is a target. If your stack takes no "
+    "such data set, name masked-samples in lacks.",
+    source="karpathy/nanochat#582 (the mask is dropped), pytorch/torchtitan#2755, verl-project/verl#3287 (off by one)",
+    bound="as DATA-6 (healthy: 1.2e-7; all tokens: 1.0e-2; the mask of the inputs: 1.3e-2)",
+)
+def test_marked_targets_of_a_data_set(runs: Runs) -> None:
+    """If only some tokens of a data set are marked as targets, those tokens are predicted and no others."""
+    recipe = replace(shuffled(), updates=4, save_every=None, masked_samples=True)
+    run = runs.trace(recipe)
+    runs.require_read(recipe, "dataset_labels", "masked-samples")
+    rows, labels = recipe.dataset(), recipe.dataset_labels()
+    wanted = f"sequences of {recipe.block_size} tokens in the model, each with its targets"
+    forwards, losses, numbers = paired_whole(runs, recipe, run, rows, wanted)
+    entropies = [entropy for entropy in run.entropies if entropy.grad_enabled]
+    if stays_inside(forwards, entropies):
+        targets_are_next([entropy.labels for entropy in entropies], [labels[found] for found in numbers])
+        return
+    tokens, targets = ([whole[found] for found in numbers] for whole in (rows, labels))
+    counts_declared_targets([f.scores for f in forwards], tokens, targets, [loss.item() for loss in losses])

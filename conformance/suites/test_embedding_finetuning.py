@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -239,7 +240,15 @@ def test_first_loss_is_that_of_the_base(runs: Runs) -> None:
                 without = first_loss(tuned(runs, replace(recipe, stable_embedding=False)), recipe)
                 if abs(first_loss(run, recipe) - without) <= finetuning.UNSAID:
                     continue  # the swap moves nothing
-            finetuning.same_first_loss(base, first_loss(run, recipe), run.messages)
+            finetuning.same_first_loss(
+                base, first_loss(run, recipe), run.messages, partial(changed_at_start, runs, recipe, run)
+            )
+
+
+def changed_at_start(runs: Runs, recipe: Recipe, run: Trace) -> list[str]:
+    """Return the tensors that are not those of the model that a run starts from."""
+    base = runs.trace(replace(BASE, shape=recipe.shape))
+    return finetuning.other_than_base(base.update(-1).after, run.initial)
 
 
 def first_loss(run: Trace, recipe: Recipe) -> float:
@@ -294,7 +303,10 @@ def test_tuned_model_loads_as_trained(runs: Runs) -> None:
             assert found is not None, "load() gives a plain module"
             error = finetuning.relative_difference(evaluated[0].scores, found)
             if not error <= RELATIVE:
-                raise Violation("logits of the loaded model within 1e-4 of the trained one's", f"{error:.2g} away")
+                why = finetuning.other_scale(module, run.update(-1).after, evaluated[0].ids.long(), evaluated[0].scores)
+                raise Violation(
+                    "logits of the loaded model within 1e-4 of the trained one's", f"they are {error:.2g} away{why}"
+                )
 
 
 @clause(

@@ -199,3 +199,34 @@ def test_windows_on_two_ranks(runs: Runs) -> None:
             f"{len(lost)} on neither rank: {quoted(lost, limit=6)}",
         )
     means_once(recipe, found, traces[0])
+
+
+@clause(
+    "EVAL-17",
+    since="0.2",
+    needs=("evaluate-every", "final-evaluation"),
+    why="The loss that is reported last is that of an earlier model than the one that is saved, and a run that is "
+    "shorter than the interval has none.",
+    mend="Evaluate after the last update, too, unless the interval has just led to an evaluation. If your stack "
+    "evaluates at the interval only, name final-evaluation in lacks.",
+    source="huggingface/transformers#44146, PrimeIntellect-ai/prime-rl#835 (no evaluation at the end)",
+    bound="the sequences themselves; of the loss, all digits of the number reported",
+)
+def test_evaluation_after_the_last_update(runs: Runs) -> None:
+    """If the interval between evaluations does not divide the number of updates, the stack also evaluates after the
+    last update, and reports that loss.
+    """
+    for updates, every in ((3, 2), (2, 3)):
+        recipe = replace(short(runs), updates=updates, evaluate=False, evaluate_every=every)
+        try:
+            evaluations(recipe, runs.trace(recipe))
+        except Violation as violation:
+            wanted = f"{updates} updates, evaluated every {every}: {violation.expected}"
+            raise Violation(wanted, violation.seen) from None
+    if not reported_losses(runs.trace(recipe).messages):
+        return
+    try:
+        reports_mean(everyday(runs), [runs.trace(everyday(runs))])
+    except Violation:
+        return  # what is reported where the interval divides the updates is not the mean either: see EVAL-5
+    reports_mean(recipe, [runs.trace(recipe)])

@@ -301,3 +301,24 @@ def test_configured_deviation(runs: Runs) -> None:
         if all(runs.policy.initial(recipe, info) == runs.policy.initial(plain, info) for info in tensors):
             raise NotApplicable("the policy declares the same initial weights whatever recipe.initial_std is")
         starts_as_declared(runs, [recipe])
+
+
+@clause(
+    "INIT-16",
+    since="0.2",
+    needs=("foreign-module", "module-factory"),
+    why="The run starts from whatever random numbers were used up before it, so no seed repeats it.",
+    mend="Set the seed before you call the function that builds the module. If your stack is handed a module that its "
+    "user has built, name module-factory in lacks.",
+    source="ThilinaRajapakse/simpletransformers#1478 (the seed does not reach what builds the model)",
+)
+def test_seed_before_the_factory(runs: Runs) -> None:
+    """A module that the stack builds by a function of its user starts from the same weights in two runs with the same
+    seed, whatever random numbers were drawn before.
+    """
+    recipe = Recipe(module="conformance.probes:MemoryTransformer")
+    first = runs.start(recipe)
+    with torch.random.fork_rng(devices=[]):
+        torch.rand(1)  # now the generator has another state than at the beginning of the first run
+        second = runs.start(replace(recipe, repeat=1))
+    tensors_equal(first.initial, second.initial, "parameters of two runs of a user's module with the same seed")

@@ -26,6 +26,8 @@ from conformance.suites import (
 
 SENTINELS = {"lr": 0.00123, "betas": (0.83, 0.967), "eps": 3.1e-7, "weight_decay": 0.0617}
 """Values that nobody has as a default."""
+ZEROS = {"lr": 0.00123, "betas": (0.0, 0.967), "weight_decay": 0.0}
+"""Values that are not left out, although they are false."""
 
 
 def starts(runs: Runs, class_path: str, **arguments: object) -> Trace:
@@ -159,17 +161,20 @@ def test_fused_where_possible(runs: Runs) -> None:
     since="0.1",
     why="The run trains with settings other than those in its configuration.",
     mend="Follow the keyword named here from the configuration to the constructor.",
-    source="EleutherAI/gpt-neox#228 (betas), NVIDIA-NeMo/Speech#775 (eps), pykale/pykale#587",
+    source="EleutherAI/gpt-neox#228 (betas), NVIDIA-NeMo/Speech#775 (eps), pykale/pykale#587; "
+    "unslothai/unsloth-zoo#818 (a zero is taken for a missing setting)",
     bound="equality of floats; for lr, equality with the rate of the stack's own schedule",
 )
 def test_keywords_arrive(runs: Runs) -> None:
-    """The optimizer receives lr, betas, eps and weight_decay exactly as the user gave them."""
-    run = starts(runs, ADAMW, **SENTINELS)
-    recipe = Recipe(optimizer=OptimizerChoice.of(ADAMW, **SENTINELS))
-    rates_are(asked_for(recipe, run), rates(runs, recipe, run))
-    expected = {name: value for name, value in SENTINELS.items() if name != "lr"}
-    for update in run.updates:
-        optimizer.keywords_arrive(update.groups, expected, varying=("weight_decay",))
+    """The optimizer receives lr, betas, eps and weight_decay exactly as the user gave them, even if they are zero."""
+    for given in [SENTINELS, ZEROS] if runs.asks("0.2") else [SENTINELS]:
+        run = starts(runs, ADAMW, **given)
+        recipe = Recipe(optimizer=OptimizerChoice.of(ADAMW, **given))
+        rates_are(asked_for(recipe, run), rates(runs, recipe, run))
+        expected = {name: value for name, value in given.items() if name != "lr"}
+        varying = ("weight_decay",) if given["weight_decay"] else ()  # 0 is that of tensors which do not decay, too
+        for update in run.updates:
+            optimizer.keywords_arrive(update.groups, expected, varying)
 
 
 @clause(

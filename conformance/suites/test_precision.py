@@ -11,7 +11,7 @@ from conformance.checks import precision
 from conformance.checks.data import mean_entropy
 from conformance.checks.loss import nothing_else
 from conformance.clause import clause
-from conformance.errors import NotApplicable, RunFailed, Violation
+from conformance.errors import NotApplicable, RunFailed, Violation, quoted
 from conformance.recipe import OptimizerChoice, Precision, Recipe
 from conformance.recording.trace import Forward, Trace
 from conformance.runs import Runs
@@ -245,12 +245,17 @@ def test_rotary_tables(runs: Runs) -> None:
     level="should",
     why="A part of the model that computes in float32 costs twice the time and memory; one that computes in 16 bits "
     "under 32-true loses more than half of its decimal digits.",
-    mend="Look for an autocast that is switched off around some modules, and for casts of weights or inputs.",
-    source="Lightning-AI/lightning-thunder#725 (autocast not applied to some operations)",
-    bound="dtype of the output of each nn.Linear but the head",
+    mend="Look for an autocast that is switched off around some modules, and for casts of weights or inputs: of "
+    "queries, keys and values for a kernel, say.",
+    source="Lightning-AI/lightning-thunder#725 (autocast not applied to some operations), Pointcept/Pointcept#352 "
+    "(queries, keys and values are halved for the kernel)",
+    bound="dtype of the output of each nn.Linear but the head; under 32-true, values in its input that are no bfloat16 "
+    "numbers (64 values are such numbers by chance with 2^-1024)",
 )
 def test_linears_compute_as_asked(runs: Runs) -> None:
-    """In training, every linear layer except the head computes in the precision that the user asked for."""
+    """In training, every linear layer except the head computes in the precision that the user asked for, and under
+    32-true what it gets was not rounded to 16 bits on the way.
+    """
     seen_any = False
     for name in runs.precisions():
         run = runs.trace(Recipe(precision=name))
@@ -258,6 +263,12 @@ def test_linears_compute_as_asked(runs: Runs) -> None:
             inner = dict(list(forward.linears.items())[:-1])  # the head is called last
             seen_any |= bool(inner)
             precision.dtypes_are(inner, COMPUTE[name], f"outputs of linear layers under {name}")
+            if name == "32-true" and forward.rounded:
+                raise Violation(
+                    "inputs of linear layers in float32 under 32-true",
+                    f"what goes into {quoted(forward.rounded)} was rounded to bfloat16 before: all of its values are "
+                    "bfloat16 numbers",
+                )
     if not seen_any:
         raise NotApplicable("the model calls no nn.Linear but its head")
 

@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean
 
@@ -11,6 +12,7 @@ from conformance.checks.accumulation import total_norm
 from conformance.checks.data import IGNORED, sample_numbers, sequence_entropies
 from conformance.checks.evaluation import validation_losses_by_step
 from conformance.checks.reports import (
+    finest,
     gradient_norms,
     is_rounded,
     last_numbers,
@@ -25,24 +27,43 @@ from conformance.errors import NotApplicable, Violation, quoted
 from conformance.recipe import Recipe
 from conformance.recording.trace import Trace
 from conformance.runs import Runs
-from conformance.suites import STILL, clipped, everyday, interrupted, mean_of, stays_inside
+from conformance.suites import (
+    STILL,
+    clipped,
+    each_unless_refused,
+    every_day,
+    everyday,
+    interrupted,
+    mean_of,
+    on_two_ranks,
+    setting,
+    stays_inside,
+    tied,
+)
+from conformance.suites.test_accumulation import in_one_batch
 from conformance.suites.test_evaluation import evaluations, validation
 from conformance.suites.test_resume import resumed
 
 
-def update_losses(recipe: Recipe, run: Trace) -> list[float]:
-    """Return the mean cross entropy of the next tokens of each update.
+def sequences(recipe: Recipe) -> torch.Tensor:
+    """Return the training sequences of all ranks."""
+    return torch.cat([batch for rank in range(recipe.world_size) for batch in recipe.batches(rank)])
+
+
+def update_losses(recipe: Recipe, traces: Sequence[Trace]) -> list[float]:
+    """Return the mean cross entropy of the next tokens of each update, over all ranks.
 
     Raises:
         NotApplicable: if an update trained on other sequences than those of the recipe, or on none.
     """
-    rows = torch.cat(recipe.batches())
-    entropies = [entropy for entropy in run.entropies if entropy.grad_enabled]
-    if stays_inside(run.training_forwards(), entropies):
+    rows, run = sequences(recipe), traces[0]
+    forwards = [forward for each in traces for forward in each.training_forwards()]
+    entropies = [entropy for each in traces for entropy in each.entropies if entropy.grad_enabled]
+    if stays_inside(forwards, entropies):
         updates = [[entropy for entropy in entropies if entropy.update == n] for n in range(len(run.updates))]
         return [mean_of(found) for found in updates if found]
     losses: list[list[float]] = [[] for _ in run.updates]
-    for forward in run.training_forwards():
+    for forward in forwards:
         if forward.update < len(losses):
             for loss in sequence_entropies(forward.scores, forward.ids, rows):
                 if loss is None:
@@ -53,21 +74,22 @@ def update_losses(recipe: Recipe, run: Trace) -> list[float]:
     return [fmean(found) for found in losses]
 
 
-def measured_losses(recipe: Recipe, run: Trace) -> list[float]:
+def measured_losses(recipe: Recipe, traces: Sequence[Trace]) -> list[float]:
     """Return the mean loss of each evaluation on training data, which a stack may report beside that of updates."""
-    rows = torch.cat(recipe.batches())
+    rows = sequences(recipe)
     losses: dict[int, list[float]] = {}
-    for forward in run.forwards:
+    for forward in (forward for run in traces for forward in run.forwards):
         if not forward.grad_enabled and forward.logits is not None:
             found = sequence_entropies(forward.scores, forward.ids, rows)
             losses.setdefault(forward.update, []).extend(loss for loss in found if loss is not None)
     return [fmean(found) for found in losses.values() if found]
 
 
-def whole_losses(run: Trace) -> list[float]:
+def whole_losses(traces: Sequence[Trace]) -> list[float]:
     """Return what backward was called on in each update, summed over its microbatches, and the means of it."""
-    values = [[loss.value.item() for loss in run.losses if loss.update == u] for u in range(len(run.updates))]
-    return [sum(found) for found in values] + [fmean(found) for found in values if found]
+    losses, updates = [loss for run in traces for loss in run.losses], range(len(traces[0].updates))
+    values = [[loss.value.item() for loss in losses if loss.update == update] for update in updates]
+    return [sum(found) / len(traces) for found in values] + [fmean(found) for found in values if found]
 
 
 @clause(
@@ -79,16 +101,27 @@ def whole_losses(run: Trace) -> list[float]:
     bound="all digits of the number reported",
 )
 def test_reported_loss(runs: Runs) -> None:
-    """The reported training loss is the mean cross entropy of one update, or of several in a row."""
-    recipe = everyday(runs)
-    run = runs.trace(recipe)
-    measured = measured_losses(recipe, run)
-    found = [text for text in training_losses(run.messages) if not any(is_rounded(text, loss) for loss in measured)]
+    """The reported training loss is the mean cross entropy of one update, or of several in a row, in 32 and in 16
+    bits.
+    """
+    each_unless_refused(every_day(runs), lambda recipe: reports_updates(runs, recipe, [runs.trace(recipe)]))
+
+
+def reports_updates(runs: Runs, recipe: Recipe, traces: Sequence[Trace]) -> None:
+    """Check that a training loss that rank 0 reports is the mean over all ranks of one update, or of several in a row.
+
+    Raises:
+        NotApplicable: if it reports none, or one cannot tell.
+    """
+    measured, told = measured_losses(recipe, traces), training_losses(traces[0].messages)
+    if runs.asks("0.2"):
+        told = finest(told)  # the fewer digits, the more numbers are right by chance
+    found = [text for text in told if not any(is_rounded(text, loss) for loss in measured)]
     if not found:
         raise NotApplicable("no message of the run gives the training loss of an update")
-    losses = update_losses(recipe, run)
+    losses = update_losses(recipe, traces)
     if runs.policy.auxiliary_loss(recipe):  # the run may report the sum of all terms instead
-        losses += whole_losses(run)
+        losses += whole_losses(traces)
     windows = [losses[first:last] for last in range(1, len(losses) + 1) for first in range(last)]
     means = [fmean(window) for window in windows]
     right = [text for text in found if any(is_rounded(text, mean) for mean in means)]
@@ -97,7 +130,8 @@ def test_reported_loss(runs: Runs) -> None:
     one_is_among(
         found,
         means,
-        f"a training loss of {losses[0]:.4f} for the first update, {losses[-1]:.4f} for the last, or a mean of updates",
+        f"{setting(recipe)}a training loss of {losses[0]:.4f} for the first update, {losses[-1]:.4f} for the last, or "
+        "a mean of updates" + (f", over all {len(traces)} ranks" if len(traces) > 1 else ""),
     )
 
 
@@ -135,20 +169,25 @@ def test_reported_rate(runs: Runs) -> None:
 )
 def test_reported_norm(runs: Runs) -> None:
     """The last gradient norm that the run reports is that of a whole gradient, before clipping, with one microbatch and
-    with several.
+    with several, and with tied weights.
     """
     # So that the gradients are those of a run that clips none.
     still = replace(everyday(runs).optimizer, arguments=(("lr", STILL),))
     plain = Recipe(optimizer=still, microbatch_size=4)
-    split = replace(plain, microbatch_size=1, microbatches=4)
-    for recipe in [plain, split] if runs.has("microbatches") and runs.asks("0.2") else [plain]:
-        norms = [total_norm(update.gradients) for update in runs.trace(recipe).updates]
-        run = runs.trace(clipped(recipe, norms[0], 0.1))
-        found = gradient_norms(run.messages)
-        if not found:
-            raise NotApplicable("no message of the run gives a gradient norm")
-        listed = ", ".join(f"{norm:.4g}" for norm in norms)
-        one_is_among(found[-1:], norms, f"with {recipe.microbatches} microbatches, one of the norms {listed}")
+    split = [replace(plain, microbatch_size=1, microbatches=4)] if runs.has("microbatches") and runs.asks("0.2") else []
+    each_unless_refused([plain, *split, *tied(runs, plain)], lambda recipe: reports_a_norm(runs, recipe))
+
+
+def reports_a_norm(runs: Runs, recipe: Recipe) -> None:
+    """Check that the last norm that a run reports, when it clips, is that of a gradient of the run that does not."""
+    norms = [total_norm(update.gradients) for update in runs.trace(recipe).updates]
+    run = runs.trace(clipped(recipe, norms[0], 0.1))
+    found = gradient_norms(run.messages)
+    if not found:
+        raise NotApplicable("no message of the run gives a gradient norm")
+    listed = ", ".join(f"{norm:.4g}" for norm in norms)
+    where = f"{setting(recipe)}with {recipe.microbatches} microbatches"
+    one_is_among(found[-1:], norms, f"{where}, one of the norms {listed}")
 
 
 @clause(
@@ -157,20 +196,36 @@ def test_reported_norm(runs: Runs) -> None:
     needs=("ignored-targets",),
     why="Speed, budgets and scaling laws are computed from a number of targets that nobody trained on.",
     mend="Count the targets that are not -100, over all microbatches and ranks.",
-    source="axolotl-ai-cloud/axolotl#3291 (tokens that were not trained on are counted)",
+    source="axolotl-ai-cloud/axolotl#3291 (tokens that were not trained on are counted), Lightning-AI/litgpt#1927 "
+    "(other nodes are not)",
     bound="equality",
 )
 def test_reported_targets(runs: Runs) -> None:
-    """If the run reports how many targets an update has, those that are ignored are not among them."""
+    """If the run reports how many targets an update has, those that are ignored are not among them, and those of all
+    ranks are.
+    """
     recipe = Recipe(updates=4, ignored_targets=True)
-    found = [float(text) for text in numbers_of_targets(runs.trace(recipe).messages)]
+    found = numbers_of_targets(runs.trace(recipe).messages)
     if not found:
         raise NotApplicable("no message of the run gives a number of targets (target_tokens, trainable_tokens)")
-    counts = [int((labels[:, 1:] != IGNORED).sum()) for labels in recipe.labels()]
+    are_numbers_of_targets(recipe, found)
+    if runs.has("two-ranks"):
+        recipe = on_two_ranks(in_one_batch(replace(everyday(runs), ignored_targets=True)))  # as ACC-4
+        are_numbers_of_targets(recipe, numbers_of_targets(runs.ranks(recipe)[0].messages))
+
+
+def are_numbers_of_targets(recipe: Recipe, found: Sequence[str]) -> None:
+    """Check that numbers are those of the targets of each update, over all microbatches and ranks, or sums of them."""
+    labels = [recipe.labels(rank) for rank in range(recipe.world_size)]
+    counts = [0] * recipe.updates
+    for number, batch in (pair for share in labels for pair in enumerate(share)):
+        counts[number // recipe.microbatches] += int((batch[:, 1:] != IGNORED).sum())
     allowed = {*counts, *itertools.accumulate(counts), fmean(counts)}
-    if wrong := [f"{number:g}" for number in found if number not in allowed]:
+    if wrong := [text for text in found if float(text) not in allowed]:
+        where = f" over {recipe.world_size} ranks" if recipe.world_size > 1 else ""
         raise Violation(
-            f"numbers of targets {quoted(counts)}, of the four updates, or their sums", f"reported: {quoted(wrong)}"
+            f"numbers of targets {quoted(counts)}, of the {len(counts)} updates{where}, or their sums",
+            f"reported: {quoted(wrong)}",
         )
 
 
@@ -231,3 +286,27 @@ def test_numbers_go_on_after_a_resume(runs: Runs) -> None:
             raise Violation(
                 f"{word} {expected[word]} as the last update of the resumed run, too", f"it is {word} {seen[word]}"
             )
+
+
+@clause(
+    "REPORT-7",
+    since="0.2",
+    needs=("two-ranks",),
+    level="should",
+    why="The curve shows the share of one rank, which is noisier than the loss that is trained on, and changes with "
+    "the number of ranks.",
+    mend="Average the loss over the ranks before you report it.",
+    source="huggingface/transformers#13681, snowflakedb/ArcticTraining#62 (the training loss is not averaged)",
+    bound="all digits of the number reported",
+)
+def test_reported_loss_on_two_ranks(runs: Runs) -> None:
+    """On two ranks, the reported training loss is the mean cross entropy over both ranks of one update, or of several
+    in a row.
+    """
+    alone, recipe = everyday(runs), on_two_ranks(everyday(runs))
+    traces = runs.ranks(recipe)
+    try:
+        reports_updates(runs, alone, [runs.trace(alone)])
+    except Violation:
+        raise NotApplicable("what one process reports is not the mean either: see REPORT-1") from None
+    reports_updates(runs, recipe, traces)

@@ -117,6 +117,12 @@ def test_data_goes_on(runs: Runs) -> None:
         goes_on(runs, recipe, samples, update)
 
 
+NO_UPDATE = (
+    "no update: the run ended at once, as one does that goes on from its last checkpoint and not from the one that it "
+    "was given"
+)
+
+
 def goes_on(runs: Runs, recipe: Recipe, samples: torch.Tensor, update: int) -> None:
     """Check that a run which is resumed after an update trains on the samples of one that was not interrupted."""
     whole = runs.trace(recipe)
@@ -127,7 +133,7 @@ def goes_on(runs: Runs, recipe: Recipe, samples: torch.Tensor, update: int) -> N
         raise Violation(
             f"resumed after update {update}, the samples of update {update + first + 1} onwards: "
             f"{expected[first:][:3]}",
-            f"{seen[first:][:3] or 'no update'}",
+            f"{seen[first:][:3] or NO_UPDATE}",
         )
 
 

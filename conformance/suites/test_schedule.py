@@ -7,7 +7,7 @@ from conformance.clause import clause
 from conformance.errors import NotApplicable, Violation, describe_error
 from conformance.recipe import OptimizerChoice, Recipe
 from conformance.runs import Runs
-from conformance.suites import asked_for, everyday, on_two_ranks, rates, seen
+from conformance.suites import asked_for, each_unless_refused, every_day, everyday, on_two_ranks, rates, seen, setting
 
 
 @clause(
@@ -20,14 +20,20 @@ from conformance.suites import asked_for, everyday, on_two_ranks, rates, seen
     bound="1e-6 relative (healthy: 1e-16; weakest mutant, a minimum of its own: 0.03)",
 )
 def test_rates_as_declared(runs: Runs) -> None:
-    """Every update has the declared learning rate, through warm-up and cosine, with one microbatch or several."""
+    """Every update has the declared learning rate, through warm-up and cosine, with one microbatch or several, in 32
+    and in 16 bits.
+    """
     split = everyday(runs)
     variants = [split, replace(split, microbatch_size=split.update_size, microbatches=1)]
     variants.append(Recipe(updates=5, warmup=3, optimizer=OptimizerChoice()))  # constant after the warm-up
-    for recipe in variants:
-        what = f"learning rates, with a warm-up of {recipe.warmup} and {recipe.microbatches} microbatches per update,"
-        run = seen(runs.trace(recipe))
-        rates_are(asked_for(recipe, run), rates(runs, recipe, run), what)
+    each_unless_refused([*variants, *every_day(runs)[1:]], lambda recipe: has_declared_rates(runs, recipe))
+
+
+def has_declared_rates(runs: Runs, recipe: Recipe) -> None:
+    """Check the learning rates of the run of a recipe."""
+    what = f"learning rates, with a warm-up of {recipe.warmup} and {recipe.microbatches} microbatches per update,"
+    run = seen(runs.trace(recipe))
+    rates_are(asked_for(recipe, run), rates(runs, recipe, run), setting(recipe) + what)
 
 
 @clause(
@@ -71,6 +77,7 @@ EDGES = {
     "a single update": Recipe(updates=1, warmup=0, minimum_lr=1e-3),
     "a warm-up as long as the run": Recipe(updates=3, warmup=3, minimum_lr=1e-3),
     "a warm-up that leaves one update": Recipe(updates=3, warmup=2, minimum_lr=1e-3),
+    "a lowest rate of 0": Recipe(updates=4, warmup=1, minimum_lr=0.0),  # which is no setting left out
 }
 
 
@@ -78,14 +85,17 @@ EDGES = {
     "LR-4",
     since="0.2",
     needs=("schedule",),
-    why="In a short run, or one without a warm-up, a schedule may divide by zero or leave the declared range.",
-    mend="Try your schedule with no warm-up, with one update, and with a warm-up as long as the run.",
-    source="karpathy/nanoGPT get_lr (divides by the length of the decay), nanoGPT dc81cb36",
+    why="In a short run, or one without a warm-up, a schedule may divide by zero or leave the declared range; a lowest "
+    "rate of 0 may pass for one that was not given.",
+    mend="Try your schedule with no warm-up, with one update, and with a warm-up as long as the run. Ask whether a "
+    "setting is None, not whether it is true.",
+    source="karpathy/nanoGPT get_lr (divides by the length of the decay), nanoGPT dc81cb36; unslothai/unsloth-zoo#818 "
+    "(a zero is taken for a missing setting)",
     bound="as LR-1; or an error before the first update",
 )
 def test_rates_at_the_edges(runs: Runs) -> None:
-    """With no warm-up, with a single update, and with a warm-up as long as the run, every update has the declared
-    learning rate, or the stack refuses the settings.
+    """With no warm-up, with a single update, with a warm-up as long as the run, and with a lowest rate of 0, every
+    update has the declared learning rate, or the stack refuses the settings.
     """
     judged = 0
     for what, recipe in EDGES.items():

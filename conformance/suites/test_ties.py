@@ -11,7 +11,7 @@ from conformance.clause import clause
 from conformance.errors import NotApplicable, Violation, quoted
 from conformance.recipe import Recipe
 from conformance.runs import Runs
-from conformance.suites import shapes
+from conformance.suites import each_unless_refused, shapes
 from conformance.suites.test_resume import resumed
 
 
@@ -32,22 +32,29 @@ def size(tensors: Mapping[str, Tensor]) -> int:
     bound="number of elements",
 )
 def test_one_tensor(runs: Runs) -> None:
-    """If embedding and head are tied, they are one tensor, from the start and after every update."""
-    for recipe in shapes(runs, Recipe(tied=True)):
-        tied, untied = runs.trace(recipe), runs.trace(replace(recipe, tied=False))
-        table = recipe.vocab_size * recipe.n_embd
-        saved = size(untied.initial) - size(tied.initial)
-        always = saved == 0 and any(len(info.names) > 1 for info in tied.tensors.values())  # whatever was asked for
-        if not always and not table <= saved <= table + recipe.vocab_size:  # a head of its own may have a bias
-            raise Violation(
-                f"{recipe.shape}: {table} elements fewer than untied, a table of {recipe.vocab_size} x {recipe.n_embd}",
-                f"{size(tied.initial)} elements tied, {size(untied.initial)} untied",
-            )
-        for number, update in enumerate(tied.updates, start=1):
-            if size(update.after) != size(tied.initial):
-                raise Violation(
-                    f"{recipe.shape}: {size(tied.initial)} elements after update {number}", f"{size(update.after)}"
-                )
+    """If embedding and head are tied, they are one tensor, from the start and after every update, in 32 and in 16
+    bits.
+    """
+    found = shapes(runs, Recipe(tied=True))
+    coarse = [replace(found[0], precision=name) for name in runs.precisions() if name != "32-true"]
+    each_unless_refused([*found, *coarse] if runs.asks("0.2") else found, lambda recipe: one_tensor(runs, recipe))
+
+
+def one_tensor(runs: Runs, recipe: Recipe) -> None:
+    """Check that a run with tied weights has as many elements fewer than one without as a table has."""
+    where = f"{recipe.shape}, {recipe.precision}"
+    tied, untied = runs.trace(recipe), runs.trace(replace(recipe, tied=False))
+    table = recipe.vocab_size * recipe.n_embd
+    saved = size(untied.initial) - size(tied.initial)
+    always = saved == 0 and any(len(info.names) > 1 for info in tied.tensors.values())  # whatever was asked for
+    if not always and not table <= saved <= table + recipe.vocab_size:  # a head of its own may have a bias
+        raise Violation(
+            f"{where}: {table} elements fewer than untied, a table of {recipe.vocab_size} x {recipe.n_embd}",
+            f"{size(tied.initial)} elements tied, {size(untied.initial)} untied",
+        )
+    for number, update in enumerate(tied.updates, start=1):
+        if size(update.after) != size(tied.initial):
+            raise Violation(f"{where}: {size(tied.initial)} elements after update {number}", f"{size(update.after)}")
 
 
 @clause(

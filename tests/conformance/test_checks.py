@@ -195,6 +195,33 @@ def test_clipping_by_tensor_has_another_direction() -> None:
         clipping.clipped_as_one(free, {"a": torch.tensor([1.0, 0.0]), "b": torch.tensor([1.0]), "c": None}, 1.0)
 
 
+A, B = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "kind"),
+    [
+        (A, B, "not clipped when the optimizer steps"),
+        (A / 3, B / 4, "each tensor was clipped by itself"),
+        (A / 3, B / 8, "clipped apart, by norms of their own: a, and others"),
+        (A / 7, B / 7, r"as if the norm was 7, the sum of the norms"),
+        (A / 34**0.5, B / 34**0.5, r"as if the norm was 5\.831: the tied tensor a was counted twice"),
+        (A / 50, B / 50, "as if the norm was 50; it is 5"),
+        (torch.tensor([0.0, 3.0]), B, "before the last backward"),
+        (torch.tensor([0.0, 0.6]), B / 5, "after each microbatch"),
+        (A / 0, B, "zero or not finite"),
+    ],
+)
+def test_kinds_of_clipping_are_told_apart(first: Tensor, second: Tensor, kind: str) -> None:
+    with pytest.raises(Violation, match=kind):
+        clipping.clipped_as_one({"a": A, "b": B}, {"a": first, "b": second}, 1.0, shared=["a"])
+
+
+def test_elements_clipped_by_themselves_are_told() -> None:
+    with pytest.raises(Violation, match="each element was clipped by itself"):
+        clipping.clipped_as_one({"a": torch.tensor([3.0, 0.5])}, {"a": torch.tensor([1.0, 0.5])}, 1.0)
+
+
 def test_the_update_with_another_rate_is_named() -> None:
     updates = [[Group(("w",), {"lr": rate})] for rate in (0.5, 1.0, 0.8)]
 
@@ -249,6 +276,33 @@ def test_a_loss_divided_by_a_target_too_many_is_still_that_of_the_next_tokens() 
     later = [data.mean_entropy(x[:, :7], t[:, 2:]) for x, t in zip(logits, rows, strict=True)]
     assert not data.divided_by_counts(logits, rows, later)
     assert not data.divided_by_counts(logits, rows, [0.0, *later[1:]])
+
+
+@pytest.mark.parametrize(
+    ("counted", "seen"),
+    [
+        ("marked", ""),
+        ("sums", ""),
+        ("all", "all tokens"),
+        ("behind", "the token behind"),
+        ("half", "the factor varies"),
+    ],
+)
+def test_targets_that_are_counted_by_another_mask_are_named(counted: str, seen: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits = [torch.randn(2, 8, 12, generator=generator) for _ in range(3)]
+    rows = [torch.randint(12, (2, 9), generator=generator) for _ in range(3)]
+    marked = [torch.rand(2, 9, generator=generator) < 0.5 for _ in range(3)]
+    masks = {"all": [torch.ones(2, 8, dtype=torch.bool)] * 3, "half": [mask[:, 1:].logical_not() for mask in marked]}
+    masks |= {"marked": [mask[:, 1:] for mask in marked], "behind": [mask[:, :-1] for mask in marked]}
+    masks["sums"] = masks["marked"]
+    targets = [tokens[:, 1:].masked_fill(~mask, -100) for tokens, mask in zip(rows, masks[counted], strict=True)]
+    losses = [data.mean_entropy(*pair) for pair in zip(logits, targets, strict=True)]
+    if counted == "sums":
+        losses = [loss * int(mask.sum()) for loss, mask in zip(losses, masks["sums"], strict=True)]
+    labels = [tokens.masked_fill(~mask, -100) for tokens, mask in zip(rows, marked, strict=True)]
+    with pytest.raises(Violation, match=seen) if seen else contextlib.nullcontext():
+        data.counts_declared_targets(logits, rows, labels, losses)
 
 
 @pytest.mark.parametrize(

@@ -42,3 +42,22 @@ def test_everything_is_put_back() -> None:
     assert kept == (F.scaled_dot_product_attention, torch.dropout, torch._VF.dropout)
     torch.manual_seed(1)
     assert (nn.Dropout(0.5)(X) == 0).any()
+
+
+def test_one_call_acts_in_each_update() -> None:
+    update = 0
+    with everything_kept(but_for=lambda: update):
+        for update in range(3):
+            first, second = F.dropout(X, 0.2), nn.Dropout(0.2)(X)
+            third = F.scaled_dot_product_attention(X, X, X, None, 0.2)
+            random = [not torch.equal(first, X / 0.8), not torch.equal(second, X / 0.8)]
+            assert random == [update == 0, update == 1]
+            plain = F.scaled_dot_product_attention(X, X, X) / 0.8
+            assert torch.allclose(third, plain) == (update != 2)
+
+
+def test_a_mask_of_weights_is_no_place() -> None:
+    weight = nn.Parameter(X.clone())
+    with everything_kept(but_for=lambda: 0):
+        torch.testing.assert_close(F.dropout(weight, 0.2), X / 0.8)
+        assert not torch.equal(F.dropout(X, 0.2), X / 0.8)  # this one is the first

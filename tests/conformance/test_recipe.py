@@ -63,6 +63,18 @@ def test_a_data_set_is_its_document_in_samples_that_overlap_by_one() -> None:
     assert int(document.max()) > 65_535
 
 
+def test_marked_targets_come_in_stretches_and_the_rest_is_as_it_was() -> None:
+    recipe = Recipe(samples=8, masked_samples=True)
+    samples, labels = recipe.dataset(), recipe.dataset_labels()
+    kept = labels != -100
+    assert torch.equal(labels[kept], samples[kept])
+    assert torch.equal(labels[1:, 0], labels[:-1, -1])  # a token is marked alike in both samples that hold it
+    assert bool(kept[:, 1:].any(dim=1).all())
+    assert not bool(kept.all(dim=1).any())
+    assert bool(kept[-1, -1])
+    assert torch.equal(Recipe(samples=8).dataset_labels(), samples)
+
+
 def test_a_batch_total_decides_how_many_sequences_there_are() -> None:
     recipe = Recipe(microbatch_size=4, batch_total=10)
     assert (recipe.update_size, [len(tensor) for tensor in recipe.batches()]) == (10, [4] * 5)

@@ -32,7 +32,7 @@ def session() -> Iterator[Session]:
 
 
 def test_it_stays_small() -> None:
-    assert len(ADAPTER.read_text(encoding="utf-8").splitlines()) <= 100
+    assert len(ADAPTER.read_text(encoding="utf-8").splitlines()) <= 120
 
 
 @pytest.mark.slow  # all clauses

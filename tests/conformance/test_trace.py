@@ -207,6 +207,27 @@ def test_a_model_inside_a_module_that_gives_the_loss(model: Tiny, rows: bool) ->
     assert equal(trace.initial, start)
 
 
+class Tied(nn.Module):
+    """A body that holds every parameter, and a loss from a head that is the table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Embedding(V, C), nn.Linear(C, C))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits = self.body(ids) @ self.body[0].weight.T
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+def test_hidden_states_of_a_body_under_a_tied_head_are_no_logits() -> None:
+    model = Tied()
+    with record() as trace:
+        model(IDS).backward()
+        SGD(model.parameters(), lr=0.1).step()
+    assert [forward.logits for forward in trace.forwards] == [None]
+    assert list(trace.tensors) == ["body.0.weight", "body.1.weight", "body.1.bias"]
+
+
 def test_an_evaluation_that_returns_nothing(model: Tiny) -> None:
     """Lightning's validation_step, which under DDP is a forward of the wrapper."""
     expected = model(IDS)

@@ -307,6 +307,18 @@ def test_cross_entropies_are_seen_with_their_targets() -> None:
     assert (second.update, second.counted, second.reduction, second.grad_enabled) == (1, 8, "mean", False)
 
 
+def test_linears_whose_input_was_rounded_are_told() -> None:
+    model = Tiny()
+    for rounded in (False, True):
+        if rounded:
+            model.table.register_forward_hook(lambda _, __, output: output.bfloat16().float())
+        with record() as trace:
+            model(torch.arange(V).repeat(8, 1))
+            model(torch.zeros(8, V, dtype=torch.int64))  # a few values only
+            SGD(model.parameters(), lr=0.1).step()
+        assert [forward.rounded for forward in trace.forwards] == [("hidden",) if rounded else (), ()]
+
+
 def test_modes_of_submodules_and_dtypes_of_linears_are_kept() -> None:
     model = Tiny()
     model.hidden.eval()

@@ -84,4 +84,20 @@ MUTANTS = [
             "is_causal=past == 0 and self.n_kv_head == self.n_head,",
         ),
     ),
+    mutant(
+        "mask-lost-in-16-bits",
+        "CAUSAL-1",
+        "lightseekorg/tokenspeed#469: the kernel for bfloat16 has no causal mask, that for other dtypes has",
+        (
+            "reference.model.gpt:Attention.forward",
+            "is_causal=past == 0,",
+            "is_causal=past == 0 and q.dtype != torch.bfloat16,",
+        ),
+    ),
+    mutant(
+        "mask-lost-for-a-single-sequence",
+        "CAUSAL-1",
+        "facebookresearch/xformers#104, huggingface/transformers#30311: dropped where there is no padding mask",
+        ("reference.model.gpt:Attention.forward", "is_causal=past == 0,", "is_causal=past == 0 and batch > 1,"),
+    ),
 ]

@@ -108,4 +108,83 @@ MUTANTS = [
             f"[setattr(p, 'grad', None) for p in {PARAMETERS} if p.grad.isnan().any()] and False or {CALL}",
         ),
     ),
+    mutant(
+        "tied-table-counted-twice-in-the-norm",
+        "CLIP-1 REPORT-3",
+        "NVIDIA-NeMo/RL#3788: a gradient that is there twice is counted twice",
+        (
+            "reference.training.run:Run.update_once",
+            "norm = fabric.clip_gradients(self.wrapped, self.optimizer, max_norm=limit, error_if_nonfinite=False)",
+            'norm = fabric.clip_gradients(self.wrapped, self.optimizer, max_norm=float("inf"), '
+            "error_if_nonfinite=False)\n"
+            "    named = self.module.named_parameters(remove_duplicate=False)\n"
+            "    norm = torch.nn.utils.get_total_norm([p.grad for _, p in named if p.grad is not "
+            "None])\n"
+            '    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm\n'
+            "    torch.nn.utils.clip_grads_with_norm_(self.module.parameters(), limit, norm)\n",
+        ),
+    ),
+    mutant(
+        "clips-each-tensor",
+        "CLIP-1",
+        "keras-team/keras#13575, carpedm20/MemN2N-tensorflow#19: each gradient is clipped by itself",
+        (
+            "reference.training.run:Run.update_once",
+            "norm = fabric.clip_gradients(self.wrapped, self.optimizer, max_norm=limit, error_if_nonfinite=False)",
+            'norm = fabric.clip_gradients(self.wrapped, self.optimizer, max_norm=float("inf"), '
+            "error_if_nonfinite=False)\n"
+            "    for p in self.module.parameters():\n"
+            "        torch.nn.utils.clip_grad_norm_(p, limit)",
+        ),
+    ),
+    mutant(
+        "clips-each-stage",
+        "CLIP-1",
+        "pytorch/torchtitan#596, nvidia-cosmos/cosmos-rl#120: each part of the model by its own norm",
+        (
+            "reference.training.run:Run.update_once",
+            "norm = fabric.clip_gradients(self.wrapped, self.optimizer, max_norm=limit, error_if_nonfinite=False)",
+            'norm = fabric.clip_gradients(self.wrapped, self.optimizer, max_norm=float("inf"), '
+            "error_if_nonfinite=False)\n"
+            "    for inside in (True, False):\n"
+            "        stage = [p for name, p in self.module.named_parameters() if "
+            'name.startswith("blocks.") == inside]\n'
+            "        torch.nn.utils.clip_grad_norm_(stage, limit)\n",
+        ),
+    ),
+    mutant(
+        "clips-before-the-last-backward",
+        "CLIP-1",
+        "simchowitzlabpublic/nano-world-model#22: clipped before the backward that comes last",
+        (
+            "reference.training.run:Run.update_once",
+            "for index, (ids, targets) in enumerate(pairs):",
+            "for index, (ids, targets) in enumerate(pairs):\n"
+            "        if index + 1 == len(pairs):\n"
+            "            torch.nn.utils.clip_grad_norm_(self.module.parameters(), config.clip or "
+            'float("inf"))\n',
+        ),
+        (
+            "reference.training.run:Run.update_once",
+            "norm = fabric.clip_gradients(self.wrapped, self.optimizer, max_norm=limit, error_if_nonfinite=False)",
+            'norm = fabric.clip_gradients(self.wrapped, self.optimizer, max_norm=float("inf"), '
+            "error_if_nonfinite=False)",
+        ),
+    ),
+    mutant(
+        "clips-after-the-step",
+        "CLIP-1",
+        "awslabs/graphstorm#1366, VGraphRNN/VGRNN#4: clipped when the optimizer has stepped",
+        (
+            "reference.training.run:Run.update_once",
+            "norm = fabric.clip_gradients(self.wrapped, self.optimizer, max_norm=limit, error_if_nonfinite=False)",
+            'norm = fabric.clip_gradients(self.wrapped, self.optimizer, max_norm=float("inf"), '
+            "error_if_nonfinite=False)",
+        ),
+        (
+            "reference.training.run:Run.update_once",
+            "self.optimizer.step()",
+            "self.optimizer.step()\n    torch.nn.utils.clip_grad_norm_(self.module.parameters(), limit)",
+        ),
+    ),
 ]

@@ -198,4 +198,20 @@ MUTANTS = [
             'derive_seed(seed, "epoch", 0, rank)',
         ),
     ),
+    mutant(
+        "mask-of-the-inputs",
+        "DATA-13",
+        "pytorch/torchtitan#2755, verl-project/verl#3287: the mask of the targets is off by one",
+        (
+            BATCHES,
+            "self.mask[window * length + 1 : window * length + length + 1]",
+            "self.mask[window * length : window * length + length]",
+        ),
+    ),
+    mutant(
+        "mask-dropped",
+        "DATA-13",
+        "karpathy/nanochat#582: the mask of the assistant's turns is dropped",
+        (BATCHES, "ids[:, 1:].masked_fill(~torch.from_numpy(np.stack(kept)), IGNORE)", "ids[:, 1:]"),
+    ),
 ]

@@ -86,4 +86,10 @@ MUTANTS = [
             "x = self.dropout(x) * (1 - self.config.dropout if self.training else 1)",
         ),
     ),
+    mutant(
+        "dropout-of-the-embedding-is-shared",
+        "DROP-3",
+        "joaopauloschuler/neural-api#6: one mask for the batch, not for each sample",
+        ("reference.model.gpt:GPT.forward", "x = self.dropout(x)", "x = x * self.dropout(torch.ones_like(x[:1]))"),
+    ),
 ]

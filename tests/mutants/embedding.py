@@ -115,4 +115,31 @@ MUTANTS = [
             "for module in wide[:1]]",
         ),
     ),
+    mutant(
+        "norm-lost-on-loading",
+        "EMB-8",
+        "Nerogar/OneTrainer#351: trained embeddings are not those that a resumed run goes on with",
+        (
+            "reference.checkpoint.folder:put_into",
+            "model.load_state_dict(kept)",
+            "model.load_state_dict({n: own[n] if n.endswith(('embedding.norm.weight', "
+            "'embedding.norm.bias', 'position.norm.weight', 'position.norm.bias')) else t for n, t "
+            "in kept.items()})",
+        ),
+    ),
+    mutant(
+        "table-frozen-by-the-swap",
+        "EMB-3",
+        "huggingface/optimum-graphcore#304: an embedding made from given weights is frozen",
+        (
+            "reference.model.embedding:stable_embedding",
+            "return stable.train(plain.training)",
+            "stable.weight.requires_grad_(False)\n    return stable.train(plain.training)",
+        ),
+        (
+            "reference.optimizers.build:create_one",
+            "for module in stable_embeddings(model)]",
+            "for module in stable_embeddings(model) if module.weight.requires_grad]",
+        ),
+    ),
 ]

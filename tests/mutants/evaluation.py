@@ -191,4 +191,20 @@ MUTANTS = [
         "Lightning-AI/litgpt#1971: the loss of rank 0",
         ("reference.training.evaluation:validate", "validation.once(run.fabric.global_rank,", "validation.once(0,"),
     ),
+    mutant(
+        "val-summed-in-16-bits",
+        "EVAL-5",
+        "Lightning-AI/pytorch-lightning#18620: 256 + 1 == 256",
+        (
+            "reference.training.evaluation:evaluate",
+            "dtype=torch.float64",
+            'dtype=torch.bfloat16 if "bf16" in fabric.strategy.precision.precision else torch.float64',
+        ),
+    ),
+    mutant(
+        "no-evaluation-at-the-end",
+        "EVAL-17",
+        "huggingface/transformers#44146, PrimeIntellect-ai/prime-rl#835",
+        (FIT, "is_due(update, config.evaluate_every, last)", "is_due(update, config.evaluate_every, False)"),
+    ),
 ]

@@ -119,4 +119,24 @@ MUTANTS = [
             "requires_grad_(stable)",
         ),
     ),
+    mutant(
+        "scaled-by-root-of-rank",
+        "EMB-16",
+        "NVIDIA/TensorRT-LLM#1668, paiml/aprender#2189: trained and merged by two scales",
+        (
+            "reference.finetuning.adapters:add_adapters",
+            "lora_dropout=config.lora_dropout,",
+            "lora_dropout=config.lora_dropout,\n        use_rslora=True,",
+        ),
+    ),
+    mutant(
+        "head-starts-random",
+        "EMB-15",
+        "huggingface/transformers#17375, #45079: lm_head.weight is newly initialised",
+        (
+            "reference.training.setup:set_up",
+            "module.load_state_dict(base.state_dict())",
+            'module.load_state_dict({n: t for n, t in base.state_dict().items() if n != "head.weight"}, strict=False)',
+        ),
+    ),
 ]

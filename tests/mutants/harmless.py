@@ -11,7 +11,7 @@ from conformance.recipe import Recipe
 from conformance.subject import Distribution
 from conformance.subjects.reference import Reference, ReferencePolicy
 from reference import GPTConfig, TrainConfig
-from tests.mutants.planting import ADDED, BUILD, FIT, GROUPS, PREPARE, RESTORE, STD, UPDATE, Edit
+from tests.mutants.planting import ADDED, BUILD, EVALUATE, FIT, GROUPS, PREPARE, RATE, RESTORE, STD, UPDATE, Edit
 
 FIT_NORM, FINETUNE = "reference.finetuning.closest:fit_norm", "conformance.subjects.reference:Reference.finetune_config"
 ATTENTION, ONCE = "reference.model.gpt:Attention.forward", "reference.data.tokens:TokenData.passed_once"
@@ -178,6 +178,17 @@ HARMLESS = [
         policy=(("logits_with_dropout", without_attention),),
     ),
     Harmless(
+        "drops-weights-of-the-head",  # one mask for all sequences, which is meant
+        edits=(
+            Edit(
+                "reference.model.gpt:GPT.forward",
+                "return self.head(self.norm(x))",
+                "return F.linear(self.norm(x), F.dropout(self.head.weight, self.config.dropout, self.training))",
+            ),
+        ),
+        policy=(("logits_with_dropout", {}),),
+    ),
+    Harmless(
         "drops-the-tail-of-a-document-and-says-so",
         edits=(Edit(ONCE, "windows = -(-(self.tokens - 1) // length)", "windows = (self.tokens - 1) // length"),),
         policy=(("leftovers", {"tail": "dropped"}),),
@@ -190,6 +201,25 @@ HARMLESS = [
                 "itertools.islice(batches, run.config.evaluate_batches)",
                 "list(batches)[-(run.config.evaluate_batches or 0) :]",
             ),
+        ),
+    ),
+    Harmless(
+        "lone-sequences-and-16-bits-by-a-mask",
+        edits=(
+            Edit(
+                ATTENTION,
+                "if past > 0 and time > 1:",
+                "by_mask = past == 0 and (batch == 1 or q.dtype != torch.float32)\n"
+                "    if by_mask or (past > 0 and time > 1):",
+            ),
+            Edit(ATTENTION, "is_causal=past == 0,", "is_causal=past == 0 and not by_mask,"),
+        ),
+    ),
+    Harmless(
+        "rates-and-validation-loss-in-float32",
+        edits=(
+            Edit(EVALUATE, "dtype=torch.float64", "dtype=torch.float32"),
+            Edit(UPDATE, RATE, f"float(torch.tensor({RATE}))"),
         ),
     ),
     Harmless("updates-counted-from-0-in-reports", edits=(Edit(FIT, "update=update + 1,", "update=update,"),)),

@@ -185,4 +185,10 @@ MUTANTS = [
             '    return 0.02 if name in ("embedding", "position") else config.init_std\n',
         ),
     ),
+    mutant(
+        "factory-called-before-the-seed",
+        "INIT-16",
+        "ThilinaRajapakse/simpletransformers#1478: the seed does not reach what builds the model",
+        (BUILD_MODULE, "fabric.seed_everything(config.seed, verbose=False)", "pass"),
+    ),
 ]

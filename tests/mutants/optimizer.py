@@ -261,4 +261,14 @@ MUTANTS = [
             ' if "lr" in config.optimizer_args else config.optimizer_rest_args)]',
         ),
     ),
+    mutant(
+        "zero-becomes-the-default",
+        "OPT-7",
+        "unslothai/unsloth-zoo#818: an explicit zero is taken for a missing setting",
+        (
+            "reference.optimizers.build:create_one",
+            "keywords = added | dict(arguments)",
+            "keywords = added | {k: v for k, v in arguments.items() if v or isinstance(v, bool)}",
+        ),
+    ),
 ]

@@ -131,4 +131,15 @@ MUTANTS = [
         "Lightning-AI/litgpt at c0415056: an option that is accepted and never used",
         ("reference.model.gpt:GPT.forward", "if not self.config.fp32_residual and", "if False and"),
     ),
+    mutant(
+        "attention-rounded-inside",
+        "PREC-8",
+        "Pointcept/Pointcept#352: queries, keys and values are halved for the kernel",
+        (
+            "reference.model.gpt:Attention.forward",
+            "mask = None\n",
+            "q, k, v = (part.bfloat16() for part in (q, k, v))\n    mask = None\n",
+        ),
+        ("reference.model.gpt:Attention.forward", "y.transpose(1, 2)", "y.to(x.dtype).transpose(1, 2)"),
+    ),
 ]

@@ -2,6 +2,8 @@
 
 from tests.mutants.planting import FIT, UPDATE, mutant
 
+DONE = "return Done(loss_value, norm_value, int(tokens), following)"
+
 MUTANTS = [
     mutant(
         "reported-loss-not-divided",
@@ -37,7 +39,7 @@ MUTANTS = [
         "NVIDIA-NeMo/RL#1426",
         (
             "reference.training.run:Run.update_once",
-            "return Done(loss_value, norm_value, int(tokens), following)",
+            DONE,
             "return Done(loss_value, norm_value * len(pairs), int(tokens), following)",
         ),
     ),
@@ -47,7 +49,7 @@ MUTANTS = [
         "axolotl-ai-cloud/axolotl#3291: tokens that were not trained on are counted",
         (
             "reference.training.run:Run.update_once",
-            "return Done(loss_value, norm_value, int(tokens), following)",
+            DONE,
             "return Done(loss_value, norm_value, fabric.world_size * sum(ids.numel() for ids, _ in pairs), following)",
         ),
     ),
@@ -66,5 +68,27 @@ MUTANTS = [
         "REPORT-6",
         "facebookresearch/ParlAI#2106: the count of a resumed run begins anew",
         ("reference.training.trainer:Trainer.fit", "update=update + 1,", "update=update + 1 - done,"),
+    ),
+    mutant(
+        "loss-summed-in-16-bits",
+        "REPORT-1",
+        "pytorch/xla#2425: losses are added up in bfloat16",
+        (
+            "reference.training.run:Run.update_once",
+            "share = torch.zeros((), device=device)",
+            'share = torch.zeros((), device=device, dtype=torch.bfloat16 if "bf16" in config.precision else None)',
+        ),
+    ),
+    mutant(
+        "reported-loss-of-rank-0",
+        "REPORT-7",
+        "huggingface/transformers#13681, snowflakedb/ArcticTraining#62: the training loss is not averaged",
+        (UPDATE, 'reduce(fabric, share.clone(), "mean")', "share.clone()"),
+    ),
+    mutant(
+        "reported-targets-of-rank-0",
+        "REPORT-4",
+        "Lightning-AI/litgpt#1927: the other nodes are not counted",
+        (UPDATE, DONE, DONE.replace("int(tokens)", "int(count_targets(pairs))")),
     ),
 ]

@@ -210,4 +210,14 @@ MUTANTS = [
         "huggingface/transformers#11769, #27138",
         ("reference.checkpoint.folder:prune", "found[:-keep_last]", "found[keep_last:]"),
     ),
+    mutant(
+        "last-checkpoint-whatever-was-chosen",
+        "RESUME-2",
+        "allenai/open-instruct#1823, radixark/miles#2688: another checkpoint than the one that was chosen",
+        (
+            "reference.checkpoint.folder:find",
+            "folder = Path(resume)\n",
+            "folder = Path(resume)\n    folder = [folder, *checkpoints(folder.parent)][-1]\n",
+        ),
+    ),
 ]

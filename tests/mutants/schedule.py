@@ -92,4 +92,21 @@ MUTANTS = [
             "min(1.0, max(0, passed) / length)",
         ),
     ),
+    mutant(
+        "rate-rounded-to-16-bits",
+        "LR-1",
+        "tinygrad/tinygrad#4297, PaddlePaddle/Paddle#34316: the learning rate is kept in 16 bits",
+        (
+            "reference.training.run:Run.update_once",
+            "learning_rate(config, update, peak)",
+            "float(torch.tensor(learning_rate(config, update, peak), dtype=torch.bfloat16 if "
+            '"bf16" in config.precision else torch.float64))',
+        ),
+    ),
+    mutant(
+        "lowest-rate-of-zero-is-a-tenth",
+        "LR-4",
+        "unslothai/unsloth-zoo#818: an explicit zero is taken for a missing setting",
+        ("reference.training.schedule:learning_rate", "if config.min_lr is None else", "if not config.min_lr else"),
+    ),
 ]

@@ -44,4 +44,17 @@ MUTANTS = [
             "                built.head.weight = built.embedding.weight\n            return built",
         ),
     ),
+    mutant(
+        "tie-lost-in-16-bits",
+        "TIE-1",
+        "huggingface/accelerate#993: untied when the weights are moved",
+        (
+            "reference.training.setup:set_up",
+            "module = build_module(model, config, fabric)",
+            "module = build_module(model, config, fabric)\n"
+            '    if config.precision == "bf16-true" and isinstance(module, GPT) and '
+            "module.config.tie_embeddings:\n"
+            "        module.head.weight = nn.Parameter(module.head.weight.detach().clone())\n",
+        ),
+    ),
 ]
