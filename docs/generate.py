@@ -308,12 +308,17 @@ def escaped(text: str) -> str:
 PAGES: dict[str, Callable[[], str]] = {"docs/clauses.md": clauses_page, "docs/results.md": results_page}
 
 
+def by_number(path: Path) -> tuple[int, str]:
+    """Return by what the reports of blind rounds are sorted: blind-mutants.json, blind-mutants-2.json, and so on."""
+    return len(path.name), path.name
+
+
 def blind_table() -> str:
     """Return how many of the blind faults of each round and chapter a clause killed: at first sight, and now."""
-    rounds = [read_json(REPORTS / name, "blind faults") for name in ("blind-mutants.json", "blind-mutants-2.json")]
-    asked = [found["first sight"]["clauses"] for found in rounds]
-    head = "".join(f" {words} | named | now |" for words in ("first round: at first sight", "second round"))
-    rows = [f"| chapter |{head}", "|---|" + "--:|" * 6]
+    rounds = [read_json(path, "blind faults") for path in sorted(REPORTS.glob("blind-mutants*.json"), key=by_number)]
+    asked = [str(found["first sight"]["clauses"]) for found in rounds]
+    head = "".join(f" round {number}: at first sight | named | now |" for number in range(1, len(rounds) + 1))
+    rows = [f"| chapter |{head}", "|---|" + "--:|" * 3 * len(rounds)]
     for chapter in (*dict.fromkeys(row["chapter"] for found in rounds for row in found["faults"]), None):
         cells: list[str] = []
         for found in rounds:
@@ -322,7 +327,7 @@ def blind_table() -> str:
             named = sum(judged["names the cause"] for judged in first)
             cells += [f"{count} of {len(those)}" for count in (len(first), named, len(now))]
         rows.append(f"| {chapter or '**all**'} | {' | '.join(cells)} |")
-    rows += ["", f"The rounds were judged by {asked[0]} and by {asked[1]} clauses."]
+    rows += ["", f"The rounds were judged by {', '.join(asked[:-1])} and {asked[-1]} clauses."]
     return "\n".join(rows) + "\n"
 
 

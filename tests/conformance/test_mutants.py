@@ -17,6 +17,8 @@ from tests.mutants.blind import FAULTS as BLIND
 from tests.mutants.blind.causes import CAUSES as BLIND_CAUSES
 from tests.mutants.blind.second import FAULTS as SECOND
 from tests.mutants.blind.second.causes import CAUSES as SECOND_CAUSES
+from tests.mutants.blind.third import FAULTS as THIRD
+from tests.mutants.blind.third.causes import CAUSES as THIRD_CAUSES
 from tests.mutants.causes import CAUSES
 from tests.mutants.kill_matrix import misnamed
 from tests.mutants.planting import BUILD
@@ -107,6 +109,7 @@ def test_mutants_are_told_apart() -> None:
 ROUNDS = {
     "blind": (BLIND, BLIND_CAUSES, "blind-mutants.json"),
     "blind2": (SECOND, SECOND_CAUSES, "blind-mutants-2.json"),
+    "blind3": (THIRD, THIRD_CAUSES, "blind-mutants-3.json"),
 }
 
 
@@ -120,14 +123,14 @@ def test_blind_faults_can_still_be_planted_and_are_those_of_the_report(prefix: s
             pass
     assert {f"{prefix}-{name}" for name in causes} == {fault.name for fault in faults}
     assert {len(chapter) for chapter in chapters.values()} == {5}
-    if prefix == "blind" or (MATRIX.parent / report).exists():  # the second round waits for its judgement
+    if prefix == "blind" or (MATRIX.parent / report).exists():  # a later round waits for its judgement
         rows = json.loads((MATRIX.parent / report).read_text(encoding="utf-8"))["faults"]
         assert [row["fault"] for row in rows] == [fault.name for fault in faults]
 
 
-def test_blind_faults_of_both_rounds_are_different() -> None:
-    assert BLIND.keys() == SECOND.keys()
-    edits = [fault.edits for chapters in (BLIND, SECOND) for chapter in chapters.values() for fault in chapter]
+def test_blind_faults_of_all_rounds_are_different() -> None:
+    assert BLIND.keys() == SECOND.keys() == THIRD.keys()
+    edits = [fault.edits for chapters in (BLIND, SECOND, THIRD) for chapter in chapters.values() for fault in chapter]
     assert len(set(edits)) == len(edits)
 
 
