@@ -192,6 +192,8 @@ def test_windows_on_two_ranks(runs: Runs) -> None:
     """
     alone, recipe = in_windows(runs), on_two_ranks(replace(in_windows(runs), microbatch_size=4))
     traces, whole = runs.ranks(recipe), entropies_by_place(alone, [runs.trace(alone)])
+    if not whole:
+        raise NotApplicable("one process evaluates no token of the document: see EVAL-15")
     found = entropies_by_place(recipe, traces)
     if lost := sorted(set(whole) - set(found)):
         raise Violation(

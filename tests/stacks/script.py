@@ -49,6 +49,7 @@ class Script:
     claimed = ("gpt-shape", "tied", "microbatches", "clip", "schedule")
     lacks = everything_but(*claimed, reason="the script has no such global")
     lacks |= {"any-optimizer": "AdamW is written there", "keywords": "betas are written there", "seed": "it is 1337"}
+    lacks["untied"] = "the head is always tied"
 
     def __init__(self, fault: str = "") -> None:
         self.text = SCRIPT.replace(*FAULTS[fault]) if fault else SCRIPT

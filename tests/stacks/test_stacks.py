@@ -151,7 +151,7 @@ STACKS = {
         true=USUAL,
         faults={
             "the schedule has one rate for all": ("LR-1", ["for tokens.weight", "differ from update 1 on"]),
-            "each group is clipped by itself": ("CLIP-1", ["scaled to a global norm of"]),
+            "each group is clipped by itself": ("CLIP-1", ["clipped to a global norm of"]),
         },
     ),
     "flat master copies": Case(
@@ -246,7 +246,7 @@ STACKS = {
         },
         faults={
             "the schedule goes by epochs": ("LR-1", ["differ from update 2 on"]),
-            "values are clipped": ("CLIP-1", ["scaled to a global norm of"]),
+            "values are clipped": ("CLIP-1", ["each element was clipped by itself"]),
         },
     ),
     "sign of momentum": Case(
@@ -261,7 +261,7 @@ STACKS = {
         true=USUAL | {"LR-3": "a warm-up of transformers starts at a rate of zero"},
         faults={
             "rows are shuffled": ("ACC-6", ["update 1 trains on its 4 sequences, 0 to 3"]),
-            "the limit is lost": ("CLIP-1", ["scaled to a global norm of"]),
+            "the limit is lost": ("CLIP-1", ["clipped to a global norm of"]),
         },
     ),
 }
