@@ -8,7 +8,9 @@ from conformance.errors import Violation
 # Behind a name: "loss 4.8520", "loss train: 4.852", "{'grad_norm': '0.9402'", "lr=1.0e-04". Only numbers with a point
 # or an exponent: counters are none.
 NUMBER = r"\W{0,5}(\d+\.\d+(?:e[-+]?\d+)?|\d+e[-+]?\d+)(?![\d.]*\s*(?:%|m?s\b|sec|it/|tok))"
-LOSS = re.compile(r"(?:([a-z]+)[ _/])?(?<![a-z])loss(?:[ _/]([a-z]+))?" + NUMBER, re.IGNORECASE)
+# The word before is bounded and begins as a word: without that, a long word takes time of its length squared.
+BEFORE = r"(?:(?<![a-z])([a-z]{1,24})[ _/])?"
+LOSS = re.compile(BEFORE + r"(?<![a-z])loss(?:[ _/]([a-z]+))?" + NUMBER, re.IGNORECASE)
 # Lightning's LearningRateMonitor writes "lr-AdamW/pg1", and its grad_norm "grad_2.0_norm_total".
 RATE = re.compile(r"(?<![a-z])(?:lr|learning[ _]rate)(?:-\w+(?:[ /]pg\d+)?)?" + NUMBER, re.IGNORECASE)
 NORM = re.compile(r"(?<![a-z])(?:grad|gradient)(?:[ _]?norm|_2[ .]0_norm_total)" + NUMBER, re.IGNORECASE)

@@ -376,6 +376,10 @@ def test_what_a_run_reports_is_found(line: str, loss: str | None, rate: str | No
     assert found == tuple([] if number is None else [number] for number in (loss, rate, norm))
 
 
+def test_a_long_word_before_a_loss_is_no_other_loss() -> None:
+    assert reports.training_losses(["w" * 5000 + " loss: 1.25", "val_loss=2.5", "my validation loss 3.5"]) == ["1.25"]
+
+
 def test_losses_that_lie_close_are_matched_by_chance() -> None:
     means = [2.0 + 0.02 * number for number in range(10)]
     assert reports.matches_by_chance(["2.0312"], means) < 0.1
