@@ -189,8 +189,7 @@ def test_no_look_ahead_with_dropout(runs: Runs) -> None:
     since="0.2",
     needs=("grouped-query",),
     why="Attention with shared heads of keys and values often takes another path, and the mask can be lost on that "
-    "path "
-    "alone.",
+    "path alone.",
     mend="Pass the mask, or is_causal, on every path through the attention. If your stack has no such heads, name "
     "grouped-query in lacks.",
     source="keras-team/keras#23038 (grouped-query attention has the same defect as dropout)",

@@ -374,8 +374,7 @@ def test_only_adapters_are_trained(runs: Runs) -> None:
 
 
 def still_tuning(runs: Runs) -> list[Recipe]:
-    """Return two updates of fine-tuning that move nothing, on the same tokens, with all options that the subject "
-    "has."""
+    """Return two updates of fine-tuning that move nothing, on equal tokens, with all options that the subject has."""
     recipe = replace(
         TUNED, updates=2, same_batches=True, optimizer=OptimizerChoice.of(ADAMW, lr=STILL, weight_decay=0.0)
     )
@@ -389,8 +388,7 @@ def still_tuning(runs: Runs) -> list[Recipe]:
     needs=("finetune", "lora-dropout"),
     why="Adapters that are trained without the configured dropout learn a small data set by heart.",
     mend="Pass the probability on to the adapters, and call train() after they were added. If your adapters never "
-    "drop, "
-    "name lora-dropout in lacks.",
+    "drop, name lora-dropout in lacks.",
     source="ml-explore/mlx-examples#622 (rank, alpha and dropout are not those of the configuration)",
     bound="different bits",
 )
@@ -417,8 +415,7 @@ def test_adapters_drop(runs: Runs) -> None:
     why="New words, or words of another language, are never learned if the embedding stays frozen, and nothing says "
     "so.",
     mend="Unfreeze the embedding, or train a copy of it, before the optimizer is built. If your stack has no such "
-    "option, "
-    "name tuned-embedding in lacks.",
+    "option, name tuned-embedding in lacks.",
     source="huggingface/peft#951 (what stands in modules_to_save is not trained)",
     bound="membership, and a gradient above 0",
 )

@@ -77,9 +77,8 @@ def test_limited_evaluation(runs: Runs) -> None:
     """
     recipe = replace(short(runs), evaluate=False, evaluate_every=1, evaluate_batches=2)
     assert recipe.evaluate_batches is not None
-    runs.trace(recipe)
-    runs.require_read(recipe, "evaluate_batches", "evaluate-batches")
     run, rows, count = runs.trace(recipe), validation(recipe), recipe.evaluate_batches * recipe.microbatch_size
+    runs.require_read(recipe, "evaluate_batches", "evaluate-batches")
     seen: dict[int, set[int]] = {update: set() for update in range(1, recipe.updates + 1)}
     for forward in evaluations(recipe, run):
         numbers = {number for number in sample_numbers(forward.ids, rows) if number is not None}
@@ -146,8 +145,7 @@ def tail(runs: Runs) -> str:
     needs=("evaluate", "validation-document"),
     why="What fills no window is never evaluated, and of a short document that may be most of it.",
     mend="Fill the last window up, with targets that are ignored, or evaluate a shorter one. If the tail is meant to "
-    "be "
-    "left out, declare it: leftovers(recipe, 'tail') is 'dropped'.",
+    "be left out, declare it: leftovers(recipe, 'tail') is 'dropped'.",
     source="NKI-AI/direct#50, verl-project/verl#7467",
     bound="the tokens themselves; of the loss, all digits of the number reported",
 )

@@ -287,8 +287,7 @@ def test_no_two_tensors_start_alike(runs: Runs) -> None:
     needs=("initial-std",),
     why="A part that ignores the configured standard deviation starts with the scale of another model.",
     mend="Pass the configured value on to every tensor that is drawn, tables included. If your stack has no such "
-    "setting, "
-    "name initial-std in lacks.",
+    "setting, name initial-std in lacks.",
     source="huggingface/transformers#39772 (0.02 written into the initialisation of embeddings)",
     bound="as INIT-2",
 )

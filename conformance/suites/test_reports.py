@@ -264,8 +264,7 @@ def test_validation_loss_of_each_evaluation(runs: Runs) -> None:
     needs=("resume",),
     level="should",
     why="The curves of a resumed run are drawn over those of the first one, and its checkpoints and logs cannot be "
-    "told "
-    "apart.",
+    "told apart.",
     mend="Save the number of updates, and count on from it in what is reported.",
     source="facebookresearch/ParlAI#2106 (the count of a resumed run begins anew)",
     bound="equality of the last number",

@@ -180,8 +180,7 @@ def test_resumed_twice(runs: Runs) -> None:
     needs=("keep-last",),
     why="If the wrong checkpoints are removed, the run resumes from old weights, or from none.",
     mend="Sort checkpoints by their number of updates, not by name, and remove from the front. If your stack keeps "
-    "all, "
-    "name keep-last in lacks.",
+    "all, name keep-last in lacks.",
     source="huggingface/transformers#11769, #27138",
     bound="the files themselves",
 )

@@ -124,8 +124,7 @@ def test_rates_at_the_edges(runs: Runs) -> None:
     needs=("schedule", "cooldown"),
     why="A cooldown that is longer, shorter or of another form than was configured ends with another model.",
     mend="Count the updates of the cooldown back from the last one. If your stack has no such setting, name cooldown "
-    "in "
-    "lacks.",
+    "in lacks.",
     source="mlc-ai/pith-train#55 (the length of the decay), karpathy/nanochat#513, kozistr/pytorch_optimizer#382",
     bound="as LR-1",
 )

@@ -109,8 +109,7 @@ def test_lookup_and_head_learn(runs: Runs) -> None:
     since="0.2",
     needs=("tied", "untied"),
     why="A user who asks for a head of its own trains a smaller model, with other gradients, and compares it with "
-    "larger "
-    "ones.",
+    "larger ones.",
     mend="Tie only if the configuration says so. If your stack always ties, name untied in lacks.",
     source="mosaicml/llm-foundry#728 (tie_word_embeddings=False does nothing)",
     bound="identity of tensors",

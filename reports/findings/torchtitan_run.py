@@ -35,13 +35,13 @@ if not torch.accelerator.is_available():
     stand_in()  # before torchtitan is imported
 
 from datasets import Dataset  # noqa: E402  # after the stand-in, as all of torchtitan
-from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
-from torchtitan.config import ConfigManager  # noqa: E402
-from torchtitan.hf_datasets import DatasetConfig  # noqa: E402
-from torchtitan.hf_datasets.text_datasets import DATASETS  # noqa: E402
-from torchtitan.models.llama3 import TransformerModelArgs, get_train_spec  # noqa: E402
-from torchtitan.protocols.train_spec import register_train_spec  # noqa: E402
-from torchtitan.train import Trainer  # noqa: E402
+from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402  # after the stand-in
+from torchtitan.config import ConfigManager  # noqa: E402  # after the stand-in
+from torchtitan.hf_datasets import DatasetConfig  # noqa: E402  # after the stand-in
+from torchtitan.hf_datasets.text_datasets import DATASETS  # noqa: E402  # after the stand-in
+from torchtitan.models.llama3 import TransformerModelArgs, get_train_spec  # noqa: E402  # after the stand-in
+from torchtitan.protocols.train_spec import register_train_spec  # noqa: E402  # after the stand-in
+from torchtitan.train import Trainer  # noqa: E402  # after the stand-in
 
 LENGTH, VOCABULARY = 16, 128
 
