@@ -4,6 +4,7 @@ import contextlib
 import doctest
 import importlib
 import pkgutil
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -378,6 +379,25 @@ def test_what_a_run_reports_is_found(line: str, loss: str | None, rate: str | No
 
 def test_a_long_word_before_a_loss_is_no_other_loss() -> None:
     assert reports.training_losses(["w" * 5000 + " loss: 1.25", "val_loss=2.5", "my validation loss 3.5"]) == ["1.25"]
+
+
+def cost_of_reading(text: str) -> float:
+    """Return the seconds of the processor that it takes to look for all numbers in a message, at best."""
+
+    def once() -> float:
+        began = time.process_time()
+        for read in (reports.training_losses, reports.learning_rates, reports.gradient_norms, evaluation.reported_losses,
+                     reports.numbers_of_targets, reports.last_numbers):  # fmt: skip
+            read([text])
+        return time.process_time() - began
+
+    return min(once() for _ in range(5))
+
+
+@pytest.mark.parametrize("word", ["w", "loss ", "lr-", "val ", "step ", "eval_loss ", " ", "target tokens", "1."])
+def test_a_message_eight_times_as_long_takes_no_square_of_the_time(word: str) -> None:
+    short, long = ((word * length)[:length] for length in (4000, 32000))
+    assert cost_of_reading(long) < 24 * cost_of_reading(short)  # linear: 8; quadratic: 64
 
 
 def test_losses_that_lie_close_are_matched_by_chance() -> None:
