@@ -386,8 +386,14 @@ def cost_of_reading(text: str) -> float:
 
     def once() -> float:
         began = time.process_time()
-        for read in (reports.training_losses, reports.learning_rates, reports.gradient_norms, evaluation.reported_losses,
-                     reports.numbers_of_targets, reports.last_numbers):  # fmt: skip
+        for read in (
+            reports.training_losses,
+            reports.learning_rates,
+            reports.gradient_norms,
+            evaluation.reported_losses,
+            reports.numbers_of_targets,
+            reports.last_numbers,
+        ):
             read([text])
         return time.process_time() - began
 
