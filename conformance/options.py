@@ -1,6 +1,7 @@
 """The options of both doors: the command line and pytest."""
 
 import argparse
+import difflib
 import math
 import sys
 from dataclasses import dataclass
@@ -82,12 +83,25 @@ FORMATS: tuple[Format, ...] = get_args(Format)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser, whose errors have a bounded length, whatever was typed."""
+    """argparse's parser, whose errors name the nearest option and have a bounded length, whatever was typed."""
 
     def error(self, message: str) -> NoReturn:
         """Print the usage and what is wrong with the command line, and exit."""
         self.print_usage(sys.stderr)
-        self.exit(USAGE, f"{one_line(f'{self.prog}: error: {message}')}\n")
+        typed = message.partition("unrecognized arguments: ")[2].partition(" ")[0].partition("=")[0]
+        near = difflib.get_close_matches(typed, options_of(self), n=1) if typed.startswith("--") else []
+        hint = f"; did you mean {near[0]}?" if near else ""
+        self.exit(USAGE, f"{one_line(f'{self.prog}: error: {message}')}{hint}\n")
+
+
+def options_of(parser: argparse.ArgumentParser) -> list[str]:
+    """Return the long options of a parser and of its commands."""
+    found = []
+    for action in parser._actions:  # there is no public list of them
+        found += [name for name in action.option_strings if name.startswith("--")]
+        if isinstance(action, argparse._SubParsersAction):
+            found += [name for command in action.choices.values() for name in options_of(command)]
+    return list(dict.fromkeys(found))
 
 
 @dataclass(frozen=True)

@@ -141,3 +141,20 @@ def test_help_teaches_by_example(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert left.value.code == 0
     assert "python -m conformance explain DECAY-4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "end"),
+    [
+        ("run --subjct reference", "unrecognized arguments: --subjct reference; did you mean --subject?"),
+        ("run --reprt=x", "unrecognized arguments: --reprt=x; did you mean --report?"),
+        ("run --zzz", "unrecognized arguments: --zzz"),
+    ],
+)
+def test_an_unknown_option_is_told_with_the_nearest_one(
+    words: str, end: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words.split())
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.rstrip().endswith(end)
