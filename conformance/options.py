@@ -89,19 +89,26 @@ class Parser(argparse.ArgumentParser):
         """Print the usage and what is wrong with the command line, and exit."""
         self.print_usage(sys.stderr)
         typed = message.partition("unrecognized arguments: ")[2].partition(" ")[0].partition("=")[0]
-        near = difflib.get_close_matches(typed, options_of(self), n=1) if typed.startswith("--") else []
+        known = commands_of(self)
+        near = difflib.get_close_matches(typed, known, n=1) if typed.startswith("--") else []
         hint = f"; did you mean {near[0]}?" if near else ""
-        self.exit(USAGE, f"{one_line(f'{self.prog}: error: {message}')}{hint}\n")
+        if typed in known:
+            hint = f"; {typed} is an option of {' and '.join(known[typed])}."
+        self.exit(USAGE, f"{one_line(f'{self.prog}: error: {message}{hint}')}\n")
 
 
-def options_of(parser: argparse.ArgumentParser) -> list[str]:
-    """Return the long options of a parser and of its commands."""
-    found = []
+def commands_of(parser: argparse.ArgumentParser) -> dict[str, list[str]]:
+    """Return for each long option of a parser and of its commands which of them take it."""
+    found: dict[str, list[str]] = {}
     for action in parser._actions:  # there is no public list of them
-        found += [name for name in action.option_strings if name.startswith("--")]
+        for name in action.option_strings:
+            if name.startswith("--"):
+                found.setdefault(name, []).append(parser.prog)
         if isinstance(action, argparse._SubParsersAction):
-            found += [name for command in action.choices.values() for name in options_of(command)]
-    return list(dict.fromkeys(found))
+            for command in dict.fromkeys(action.choices.values()):
+                for name, takers in commands_of(command).items():
+                    found.setdefault(name, []).extend(takers)
+    return found
 
 
 @dataclass(frozen=True)

@@ -148,6 +148,7 @@ def test_help_teaches_by_example(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("run --subjct reference", "unrecognized arguments: --subjct reference; did you mean --subject?"),
         ("run --reprt=x", "unrecognized arguments: --reprt=x; did you mean --report?"),
+        ("run --updates 2", "--updates 2; --updates is an option of python -m conformance audit."),
         ("run --zzz", "unrecognized arguments: --zzz"),
     ],
 )
