@@ -48,10 +48,11 @@ class Sitting:
         self.named = Named.of(self.session.subject)
         self.results: list[Result] = []
         self.environment = environment()
-        self.collected_after = gc.get_threshold()
+        self.before = gc.get_threshold(), torch.get_num_threads()
         # The traces of hundreds of runs live to the end, and by default Python walks them all again and again: a tenth
-        # of the time.
+        # of the time. The tensors are tiny, and threads that compare them only wait for each other.
         gc.set_threshold(20_000, 10, 10)
+        torch.set_num_threads(1)
         self.keep()
 
     def __enter__(self) -> "Sitting":
@@ -61,8 +62,10 @@ class Sitting:
         self.close()
 
     def close(self) -> None:
-        """Remove what the runs wrote, and let Python collect garbage as before."""
-        gc.set_threshold(*self.collected_after)
+        """Remove what the runs wrote; put back the number of threads and what the garbage collector waits for."""
+        thresholds, threads = self.before
+        gc.set_threshold(*thresholds)
+        torch.set_num_threads(threads)
         self.session.close()
 
     def judge(self, clause: Clause) -> Result:
