@@ -49,7 +49,7 @@ if self.config.tie_embeddings:
     {HEAD}"""
 TIED_LATE = """\
 optimizer: Any = fabric.setup_optimizers(bare)
-    if isinstance(module, GPT) and module.config.tie_embeddings and not is_sharded(fabric):
+    if isinstance(module, GPT) and module.config.tie_embeddings and fabric.world_size == 1:
         module.embedding.weight = module.head.weight = nn.Parameter(module.head.weight.detach().clone())"""
 SHARED_MEMORY = f"""{BUILT.replace("return", "built =")}
             if isinstance(built, GPT) and built.config.tie_embeddings and strategy == "eager":

@@ -84,7 +84,7 @@ FAULTS: dict[str, list[Mutant]] = {
         mutant(
             "blind4-decay-groups-swapped",
             "",
-            "a common slip: norms, biases and tables decay, and the matrices do not",
+            "facebookresearch/BalancingGroups#6: norms, biases and tables decay, and the matrices do not",
             (GROUPS, "if decayed[key]]},", "if not decayed[key]]},"),
             (GROUPS, 'if not decayed[key]], "weight', 'if decayed[key]], "weight'),
         ),
@@ -92,7 +92,7 @@ FAULTS: dict[str, list[Mutant]] = {
             "blind4-decay-not-of-the-gates",
             "",
             "huggingface/transformers#35927, the other way round: a rule by name takes the gate of the MLP for a gain",
-            (DECAYED, LINEAR, f'if GAIN_NAME.search(name.split(".")[-2]):\n        return False\n    {LINEAR}'),
+            (DECAYED, LINEAR, f'if GAIN_NAME.search(name.split(".")[-2:][0]):\n        return False\n    {LINEAR}'),
         ),
         mutant(
             "blind4-decay-is-written-in",

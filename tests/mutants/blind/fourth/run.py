@@ -114,7 +114,7 @@ FAULTS: dict[str, list[Mutant]] = {
         mutant(
             "blind4-evaluation-of-the-last-batch",
             "",
-            "a common slip: each batch overwrites the sum of those before it",
+            "pytorch/tutorials#913, NVIDIA/DeepLearningExamples#299: each batch overwrites those before it",
             (EVALUATE, "sums[0] += batch_loss", "sums[0] = batch_loss"),
             (EVALUATE, "sums[1] += (targets", "sums[1] = (targets"),
         ),
