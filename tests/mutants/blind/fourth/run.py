@@ -11,7 +11,7 @@ DONE = "return Done(loss_value, norm_value, int(tokens), following)"
 DID = "did = run.update_once("
 LOADED, RESTORED = "model.load_state_dict(kept)", "done = restore(run, folder) if folder is not None else 0"
 START, SEED = "start = done * self.config.microbatches", "derive_seed(config.seed, update, fabric.global_rank)"
-ENDLESS, SOURCED = "return itertools.islice(endless, start, None)", "return train.batches_from(start,"
+ENDLESS, SOURCED = "return itertools.islice(endless, start, None)", "train.batches_from(start,"
 EVALUATED = "evaluate(run.fabric, run.wrapped, itertools.islice(batches, run.config.evaluate_batches))"
 SCALE, BARE = "scale = fabric.world_size / shared[0]", "bare = create_optimizer(config, module, fabric.device)"
 NUMBERED = "epochs, positions = np.divmod(numbers, self.sequences)"
@@ -77,7 +77,7 @@ FAULTS: dict[str, list[Mutant]] = {
             "blind4-data-first-batch-lost-to-a-look",
             "",
             "deepmodeling/deepmd-kit#4795: the first batch is taken to look at it, and never trained on",
-            (BATCHES, SOURCED, "return train.batches_from(start + 1,"),
+            (BATCHES, SOURCED, "train.batches_from(start + 1,"),
             (BATCHES, ENDLESS, ENDLESS.replace("start", "start + 1")),
         ),
     ],
