@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from conformance.checks.accumulation import gradient_is_of, gradients_agree
+from conformance.checks.accumulation import Gradients, gradient_is_of, gradients_agree
 from conformance.checks.comparison import tensors_equal
 from conformance.checks.data import mean_entropy, next_tokens, sample_numbers, targets_are_next
 from conformance.clause import clause
@@ -19,6 +19,12 @@ from conformance.suites import ADAMW, SGD, dropping, everyday, in_16_bits, mean_
 def in_one_batch(recipe: Recipe) -> Recipe:
     """Return the same updates, each with a single microbatch."""
     return replace(recipe, microbatch_size=recipe.update_size, microbatches=1)
+
+
+def small_step(runs: Runs) -> Recipe:
+    """Return two updates on the same batch, in steps so small that the loss falls in a line."""
+    step = OptimizerChoice.of(SGD, lr=3e-4) if runs.has("any-optimizer") else OptimizerChoice.of(ADAMW, lr=3e-5)
+    return Recipe(optimizer=step, same_batches=True)
 
 
 def dense(gradients: dict[str, Tensor | None]) -> dict[str, Tensor]:
@@ -122,18 +128,23 @@ def test_ragged_ranks(runs: Runs) -> None:
 )
 def test_gradient_of_the_mean(runs: Runs) -> None:
     """The gradient is that of the mean cross entropy over exactly the target tokens."""
-    step = OptimizerChoice.of(SGD, lr=3e-4) if runs.has("any-optimizer") else OptimizerChoice.of(ADAMW, lr=3e-5)
-    plain = Recipe(optimizer=step, same_batches=True)
+    plain = small_step(runs)
     recipes = [plain, replace(plain, ignored_targets=True)] if runs.has("ignored-targets") else [plain]
     if runs.policy.auxiliary_loss(plain):
         raise NotApplicable("the policy declares that the loss has terms besides the cross entropy")
     for recipe in recipes:
-        run = runs.trace(recipe)
-        losses = [loss_of(recipe, run, update) for update in (0, 1)]
-        first, second = run.update(0), run.update(1)
-        moved = Named({name: first.after[name].double() - first.before[name].double() for name in first.before})
         what = "the gradient, with some targets ignored," if recipe.ignored_targets else "the gradient"
-        gradient_is_of((losses[0], losses[1]), moved, (first.gradients, second.gradients), what)
+        gradient_is_of(*small_steps(recipe, runs.trace(recipe)), what)
+
+
+def small_steps(
+    recipe: Recipe, run: Trace
+) -> tuple[tuple[float, float], dict[str, Tensor], tuple[Gradients, Gradients]]:
+    """Return the losses, the movement and the gradients of a run that trains twice on the same batch."""
+    losses = [loss_of(recipe, run, update) for update in (0, 1)]
+    first, second = run.update(0), run.update(1)
+    moved = Named({name: first.after[name].double() - first.before[name].double() for name in first.before})
+    return (losses[0], losses[1]), moved, (first.gradients, second.gradients)
 
 
 def loss_of(recipe: Recipe, run: Trace, update: int) -> float:
