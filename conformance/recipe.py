@@ -204,8 +204,9 @@ class Recipe:
     dropping: Dropping = "everywhere"
     """Where the recorder lets torch's dropout act; elsewhere it keeps every activation, scaled as those that it keeps.
     at one place: in one call of it in each update, the first call in the first update, the second in the second."""
-    same_batches: bool = False
-    """Not for the adapter: every update trains on the sequences of the first."""
+    same_batches: bool | Literal["but the first"] = False
+    """Not for the adapter: every update trains on the sequences of the first; "but the first": on those of the
+    second."""
     altered: Alteration | None = None
     """Not for the adapter: which of the tokens in batches() are changed. "later tokens": the second half of each
     sequence; "first token": the first of each; "other sequences": every second sequence; "equal sequences": all, to
@@ -264,13 +265,13 @@ class Recipe:
     def validation_labels(self, rank: int = 0) -> "list[torch.Tensor]":
         """Return the targets: validation_batches(), with -100 for each token to ignore under ``ignored_validation``.
 
-        In the first half of the sequences that is all but one.
+        In the first half of the sequences of rank 0 that is all but one; other ranks have all of their targets.
         """
         import torch
 
         batches = self.validation_batches(rank)
         tokens = torch.cat(batches)
-        if self.ignored_validation:
+        if self.ignored_validation and rank == 0:
             tokens[: len(tokens) // 2, 2:] = -100
         return list(tokens.split([len(batch) for batch in batches]))
 
@@ -327,8 +328,9 @@ class Recipe:
         return DataLoader(rows, self.microbatch_size, shuffle=True)
 
     def _sequences(self) -> "torch.Tensor":
-        """Return the tokens of all updates (or of the first, if all have the same), microbatches and ranks."""
-        tokens = self._tokens((1 if self.same_batches else self.updates) * self.update_size, stream=1)
+        """Return the tokens of all updates (or of one or two, if they are repeated), microbatches and ranks."""
+        count = self.updates if not self.same_batches else 1 if self.same_batches is True else 2
+        tokens = self._tokens(count * self.update_size, stream=1)
         if self.altered is not None:
             half, last = self.block_size // 2, self.block_size - 1
             places = {"later tokens": tokens[:, half:], "first token": tokens[:, :1], "other sequences": tokens[1::2]}
@@ -350,7 +352,12 @@ class Recipe:
 
     def _repeated(self, tokens: "torch.Tensor") -> "torch.Tensor":
         """Return the tokens for all updates."""
-        return tokens.repeat(self.updates, 1) if self.same_batches else tokens
+        import torch
+
+        if not self.same_batches:
+            return tokens
+        *earlier, repeated = tokens.split(self.update_size)
+        return torch.cat([*earlier, repeated.repeat(self.updates - len(earlier), 1)])
 
     def _split(self, tokens: "torch.Tensor", rank: int) -> "list[torch.Tensor]":
         """Return the microbatches of one rank."""
