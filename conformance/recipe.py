@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from conformance.chats import conversations, write_tokenizer
+
 if TYPE_CHECKING:
     import torch
     from torch.utils.data import DataLoader
@@ -133,6 +135,10 @@ class Recipe:
     masked_samples: bool = False
     """Beside ``samples``: only some tokens of the data set are targets, as in chats only those of the assistant: see
     dataset_labels() (capability masked-samples)."""
+    chats: bool = False
+    """Train on conversations(), which the stack itself turns into tokens and targets, by the tokenizer and the chat
+    template that write_tokenizer() writes: a target is what the assistant says (capability chats). The vocabulary has
+    room for that tokenizer, and ``block_size`` for each conversation."""
     ignored_targets: bool = False
     """Many targets are -100, in some microbatches more than in others: see labels() (capability ignored-targets)."""
     updates: int = 2
@@ -168,6 +174,9 @@ class Recipe:
     """Checkpoints to keep; older ones are removed (capability keep-last). None: all, or whatever the stack keeps."""
     resume: "Checkpoint | None" = None
     """Go on from this checkpoint, to ``updates`` in all (capability resume)."""
+    find_newest: bool = False
+    """Beside ``resume``: the stack is told the directory of the run that wrote that checkpoint, and must find it there,
+    as the newest of several, by itself (capability finds-newest)."""
     stable_embedding: bool = False
     """Switch the stack's StableEmbedding option on (capability stable-embedding)."""
     finetune: "Checkpoint | None" = None
@@ -319,6 +328,17 @@ class Recipe:
         kept = (torch.arange(len(lengths)) % 2).repeat_interleave(lengths)[: len(self.document()) + 1].bool()
         kept[-1] = True
         return rows.masked_fill(~kept.unfold(0, self.block_size + 1, self.block_size), -100)
+
+    def conversations(self) -> list[list[dict[str, str]]]:
+        """Return chats: for each the messages, ``{"role": "user" or "assistant", "content": ...}``, which alternate."""
+        return conversations(DATA_SEED + 7)
+
+    def write_tokenizer(self, folder: Path) -> Path:
+        """Write a tokenizer of 128 ids with its chat template for conversations(); return the path of tokenizer.json.
+
+        Beside it lie tokenizer_config.json and chat_template.jinja. Each turn ends with ``<|endoftext|>``.
+        """
+        return write_tokenizer(folder)
 
     def loader(self) -> "DataLoader[torch.Tensor]":
         """Return a DataLoader of microbatches of dataset(), which it shuffles anew, by torch's seed, in every pass."""

@@ -60,11 +60,12 @@ class Transformers:
         "decay-all": "get_decay_parameter_names goes by names and nn.LayerNorm",
         "loader": "Trainer is given a data set, and builds the loader by itself",
         "evaluate-batches": "evaluate() takes all of eval_dataset",
+        "chats": "Trainer is given token ids; trl's SFTTrainer takes chats",
         "validation-document": "Trainer is given samples; a document is divided by its user",
         "residual-opt-out": "the residual stream has the dtype of the embedding, as autocast leaves it",
     }
     tuning = "this adapter trains every weight; the subject transformers-peft does not"
-    lacks |= dict.fromkeys(("finetune", "quantised", "lora-dropout", "tuned-embedding"), tuning)
+    lacks |= dict.fromkeys(("finetune", "quantised", "lora-dropout", "lora-everywhere", "tuned-embedding"), tuning)
 
     def train(self, recipe: Recipe) -> None:
         if recipe.n_kv_head is not None and recipe.shape == "gpt":
@@ -103,14 +104,16 @@ class Transformers:
         ordered = Stream({key: row, "labels": labels} for row, labels in pairs)
         validation = zip(rows(recipe.validation_batches), rows(recipe.validation_labels))
         samples = zip(recipe.dataset(), recipe.dataset_labels()) if recipe.samples else ()
+        folder = recipe.resume.find("trainer_state.json").parent if recipe.resume else None
+        directory = folder.parent if folder and recipe.find_newest else recipe.directory
         Trainer(
             model_init=lambda: foreign() if foreign else self.model(recipe, config, dtype),
-            args=HfArgumentParser(TrainingArguments).parse_args_into_dataclasses([*options, str(recipe.directory)])[0],
+            args=HfArgumentParser(TrainingArguments).parse_args_into_dataclasses([*options, str(directory)])[0],
             train_dataset=[{key: row, "labels": labels} for row, labels in samples] or ordered,
             eval_dataset=Stream({key: row, "labels": labels} for row, labels in validation),
             optimizer_cls_and_kwargs=(pydoc.locate(optimizer["class_path"]), optimizer["init_args"]),
             compute_loss_func=foreign and (lambda *args, **count: ForCausalLMLoss(*args, recipe.vocab_size, **count)),
-        ).train(resume_from_checkpoint=recipe.resume and str(recipe.resume.find("trainer_state.json").parent))
+        ).train(resume_from_checkpoint=recipe.find_newest or (folder and str(folder)))
 
     def model(self, recipe: Recipe, config: Any, dtype: torch.dtype) -> Any:
         """Return the model to train; the subject transformers-peft has another."""

@@ -32,7 +32,7 @@ def quantisation(recipe: Recipe, dtype: torch.dtype) -> BitsAndBytesConfig | Non
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **four)
 
 
-TUNING = ("finetune", "quantised", "lora-dropout", "tuned-embedding")
+TUNING = ("finetune", "quantised", "lora-dropout", "lora-everywhere", "tuned-embedding")
 
 
 class TransformersPeft(Transformers):

@@ -69,11 +69,14 @@ class Trl:
         "loader": "Trainer is given a data set, and builds the loader by itself",
         "evaluate-batches": "evaluate() takes all of eval_dataset",
         "validation-document": "this adapter gives samples; SFTTrainer's packing is not mapped",
+        "chats": "SFTTrainer computes the loss in chunks, where no targets are seen; this adapter gives it token ids",
         "residual-opt-out": "the residual stream has the dtype of the embedding, as autocast leaves it",
     }
     lacks |= dict.fromkeys(("foreign-module", "module-factory"), "SFTTrainer takes models of transformers")
     lacks |= dict.fromkeys(("grouped-query", "cooldown"), "this adapter does not map it; the subject transformers does")
-    lacks |= dict.fromkeys(("finetune", "quantised", "lora-dropout", "tuned-embedding"), "peft_config is not mapped")
+    lacks |= dict.fromkeys(
+        ("finetune", "quantised", "lora-dropout", "lora-everywhere", "tuned-embedding"), "peft_config is not mapped"
+    )
 
     def train(self, recipe: Recipe) -> None:
         optimizer = recipe.optimizer.config()
@@ -103,6 +106,9 @@ class Trl:
             save_steps=recipe.save_every or 500,
             save_total_limit=recipe.keep_last,
         )
+        folder = recipe.resume.find("trainer_state.json").parent if recipe.resume else None
+        if folder is not None and recipe.find_newest:
+            arguments.output_dir = str(folder.parent)
         ids, labels = all_ranks(recipe, recipe.batches), all_ranks(recipe, recipe.labels)
         if recipe.samples is not None:
             ids, labels = [recipe.dataset()], [recipe.dataset_labels()]
@@ -114,7 +120,7 @@ class Trl:
             eval_dataset=dataset(validation, all_ranks(recipe, recipe.validation_labels)),
             processing_class=build_tokenizer(recipe),
             optimizer_cls_and_kwargs=(pydoc.locate(optimizer["class_path"]), optimizer["init_args"]),
-        ).train(resume_from_checkpoint=recipe.resume and str(recipe.resume.find("trainer_state.json").parent))
+        ).train(resume_from_checkpoint=recipe.find_newest or (folder and str(folder)))
 
     def load(self, checkpoint: Checkpoint) -> nn.Module:
         return AutoModelForCausalLM.from_pretrained(checkpoint.find("config.json").parent)

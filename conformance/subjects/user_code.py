@@ -21,10 +21,10 @@ from conformance.subjects.reference import ReferencePolicy
 Part = Literal["train", "validation"]
 # Capabilities that are up to the user, where the stack has no part in it.
 OPTIMIZER = ("builds-optimizer", "fused", "ndim-policy", "decay-all", "second-optimizer")
-TUNING = ("stable-embedding", "finetune", "quantised", "lora-dropout", "tuned-embedding")
+TUNING = ("stable-embedding", "finetune", "quantised", "lora-dropout", "lora-everywhere", "tuned-embedding")
 MODEL = ("grouped-query", "initial-std", "residual-opt-out", "module-factory", *TUNING)
 EVALUATION = ("evaluate-batches", "final-evaluation", "ignored-validation", "validation-document")
-LOOP = (*EVALUATION, "keep-last", "loader")
+LOOP = (*EVALUATION, "keep-last", "finds-newest", "loader", "chats")
 LEFTOVERS: dict[Place, Leftovers] = {"epoch": "short", "window": "short", "ranks": "repeated", "validation": "weighed"}
 
 

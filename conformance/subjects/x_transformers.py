@@ -22,7 +22,8 @@ from reference.model.embedding import restore_embeddings, swap_embeddings
 
 # The matrices that multiply activations. ff.0.0 is the first one of a GELU MLP, ff.0.proj of a SwiGLU MLP.
 MATRICES = ("to_q", "to_k", "to_v", "to_out", "ff.0.0", "ff.0.proj", "ff.2", "to_logits")
-OF_GPT = "activation-checkpointing finetune quantised lora-dropout tuned-embedding initial-std residual-opt-out"
+OF_GPT = "activation-checkpointing finetune quantised lora-dropout lora-everywhere tuned-embedding"
+OF_GPT += " initial-std residual-opt-out"
 
 
 class XTransformersPolicy(ReferencePolicy):

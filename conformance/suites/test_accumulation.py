@@ -72,9 +72,8 @@ def test_split_into_microbatches(runs: Runs) -> None:
     needs=("microbatches", "ignored-targets"),
     why="Tokens in microbatches with few targets weigh more than others, and the loss curve depends on the split.",
     mend="Sum the losses and divide by the number of targets of the whole update; do not average averages.",
-    source="huggingface/transformers#34191, torchtune#1878, marin-community/levanter#842; huggingface/transformers#35438 "
-    "(divided by the number of another update)",
-    bound="as ACC-1 (healthy: 1.1e-7; mean of means: 0.27; divided by the number of the update before: 0.2)",
+    source="huggingface/transformers#34191, torchtune#1878, marin-community/levanter#842",
+    bound="as ACC-1 (healthy: 1.1e-7; mean of means: 0.27)",
 )
 def test_ragged_microbatches(runs: Runs) -> None:
     """In every update, microbatches with different numbers of target tokens give the same gradient as one batch: every
@@ -127,9 +126,11 @@ def test_ragged_ranks(runs: Runs) -> None:
     "ACC-5",
     since="0.1",
     why="A gradient that is off by a factor acts as another learning rate and another clipping limit.",
-    mend="Divide by the number of predicted tokens: leave out those that are ignored and those with no next token. "
+    mend="Divide by the number of predicted tokens of this update: leave out those that are ignored and those with no "
+    "next token. "
     "Clear the gradients of all tensors after every update.",
-    source="huggingface/transformers#46204 (GPT-2 still: one token too many), Lightning-AI/litgpt#751",
+    source="huggingface/transformers#46204 (GPT-2 still: one token too many), #35438 (the number of targets of another "
+    "batch), Lightning-AI/litgpt#751",
     bound="5e-3 of the fall of the loss over a small step (healthy: 7e-5, and 1.1e-3 if logits begin with variance 1; "
     "17 tokens counted in place of 16: 5.9e-2)",
 )

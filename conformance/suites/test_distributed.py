@@ -29,6 +29,7 @@ from conformance.suites.test_data import require_in_epoch
 from conformance.suites.test_dropout import repeated
 from conformance.suites.test_resume import resumed
 
+
 @clause(
     "DIST-1",
     since="0.2",

@@ -1,5 +1,6 @@
 """EVAL: evaluation measures the model on the validation data, and changes nothing."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from statistics import fmean
 
@@ -53,9 +54,14 @@ def evaluations(recipe: Recipe, run: Trace) -> list[Forward]:
 
 def last_loss(recipe: Recipe, traces: list[Trace]) -> float:
     """Return the mean cross entropy of the next tokens over all logits of the last evaluation."""
+    return loss_after(recipe, traces, recipe.updates)
+
+
+def loss_after(recipe: Recipe, traces: list[Trace], update: int) -> float:
+    """Return the mean cross entropy of the next tokens over all logits of the evaluation after some updates."""
     rows = validation(recipe)
-    last = [forward for run in traces for forward in evaluations(recipe, run) if forward.update == recipe.updates]
-    entropies = [e for run in traces for e in run.entropies if not e.grad_enabled and e.update == recipe.updates]
+    last = [forward for run in traces for forward in evaluations(recipe, run) if forward.update == update]
+    entropies = [e for run in traces for e in run.entropies if not e.grad_enabled and e.update == update]
     if stays_inside(last, entropies):
         numbers = [sample_numbers(forward.ids, rows) for forward in last]
         targets_are_next(
@@ -66,7 +72,7 @@ def last_loss(recipe: Recipe, traces: list[Trace]) -> float:
     known = [loss for loss in found if loss is not None]
     if not known:
         raise Violation(
-            "an evaluation on the validation data after the last update", "no sequence of it is in the validation data"
+            f"an evaluation on the validation data after update {update}", "no sequence of it is in the validation data"
         )
     return fmean(known)
 
@@ -162,9 +168,15 @@ def without_changes(runs: Runs, recipe: Recipe) -> None:
     bound="the sequences themselves",
 )
 def test_validation_data(runs: Runs) -> None:
-    """Evaluation uses all of the validation data and no training data, and training uses no validation data."""
-    recipe = everyday(runs)
-    run, rows = runs.trace(recipe), validation(recipe)
+    """Evaluation uses all of the validation data and no training data, and training uses no validation data, in 32 and
+    in 16 bits.
+    """
+    each_unless_refused(every_day(runs), lambda recipe: uses_its_own_data(recipe, runs.trace(recipe)))
+
+
+def uses_its_own_data(recipe: Recipe, run: Trace) -> None:
+    """Check that a run evaluates all of the validation data and no training data, and does not train on it."""
+    rows = validation(recipe)
     last = [f for f in evaluations(recipe, run) if f.update == recipe.updates]
     seen = {number for forward in last for number in sample_numbers(forward.ids, rows)}
     lost = sorted(set(range(len(rows))) - seen, key=str)
@@ -175,7 +187,8 @@ def test_validation_data(runs: Runs) -> None:
     trained = [f for f in run.forwards if f.grad_enabled and set(sample_numbers(f.ids, rows)) != {None}]
     if lost or other or trained:
         raise Violation(
-            f"the {len(rows)} validation sequences, all of them in the last evaluation and none in training",
+            f"{setting(recipe)}the {len(rows)} validation sequences, all of them in the last evaluation and none in "
+            "training",
             f"not evaluated: {len(lost)}; batches of training data evaluated: {len(other)}; "
             f"batches of validation data trained on: {len(trained)}",
         )
@@ -231,17 +244,29 @@ def reports_mean_of_targets(runs: Runs, recipe: Recipe, traces: list[Trace]) -> 
         raise NotApplicable("no message of the run gives a validation loss")
     if recipe.world_size == 1:
         runs.require_read(recipe, "validation_labels", "ignored-validation")
-    rows = validation(recipe)
     labels = torch.cat([batch for rank in range(recipe.world_size) for batch in recipe.validation_labels(rank)])
+    last = [f for run in traces for f in evaluations(recipe, run) if f.update == recipe.updates]
+    where = f" of {len(traces)} ranks" if len(traces) > 1 else ""
+    mean = mean_over_targets(last, validation(recipe), labels)
+    reports(traces[0].messages, mean, f"targets{where} that are not ignored")
+
+
+def mean_over_targets(forwards: Iterable[Forward], rows: torch.Tensor, labels: torch.Tensor) -> float:
+    """Return the mean cross entropy over the targets, that are not ignored, of the sequences that forwards see.
+
+    Args:
+        forwards: calls of the model; sequences of theirs that are not among the rows are left out.
+        rows: sequences, (N, T + 1).
+        labels: their targets.
+    """
     total, targets = 0.0, 0
-    for forward in (forward for run in traces for forward in evaluations(recipe, run)):
+    for forward in forwards:
         for logits, number in zip(forward.scores, sample_numbers(forward.ids, rows), strict=True):
-            if number is not None and forward.update == recipe.updates:
+            if number is not None:
                 scores, wanted = next_tokens(logits[None], labels[number][None])
                 count = int((wanted != IGNORED).sum())
                 total, targets = total + mean_entropy(scores, wanted) * count, targets + count
-    where = f" of {len(traces)} ranks" if len(traces) > 1 else ""
-    reports(traces[0].messages, total / targets, f"targets{where} that are not ignored")
+    return total / targets
 
 
 @clause(

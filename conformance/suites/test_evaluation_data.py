@@ -13,7 +13,7 @@ from conformance.errors import AdapterFailed, NotApplicable, Violation, quoted
 from conformance.recipe import Recipe
 from conformance.recording.trace import Trace
 from conformance.runs import Runs
-from conformance.suites import everyday, on_two_ranks
+from conformance.suites import on_two_ranks
 from conformance.suites.test_evaluation import evaluations, reports_mean, reports_mean_of_targets, short, validation
 
 

@@ -11,6 +11,7 @@ from conformance.recording.trace import Trace
 from conformance.runs import Runs
 from conformance.suites import everyday
 from conformance.suites.test_evaluation import evaluations, reports_mean, short, validation
+from conformance.suites.test_resume import resumed
 
 
 def evaluated_after(recipe: Recipe, run: Trace) -> list[int]:
@@ -36,7 +37,7 @@ def test_evaluation_after_the_last_update(runs: Runs) -> None:
     last update, and reports that loss.
     """
     for updates, every in ((3, 2), (2, 3)):
-        recipe = replace(short(runs), updates=updates, evaluate=False, evaluate_every=every)
+        recipe = uneven(runs, updates, every)
         try:
             evaluations(recipe, runs.trace(recipe))
         except Violation as violation:
@@ -55,25 +56,46 @@ def test_evaluation_after_the_last_update(runs: Runs) -> None:
     "EVAL-18",
     since="0.2",
     needs=("evaluate-every",),
-    why="If evaluations come an update early or late, or their interval is counted in microbatches, they are not those "
-    "of the checkpoints with the same number, and two runs are compared at different lengths.",
+    why="If evaluations come an update early or late, they are not those of the checkpoints with the same number, and "
+    "two runs are compared at different lengths.",
     mend="Count optimizer updates that are done, and evaluate after each multiple of the interval.",
     source="OpenRLHF/OpenRLHF#131 (log, evaluation and save steps are counted wrongly)",
     bound="the number of updates done before each evaluation",
 )
 def test_evaluations_at_the_interval(runs: Runs) -> None:
-    """In a run that is to evaluate every k updates, the stack evaluates after each multiple of k updates, and at no
-    other time but before the first update and after the last.
+    """In a run that is to evaluate every k updates, the stack evaluates after each multiple of k updates; a resumed run
+    does so after the same updates.
     """
-    for recipe in (everyday(runs), replace(short(runs), updates=3, evaluate=False, evaluate_every=2)):
-        every, run = recipe.evaluate_every, runs.trace(recipe)
-        assert every is not None
-        wanted = [update for update in range(1, recipe.updates + 1) if update % every == 0]
-        found = evaluated_after(recipe, run)
-        lost = [update for update in wanted if update not in found]
-        more = [update for update in found if update not in (0, *wanted, recipe.updates)]
-        if lost or more:
-            raise Violation(
-                f"of {recipe.updates} updates, evaluated every {every}, an evaluation after updates {quoted(wanted)}",
-                f"evaluations after updates {quoted(found)}" if found else "no evaluation",
-            )
+    odd = uneven(runs, 3)
+    for recipe in (everyday(runs), odd):
+        evaluates_when_due(recipe, evaluated_after(recipe, runs.trace(recipe)))
+    if runs.has("resume"):
+        longer = replace(odd, updates=5)
+        later = resumed(runs, longer, runs.trace(odd), 3)
+        if later.updates:  # else see RESUME-3
+            evaluates_when_due(longer, [3 + update for update in evaluated_after(longer, later)], 3)
+
+
+def evaluates_when_due(recipe: Recipe, found: list[int], start: int = 0) -> None:
+    """Check that a run evaluates after the updates that its interval divides.
+
+    Args:
+        recipe: of the run.
+        found: the updates after which it does, counted from the first of all.
+        start: updates that were done when it was resumed.
+    """
+    assert recipe.evaluate_every is not None
+    wanted = [update for update in range(start + 1, recipe.updates + 1) if update % recipe.evaluate_every == 0]
+    if not set(wanted) <= set(found):  # some evaluate at other times, too: before the first update, or where they save
+        where = f", resumed after update {start}" if start else ""
+        raise Violation(
+            f"in a run of {recipe.updates} updates{where}, evaluated every {recipe.evaluate_every}, an evaluation "
+            f"after updates {quoted(wanted)}",
+            f"evaluations after updates {quoted(found)}" if found else "no evaluation",
+        )
+
+
+def uneven(runs: Runs, updates: int, every: int = 2) -> Recipe:
+    """Return a run whose interval between evaluations does not divide its updates, and a checkpoint at its end."""
+    save = updates if runs.has("resume") else None
+    return replace(short(runs), updates=updates, evaluate=False, evaluate_every=every, save_every=save)
