@@ -13,6 +13,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from conformance import Checkpoint, Constant, Normal, NotApplicable, Recipe, TensorInfo
 
+TUNING = ("finetune", "quantised", "lora-dropout", "lora-everywhere", "tuned-embedding")
 Samples = torch.utils.data.IterableDataset[dict[str, Tensor]]
 
 
@@ -50,22 +51,18 @@ class Transformers:
     lacks = {
         "batch-total": "gradient_accumulation_steps counts the microbatches",
         "fused": "create_optimizer adds nothing to a class; only the name adamw_torch_fused asks for it",
-        "ndim-policy": "get_decay_parameter_names goes by names and nn.LayerNorm",
         "16-mixed": "on the CPU accelerate leaves fp16 off, and does not say so",
         "logits-opt-out": "accelerate's prepare_model always converts what leaves autocast to float32",
         "stable-embedding": "create_optimizer gives nn.Embedding 32-bit state, and swaps nothing",
         "meta-init": "Trainer moves the model with .to(device), which raises for one on the meta device",
         "sharded": "this adapter trains replicas (DDP); Trainer's option fsdp is accelerate's",
         "second-optimizer": "create_optimizer builds one optimizer",
-        "decay-all": "get_decay_parameter_names goes by names and nn.LayerNorm",
-        "loader": "Trainer is given a data set, and builds the loader by itself",
         "evaluate-batches": "evaluate() takes all of eval_dataset",
-        "chats": "Trainer is given token ids; trl's SFTTrainer takes chats",
-        "validation-document": "Trainer is given samples; a document is divided by its user",
         "residual-opt-out": "the residual stream has the dtype of the embedding, as autocast leaves it",
     }
-    tuning = "this adapter trains every weight; the subject transformers-peft does not"
-    lacks |= dict.fromkeys(("finetune", "quantised", "lora-dropout", "lora-everywhere", "tuned-embedding"), tuning)
+    lacks |= dict.fromkeys(("ndim-policy", "decay-all"), "get_decay_parameter_names goes by names and nn.LayerNorm")
+    lacks |= dict.fromkeys(("loader", "chats", "validation-document"), "Trainer is given samples of token ids")
+    lacks |= dict.fromkeys(TUNING, "this adapter trains every weight; the subject transformers-peft does not")
 
     def train(self, recipe: Recipe) -> None:
         if recipe.n_kv_head is not None and recipe.shape == "gpt":

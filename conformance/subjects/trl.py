@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from trl import SFTConfig, SFTTrainer
 
 from conformance import Checkpoint, Recipe
-from conformance.subjects.transformers import TransformersPolicy
+from conformance.subjects.transformers import TUNING, TransformersPolicy
 
 
 def build_model(recipe: Recipe) -> nn.Module:
@@ -58,25 +58,22 @@ class Trl:
     lacks = {
         "batch-total": "gradient_accumulation_steps counts the microbatches",
         "fused": "create_optimizer adds nothing to a class; only the name adamw_torch_fused asks for it",
-        "ndim-policy": "get_decay_parameter_names goes by names and nn.LayerNorm",
         "16-mixed": "on the CPU accelerate leaves fp16 off, and does not say so",
         "logits-opt-out": "accelerate's prepare_model always converts what leaves autocast to float32",
         "stable-embedding": "create_optimizer gives nn.Embedding 32-bit state, and swaps nothing",
         "meta-init": "Trainer moves the model with .to(device), which raises for one on the meta device",
         "sharded": "this adapter trains replicas (DDP); Trainer's option fsdp is accelerate's",
         "second-optimizer": "create_optimizer builds one optimizer",
-        "decay-all": "get_decay_parameter_names goes by names and nn.LayerNorm",
+        "chats": "SFTTrainer computes the loss in chunks, where no targets are seen",
         "loader": "Trainer is given a data set, and builds the loader by itself",
         "evaluate-batches": "evaluate() takes all of eval_dataset",
         "validation-document": "this adapter gives samples; SFTTrainer's packing is not mapped",
-        "chats": "SFTTrainer computes the loss in chunks, where no targets are seen; this adapter gives it token ids",
         "residual-opt-out": "the residual stream has the dtype of the embedding, as autocast leaves it",
     }
     lacks |= dict.fromkeys(("foreign-module", "module-factory"), "SFTTrainer takes models of transformers")
-    lacks |= dict.fromkeys(("grouped-query", "cooldown"), "this adapter does not map it; the subject transformers does")
-    lacks |= dict.fromkeys(
-        ("finetune", "quantised", "lora-dropout", "lora-everywhere", "tuned-embedding"), "peft_config is not mapped"
-    )
+    lacks |= dict.fromkeys(("ndim-policy", "decay-all"), "get_decay_parameter_names goes by names and nn.LayerNorm")
+    lacks |= dict.fromkeys(("grouped-query", "cooldown", "finds-newest"), "only the subject transformers maps it")
+    lacks |= dict.fromkeys(TUNING, "peft_config is not mapped")
 
     def train(self, recipe: Recipe) -> None:
         optimizer = recipe.optimizer.config()
@@ -106,9 +103,6 @@ class Trl:
             save_steps=recipe.save_every or 500,
             save_total_limit=recipe.keep_last,
         )
-        folder = recipe.resume.find("trainer_state.json").parent if recipe.resume else None
-        if folder is not None and recipe.find_newest:
-            arguments.output_dir = str(folder.parent)
         ids, labels = all_ranks(recipe, recipe.batches), all_ranks(recipe, recipe.labels)
         if recipe.samples is not None:
             ids, labels = [recipe.dataset()], [recipe.dataset_labels()]
@@ -120,7 +114,7 @@ class Trl:
             eval_dataset=dataset(validation, all_ranks(recipe, recipe.validation_labels)),
             processing_class=build_tokenizer(recipe),
             optimizer_cls_and_kwargs=(pydoc.locate(optimizer["class_path"]), optimizer["init_args"]),
-        ).train(resume_from_checkpoint=recipe.find_newest or (folder and str(folder)))
+        ).train(resume_from_checkpoint=recipe.resume and str(recipe.resume.find("trainer_state.json").parent))
 
     def load(self, checkpoint: Checkpoint) -> nn.Module:
         return AutoModelForCausalLM.from_pretrained(checkpoint.find("config.json").parent)

@@ -22,8 +22,7 @@ from reference.model.embedding import restore_embeddings, swap_embeddings
 
 # The matrices that multiply activations. ff.0.0 is the first one of a GELU MLP, ff.0.proj of a SwiGLU MLP.
 MATRICES = ("to_q", "to_k", "to_v", "to_out", "ff.0.0", "ff.0.proj", "ff.2", "to_logits")
-OF_GPT = "activation-checkpointing finetune quantised lora-dropout lora-everywhere tuned-embedding"
-OF_GPT += " initial-std residual-opt-out"
+OF_GPT = "activation-checkpointing finetune quantised lora-dropout tuned-embedding initial-std residual-opt-out"
 
 
 class XTransformersPolicy(ReferencePolicy):
@@ -64,7 +63,7 @@ class XTransformers(Reference):
     name, policy = "x-transformers", XTransformersPolicy()
     version = importlib.metadata.version("x-transformers")
     lacks = Reference.lacks | {"meta-init": "TransformerWrapper, Attention and the norms have no reset_parameters()"}
-    lacks |= dict.fromkeys(OF_GPT.split(), "Trainer has this option for its own GPT only")
+    lacks |= dict.fromkeys((*OF_GPT.split(), "lora-everywhere"), "Trainer has this option for its own GPT only")
     recipes: dict[Path, Recipe] = {}  # by directory: a checkpoint cannot say how to build a module of somebody else's
 
     def model_config(self, recipe: Recipe) -> Any:  # a function, which Trainer takes as well as a GPTConfig

@@ -121,7 +121,12 @@ def test_numbers_count_updates(runs: Runs) -> None:
         own = [(n, [t for t in told if not any(is_rounded(t, loss) for loss in measured)]) for n, told in pairs]
         judged.append(belong([(number, told) for number, told in own if told], ends, "training losses"))
     if evaluated:
-        after = {update: [loss_after(recipe, [run], update)] for update in evaluated_after(recipe, run)}
+        try:
+            after = {update: [loss_after(recipe, [run], update)] for update in evaluated_after(recipe, run)}
+        except Violation:  # it does not evaluate the validation data after the last update: see EVAL-5
+            after = {}
         judged += [belong(pairs, after, "validation losses") for pairs in evaluated.values()]
     if not any(judged):
-        raise NotApplicable("the losses beside a step or an update are not those of updates: see REPORT-1 and EVAL-5")
+        raise NotApplicable(
+            "the losses beside a step or an update are not those of updates, or too close to tell apart"
+        )

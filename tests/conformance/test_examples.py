@@ -69,8 +69,8 @@ def test_the_plain_loop_learns(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_the_plain_loop_is_judged() -> None:
     # It declares no forward and no leftovers, and what reaches its weights is CLIP-3's matter. It does not
-    # train with Muon, which takes matrices only.
-    silent = frozenset({"MODEL-1", "CLIP-6", "EVAL-12", "OPT-19"})
+    # train with Muon, which takes matrices only. The losses that it prints have too few digits to tell them apart.
+    silent = frozenset({"MODEL-1", "CLIP-6", "EVAL-12", "OPT-19", "REPORT-8", "REPORT-9"})
     found = failures(load_subject("examples.plain_loop_adapter:PlainLoop"), silent)
     assert found == {"OPT-11": "fail", "CLIP-3": "fail"}
 
