@@ -1,6 +1,7 @@
 """One judgement of one subject, from options to exit code. The command line and the pytest plugin are its two doors."""
 
 import contextlib
+import gc
 import json
 import os
 import sys
@@ -47,12 +48,24 @@ class Sitting:
         self.named = Named.of(self.session.subject)
         self.results: list[Result] = []
         self.environment = environment()
+        self.before = gc.get_threshold(), torch.get_num_threads()
+        # The traces of hundreds of runs live to the end, and by default Python walks them all again and again: a tenth
+        # of the time. The tensors are tiny, and threads that compare them only wait for each other.
+        gc.set_threshold(20_000, 10, 10)
+        torch.set_num_threads(1)
         self.keep()
 
     def __enter__(self) -> "Sitting":
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove what the runs wrote; put back the number of threads and what the garbage collector waits for."""
+        thresholds, threads = self.before
+        gc.set_threshold(*thresholds)
+        torch.set_num_threads(threads)
         self.session.close()
 
     def judge(self, clause: Clause) -> Result:

@@ -1,5 +1,6 @@
 """Every exception of the suite, under one base class, and the words that messages share."""
 
+import signal
 from collections.abc import Iterable
 
 
@@ -89,6 +90,11 @@ def describe_error(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])  # load_state_dict() begins with one
     return f"{type(error).__name__}: {text[:400]}" if text else type(error).__name__
+
+
+def signal_name(number: int) -> str:
+    """Return the name of a signal, such as SIGSEGV."""
+    return signal.Signals(number).name if number in list(signal.Signals) else f"signal {number}"
 
 
 def quoted(names: Iterable[object], limit: int = 4) -> str:

@@ -54,7 +54,7 @@ def sitting(config: pytest.Config) -> Sitting:
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Remove what the runs wrote."""
     if SITTING in config.stash:
-        config.stash[SITTING].session.close()
+        config.stash[SITTING].close()
 
 
 class ClauseItem(pytest.Item):

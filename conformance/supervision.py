@@ -79,11 +79,10 @@ def tell_end(number: int, journal: Path) -> int:
     from rich.console import Console
 
     from conformance.clause import catalogue
-    from conformance.errors import UsageError
+    from conformance.errors import UsageError, signal_name
     from conformance.report.letter import print_letter
     from conformance.report.result import read_report
 
-    name = signal.Signals(number).name if number in list(signal.Signals) else f"signal {number}"
     now = journal.with_suffix(".now")
     clause = now.read_text(encoding="utf-8") if now.is_file() else ""
     while_judging = f" while {clause} was judged" if clause else ""
@@ -93,8 +92,8 @@ def tell_end(number: int, journal: Path) -> int:
     except UsageError:  # it ended before the first clause
         pass
     print(
-        f"{name} ended the process{while_judging}: the results above are those of the clauses judged before that. "
-        "Usual causes are a crash in native code, a kill, and too little memory.",
+        f"{signal_name(number)} ended the process{while_judging}: the results above are those of the clauses judged "
+        "before that. Usual causes are a crash in native code, a kill, and too little memory.",
         file=sys.stderr,
     )
     return 128 + number

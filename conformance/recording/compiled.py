@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from conformance.recording.isolation import everything_put_back
+from conformance.recording.isolation import everything_put_back, inductor_not_imported
 
 
 @contextlib.contextmanager
@@ -18,7 +18,7 @@ def compiling() -> Iterator[None]:
     """
     wrapper: Any = torch._TorchCompileInductorWrapper
     original = wrapper.__call__
-    with everything_put_back(), torch.compiler.set_stance("default"):
+    with everything_put_back(), inductor_not_imported(), torch.compiler.set_stance("default"):
         torch.set_num_threads(1)
         if not torch.cuda.is_available():
             wrapper.__call__ = without_inductor

@@ -18,11 +18,28 @@ import torch
 @contextlib.contextmanager
 def quiet_and_deterministic() -> Iterator[None]:
     """One thread, no compilation, NaN in uninitialised memory, and afterwards everything as it was."""
-    with everything_put_back(), torch.compiler.set_stance("force_eager"):
+    with everything_put_back(), inductor_not_imported(), torch.compiler.set_stance("force_eager"):
         torch.set_num_threads(1)
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined] # set by its module
         yield
+
+
+@contextlib.contextmanager
+def inductor_not_imported() -> Iterator[None]:
+    """Keep torch.compile from importing inductor, which takes two seconds, only to note its settings.
+
+    Where there is no GPU, no run compiles with inductor. Yet each call of torch.compile, such as bitsandbytes' when it
+    is imported, asks the default backend for its settings.
+    """
+    wrapper: Any = torch._TorchCompileInductorWrapper
+    original = wrapper.get_compiler_config
+    if not torch.cuda.is_available():
+        wrapper.get_compiler_config = lambda _: {}
+    try:
+        yield
+    finally:
+        wrapper.get_compiler_config = original
 
 
 @contextlib.contextmanager

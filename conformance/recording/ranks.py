@@ -1,10 +1,12 @@
 """A recipe on several processes, each recorded: started as torchrun starts them, so any stack finds its rank."""
 
 import dataclasses
+import faulthandler
 import importlib
+import io
 import multiprocessing
 import os
-import pickle
+import re
 import socket
 import sys
 import warnings
@@ -12,11 +14,13 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from conformance.errors import REFUSED, NotApplicable, RunFailed, describe_error
+from conformance.errors import REFUSED, NotApplicable, RunFailed, describe_error, signal_name
 from conformance.recipe import Recipe
 from conformance.subject import Subject
 
 if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
+
     from conformance.recording.trace import Trace
 
 TIMEOUT = 120.0  # seconds for the whole run; a rank that waits for a dead one would wait forever
@@ -46,7 +50,7 @@ def run_on_ranks(subject: Subject, recipe: Recipe, directory: Path) -> "list[Tra
             theirs.close()
             ranks.append((process, ours))
     try:
-        return receive_all({pipe: rank for rank, (_, pipe) in enumerate(ranks)})
+        return receive_all(ranks, directory)
     except BaseException:
         for process, _ in ranks:
             process.kill()  # the others wait for the one that failed
@@ -68,6 +72,8 @@ def works_in_a_fork() -> bool:
 
     if sys.platform != "linux" or torch.cuda.is_available():
         return False
+    if not torch.backends.cuda.is_built():
+        return True
     child = os.fork()
     if child == 0:
         status = 1
@@ -96,7 +102,8 @@ def run_rank(rank: int, subject: Subject, recipe: Recipe, directory: Path, port:
     from conformance.recording import record
 
     failure = refusal = ""
-    with open(os.devnull, "w") as nowhere:
+    with open(os.devnull, "w") as nowhere, crash_log(directory, rank).open("w") as log:
+        faulthandler.enable(log)  # who reads what a crash prints there: describe_death()
         for stream in (1, 2):  # by number: handlers of loggers and native code keep the streams they once had
             os.dup2(nowhere.fileno(), stream)
         keep = directory.with_name(f"{directory.name}-kept-{rank}")
@@ -108,24 +115,29 @@ def run_rank(rank: int, subject: Subject, recipe: Recipe, directory: Path, port:
                 if isinstance(error, NotApplicable) and not trace.updates:  # after one, it is the adapter's mistake
                     refusal = f"{REFUSED}{error}"
         # Sent before the process group is left, which makes the others fail; so the first to arrive is the cause. As
-        # bytes: a tensor sent as an object would be passed by a file descriptor that dies with this process.
-        pipe.send_bytes(pickle.dumps((trace, failure, refusal)))
+        # bytes: a tensor sent as an object would be passed by a file descriptor that dies with this process. By
+        # torch.save: pickle alone writes an archive for each of a trace's thousand tensors.
+        sent = io.BytesIO()
+        torch.save((trace, failure, refusal), sent)
+        pipe.send_bytes(sent.getbuffer())
         pipe.close()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
-def receive_all(pipes: dict[Connection, int]) -> "list[Trace]":
+def receive_all(ranks: "list[tuple[BaseProcess, Connection]]", directory: Path) -> "list[Trace]":
     """Return the traces that the ranks send, by rank.
 
     Raises:
         NotApplicable: as soon as a rank sent that the stack refuses the recipe.
         RunFailed: as soon as a rank raised or died, with the first to do so: the others only lose their peer.
     """
+    import torch
+
     from conformance.recording.masters import complete
 
     traces: dict[int, Trace] = {}
-    waiting = dict(pipes)
+    waiting = {pipe: rank for rank, (_, pipe) in enumerate(ranks)}
     while waiting:
         ready = wait(list(waiting), TIMEOUT)
         if not ready:
@@ -134,9 +146,10 @@ def receive_all(pipes: dict[Connection, int]) -> "list[Trace]":
             assert isinstance(pipe, Connection)
             rank = waiting.pop(pipe)
             try:
-                traces[rank], failure, refusal = pickle.loads(pipe.recv_bytes())
+                sent = io.BytesIO(pipe.recv_bytes())
             except EOFError:
-                failure, refusal = f"rank {rank} died without sending its trace", ""
+                raise RunFailed(describe_death(rank, ranks[rank][0], crash_log(directory, rank))) from None
+            traces[rank], failure, refusal = torch.load(sent, weights_only=False)
             if refusal:
                 raise NotApplicable(refusal)
             if failure:
@@ -144,6 +157,24 @@ def receive_all(pipes: dict[Connection, int]) -> "list[Trace]":
     found = [traces[rank] for rank in sorted(traces)]
     complete(found)
     return found
+
+
+def crash_log(directory: Path, rank: int) -> Path:
+    """Return the file beside the run's folder in which a crash of native code leaves the lines of Python behind it."""
+    return directory.with_name(f"{directory.name}-crash-{rank}.txt")
+
+
+def describe_death(rank: int, process: "BaseProcess", log: Path) -> str:
+    """Say how the process of a rank ended that sent no trace: by which signal, where, or with which exit code."""
+    process.join(5)  # its pipe is closed, so it has ended, or is about to
+    code = process.exitcode
+    if code is None:
+        return f"rank {rank} closed its pipe without sending its trace"
+    how = f"by {signal_name(-code)}" if code < 0 else f"with exit code {code}"
+    crashed = log.read_text(encoding="utf-8", errors="replace").partition("Current thread")[2] if log.is_file() else ""
+    frame = re.search(r'File "(.*)", line (\d+) in (\S+)', crashed)
+    where = f" in {frame[3]} ({Path(frame[1]).name}:{frame[2]})" if frame else ""
+    return f"the process of rank {rank} ended {how}{where} before it sent its trace"
 
 
 def free_port() -> int:

@@ -91,9 +91,21 @@ class Run:
         if isinstance(train, TokenSource):
             if isinstance(train, TextStream):  # it may wait for long
                 train.ended = lambda: self.stop.signal is not None
-            return train.batches_from(start, self.fabric.global_rank, self.fabric.world_size)
+            return self.unending(train.batches_from(start, self.fabric.global_rank, self.fabric.world_size))
         endless = within_vocabulary(repeat(train, self.config.seed, self.fabric.global_rank), self.module)
         return itertools.islice(endless, start, None)
+
+    def unending(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Yield the batches of a token source.
+
+        Raises:
+            TrainingError: if they end, and no signal told a stream of text to wait no longer.
+        """
+        yield from batches
+        if self.stop.signal is None:
+            raise TrainingError(
+                "the training batches ended: batches_from() of a token source must yield batches without end."
+            )
 
     def fetch(self, batches: Iterator[Batch]) -> Pairs:
         """Take the microbatches of the next update, and send them on their way to the device."""

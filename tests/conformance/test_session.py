@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -309,6 +310,24 @@ def test_a_rank_that_raises_is_named(ranks: str) -> None:
             session.runs.ranks(Recipe(world_size=2))
 
 
+class Crashing(Fake):
+    """Two ranks, of which one ends by the signal in ``version``."""
+
+    def train(self, recipe: Recipe) -> None:
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.Signals[self.version])
+        torch.distributed.init_process_group("gloo")
+
+
+@pytest.mark.parametrize(("name", "where"), [("SIGKILL", ""), ("SIGSEGV", r" in train \(test_session.py:\d+\)")])
+def test_a_rank_that_a_signal_ends_is_told_with_it(name: str, where: str) -> None:
+    subject = Crashing()
+    subject.version = name
+    told = f"the process of rank 1 ended by {name}{where} before it sent its trace"
+    with Session(subject) as session, pytest.raises(RunFailed, match=told):
+        session.runs.ranks(Recipe(world_size=2))
+
+
 class Alone(Fake):
     """A stack that refuses two ranks, before its first update or (``version`` "late") after it."""
 
@@ -343,6 +362,7 @@ def test_ranks_are_spawned_where_autograd_refuses_a_fork(monkeypatch: pytest.Mon
         backward(tensor, *arguments)
 
     monkeypatch.setattr(Tensor, "backward", refuse)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
     assert not works_in_a_fork()
     with Session(NoBaseClass()) as session:  # a spawned rank has its own, unharmed method, and imports this stack anew
         assert [len(trace.updates) for trace in session.runs.ranks(Recipe(world_size=1))] == [2]

@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,25 @@ def test_what_is_not_finite_stops_the_run_before_the_step(batches: list[Tensor],
 def test_batches_that_end_are_an_error(batches: list[Tensor], count: int) -> None:
     with pytest.raises(TrainingError, match="the training batches ended: give a list, a DataLoader or another iter"):
         fit(GPT2, iter(batches[:count]), updates=2)
+
+
+class Ending:
+    """A token source that breaks its word: it ends after ``count`` batches."""
+
+    def __init__(self, batches: list[Tensor], count: int) -> None:
+        self.given = batches[:count]
+
+    def batches_from(self, start: int, rank: int = 0, world_size: int = 1) -> Iterator[Tensor]:
+        return iter(self.given[start:])
+
+    def once(self, rank: int = 0, world_size: int = 1) -> Iterator[Tensor]:
+        return iter(self.given)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_token_source_that_ends_is_an_error(batches: list[Tensor], count: int) -> None:
+    with pytest.raises(TrainingError, match=r"the training batches ended: batches_from\(\) of a token source"):
+        fit(GPT2, Ending(batches, count), updates=3, microbatches=2)
 
 
 def test_no_validation_batches_are_an_error(batches: list[Tensor]) -> None:
