@@ -74,6 +74,8 @@ CAPABILITIES = {
     "initial-std": Capability(
         "takes the standard deviation of its initial weights from its user", since="0.2", extension=True
     ),
+    "rotary-base": Capability("takes the base of its rotary positions from its user", since="0.2", extension=True),
+    "norm-eps": Capability("takes the epsilon of its norms from its user", since="0.2", extension=True),
     "second-optimizer": Capability(
         "takes from its user a second optimizer, for the tensors that the first is not for", since="0.2", extension=True
     ),

@@ -112,6 +112,10 @@ class Recipe:
     """Probability of dropping an activation, wherever the stack drops some (capability dropout)."""
     initial_std: float | None = None
     """Standard deviation that the weights are drawn with (capability initial-std). None: the stack's own."""
+    rotary_base: float | None = None
+    """Base of the wavelengths of rotary positions (capability rotary-base). None: the stack's own."""
+    norm_eps: float | None = None
+    """What the norms add to the variance that they divide by (capability norm-eps). None: the stack's own."""
     seed: int = 1
     """Decides the weights, the dropout and the order of samples."""
     precision: Precision = "32-true"

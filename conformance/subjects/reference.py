@@ -88,6 +88,8 @@ def declared_forward(
 ) -> Tensor:
     """Return the logits of GPT-2 (Radford et al. 2019) or Llama (https://arxiv.org/abs/2302.13971), written plainly."""
     gpt, heads, size = recipe.shape == "gpt", recipe.n_head, recipe.n_embd // recipe.n_head
+    eps = 1e-5 if recipe.norm_eps is None else recipe.norm_eps
+    base = 10_000.0 if recipe.rotary_base is None else recipe.rotary_base
     shared = heads // (recipe.n_kv_head or heads)  # query heads in a row that have the same keys and values
 
     def linear(name: str, x: Tensor) -> Tensor:
@@ -96,11 +98,11 @@ def declared_forward(
     def norm(name: str, x: Tensor) -> Tensor:
         if gpt:
             x = x - x.mean(-1, keepdim=True)
-        scaled = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weights[f"{name}.weight"]
+        scaled = x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weights[f"{name}.weight"]
         return scaled + weights[f"{name}.bias"] if gpt else scaled
 
     places = torch.arange(ids.shape[1], dtype=torch.float64)
-    phase = torch.outer(places, 10_000.0 ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)).repeat(1, 2)
+    phase = torch.outer(places, base ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)).repeat(1, 2)
 
     def turned(x: Tensor) -> Tensor:  # (B, H, T, D), the halves convention
         first, second = x.chunk(2, dim=-1)
@@ -181,7 +183,8 @@ class Reference:
             name: getattr(recipe, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size")
         }
         size |= {"n_kv_head": recipe.n_kv_head, "fp32_residual": recipe.residual == "float32"}
-        size |= {} if recipe.initial_std is None else {"init_std": recipe.initial_std}
+        given = {"init_std": recipe.initial_std, "rope_theta": recipe.rotary_base, "norm_eps": recipe.norm_eps}
+        size |= {name: value for name, value in given.items() if value is not None}
         return build(**size, tie_embeddings=recipe.tied, dropout=recipe.dropout)
 
     def train_config(self, recipe: Recipe) -> reference.TrainConfig:

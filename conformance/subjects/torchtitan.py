@@ -78,7 +78,8 @@ class Torchtitan:
     )
     lacks |= dict.fromkeys(("second-optimizer", "decay-all"), "build_optimizers makes one group of all tensors")
     lacks["initial-std"] = "models/llama3 has no option for it"
-    lacks |= dict.fromkeys(("grouped-query", "cooldown", "keep-last", "finds-newest"), "this adapter does not map it")
+    settings = ("grouped-query", "rotary-base", "norm-eps", "cooldown", "keep-last", "finds-newest")
+    lacks |= dict.fromkeys(settings, "this adapter does not map it")
     lacks |= dict.fromkeys(("validation-document", "masked-samples", "chats"), "the data set is this adapter's")
     lacks["module-factory"] = "Trainer builds a ModelProtocol from its arguments, on the meta device"
     lacks["final-evaluation"] = "should_validate in validate.py: after update 1, and where freq divides the updates"

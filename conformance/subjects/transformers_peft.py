@@ -51,6 +51,8 @@ class TransformersPeft(Transformers):
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         options = {"target_modules": LAYERS[recipe.shape], "fan_in_fan_out": recipe.shape == "gpt"}
         options |= {"modules_to_save": ["wte", "embed_tokens"]} if recipe.tuned_embedding else {}
+        if recipe.tied and recipe.tuned_embedding and hasattr(LoraConfig, "ensure_weight_tying"):
+            options["ensure_weight_tying"] = True  # without it, peft trains a copy for the embedding alone
         lora = LoraConfig(r=recipe.lora_rank, lora_dropout=recipe.lora_dropout, task_type="CAUSAL_LM", **options)
         return get_peft_model(model, lora)
 

@@ -65,14 +65,14 @@ class Trl:
         "sharded": "this adapter trains replicas (DDP); Trainer's option fsdp is accelerate's",
         "second-optimizer": "create_optimizer builds one optimizer",
         "chats": "SFTTrainer computes the loss in chunks, where no targets are seen",
-        "loader": "Trainer is given a data set, and builds the loader by itself",
         "evaluate-batches": "evaluate() takes all of eval_dataset",
-        "validation-document": "this adapter gives samples; SFTTrainer's packing is not mapped",
         "residual-opt-out": "the residual stream has the dtype of the embedding, as autocast leaves it",
     }
     lacks |= dict.fromkeys(("foreign-module", "module-factory"), "SFTTrainer takes models of transformers")
     lacks |= dict.fromkeys(("ndim-policy", "decay-all"), "get_decay_parameter_names goes by names and nn.LayerNorm")
-    lacks |= dict.fromkeys(("grouped-query", "cooldown", "finds-newest"), "only the subject transformers maps it")
+    lacks |= dict.fromkeys(("loader", "validation-document"), "SFTTrainer is given samples of token ids")
+    elsewhere = "this adapter does not map it; the subject transformers does"
+    lacks |= dict.fromkeys(("grouped-query", "rotary-base", "norm-eps", "cooldown", "finds-newest"), elsewhere)
     lacks |= dict.fromkeys(TUNING, "peft_config is not mapped")
 
     def train(self, recipe: Recipe) -> None:

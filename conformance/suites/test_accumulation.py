@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from conformance.checks.accumulation import gradient_is_of, gradients_agree
+from conformance.checks.accumulation import Gradients, gradient_is_of, gradients_agree
 from conformance.checks.comparison import tensors_equal
 from conformance.checks.data import mean_entropy, next_tokens, sample_numbers, targets_are_next
 from conformance.clause import clause
@@ -30,6 +30,12 @@ from conformance.suites import (
 def in_one_batch(recipe: Recipe) -> Recipe:
     """Return the same updates, each with a single microbatch."""
     return replace(recipe, microbatch_size=recipe.update_size, microbatches=1)
+
+
+def small_step(runs: Runs) -> Recipe:
+    """Return two updates on the same batch, in steps so small that the loss falls in a line."""
+    step = OptimizerChoice.of(SGD, lr=3e-4) if runs.has("any-optimizer") else OptimizerChoice.of(ADAMW, lr=3e-5)
+    return Recipe(optimizer=step, same_batches=True)
 
 
 def dense(gradients: dict[str, Tensor | None]) -> dict[str, Tensor]:
@@ -136,8 +142,7 @@ def test_ragged_ranks(runs: Runs) -> None:
 )
 def test_gradient_of_the_mean(runs: Runs) -> None:
     """The gradient is that of the mean cross entropy over exactly the target tokens, of its own update."""
-    step = OptimizerChoice.of(SGD, lr=3e-4) if runs.has("any-optimizer") else OptimizerChoice.of(ADAMW, lr=3e-5)
-    plain = Recipe(optimizer=step, same_batches=True)
+    plain = small_step(runs)
     ragged = replace(plain, ignored_targets=True)
     recipes = [plain, ragged] if runs.has("ignored-targets") else [plain]
     if runs.has("ignored-targets") and runs.asks("0.2"):  # the update before has another number of targets
@@ -145,13 +150,20 @@ def test_gradient_of_the_mean(runs: Runs) -> None:
     if runs.policy.auxiliary_loss(plain):
         raise NotApplicable("the policy declares that the loss has terms besides the cross entropy")
     for recipe in recipes:
-        run, number = runs.trace(recipe), recipe.updates - 2
-        losses = [loss_of(recipe, run, update) for update in (number, number + 1)]
-        first, second = run.update(number), run.update(number + 1)
-        moved = Named({name: first.after[name].double() - first.before[name].double() for name in first.before})
         what = "the gradient, with some targets ignored," if recipe.ignored_targets else "the gradient"
-        what += " after an update with another number of targets," if number else ""
-        gradient_is_of((losses[0], losses[1]), moved, (first.gradients, second.gradients), what)
+        what += " after an update with another number of targets," if recipe.updates > 2 else ""
+        gradient_is_of(*small_steps(recipe, runs.trace(recipe)), what)
+
+
+def small_steps(
+    recipe: Recipe, run: Trace
+) -> tuple[tuple[float, float], dict[str, Tensor], tuple[Gradients, Gradients]]:
+    """Return the losses, the movement and the gradients of a run whose last two updates train on the same batch."""
+    number = recipe.updates - 2
+    losses = [loss_of(recipe, run, update) for update in (number, number + 1)]
+    first, second = run.update(number), run.update(number + 1)
+    moved = Named({name: first.after[name].double() - first.before[name].double() for name in first.before})
+    return (losses[0], losses[1]), moved, (first.gradients, second.gradients)
 
 
 def loss_of(recipe: Recipe, run: Trace, update: int) -> float:
