@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from conformance.chats import conversations, write_tokenizer
+
 if TYPE_CHECKING:
     import torch
     from torch.utils.data import DataLoader
@@ -137,6 +139,10 @@ class Recipe:
     masked_samples: bool = False
     """Beside ``samples``: only some tokens of the data set are targets, as in chats only those of the assistant: see
     dataset_labels() (capability masked-samples)."""
+    chats: bool = False
+    """Train on conversations(), which the stack itself turns into tokens and targets, by the tokenizer and the chat
+    template that write_tokenizer() writes: a target is what the assistant says (capability chats). The vocabulary has
+    room for that tokenizer, and ``block_size`` for each conversation."""
     ignored_targets: bool = False
     """Many targets are -100, in some microbatches more than in others: see labels() (capability ignored-targets)."""
     updates: int = 2
@@ -172,6 +178,9 @@ class Recipe:
     """Checkpoints to keep; older ones are removed (capability keep-last). None: all, or whatever the stack keeps."""
     resume: "Checkpoint | None" = None
     """Go on from this checkpoint, to ``updates`` in all (capability resume)."""
+    find_newest: bool = False
+    """Beside ``resume``: the stack is told the directory of the run that wrote that checkpoint, and must find it there,
+    as the newest of several, by itself (capability finds-newest)."""
     stable_embedding: bool = False
     """Switch the stack's StableEmbedding option on (capability stable-embedding)."""
     finetune: "Checkpoint | None" = None
@@ -208,8 +217,9 @@ class Recipe:
     dropping: Dropping = "everywhere"
     """Where the recorder lets torch's dropout act; elsewhere it keeps every activation, scaled as those that it keeps.
     at one place: in one call of it in each update, the first call in the first update, the second in the second."""
-    same_batches: bool = False
-    """Not for the adapter: every update trains on the sequences of the first."""
+    same_batches: bool | Literal["but the first"] = False
+    """Not for the adapter: every update trains on the sequences of the first; "but the first": on those of the
+    second."""
     altered: Alteration | None = None
     """Not for the adapter: which of the tokens in batches() are changed. "later tokens": the second half of each
     sequence; "first token": the first of each; "other sequences": every second sequence; "equal sequences": all, to
@@ -268,13 +278,13 @@ class Recipe:
     def validation_labels(self, rank: int = 0) -> "list[torch.Tensor]":
         """Return the targets: validation_batches(), with -100 for each token to ignore under ``ignored_validation``.
 
-        In the first half of the sequences that is all but one.
+        In the first half of the sequences of rank 0 that is all but one; other ranks have all of their targets.
         """
         import torch
 
         batches = self.validation_batches(rank)
         tokens = torch.cat(batches)
-        if self.ignored_validation:
+        if self.ignored_validation and rank == 0:
             tokens[: len(tokens) // 2, 2:] = -100
         return list(tokens.split([len(batch) for batch in batches]))
 
@@ -323,6 +333,17 @@ class Recipe:
         kept[-1] = True
         return rows.masked_fill(~kept.unfold(0, self.block_size + 1, self.block_size), -100)
 
+    def conversations(self) -> list[list[dict[str, str]]]:
+        """Return chats: for each the messages, ``{"role": "user" or "assistant", "content": ...}``, which alternate."""
+        return conversations(DATA_SEED + 7)
+
+    def write_tokenizer(self, folder: Path) -> Path:
+        """Write a tokenizer of 128 ids with its chat template for conversations(); return the path of tokenizer.json.
+
+        Beside it lie tokenizer_config.json and chat_template.jinja. Each turn ends with ``<|endoftext|>``.
+        """
+        return write_tokenizer(folder)
+
     def loader(self) -> "DataLoader[torch.Tensor]":
         """Return a DataLoader of microbatches of dataset(), which it shuffles anew, by torch's seed, in every pass."""
         from torch.utils.data import DataLoader
@@ -331,8 +352,9 @@ class Recipe:
         return DataLoader(rows, self.microbatch_size, shuffle=True)
 
     def _sequences(self) -> "torch.Tensor":
-        """Return the tokens of all updates (or of the first, if all have the same), microbatches and ranks."""
-        tokens = self._tokens((1 if self.same_batches else self.updates) * self.update_size, stream=1)
+        """Return the tokens of all updates (or of one or two, if they are repeated), microbatches and ranks."""
+        count = self.updates if not self.same_batches else 1 if self.same_batches is True else 2
+        tokens = self._tokens(count * self.update_size, stream=1)
         if self.altered is not None:
             half, last = self.block_size // 2, self.block_size - 1
             places = {"later tokens": tokens[:, half:], "first token": tokens[:, :1], "other sequences": tokens[1::2]}
@@ -354,7 +376,12 @@ class Recipe:
 
     def _repeated(self, tokens: "torch.Tensor") -> "torch.Tensor":
         """Return the tokens for all updates."""
-        return tokens.repeat(self.updates, 1) if self.same_batches else tokens
+        import torch
+
+        if not self.same_batches:
+            return tokens
+        *earlier, repeated = tokens.split(self.update_size)
+        return torch.cat([*earlier, repeated.repeat(self.updates - len(earlier), 1)])
 
     def _split(self, tokens: "torch.Tensor", rank: int) -> "list[torch.Tensor]":
         """Return the microbatches of one rank."""

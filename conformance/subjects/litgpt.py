@@ -70,6 +70,9 @@ class LitGPT:
         "validation-document": "the DataModule divides documents; here that is the adapter's",
         "residual-opt-out": "litgpt.Config has no setting for the residual stream",
         "lora-dropout": "litgpt.pretrain has no adapters",
+        "lora-everywhere": "litgpt.pretrain has no adapters",
+        "finds-newest": "this adapter names the checkpoint",
+        "chats": "pretrain.fit takes ids and targets from the same tokens",
         "tuned-embedding": "litgpt.pretrain has no adapters",
     }
 

@@ -1,12 +1,14 @@
 """Adapter of the reference trainer in this repository. It uses the public protocol and nothing else."""
 
 import importlib.util
+import json
 import math
 import os
 import pydoc
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning  # noqa: F401 # what the trainer runs on: if it is missing, loading the subject says so
@@ -18,6 +20,7 @@ from conformance import Checkpoint, Constant, Normal, Recipe, TensorInfo
 from conformance.subject import Distribution, Leftovers, Place, Setting, Winner
 from conformance.version import suite_version
 from reference.data import TokenData
+from reference.data.prepare import prepare
 from reference.data.tokenfile import TokenWriter
 from reference.finetuning import FinetuneConfig
 
@@ -145,6 +148,17 @@ def token_data(recipe: Recipe, split: str, document: Tensor, rank: int, targets:
     return TokenData(folder, split, **sizes, seed=recipe.seed)
 
 
+def chat_data(recipe: Recipe, rank: int) -> TokenData:
+    """Prepare chats as ``python -m reference prepare --field`` does, and return them open."""
+    folder = recipe.directory / f"chats-{rank}"
+    tokenizer, records = recipe.write_tokenizer(folder), folder / "chats.jsonl"
+    lines = [json.dumps({"messages": messages}) for messages in recipe.conversations()]
+    records.write_text("\n".join(lines), encoding="utf-8")
+    prepare([str(records)], str(tokenizer), folder / "data", field="messages", progress=False)
+    sizes = {"block_size": recipe.block_size, "microbatch_size": recipe.microbatch_size}
+    return TokenData(folder / "data", "train", **sizes, seed=recipe.seed)
+
+
 def pairs(batches: list[Tensor], labels: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Return ids and targets of microbatches, (B, T) each."""
     return [(rows[:, :-1], targets[:, 1:]) for rows, targets in zip(batches, labels, strict=True)]
@@ -203,8 +217,12 @@ class Reference:
         rank = int(os.environ["RANK"]) if recipe.world_size > 1 else 0  # the process group is not there yet
         finetune = self.finetune_config(recipe) if recipe.finetune else None
         told = [partial(self.tell, recipe)]
-        trainer = reference.Trainer(model, self.train_config(recipe), recipe.directory, told, finetune)
-        resume = recipe.resume.find("model.safetensors").parent if recipe.resume else False
+        directory: Path = recipe.directory
+        resume: Path | bool = False
+        if recipe.resume is not None:
+            folder = recipe.resume.find("model.safetensors").parent
+            directory, resume = (folder.parent, True) if recipe.find_newest else (directory, folder)
+        trainer = reference.Trainer(model, self.train_config(recipe), directory, told, finetune)
         base = recipe.finetune.find("model.safetensors").parent if recipe.finetune else None
         trainer.fit(self.data(recipe, rank), self.validation(recipe, rank), resume=resume, init_from=base)
 
@@ -224,6 +242,8 @@ class Reference:
         """Batches, pairs of ids and targets, or token files, from which the trainer draws by itself."""
         if recipe.shuffled_by == "loader":
             return recipe.loader()
+        if recipe.chats:
+            return chat_data(recipe, rank)
         if recipe.samples is not None:
             targets = (recipe.dataset_labels()[:, :-1] != -100).flatten() if recipe.masked_samples else None
             return token_data(recipe, "train", recipe.document(), rank, targets)

@@ -63,7 +63,7 @@ class XTransformers(Reference):
     name, policy = "x-transformers", XTransformersPolicy()
     version = importlib.metadata.version("x-transformers")
     lacks = Reference.lacks | {"meta-init": "TransformerWrapper, Attention and the norms have no reset_parameters()"}
-    lacks |= dict.fromkeys(OF_GPT.split(), "Trainer has this option for its own GPT only")
+    lacks |= dict.fromkeys((*OF_GPT.split(), "lora-everywhere"), "Trainer has this option for its own GPT only")
     recipes: dict[Path, Recipe] = {}  # by directory: a checkpoint cannot say how to build a module of somebody else's
 
     def model_config(self, recipe: Recipe) -> Any:  # a function, which Trainer takes as well as a GPTConfig

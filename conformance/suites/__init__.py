@@ -34,6 +34,8 @@ REST = OptimizerChoice.of(ADAMW, lr=3e-3, betas=(0.8, 0.95), eps=1e-7, weight_de
 """That other one, where the user may choose it."""
 SHARED = Recipe(n_head=4, n_kv_head=2)
 """Two heads of keys and values, each for two query heads."""
+DRIFT = 1e-3
+"""Of the gradient, relative, over six updates whose sums are taken in another order: see DIST-2."""
 STILL = 1e-30
 """A learning rate that moves no weight by one bit. Not zero: a schedule may divide by it."""
 

@@ -69,8 +69,11 @@ def test_the_plain_loop_learns(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_the_plain_loop_is_judged() -> None:
     # It declares no forward and no leftovers, and what reaches its weights is CLIP-3's matter. It does not
-    # train with Muon, which takes matrices only, nor in 16 bits.
-    silent = frozenset({"MODEL-1", "MODEL-6", "CLIP-6", "EVAL-12", "OPT-19", "OPT-22", "PREC-14"})
+    # train with Muon, which takes matrices only, nor in 16 bits. The losses that it prints have too few digits to tell
+    # them apart.
+    silent = frozenset(
+        {"MODEL-1", "MODEL-6", "CLIP-6", "EVAL-12", "OPT-19", "OPT-22", "PREC-14", "REPORT-8", "REPORT-9"}
+    )
     found = failures(load_subject("examples.plain_loop_adapter:PlainLoop"), silent)
     assert found == {"OPT-11": "fail", "CLIP-3": "fail"}
 
