@@ -17,7 +17,7 @@ from conformance.recording.snapshot import find_logits
 from conformance.runs import Runs
 from conformance.suites import each_unless_refused, everyday, setting, tied
 from conformance.suites.test_model import QUICK
-from conformance.suites.test_precision import COMPUTE
+from conformance.suites.test_precision import COMPUTE, WEIGHTS
 from conformance.suites.test_resume import same_from
 
 
@@ -212,15 +212,19 @@ def test_resume_in_mixed_precision(runs: Runs) -> None:
     mend="Evaluate inside the same autocast as you train. If you mean to evaluate in float32, say so where the loss is "
     "reported.",
     source="Lightning-AI/lightning-thunder#725, NVIDIA/Megatron-LM#7538 (a forward outside of autocast)",
-    bound="the dtype of autocast",
+    bound="the dtype of autocast; autocast to the dtype of the weights casts nothing, and counts as off",
 )
 def test_evaluation_computes_as_training(runs: Runs) -> None:
     """Evaluation computes in the precision that training computes in."""
     looked = False
     for name in runs.precisions():
         run = runs.trace(Recipe(precision=name, evaluate=True))  # as PREC-1
-        kinds = {forward.autocast for forward in run.training_forwards()}
-        found = {forward.autocast for forward in run.forwards if not forward.training and not forward.grad_enabled}
+        evaluating = [forward for forward in run.forwards if not forward.training and not forward.grad_enabled]
+        # To the dtype of the weights autocast casts nothing, as in PREC-4.
+        kinds, found = (
+            {None if forward.autocast == WEIGHTS[name] else forward.autocast for forward in forwards}
+            for forwards in (run.training_forwards(), evaluating)
+        )
         looked |= bool(found)
         if found - kinds:
             told = [", ".join(sorted("off" if kind is None else f"to {precision.short(kind)}" for kind in each))

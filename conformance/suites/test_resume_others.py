@@ -203,19 +203,21 @@ def test_newest_checkpoints_stay(runs: Runs) -> None:
     """
     recipe = several()
     run = runs.trace(recipe)
+    # A stack may save more often than it is asked to: then the newest are not those of these updates.
+    written = sorted({checkpoint.update for checkpoint in run.checkpoints} | set(WRITTEN))
     left = []
-    for update in WRITTEN:
+    for update in written:
         checkpoint = run.checkpoint(update)
         if checkpoint is not None:
             _, largest = max(
                 (size, path) for path, (_, _, size) in zip(checkpoint.files, checkpoint.copies, strict=True)
             )
             left += [update] if largest.exists() else []
-    if left == WRITTEN:
+    if left == written:
         raise NotApplicable("the run keeps all of its checkpoints, or the adapter does not read Recipe.keep_last")
-    if WRITTEN[0] in left or not set(WRITTEN[-2:]) <= set(left):
+    if written[0] in left or not set(written[-2:]) <= set(left):
         raise Violation(
-            f"of the checkpoints of updates {quoted(WRITTEN)}, the newest two and not the first",
+            f"of the checkpoints of updates {quoted(written)}, the newest two and not the first",
             f"the checkpoints of updates {quoted(left)}" if left else "no checkpoint",
         )
 
