@@ -15,6 +15,8 @@ FLOORS = {
         [
             "conformance.capabilities",
             "conformance.chats",
+            "conformance.choice",
+            "conformance.tokens",
             "conformance.recording.trace",
             "conformance.options",
             "conformance.reading",
