@@ -447,7 +447,7 @@ def test_embedding_is_tuned_if_asked(runs: Runs) -> None:
     bound="membership",
 )
 def test_adapters_everywhere(runs: Runs) -> None:
-    """Fine-tuning adds an adapter to every linear layer of the blocks, in attention and in the MLP."""
+    """Fine-tuning adds adapters to every linear layer of the blocks, in attention and in the MLP."""
     for start in starts(runs):
         base = runs.trace(replace(BASE, shape=start.shape)).tensors
         for _, run in variants(runs, start):

@@ -122,7 +122,7 @@ def computes_with_its_weights(runs: Runs, recipe: Recipe, bound: float = STALE) 
             continue
         module = runs.load(checkpoint).float().eval()
         if not holds_some(module, run.update(done - 1).after):
-            raise NotApplicable("load() gives weights other than the current ones, such as an average of them")
+            raise NotApplicable("load() gives other weights than the current ones, such as an average of them")
         for forward in following:
             looked = True
             with torch.no_grad():
