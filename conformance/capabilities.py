@@ -92,7 +92,7 @@ CAPABILITIES = {
     ),
     "keep-last": Capability("removes all but a given number of its newest checkpoints", since="0.2", extension=True),
     "finds-newest": Capability(
-        "finds the newest checkpoint in the directory of a run by itself, and goes on from it",
+        "finds the newest checkpoint in a run's directory by itself, and resumes from it",
         since="0.2",
         extension=True,
     ),
@@ -116,7 +116,7 @@ CAPABILITIES = {
         extension=True,
     ),
     "chats": Capability(
-        "turns chats into tokens by a tokenizer's own chat template, and trains on what the assistant says",
+        "turns chats into tokens with the tokenizer's own chat template, and trains on what the assistant says",
         since="0.2",
         extension=True,
     ),

@@ -32,6 +32,6 @@ def answers_are_targets(microbatches: Iterable[tuple[Tensor, Tensor]]) -> None:
         raise NotApplicable("no turn of the assistant ends in a sequence that the model sees")
     if left_out or lost or more:
         raise Violation(
-            f"the assistant's words are targets, and so is the end of each of its {ends} turns, and nothing else",
+            f"as targets, the assistant's words and the end of each of its {ends} turns, and nothing else",
             f"not targets: {left_out} ends of turns and {lost} of the assistant's words; {more} other targets",
         )

@@ -110,8 +110,8 @@ def adapted_everywhere(base: Mapping[str, TensorInfo], tensors: Mapping[str, Ten
     inside = {layer: [info for name, info in tensors.items() if f".{layer}." in f".{name}"] for layer in layers}
     if bare := [layer for layer, found in inside.items() if found and not any(info.trainable for info in found)]:
         raise Violation(
-            f"an adapter beside each of {len(layers)} linear layers of the blocks",
-            f"none beside {len(bare)} of them: {quoted(bare)}",
+            f"an adapter on each of the {len(layers)} linear layers of the blocks",
+            f"none on {len(bare)} of them: {quoted(bare)}",
         )
 
 

@@ -63,8 +63,7 @@ def keeps_learning(gradients: Sequence[Mapping[str, Tensor | None]]) -> None:
     if lost:
         first = min(lost.values())
         raise Violation(
-            f"every tensor that update 1 gave a gradient, and so moved, has one again in updates {first + 1} to "
-            f"{len(given)}",
+            f"every tensor that has a gradient in update 1 has one again in updates {first + 1} to {len(given)}",
             f"{len(lost)} of {len(last)} have none after update {first}, and move no more: {quoted(list(lost))}",
         )
 
@@ -115,7 +114,7 @@ def stays(updates: Sequence[Update]) -> None:
         if wrong:
             first = next(iter(wrong))
             raise Violation(
-                f"weights that stay where they are, within {STAYS:g} of their length, as no step moves them",
+                f"weights that stay where they are, within {STAYS:g} of their norm, as no step moves them",
                 f"{len(wrong)} of {len(moved)} tensors move: {quoted(list(wrong))}; {first} by {wrong[first]:.2g}",
             )
 

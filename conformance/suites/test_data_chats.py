@@ -11,15 +11,15 @@ from conformance.runs import Runs
     "DATA-14",
     since="0.2",
     needs=("chats",),
-    why="A model that never learns the end of its turn does not stop, and one that learns the user's words asks itself "
+    why="A model that never learns to end its turn does not stop, and one that learns the user's words asks itself "
     "questions.",
-    mend="Mark as targets what the template's generation marks enclose, with the token that ends the turn. If your "
+    mend="Mark as targets what the template encloses in its generation tags, and the token that ends the turn. If your "
     "stack takes no chats, name chats in lacks.",
     source="meta-pytorch/torchtune#949, mll-lab-nu/RAGEN#59 (the end of a turn is no target)",
     bound="the targets themselves",
 )
 def test_answers_of_chats(runs: Runs) -> None:
-    """Of chats, what the assistant says is predicted, the end of each of its turns included, and nothing else is."""
+    """In chats, the targets are the assistant's words and the token that ends each of its turns, and nothing else."""
     recipe = Recipe(chats=True, block_size=48, updates=4)
     run = runs.trace(recipe)
     runs.require_read(recipe, "conversations", "chats")

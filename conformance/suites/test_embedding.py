@@ -241,8 +241,8 @@ def test_export_is_plain_and_equal(runs: Runs) -> None:
     packages=("bitsandbytes",),
     since="0.2",
     needs=("stable-embedding", "keywords"),
-    why="The norm of a StableEmbedding is new to rules that sort tensors by the names or the roles in the model: if "
-    "its gain decays, every embedding shrinks.",
+    why="A StableEmbedding brings a norm that rules which sort tensors by name or role do not know: if its gain "
+    "decays, every embedding shrinks.",
     mend="Sort tensors by the type of the module that owns them, after the swap.",
     source="huggingface/transformers#16908 (a norm that the rule for weight decay does not know)",
     bound="as DECAY-4 (healthy: 7.1e-8)",

@@ -281,7 +281,7 @@ def mean_over_targets(forwards: Iterable[Forward], rows: torch.Tensor, labels: t
 )
 def test_reported_loss_on_two_ranks(runs: Runs) -> None:
     """On two ranks, the reported validation loss is the mean over all validation data, in which each target weighs the
-    same on whichever rank it is; together the ranks evaluate all of it.
+    same, whichever rank has it; together the ranks evaluate all of it.
     """
     recipe = on_two_ranks(everyday(runs))
     traces, rows = runs.ranks(recipe), validation(recipe)

@@ -56,15 +56,15 @@ def test_evaluation_after_the_last_update(runs: Runs) -> None:
     "EVAL-18",
     since="0.2",
     needs=("evaluate-every",),
-    why="If evaluations come an update early or late, they are not those of the checkpoints with the same number, and "
-    "two runs are compared at different lengths.",
-    mend="Count optimizer updates that are done, and evaluate after each multiple of the interval.",
+    why="If evaluations come an update early or late, a loss does not belong to the checkpoint with the same number, "
+    "and two runs are compared at different lengths.",
+    mend="Count the optimizer updates that have been made, and evaluate when the count is a multiple of the interval.",
     source="OpenRLHF/OpenRLHF#131 (log, evaluation and save steps are counted wrongly)",
     bound="the number of updates done before each evaluation",
 )
 def test_evaluations_at_the_interval(runs: Runs) -> None:
-    """In a run that is to evaluate every k updates, the stack evaluates after each multiple of k updates; a resumed run
-    does so after the same updates.
+    """If the user asks for an evaluation every k updates, the stack evaluates after updates k, 2k, 3k and so on; a
+    resumed run evaluates after the same updates.
     """
     odd = uneven(runs, 3)
     for recipe in (everyday(runs), odd):

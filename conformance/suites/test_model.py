@@ -138,9 +138,9 @@ def has_its_setting(runs: Runs, recipe: Recipe, field: str, capability: str) -> 
     "MODEL-4",
     since="0.2",
     needs=("rotary-base",),
-    why="A model that is trained with another base than the one in its configuration gets positions that nobody knows: "
-    "it is served with the configured base, and loses its way in long texts.",
-    mend="Hand the configured base on to the code that computes the rotary tables. If your stack has no such setting, "
+    why="A model that is trained with one base is later served with the base in its configuration. If the two differ, "
+    "its positions are wrong, most of all in long texts.",
+    mend="Pass the configured base to the code that computes the rotary tables. If your stack has no such setting, "
     "name rotary-base in lacks.",
     source="sgl-project/SpecForge#265, vllm-project/vllm#9503 (10000 whatever the configuration says)",
     bound="different bits; as MODEL-1 where the policy declares the forward",
@@ -154,9 +154,9 @@ def test_base_of_rotary_positions(runs: Runs) -> None:
     "MODEL-5",
     since="0.2",
     needs=("norm-eps",),
-    why="Norms with another epsilon than the configured one make the weights mean something else wherever activations "
-    "are small.",
-    mend="Hand the configured epsilon on to every norm, the last one included. If your stack has no such setting, name "
+    why="If the norms use an epsilon other than the configured one, the model is served as another function than the "
+    "one that was trained, wherever activations are small.",
+    mend="Pass the configured epsilon to every norm, the last one included. If your stack has no such setting, name "
     "norm-eps in lacks.",
     source="huggingface/transformers#38025 (eps is not passed on), NVIDIA-NeMo/Megatron-Bridge#5712 (1e-5 whatever the "
     "configuration says)",
@@ -170,8 +170,8 @@ def test_epsilon_of_norms(runs: Runs) -> None:
 @clause(
     "MODEL-6",
     since="0.2",
-    why="A part that is detached, or a backward that was written by hand, trains another model than the one whose "
-    "logits are right: no forward shows it.",
+    why="If a part is detached, or a backward written by hand is wrong, the weights learn from a wrong gradient "
+    "although the logits are right: no forward shows it.",
     mend="Look for detach(), no_grad() and custom autograd functions in the tensors named here, and for code that "
     "changes gradients between backward and step.",
     source="paiml/entrenar#314, NVIDIA/Megatron-LM#299 (the two gradients of a tied table); pytorch#148831",

@@ -167,8 +167,8 @@ def test_fused_where_possible(runs: Runs) -> None:
     bound="equality of floats; for lr, equality with the rate of the stack's own schedule",
 )
 def test_keywords_arrive(runs: Runs) -> None:
-    """The optimizer receives lr, betas, eps and weight_decay exactly as the user gave them, even if they are zero, and
-    in fine-tuning betas and eps.
+    """The optimizer receives lr, betas, eps and weight_decay exactly as the user gave them, even if they are zero; in
+    fine-tuning, this is asked of betas and eps.
     """
     for given in [SENTINELS, ZEROS] if runs.asks("0.2") else [SENTINELS]:
         run = starts(runs, ADAMW, **given)

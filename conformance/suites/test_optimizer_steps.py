@@ -188,7 +188,7 @@ def test_every_optimizer_trains_16_bit_weights(runs: Runs) -> None:
 )
 def test_later_updates_act(runs: Runs) -> None:
     """Every later update moves each tensor that the first update moved, provided that the tensor has a gradient, and
-    no tensor is left without a gradient for good.
+    none of these tensors is left without a gradient for good.
     """
     later_updates_act(runs.trace(everyday(runs)))
     if runs.asks("0.2"):
@@ -286,17 +286,17 @@ def test_second_optimizer_has_its_own_keywords(runs: Runs) -> None:
 @clause(
     "OPT-21",
     since="0.2",
-    why="Weights that something moves beside the optimizer (a second step, a decay by hand, a rounding) are not the "
-    "ones that its state belongs to, and no gradient shows it.",
+    why="If something besides the optimizer moves the weights (a second step, a decay by hand, a rounding), the "
+    "optimizer's state no longer fits them, and no gradient shows it.",
     mend="Change weights in the optimizer's step only; evaluate and save copies.",
     source="paiml/entrenar#314 (a tied table that is stepped twice), ultralytics/ultralytics#21283 (a validation that "
     "halves the weights), PaddlePaddle/Paddle#5836 (a decay beside the optimizer's)",
     bound="bit equality; at a rate that moves nothing, 1e-6 of each tensor (healthy: 0; weakest mutant: 1e-4)",
 )
 def test_nothing_else_moves_the_weights(runs: Runs) -> None:
-    """Nothing but optimizers moves the weights: at a learning rate that moves none they stay, once the second update
-    has begun; in 16 bits, with tied weights, on two ranks and in fine-tuning, none moves between updates if none does
-    in a plain run.
+    """Nothing but optimizers moves the weights: from the second update on, they stay where they are if the learning
+    rate is too small to move any; and in 16 bits, with tied weights, on two ranks and in fine-tuning, no weight moves
+    between updates that does not in a plain run.
     """
     still = replace(everyday(runs).optimizer, arguments=(("lr", STILL),))
     resting = runs.trace(replace(everyday(runs), optimizer=still, updates=4, minimum_lr=None, warmup=0))
@@ -321,15 +321,15 @@ def moves_as_usual(usual: Trace, run: Trace, where: str) -> None:
     "OPT-22",
     since="0.2",
     needs=("any-optimizer", "keywords"),
-    why="Gradients of one optimizer's tensors that are never cleared add up over the run, and only some of the tensors "
-    "show it.",
+    why="If the gradients of one of two optimizers are never cleared, they add up over the run, and only the tensors "
+    "of that optimizer show it.",
     mend="Clear the gradients of every optimizer after each update.",
     source="torch/cunn#212 (some gradients are not zeroed, and add up over the updates)",
     bound="1e-5 of the gradient vector (healthy: 0; added up: 1)",
 )
 def test_both_optimizers_start_from_no_gradient(runs: Runs) -> None:
-    """With two optimizers that move nothing, each of two updates on the same sequences has the same gradient, in the
-    tensors of either.
+    """With two optimizers that move nothing, two updates on the same sequences have the same gradient, in the tensors
+    of either optimizer.
     """
     rest = OptimizerChoice.of(ADAMW, lr=STILL, weight_decay=0.0) if runs.has("second-optimizer") else None
     recipe = Recipe(optimizer=OptimizerChoice.of(MUON.class_path, lr=STILL, weight_decay=0.0), rest=rest)

@@ -60,15 +60,15 @@ def keeps_digits(runs: Runs, recipe: Recipe) -> None:
     "PREC-12",
     since="0.2",
     needs=("bf16-mixed", "microbatches"),
-    why="A gradient that is added up, or averaged, in 16 bits loses what small microbatches give; its dtype shows "
-    "nothing.",
+    why="A gradient that is added up or averaged in 16 bits loses small contributions of microbatches; its dtype does "
+    "not show it.",
     mend="Accumulate, reduce and scale gradients of float32 weights in float32.",
     source="deepspeedai/DeepSpeed#2768, linkedin/Liger-Kernel#830, jax-ml/jax#27496, allenai/OLMo#280",
     bound="values that are no 16-bit numbers, in each float32 gradient of 64 elements and more that four microbatches "
     "have given (a healthy one has such numbers alone with a chance below 2^-64)",
 )
 def test_gradients_keep_their_digits(runs: Runs) -> None:
-    """Under a mixed precision, the gradients of float32 weights that several microbatches have given hold float32
+    """Under a mixed precision, the gradients of float32 weights, added up over several microbatches, hold float32
     values when the optimizer steps.
     """
     each_unless_refused(mixed(runs, everyday(runs)), lambda recipe: has_exact_gradients(runs, recipe))
@@ -97,15 +97,15 @@ def fast(runs: Runs) -> Recipe:
     "PREC-13",
     since="0.2",
     needs=("load",),
-    why="A 16-bit copy of the weights that is not made anew after each update gives the gradient of an older model, "
-    "and the loss goes nowhere.",
-    mend="Enter autocast anew for each forward: while it is on, it keeps the copies that it has made. Copy master "
-    "weights back after every step.",
+    why="If a 16-bit copy of the weights is not renewed after each update, the gradient is that of an older model, and "
+    "training gets nowhere.",
+    mend="Enter autocast again for each forward: while it is on, it keeps the 16-bit copies that it has made. Copy "
+    "master weights back after every step.",
     source="X-GenGroup/Flow-Factory#186 (autocast keeps stale copies of the weights), NVIDIA/apex#132",
     bound="0.1 of the norm of the logits (healthy: 3e-3; weakest mutant, copies as old as the first update: 1)",
 )
 def test_forwards_use_the_weights_of_now(runs: Runs) -> None:
-    """In every precision, training and evaluation compute with the weights of the moment: their logits are, within
+    """In every precision, training and evaluation compute with the current weights: their logits are, within
     rounding, those of the model in the checkpoint that was saved just before.
     """
     recipes = [replace(fast(runs), precision=name) for name in runs.precisions()]
@@ -122,7 +122,7 @@ def computes_with_its_weights(runs: Runs, recipe: Recipe, bound: float = STALE) 
             continue
         module = runs.load(checkpoint).float().eval()
         if not holds_some(module, run.update(done - 1).after):
-            raise NotApplicable("load() gives other weights than those of the moment, such as an average of them")
+            raise NotApplicable("load() gives other weights than the current ones, such as an average of them")
         for forward in following:
             looked = True
             with torch.no_grad():
@@ -158,20 +158,20 @@ COARSE_GRADIENT = 0.1
 @clause(
     "PREC-14",
     since="0.2",
-    why="A factor that 16 bits bring along (a loss scale that is not taken back, a part whose gradient is lost under "
-    "autocast) is the same for every split of an update, so only a run in 32 bits shows it.",
+    why="A fault that comes with 16 bits (a loss scale that is not undone, a part whose gradient is lost under "
+    "autocast) is the same however an update is split, so only a comparison with 32 bits shows it.",
     mend="Scale and unscale in one place; look for detach() and no_grad() that only run under autocast.",
     source="deepspeedai/DeepSpeed#2768, ISEEKYAN/Megatron-LM#149 (scaled twice, or not at all)",
     bound="0.1 of the gradient vector (healthy: 8e-3; weakest mutant, no gradient of a tied lookup: 0.33)",
 )
 def test_gradient_in_16_bits_is_that_in_32(runs: Runs) -> None:
-    """In bfloat16, the gradient of the first update is that of a run under 32-true, up to rounding, also with tied
-    weights.
+    """In bfloat16, the gradient of the first update is that of a run under 32-true, up to rounding, and so it is
+    with tied weights.
     """
     plain = everyday(runs)
     names = [name for name in runs.precisions() if name.startswith("bf16")]
     if not names:
-        raise NotApplicable("lacks bf16-mixed and bf16-true")
+        raise NotApplicable("the adapter lacks bf16-mixed and bf16-true")
     recipes = [replace(each, precision=name, updates=1) for each in (plain, *tied(runs, plain)) for name in names]
     short = [replace(each, warmup=0, minimum_lr=None, evaluate=False, evaluate_every=None) for each in recipes]
     each_unless_refused(short, lambda recipe: has_gradient_of_32_bits(runs, recipe))
@@ -207,15 +207,15 @@ def test_resume_in_mixed_precision(runs: Runs) -> None:
     since="0.2",
     needs=("evaluate",),
     level="should",
-    why="A validation loss that is computed in another precision than the training loss is that of another model: it "
-    "hides, or shows, what rounding costs.",
+    why="If the validation loss is computed in another precision than the training loss, the two cannot be compared: "
+    "what rounding costs is in one of them only.",
     mend="Evaluate inside the same autocast as you train. If you mean to evaluate in float32, say so where the loss is "
     "reported.",
     source="Lightning-AI/lightning-thunder#725, NVIDIA/Megatron-LM#7538 (a forward outside of autocast)",
     bound="the dtype of autocast; autocast to the dtype of the weights casts nothing, and counts as off",
 )
 def test_evaluation_computes_as_training(runs: Runs) -> None:
-    """Evaluation computes in the precision that training computes in."""
+    """Evaluation computes in the same precision as training."""
     looked = False
     for name in runs.precisions():
         run = runs.trace(Recipe(precision=name, evaluate=True))  # as PREC-1

@@ -48,15 +48,17 @@ def told_apart(runs: Runs, recipe: Recipe, run: Trace) -> tuple[list[str], dict[
     "REPORT-8",
     since="0.2",
     level="should",
-    why="A mean over all that was trained so far hides what happens now: it falls for long after the loss has begun to "
-    "rise, and a single bad batch raises it for ever.",
+    why="A mean over all updates so far hides what happens now: it goes on falling long after the loss has begun to "
+    "rise, and a single bad batch raises it to the end.",
     mend="Report the loss of the update, or the mean since the last report. If you want a smoothed curve, report it "
     "under a name of its own beside that one.",
     source="kohya-ss/musubi-tuner#79, allenai/allennlp#1706 (an average over all that was trained so far)",
     bound="all digits of the number reported",
 )
 def test_reported_losses_are_of_their_own_time(runs: Runs) -> None:
-    """If the run reports its training loss several times, not every number is a mean over all updates so far."""
+    """If the run reports its training loss several times, not every number is a mean over all updates since the
+    start.
+    """
     recipe = everyday(runs)
     run = runs.trace(recipe)
     found, means = told_apart(runs, recipe, run)
@@ -94,8 +96,8 @@ def belong(pairs: Numbered, values: dict[int, list[float]], what: str) -> bool:
     "REPORT-9",
     since="0.2",
     level="should",
-    why="If the numbers beside the curve count something else, two runs are laid over each other at the wrong place, "
-    "and a loss cannot be found again in the checkpoint with its number.",
+    why="If these numbers count something other than updates, the curves of two runs do not line up, and a loss does "
+    "not belong to the checkpoint with its number.",
     mend="Count optimizer updates, and report each number with the update that it was computed in.",
     source="awslabs/slapo#31, deepspeedai/DeepSpeed#2603 (what is counted as a step is a microbatch)",
     bound="equality of the numbers; of the losses, all digits reported",

@@ -198,8 +198,8 @@ WRITTEN = [3, 6, 9, 12]
     bound="the files themselves",
 )
 def test_newest_checkpoints_stay(runs: Runs) -> None:
-    """If the stack keeps only the newest checkpoints, those stay, and it removes the oldest, whatever the numbers of
-    digits.
+    """If the stack keeps only the newest checkpoints, those stay, and it removes the oldest, even where the
+    numbers of updates differ in their number of digits.
     """
     recipe = several()
     run = runs.trace(recipe)
@@ -227,12 +227,12 @@ def test_newest_checkpoints_stay(runs: Runs) -> None:
     since="0.2",
     needs=("resume", "finds-newest"),
     why="A run that is started again goes on from an old checkpoint, and does days of work a second time.",
-    mend="Compare numbers of updates as numbers: as text, 9 is later than 10.",
+    mend="Compare the numbers of updates as numbers: compared as text, 9 comes after 10.",
     source="allenai/open-instruct#541, Lightning-AI/litgpt#661 (9 is taken for later than 10)",
 )
 def test_newest_checkpoint_is_found(runs: Runs) -> None:
-    """If the stack is to find the newest checkpoint of a directory by itself, it goes on from the one after the most
-    updates, with the parameters of that one, bit for bit.
+    """If the user asks the stack to find the newest checkpoint in a directory, it resumes from the one with the most
+    updates, and starts with the parameters of that one, bit for bit.
     """
     recipe = several() if runs.has("keep-last") else replace(several(), keep_last=None)
     whole = runs.trace(recipe)

@@ -143,15 +143,15 @@ def test_head_of_its_own(runs: Runs) -> None:
     "TIE-5",
     since="0.2",
     needs=("tied", "untied"),
-    why="A tied table has two gradients, of the lookup and of the head. Averaged, or counted twice, they act as "
-    "another learning rate for the largest tensor of the model.",
+    why="A tied table has two gradients, one of the lookup and one of the head. If they are averaged, or counted "
+    "twice, the largest tensor of the model trains as if at another learning rate.",
     mend="Let autograd add the two up, in every microbatch, and leave the sum as it is.",
     source="tag1consulting/feste#6, NVIDIA/Megatron-LM#299 (averaged), paiml/entrenar#314 (stepped once for each)",
     bound="twice as ACC-5 for the fall of the loss (healthy: 2e-4; weakest mutant, half the gradient of the table: "
     "0.1), and as ACC-1 for microbatches",
 )
 def test_gradient_of_a_tied_table(runs: Runs) -> None:
-    """If embedding and head are tied, the gradient is that of the same loss as with a head of its own, and it is the
+    """If embedding and head are tied, the gradient is that of the same loss as without the tie, and it stays the
     same if an update is split into microbatches.
     """
     if runs.policy.auxiliary_loss(Recipe(tied=True)):
@@ -202,9 +202,9 @@ def test_tied_on_two_ranks(runs: Runs) -> None:
     "TIE-7",
     since="0.2",
     needs=("tied", "finetune", "tuned-embedding"),
-    why="If fine-tuning trains a copy of a tied embedding, the head stays as it was: tokens that were learned anew are "
-    "read, and never written.",
-    mend="Train the tied tensor itself, or give the copy to the head as well; peft has ensure_weight_tying for it.",
+    why="If fine-tuning trains a copy of a tied embedding, the head stays as it was: the model learns to read new "
+    "tokens, but not to write them.",
+    mend="Train the tied tensor itself, or let the head use the copy, too; peft has ensure_weight_tying for it.",
     source="unslothai/unsloth#3711, #9331 (a trained embedding has a copy of its own, and the head stays as it was)",
     bound="identity of tensors",
 )
@@ -240,7 +240,7 @@ def is_tied(run: Trace, info: TensorInfo) -> bool:
     "TIE-8",
     since="0.2",
     needs=("tied", "load"),
-    why="A model that is served with another head than the one it was trained with answers with noise.",
+    why="A model that is served with a head other than the one it was trained with answers with noise.",
     mend="Save the table once, and tie again when you load.",
     source="NVIDIA-NeMo/Automodel#2511 (a head of its own is loaded), mosaicml/examples#11",
     bound="1e-4 of the norm of the logits (healthy: 0; a head drawn anew: 1)",
