@@ -79,6 +79,8 @@ class Noticed:
     """A schedule-free optimizer was there while the model was evaluated."""
     recomputed: list[bool] = field(default_factory=list)
     """For each activation checkpoint, whether it keeps the generator's state."""
+    second_ids: list[Tensor] = field(default_factory=list)
+    """Further integer matrices that the first training call of the model was given, such as a decoder's ids."""
     labels: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """Ids and labels, both (B, T), with which the model was called for training."""
     scheduled: dict[int, int] = field(default_factory=dict)
@@ -228,6 +230,10 @@ class Noticer:
     def called(self, args: Any, kwargs: Any, sketch: Sketch) -> None:
         """Note the labels of a training call of the model, if it was given any."""
         ids, labels = find_ids(args, kwargs), kwargs.get("labels")
+        if not self.began:
+            found = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t is not ids and t.ndim == 2]
+            whole = [t for t in found if not (t.is_floating_point() or t.is_meta or t.dtype == torch.bool)]
+            self.noticed.second_ids = [sketch.keep_small(t) for t in whole]
         if ids is not None and isinstance(labels, Tensor) and labels.shape == ids.shape and not labels.is_meta:
             self.noticed.labels.append((sketch.keep_small(ids), sketch.keep_small(labels)))
 
@@ -256,10 +262,14 @@ class Noticer:
             if isinstance(tensor, Tensor):
                 self.promises.append((weakref.ref(optimizer), weakref.ref(tensor)))
 
+    def held(self) -> set[int]:
+        """Return the identities of the tensors that an optimizer was made for, if it is still there."""
+        found = [tensor() for optimizer, tensor in self.promises if optimizer() is not None]
+        return {id(tensor) for tensor in found if tensor is not None}
+
     def keep_promises(self, tensors: dict[str, Tensor]) -> None:
         """Note which of the model's tensors an optimizer was made for, if it is still there."""
-        held = [tensor() for optimizer, tensor in self.promises if optimizer() is not None]
-        kept = {id(tensor) for tensor in held if tensor is not None}
+        kept = self.held()
         self.noticed.promised = [name for name, tensor in tensors.items() if id(tensor) in kept]
         self.promises = []
 

@@ -40,6 +40,8 @@ def careful(gate: Callable[..., Any]) -> Callable[..., Any]:
     def guarded(self: "Auditor", *args: Any, **kwargs: Any) -> Any:
         if self.over or self.gates.inside:  # torch.compile itself calls autograd, on tensors without content
             return None
+        if transforming():
+            return None
         try:
             with torch._C.DisableTorchFunction():  # the audit's own mode would be asked for each attribute of a tensor
                 return gate(self, *args, **kwargs)
@@ -48,6 +50,11 @@ def careful(gate: Callable[..., Any]) -> Callable[..., Any]:
             return None
 
     return guarded
+
+
+def transforming() -> bool:
+    """Return True inside a transform of torch.func, such as grad or vmap: tensors have no content to look at there."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 class Auditor:
@@ -114,6 +121,7 @@ class Auditor:
         facts.model = f"{type(root).__module__}.{type(root).__qualname__}".removeprefix("__main__.")
         facts.tied_at_end = {name: info.names for name, info in describe_tensors(root).items()}
         tensors = named_tensors(root)
+        held = self.noticer.held()  # also by an optimizer that steps in other updates, as those of a GAN do
         if facts.trace.measured_initial is not None:
             self.noticer.compare_with_loads(tensors, facts.trace.measured_initial.bits)
         self.noticer.keep_promises(tensors)
@@ -124,6 +132,7 @@ class Auditor:
         facts.device = next((tensor.device.type for tensor in tensors.values()), "cpu")
         known = {id(tensor) for tensor in tensors.values()}
         owned = {id(t) for optimizer in self.optimizers for group in optimizer.param_groups for t in group["params"]}
+        owned |= held
         facts.foreign_leaves = [tuple(leaf.shape) for leaf in self.leaves if id(leaf) not in known | owned]
 
     @property
@@ -136,7 +145,7 @@ class Auditor:
     def forward_begins(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():  # code that was compiled before the audit began is traced with its hooks
             return
-        if self.enough(module):
+        if not transforming() and self.enough(module):
             self.finish()
             if self.stops:
                 raise Stopped
@@ -302,7 +311,8 @@ class Auditor:
     @careful
     def step_begins(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         self.look_at_device()
-        self.sketch.states = self.done in (0, self.facts.asked - 1)
+        new = optimizer not in self.recorder.numbers
+        self.sketch.states = self.done in (0, self.facts.asked - 1) or new
         return self.recorder.step_begins(optimizer, args, kwargs)
 
     @careful
