@@ -18,6 +18,7 @@ from conformance.auditing.facts import Backward, Call, Clip, Facts, fetch
 from conformance.auditing.gates import Gates
 from conformance.auditing.noticed import Noticer, digest_of, noticing
 from conformance.auditing.probe import probe
+from conformance.recording.calls import likeliness
 from conformance.recording.files import Files
 from conformance.recording.loggers import Loggers
 from conformance.recording.recorder import Recorder
@@ -201,7 +202,7 @@ class Auditor:
         self.recorder.forward_ends(module, args, kwargs, output)
         last = self.recorder.calls.last
         if last is not None and last is not before:
-            self.noticer.called(last[1], last[2], self.sketch)
+            self.noticer.called(last[0], last[1], last[2], self.sketch)
 
     @careful
     def entropy_computed(self, name: str, arguments: dict[str, Any], value: Tensor) -> None:
@@ -258,8 +259,8 @@ class Auditor:
     def look_at_model(self, losses: list[Tensor]) -> None:
         """Look, once, at what the first loss depends on and how the model stands."""
         calls, facts = self.recorder.calls, self.facts
-        found = [c.call.module for c in calls.candidates if not isinstance(c.module, nn.Embedding)]
-        module = calls.root or max(found, key=lambda m: len(list(m.parameters())), default=None)
+        found = [candidate for candidate in calls.candidates if not isinstance(candidate.module, nn.Embedding)]
+        module = calls.root or (max(found, key=likeliness).call.module if found else None)
         tensors = calls.tensors()
         leaves = leaves_of(losses)
         if leaves is not None and tensors:

@@ -122,7 +122,8 @@ def repeats_on_purpose(facts: Facts) -> bool:
     try:
         return not of_training(facts)
     except NotApplicable:
-        return not facts.compiled  # otherwise there may be one that the audit does not see
+        # In compiled code, or of a model that is given labels, there may be one that the audit does not see.
+        return not facts.compiled and not facts.noticed.labels
 
 
 @rule(

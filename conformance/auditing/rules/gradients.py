@@ -113,10 +113,10 @@ def no_leftover(seen: Seen) -> None:
     if not seen.facts.leftovers:
         raise NotApplicable("fewer than two updates were seen")
     for update, norms in seen.facts.leftovers.items():
-        # What the backward does not add to may be cleared later: of two models that train in turn, the other's.
-        first = [backward.norms for backward in seen.facts.backwards if backward.update == update][:1]
-        ended = dict(first[0]) if first else {}
-        left = [n for n, norm in norms.items() if not bool(norm == 0) and not (n in ended and bool(ended[n] == norm))]
+        # What no backward of the update adds to waits to be cleared: of two models that train in turn, the other's.
+        passes = [backward.norms for backward in seen.facts.backwards if backward.update == update]
+        waits = {n for n, norm in norms.items() if passes and all(n in p and bool(p[n] == norm) for p in passes)}
+        left = [name for name, norm in norms.items() if not bool(norm == 0) and name not in waits]
         if left:
             raise Violation(
                 f"gradients of update {update} are gone before the backward of update {update + 1}",

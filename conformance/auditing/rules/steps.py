@@ -37,7 +37,7 @@ def other_gradients(earlier: Update | None, later: Update) -> bool:
 
     Gradients may come without a backward that the audit sees, as those of torch.func do.
     """
-    before, after = earlier and earlier.measured_gradients, later.measured_gradients
+    before, after = None if earlier is None else earlier.measured_gradients, later.measured_gradients
     if before is None or after is None:
         return False
     pairs = [(before.norms[name].item(), norm.item()) for name, norm in after.norms.items() if name in before.norms]
