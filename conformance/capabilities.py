@@ -74,6 +74,8 @@ CAPABILITIES = {
     "initial-std": Capability(
         "takes the standard deviation of its initial weights from its user", since="0.2", extension=True
     ),
+    "rotary-base": Capability("takes the base of its rotary positions from its user", since="0.2", extension=True),
+    "norm-eps": Capability("takes the epsilon of its norms from its user", since="0.2", extension=True),
     "second-optimizer": Capability(
         "takes from its user a second optimizer, for the tensors that the first is not for", since="0.2", extension=True
     ),
@@ -89,6 +91,11 @@ CAPABILITIES = {
         extension=True,
     ),
     "keep-last": Capability("removes all but a given number of its newest checkpoints", since="0.2", extension=True),
+    "finds-newest": Capability(
+        "finds the newest checkpoint in the directory of a run by itself, and goes on from it",
+        since="0.2",
+        extension=True,
+    ),
     "ignored-validation": Capability(
         "accepts targets of -100 in validation data, which it leaves out of the validation loss", since="0.2"
     ),
@@ -108,6 +115,11 @@ CAPABILITIES = {
         since="0.2",
         extension=True,
     ),
+    "chats": Capability(
+        "turns chats into tokens by a tokenizer's own chat template, and trains on what the assistant says",
+        since="0.2",
+        extension=True,
+    ),
     "module-factory": Capability(
         "builds the module of somebody else's itself, from a function that its user names or hands over",
         since="0.2",
@@ -117,6 +129,9 @@ CAPABILITIES = {
         "can be told to keep the residual stream in 16 bits in a mixed precision", since="0.2", extension=True
     ),
     "lora-dropout": Capability("can drop inputs of the LoRA adapters at random", since="0.2", extension=True),
+    "lora-everywhere": Capability(
+        "adds LoRA adapters to every linear layer of the blocks, in attention and MLP", since="0.2", extension=True
+    ),
     "tuned-embedding": Capability(
         "can train the embedding's weights beside the LoRA adapters", since="0.2", extension=True
     ),

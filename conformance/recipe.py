@@ -1,6 +1,5 @@
 """A recipe: what a subject is asked to train. Plain data, frozen and hashable, so equal recipes run once."""
 
-import copy
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -8,6 +7,10 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from conformance.chats import conversations, write_tokenizer
+from conformance.choice import OptimizerChoice as OptimizerChoice  # adapters import it from here
+from conformance.tokens import DATA_SEED, Alteration, alter, ignore_some, ignore_stretches, random_ids
 
 if TYPE_CHECKING:
     import torch
@@ -19,56 +22,11 @@ Shape = Literal["gpt", "llama"]
 SHAPES: tuple[Shape, ...] = get_args(Shape)
 Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-Alteration = Literal[
-    "later tokens", "first token", "other sequences", "equal sequences", "exchanged tokens", "unknown token"
-]
 Dropping = Literal["everywhere", "nowhere", "at one place"]
 Quantisation = Literal["nf4", "nf4-dq", "fp4", "fp4-dq", "int8"]
 QUANTISATIONS: tuple[Quantisation, ...] = get_args(Quantisation)
-DATA_SEED = 20240229  # of the token ids; another than Recipe.seed, which decides the weights only
 
 _reported: ContextVar[list[tuple[dict[str, float], int | None]] | None] = ContextVar("reported", default=None)
-_handed_out: ContextVar[list[tuple[dict[str, Any], dict[str, Any]]] | None] = ContextVar("handed_out", default=None)
-
-
-@dataclass(frozen=True)
-class OptimizerChoice:
-    """An optimizer by class path, with keyword arguments as a user would write them in a config file."""
-
-    class_path: str = "torch.optim.AdamW"
-    arguments: tuple[tuple[str, Any], ...] = (("lr", 1e-2),)
-
-    @classmethod
-    def of(cls, class_path: str, **arguments: Any) -> "OptimizerChoice":
-        """``OptimizerChoice.of("torch.optim.SGD", lr=0.1)``."""
-        return cls(class_path, tuple(arguments.items()))
-
-    @property
-    def rate(self) -> float:
-        """The learning rate among the arguments; every choice of the suite has one."""
-        return float(dict(self.arguments)["lr"])
-
-    def config(self) -> dict[str, Any]:
-        """``{"class_path": ..., "init_args": {...}}``: a fresh dictionary, as a config file would give it.
-
-        The recording remembers it, so that a clause can see whether the stack changed its user's configuration.
-        """
-        config = {"class_path": self.class_path, "init_args": dict(self.arguments)}
-        remembered = _handed_out.get()
-        if remembered is not None:
-            remembered.append((config, copy.deepcopy(config)))
-        return config
-
-
-@contextmanager
-def remember_configs() -> Iterator[list[tuple[dict[str, Any], dict[str, Any]]]]:
-    """Collect every configuration handed out inside, as pairs (the live one, a copy made when it was given)."""
-    configs: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    token = _handed_out.set(configs)
-    try:
-        yield configs
-    finally:
-        _handed_out.reset(token)
 
 
 @contextmanager
@@ -110,6 +68,10 @@ class Recipe:
     """Probability of dropping an activation, wherever the stack drops some (capability dropout)."""
     initial_std: float | None = None
     """Standard deviation that the weights are drawn with (capability initial-std). None: the stack's own."""
+    rotary_base: float | None = None
+    """Base of the wavelengths of rotary positions (capability rotary-base). None: the stack's own."""
+    norm_eps: float | None = None
+    """What the norms add to the variance that they divide by (capability norm-eps). None: the stack's own."""
     seed: int = 1
     """Decides the weights, the dropout and the order of samples."""
     precision: Precision = "32-true"
@@ -133,6 +95,10 @@ class Recipe:
     masked_samples: bool = False
     """Beside ``samples``: only some tokens of the data set are targets, as in chats only those of the assistant: see
     dataset_labels() (capability masked-samples)."""
+    chats: bool = False
+    """Train on conversations(), which the stack itself turns into tokens and targets, by the tokenizer and the chat
+    template that write_tokenizer() writes: a target is what the assistant says (capability chats). The vocabulary has
+    room for that tokenizer, and ``block_size`` for each conversation."""
     ignored_targets: bool = False
     """Many targets are -100, in some microbatches more than in others: see labels() (capability ignored-targets)."""
     updates: int = 2
@@ -168,6 +134,9 @@ class Recipe:
     """Checkpoints to keep; older ones are removed (capability keep-last). None: all, or whatever the stack keeps."""
     resume: "Checkpoint | None" = None
     """Go on from this checkpoint, to ``updates`` in all (capability resume)."""
+    find_newest: bool = False
+    """Beside ``resume``: the stack is told the directory of the run that wrote that checkpoint, and must find it there,
+    as the newest of several, by itself (capability finds-newest)."""
     stable_embedding: bool = False
     """Switch the stack's StableEmbedding option on (capability stable-embedding)."""
     finetune: "Checkpoint | None" = None
@@ -204,8 +173,9 @@ class Recipe:
     dropping: Dropping = "everywhere"
     """Where the recorder lets torch's dropout act; elsewhere it keeps every activation, scaled as those that it keeps.
     at one place: in one call of it in each update, the first call in the first update, the second in the second."""
-    same_batches: bool = False
-    """Not for the adapter: every update trains on the sequences of the first."""
+    same_batches: bool | Literal["but the first"] = False
+    """Not for the adapter: every update trains on the sequences of the first; "but the first": on those of the
+    second."""
     altered: Alteration | None = None
     """Not for the adapter: which of the tokens in batches() are changed. "later tokens": the second half of each
     sequence; "first token": the first of each; "other sequences": every second sequence; "equal sequences": all, to
@@ -239,15 +209,9 @@ class Recipe:
 
         The first token of a sequence is never a target, so a stack that shifts the targets can ignore it.
         """
-        import torch
-
         tokens = self._sequences()
         if self.ignored_targets:
-            generator = torch.Generator().manual_seed(DATA_SEED + 2)
-            kept = torch.rand(len(tokens), 1, generator=generator) * 0.9 + 0.1  # of each sequence another share
-            ignored = torch.rand(tokens.shape, generator=generator) > kept
-            ignored[:, 1] = False  # so every sequence has a target
-            tokens = tokens.masked_fill(ignored, -100)
+            tokens = ignore_some(tokens, stream=2)
         return self._cut(self._split(self._repeated(tokens), rank))
 
     def validation_batches(self, rank: int = 0) -> "list[torch.Tensor]":
@@ -264,13 +228,13 @@ class Recipe:
     def validation_labels(self, rank: int = 0) -> "list[torch.Tensor]":
         """Return the targets: validation_batches(), with -100 for each token to ignore under ``ignored_validation``.
 
-        In the first half of the sequences that is all but one.
+        In the first half of the sequences of rank 0 that is all but one; other ranks have all of their targets.
         """
         import torch
 
         batches = self.validation_batches(rank)
         tokens = torch.cat(batches)
-        if self.ignored_validation:
+        if self.ignored_validation and rank == 0:
             tokens[: len(tokens) // 2, 2:] = -100
         return list(tokens.split([len(batch) for batch in batches]))
 
@@ -279,10 +243,7 @@ class Recipe:
 
         No id is 0, so it can fill up the last window; none is ``vocab_size - 1``, which may be appended as its end.
         """
-        import torch
-
-        generator, length = torch.Generator().manual_seed(DATA_SEED + 5), 8 * self.block_size + self.block_size // 3
-        return torch.randint(1, self.vocab_size - 1, (length,), generator=generator)
+        return random_ids(1, self.vocab_size - 1, (8 * self.block_size + self.block_size // 3,), stream=5)
 
     def document(self) -> "torch.Tensor":
         """Return training data as one document: ``samples * block_size`` token ids below ``vocab_size - 1``, int64.
@@ -290,11 +251,8 @@ class Recipe:
         If a stack appends the id ``vocab_size - 1`` as the end of the document, it can cut it into the samples of
         dataset(): ``samples`` sequences of ``block_size`` tokens, each with the next token.
         """
-        import torch
-
         assert self.samples is not None, "the recipe has no data set: it has batches()"
-        generator = torch.Generator().manual_seed(DATA_SEED + 3)
-        return torch.randint(self.vocab_size - 1, (self.samples * self.block_size,), generator=generator)
+        return random_ids(0, self.vocab_size - 1, (self.samples * self.block_size,), stream=3)
 
     def dataset(self) -> "torch.Tensor":
         """Return training data as samples (samples, block_size + 1), int64; each begins where another ends."""
@@ -308,16 +266,19 @@ class Recipe:
 
         Targets and others alternate in stretches of two to five tokens; the end of the document is a target.
         """
-        import torch
-
         rows = self.dataset()
-        if not self.masked_samples:
-            return rows
-        generator = torch.Generator().manual_seed(DATA_SEED + 6)
-        lengths = torch.randint(2, 6, (rows.numel(),), generator=generator)
-        kept = (torch.arange(len(lengths)) % 2).repeat_interleave(lengths)[: len(self.document()) + 1].bool()
-        kept[-1] = True
-        return rows.masked_fill(~kept.unfold(0, self.block_size + 1, self.block_size), -100)
+        return ignore_stretches(rows, self.block_size, stream=6) if self.masked_samples else rows
+
+    def conversations(self) -> list[list[dict[str, str]]]:
+        """Return chats: for each the messages, ``{"role": "user" or "assistant", "content": ...}``, which alternate."""
+        return conversations(DATA_SEED + 7)
+
+    def write_tokenizer(self, folder: Path) -> Path:
+        """Write a tokenizer of 128 ids with its chat template for conversations(); return the path of tokenizer.json.
+
+        Beside it lie tokenizer_config.json and chat_template.jinja. Each turn ends with ``<|endoftext|>``.
+        """
+        return write_tokenizer(folder)
 
     def loader(self) -> "DataLoader[torch.Tensor]":
         """Return a DataLoader of microbatches of dataset(), which it shuffles anew, by torch's seed, in every pass."""
@@ -327,20 +288,10 @@ class Recipe:
         return DataLoader(rows, self.microbatch_size, shuffle=True)
 
     def _sequences(self) -> "torch.Tensor":
-        """Return the tokens of all updates (or of the first, if all have the same), microbatches and ranks."""
-        tokens = self._tokens((1 if self.same_batches else self.updates) * self.update_size, stream=1)
-        if self.altered is not None:
-            half, last = self.block_size // 2, self.block_size - 1
-            places = {"later tokens": tokens[:, half:], "first token": tokens[:, :1], "other sequences": tokens[1::2]}
-            if self.altered == "equal sequences":
-                tokens[1:] = tokens[:1].clone()
-            elif self.altered == "exchanged tokens":
-                tokens[:, [last - 2, last - 1]] = tokens[:, [last - 1, last - 2]]
-            elif self.altered == "unknown token":
-                tokens[0, half] = self.vocab_size
-            else:
-                places[self.altered].add_(1).remainder_(self.vocab_size)
-        return tokens
+        """Return the tokens of all updates (or of one or two, if they are repeated), microbatches and ranks."""
+        count = self.updates if not self.same_batches else 1 if self.same_batches is True else 2
+        tokens = self._tokens(count * self.update_size, stream=1)
+        return tokens if self.altered is None else alter(tokens, self.altered, self.vocab_size)
 
     def _cut(self, batches: "list[torch.Tensor]") -> "list[torch.Tensor]":
         """Return microbatches of which, under ``uneven``, the last of each update has one sequence less."""
@@ -350,7 +301,12 @@ class Recipe:
 
     def _repeated(self, tokens: "torch.Tensor") -> "torch.Tensor":
         """Return the tokens for all updates."""
-        return tokens.repeat(self.updates, 1) if self.same_batches else tokens
+        import torch
+
+        if not self.same_batches:
+            return tokens
+        *earlier, repeated = tokens.split(self.update_size)
+        return torch.cat([*earlier, repeated.repeat(self.updates - len(earlier), 1)])
 
     def _split(self, tokens: "torch.Tensor", rank: int) -> "list[torch.Tensor]":
         """Return the microbatches of one rank."""
@@ -358,10 +314,7 @@ class Recipe:
 
     def _tokens(self, count: int, stream: int) -> "torch.Tensor":
         """Return random sequences, (count, block_size + 1)."""
-        import torch
-
-        generator = torch.Generator().manual_seed(DATA_SEED + stream)
-        return torch.randint(0, self.vocab_size, (count, self.block_size + 1), generator=generator)
+        return random_ids(0, self.vocab_size, (count, self.block_size + 1), stream)
 
     def report(self, metrics: "Mapping[str, float]", step: int | None = None) -> None:
         """Pass on what the stack's logger got, if the stack neither prints it nor writes CSV or TensorBoard files.

@@ -12,7 +12,15 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     "conformance": [
         ["conformance.causes", "conformance.errors", "conformance.interrupts", "conformance.version"],
-        ["conformance.capabilities", "conformance.recording.trace", "conformance.options", "conformance.reading"],
+        [
+            "conformance.capabilities",
+            "conformance.chats",
+            "conformance.choice",
+            "conformance.tokens",
+            "conformance.recording.trace",
+            "conformance.options",
+            "conformance.reading",
+        ],
         ["conformance.recipe", *(f"conformance.recording.{n}" for n in ("snapshot", "isolation", "limits", "files"))],
         ["conformance.subject", *(f"conformance.recording.{n}" for n in ("gates", "metrics", "weights", "dropping"))],
         [f"conformance.recording.{n}" for n in ("unseen", "loggers", "masters", "opened")],

@@ -88,6 +88,25 @@ def gradient_is_of(
     Raises:
         Violation: with the factor.
     """
+    factor, bound = scale_of(losses, moved, gradients, what)
+    if not abs(factor - 1) <= bound:
+        raise Violation(
+            "the gradient of the mean cross entropy over the target tokens: over a small step, the loss falls as much "
+            f"as the gradient predicts, within {bound:.2g}",
+            f"{what} is {factor:.4g} times as large as that",
+        )
+
+
+def scale_of(
+    losses: tuple[float, float], moved: Mapping[str, Tensor], gradients: tuple[Gradients, Gradients], what: str
+) -> tuple[float, float]:
+    """Return how many times as large a gradient is as that of the loss itself, and how exactly the step tells it.
+
+    The arguments are those of :func:`gradient_is_of`.
+
+    Raises:
+        Violation: if the loss does not change, or is not predicted to.
+    """
     first, second = named_gradients(gradients[0]), named_gradients(gradients[1])
     before, after = (sum(torch.sum(moved[name].double() * g[name]).item() for name in first) for g in (first, second))
     predicted = (before + after) / 2
@@ -95,11 +114,4 @@ def gradient_is_of(
         raise Violation(
             "a step along the gradient lowers the loss", f"{what} predicts no change, or the loss does not change"
         )
-    factor = predicted / (losses[1] - losses[0])
-    bound = max(SCALE_BOUND, ((after - before) / predicted) ** 2 / 2)
-    if not abs(factor - 1) <= bound:
-        raise Violation(
-            "the gradient of the mean cross entropy over the target tokens: over a small step, the loss falls as much "
-            f"as the gradient predicts, within {bound:.2g}",
-            f"{what} is {factor:.4g} times as large as that",
-        )
+    return predicted / (losses[1] - losses[0]), max(SCALE_BOUND, ((after - before) / predicted) ** 2 / 2)

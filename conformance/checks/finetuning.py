@@ -15,6 +15,7 @@ from conformance.recording.trace import TensorInfo
 UNSAID = 1e-4
 NUMBER = re.compile(r"[-+]?\d+\.\d+(?:[eE][-+]?\d+)?")  # not whole ones: they count updates
 MOVING = re.compile(r"mov|chang|differ|rais|lower|increas|decreas", re.IGNORECASE)
+NUMBERED = re.compile(r"\.\d+\.")
 INTEGERS = (torch.uint8, torch.int8)
 
 
@@ -87,6 +88,31 @@ def base_frozen(tensors: Mapping[str, TensorInfo], base: Collection[str], embedd
     ]
     if trained:
         raise Violation("the model's own tensors are frozen, but for embeddings", f"trained: {quoted(trained)}")
+
+
+def adapted_everywhere(base: Mapping[str, TensorInfo], tensors: Mapping[str, TensorInfo]) -> None:
+    """Check that beside every linear layer of the blocks something is trained.
+
+    Args:
+        base: tensors of the model that a run starts from.
+        tensors: of the run, whose names may have something before those of the base, and something between the name of
+            a layer and that of its weight.
+
+    Raises:
+        Violation: naming layers that have no adapter.
+    """
+    # A matrix in a block, of which there are several with a number each, is the weight of a linear layer.
+    layers = [
+        name.removesuffix(".weight")
+        for name, info in base.items()
+        if len(info.shape) == 2 and name.endswith(".weight") and NUMBERED.search(name)
+    ]
+    inside = {layer: [info for name, info in tensors.items() if f".{layer}." in f".{name}"] for layer in layers}
+    if bare := [layer for layer, found in inside.items() if found and not any(info.trainable for info in found)]:
+        raise Violation(
+            f"an adapter beside each of {len(layers)} linear layers of the blocks",
+            f"none beside {len(bare)} of them: {quoted(bare)}",
+        )
 
 
 def other_than_base(base: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> list[str]:

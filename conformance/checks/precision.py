@@ -128,30 +128,91 @@ def distance(one: Tensor, other: Tensor) -> float:
     return float((one.double() - other.double()).norm())
 
 
+def holds_only(tensor: Tensor, narrow: torch.dtype) -> bool:
+    """Return True for a float32 tensor of many different values, all of them numbers of a 16-bit dtype.
+
+    A few values may be such numbers by chance, and ones and zeros are by nature.
+    """
+    if tensor.dtype != torch.float32 or tensor.numel() < 64:
+        return False
+    return torch.equal(tensor, tensor.to(narrow).float()) and len(tensor.unique()) > 16
+
+
+def starts_not_rounded(exact: Mapping[str, Tensor], seen: Mapping[str, Tensor], narrow: torch.dtype) -> None:
+    """Check that float32 weights of a run that computes in 16 bits start with more than numbers of 16 bits.
+
+    Args:
+        exact: weights that a run in float32 starts from: where those are such numbers too, the stack means it.
+        seen: those of the other run.
+        narrow: the dtype that it computes in.
+
+    Raises:
+        Violation: naming tensors that hold such numbers only.
+    """
+    names = [name for name in exact if name in seen and not holds_only(exact[name], narrow)]
+    rounded = [name for name in names if holds_only(seen[name], narrow)]
+    if rounded:
+        raise Violation(
+            "float32 weights that start with float32 values, as in a run under 32-true",
+            f"{len(rounded)} of {len(names)} tensors start with {short(narrow)} numbers alone: {quoted(rounded)}",
+        )
+
+
 def not_rounded(
-    before: Mapping[str, Tensor], after: Mapping[str, Tensor], later: Mapping[str, Tensor], when: str
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    later: Mapping[str, Tensor],
+    when: str,
+    narrow: torch.dtype = torch.bfloat16,
 ) -> None:
-    """Check that float32 tensors which an update has moved still hold more than bfloat16 numbers at the next.
+    """Check that float32 tensors which an update has moved still hold more than 16-bit numbers at the next.
 
     Args:
         before: tensors before the update.
         after: after it.
         later: before the next.
         when: that is, for the message.
+        narrow: the 16-bit dtype.
 
     Raises:
-        Violation: naming tensors that hold bfloat16 numbers only.
+        Violation: naming tensors that hold 16-bit numbers only.
     """
-    rounded = [
-        name
-        for name, tensor in later.items()
-        if tensor.dtype == torch.float32
-        and tensor.numel() >= 64  # a few values may be bfloat16 numbers by chance
-        and not torch.equal(before[name], after[name])
-        and torch.equal(tensor, tensor.bfloat16().float())
-    ]
+    moved = [name for name in later if not torch.equal(before[name], after[name])]
+    rounded = [name for name in moved if holds_only(later[name], narrow)]
     if rounded:
         raise Violation(
             f"float32 values in float32 weights {when}",
-            f"{len(rounded)} of {len(later)} tensors hold bfloat16 numbers alone: {quoted(rounded)}",
+            f"{len(rounded)} of {len(later)} tensors hold {short(narrow)} numbers alone: {quoted(rounded)}",
         )
+
+
+def gradients_not_rounded(
+    gradients: Mapping[str, Tensor | None], narrow: torch.dtype, what: str = "a float32 gradient"
+) -> None:
+    """Check that a gradient which was added up in float32 holds more than 16-bit numbers.
+
+    What one microbatch gives to a matrix may be 16-bit numbers by nature, under autocast; the sum of several is not.
+
+    >>> gradients_not_rounded({"weight": torch.randn(8, 16)}, torch.bfloat16)
+
+    Args:
+        gradients: of an update, by tensor.
+        narrow: the 16-bit dtype.
+        what: they are, for the message.
+
+    Raises:
+        Violation: naming tensors whose gradient holds 16-bit numbers only.
+    """
+    given = {name: gradient for name, gradient in gradients.items() if gradient is not None}
+    rounded = [name for name, gradient in given.items() if holds_only(gradient, narrow)]
+    if rounded:
+        raise Violation(
+            f"float32 values in {what}",
+            f"the gradients of {len(rounded)} of {len(given)} tensors hold {short(narrow)} numbers alone: "
+            f"{quoted(rounded)}",
+        )
+
+
+def short(dtype: torch.dtype) -> str:
+    """Return "bfloat16" for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")

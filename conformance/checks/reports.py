@@ -1,7 +1,7 @@
 """Rules of what a run reports about itself: training loss, learning rate, gradient norm."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from conformance.errors import Violation
 
@@ -54,6 +54,63 @@ def last_numbers(messages: Iterable[str]) -> dict[str, int]:
             for word, number in COUNTED.findall(line):
                 found[word.lower()] = max(int(number), found.get(word.lower(), 0))
     return found
+
+
+def by_number(
+    messages: Iterable[str], numbers: Callable[[Iterable[str]], list[str]]
+) -> dict[str, list[tuple[int, list[str]]]]:
+    """Return what lines report beside the number of an update, with that number, by the word before it.
+
+    The words are "step" and "update": what an "iteration" is, a microbatch or an update, stacks do not agree on.
+
+    Args:
+        messages: of a run.
+        numbers: finds what is wanted in a line, such as :func:`training_losses`.
+    """
+    found: dict[str, list[tuple[int, list[str]]]] = {}
+    for line in messages:
+        told = numbers([line])
+        for word, number in COUNTED.findall(line) if told else ():
+            if word.lower() in ("step", "update"):
+                found.setdefault(word.lower(), []).append((int(number), told))
+    return found
+
+
+def numbered_alike(pairs: Sequence[tuple[int, list[str]]], values: Mapping[int, Sequence[float]], what: str) -> None:
+    """Check that what is reported with a number is of the update with that number, counted from 1 or from 0.
+
+    >>> numbered_alike([(0, ["4.8"]), (1, ["4.7"])], {1: [4.8], 2: [4.7]}, "losses")
+
+    Args:
+        pairs: the number, and what is reported with it, as it was written.
+        values: what may be reported of each update, counted from 1.
+        what: is reported, for the message.
+
+    Raises:
+        Violation: with the numbers.
+    """
+
+    def right(number: int, texts: list[str]) -> bool:
+        return any(is_rounded(text, value) for text in texts for value in values.get(number, ()))
+
+    if not any(all(right(number + less, texts) for number, texts in pairs) for less in (0, 1)):
+        raise Violation(
+            f"{what} with the numbers of their own updates, which are {', '.join(map(str, values))}, counted from 1 "
+            "or from 0",
+            "reported: " + ", ".join(f"{texts[0]} with number {number}" for number, texts in pairs),
+        )
+
+
+def in_order(texts: Sequence[str], values: Sequence[float], what: str) -> None:
+    """Check that what is reported of every update is that of the update, where there is one number for each.
+
+    Raises:
+        Violation: with the numbers.
+    """
+    fine = finest(texts)
+    if len(fine) == len(values) and not all(map(is_rounded, fine, values)):
+        listed = ", ".join(f"{value:.6g}" for value in values)
+        raise Violation(f"{what} of {len(values)} updates in their order, {listed}", f"reported: {', '.join(fine)}")
 
 
 def is_progress(line: str) -> bool:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from conformance.recipe import Dropping, collect_reports, remember_configs
+from conformance.choice import remember_configs
+from conformance.recipe import Dropping, collect_reports
 from conformance.recording import metrics
 from conformance.recording.calls import Calls
 from conformance.recording.dropping import everything_kept

@@ -282,7 +282,9 @@ def hints(script: str, found: Found, mapped: set[str]) -> Iterator[str]:
         yield '"tied": the head shares the weight of the embedding; claim it if recipe.tied can choose'
     if "autocast" in found.precision:
         yield '"bf16-mixed", "16-mixed": it has autocast (recipe.precision)'
-    yield '"initial-std", "grouped-query", "cooldown", "keep-last", "decay-all": if it has such a setting'
+    yield '"initial-std", "grouped-query", "rotary-base", "norm-eps": if its model has such a setting'
+    yield '"cooldown", "keep-last", "decay-all": if it has such a setting'
+    yield '"finds-newest": if it can find the newest checkpoint in a directory by itself (recipe.find_newest)'
     yield '"two-ranks": if torchrun can start it on the CPU (recipe.batches(rank), recipe.world_size)'
 
 

@@ -80,6 +80,7 @@ class LightningTrainer:
     lacks |= dict.fromkeys(user_code.OPTIMIZER, "configure_optimizers is the user's")
     lacks |= dict.fromkeys(user_code.MODEL, "the model is the user's, and the Trainer swaps no module in it")
     lacks["final-evaluation"] = "the Trainer validates at val_check_interval, and not once more at the end"
+    lacks |= {"finds-newest": "this adapter names the checkpoint", "chats": "the Trainer is given a loader"}
     lacks["validation-document"] = "the Trainer is given a loader; the user divides documents"
 
     def train(self, recipe: Recipe) -> None:

@@ -70,6 +70,9 @@ class LitGPT:
         "validation-document": "the DataModule divides documents; here that is the adapter's",
         "residual-opt-out": "litgpt.Config has no setting for the residual stream",
         "lora-dropout": "litgpt.pretrain has no adapters",
+        "lora-everywhere": "litgpt.pretrain has no adapters",
+        "finds-newest": "this adapter names the checkpoint",
+        "chats": "pretrain.fit takes ids and targets from the same tokens",
         "tuned-embedding": "litgpt.pretrain has no adapters",
     }
 
@@ -77,6 +80,8 @@ class LitGPT:
         shape = {"n_layer": recipe.n_layer, "n_head": recipe.n_head, "n_embd": recipe.n_embd, "head_size": None}
         size: dict[str, Any] = {"block_size": recipe.block_size, "padded_vocab_size": recipe.vocab_size}
         size["n_query_groups"] = recipe.n_kv_head
+        given = {"rope_base": recipe.rotary_base, "norm_eps": recipe.norm_eps}
+        size |= {name: value for name, value in given.items() if value is not None}
         name = "pythia-14m" if recipe.shape == "gpt" else "tiny-llama-1.1b"
         config = Config.from_name(name, **shape, **size, vocab_size=recipe.vocab_size, intermediate_size=96)
         batch, lr = recipe.update_size, dict(recipe.optimizer.arguments).get("lr", 1e-3)

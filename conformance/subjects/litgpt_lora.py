@@ -26,7 +26,7 @@ from conformance import Checkpoint, Recipe
 from conformance.errors import NotApplicable
 from conformance.subjects.litgpt import LitGPT
 
-TUNED = ("finetune", "quantised", "lora-dropout")
+TUNED = ("finetune", "quantised", "lora-dropout", "lora-everywhere")
 ON_GPU = torch.cuda.is_available()
 
 

@@ -1,12 +1,14 @@
 """Adapter of the reference trainer in this repository. It uses the public protocol and nothing else."""
 
 import importlib.util
+import json
 import math
 import os
 import pydoc
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning  # noqa: F401 # what the trainer runs on: if it is missing, loading the subject says so
@@ -18,6 +20,7 @@ from conformance import Checkpoint, Constant, Normal, Recipe, TensorInfo
 from conformance.subject import Distribution, Leftovers, Place, Setting, Winner
 from conformance.version import suite_version
 from reference.data import TokenData
+from reference.data.prepare import prepare
 from reference.data.tokenfile import TokenWriter
 from reference.finetuning import FinetuneConfig
 
@@ -85,6 +88,8 @@ def declared_forward(
 ) -> Tensor:
     """Return the logits of GPT-2 (Radford et al. 2019) or Llama (https://arxiv.org/abs/2302.13971), written plainly."""
     gpt, heads, size = recipe.shape == "gpt", recipe.n_head, recipe.n_embd // recipe.n_head
+    eps = 1e-5 if recipe.norm_eps is None else recipe.norm_eps
+    base = 10_000.0 if recipe.rotary_base is None else recipe.rotary_base
     shared = heads // (recipe.n_kv_head or heads)  # query heads in a row that have the same keys and values
 
     def linear(name: str, x: Tensor) -> Tensor:
@@ -93,11 +98,11 @@ def declared_forward(
     def norm(name: str, x: Tensor) -> Tensor:
         if gpt:
             x = x - x.mean(-1, keepdim=True)
-        scaled = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weights[f"{name}.weight"]
+        scaled = x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weights[f"{name}.weight"]
         return scaled + weights[f"{name}.bias"] if gpt else scaled
 
     places = torch.arange(ids.shape[1], dtype=torch.float64)
-    phase = torch.outer(places, 10_000.0 ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)).repeat(1, 2)
+    phase = torch.outer(places, base ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)).repeat(1, 2)
 
     def turned(x: Tensor) -> Tensor:  # (B, H, T, D), the halves convention
         first, second = x.chunk(2, dim=-1)
@@ -143,6 +148,17 @@ def token_data(recipe: Recipe, split: str, document: Tensor, rank: int, targets:
     return TokenData(folder, split, **sizes, seed=recipe.seed)
 
 
+def chat_data(recipe: Recipe, rank: int) -> TokenData:
+    """Prepare chats as ``python -m reference prepare --field`` does, and return them open."""
+    folder = recipe.directory / f"chats-{rank}"
+    tokenizer, records = recipe.write_tokenizer(folder), folder / "chats.jsonl"
+    lines = [json.dumps({"messages": messages}) for messages in recipe.conversations()]
+    records.write_text("\n".join(lines), encoding="utf-8")
+    prepare([str(records)], str(tokenizer), folder / "data", field="messages", progress=False)
+    sizes = {"block_size": recipe.block_size, "microbatch_size": recipe.microbatch_size}
+    return TokenData(folder / "data", "train", **sizes, seed=recipe.seed)
+
+
 def pairs(batches: list[Tensor], labels: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Return ids and targets of microbatches, (B, T) each."""
     return [(rows[:, :-1], targets[:, 1:]) for rows, targets in zip(batches, labels, strict=True)]
@@ -167,7 +183,8 @@ class Reference:
             name: getattr(recipe, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size")
         }
         size |= {"n_kv_head": recipe.n_kv_head, "fp32_residual": recipe.residual == "float32"}
-        size |= {} if recipe.initial_std is None else {"init_std": recipe.initial_std}
+        given = {"init_std": recipe.initial_std, "rope_theta": recipe.rotary_base, "norm_eps": recipe.norm_eps}
+        size |= {name: value for name, value in given.items() if value is not None}
         return build(**size, tie_embeddings=recipe.tied, dropout=recipe.dropout)
 
     def train_config(self, recipe: Recipe) -> reference.TrainConfig:
@@ -200,8 +217,12 @@ class Reference:
         rank = int(os.environ["RANK"]) if recipe.world_size > 1 else 0  # the process group is not there yet
         finetune = self.finetune_config(recipe) if recipe.finetune else None
         told = [partial(self.tell, recipe)]
-        trainer = reference.Trainer(model, self.train_config(recipe), recipe.directory, told, finetune)
-        resume = recipe.resume.find("model.safetensors").parent if recipe.resume else False
+        directory: Path = recipe.directory
+        resume: Path | bool = False
+        if recipe.resume is not None:
+            folder = recipe.resume.find("model.safetensors").parent
+            directory, resume = (folder.parent, True) if recipe.find_newest else (directory, folder)
+        trainer = reference.Trainer(model, self.train_config(recipe), directory, told, finetune)
         base = recipe.finetune.find("model.safetensors").parent if recipe.finetune else None
         trainer.fit(self.data(recipe, rank), self.validation(recipe, rank), resume=resume, init_from=base)
 
@@ -221,6 +242,8 @@ class Reference:
         """Batches, pairs of ids and targets, or token files, from which the trainer draws by itself."""
         if recipe.shuffled_by == "loader":
             return recipe.loader()
+        if recipe.chats:
+            return chat_data(recipe, rank)
         if recipe.samples is not None:
             targets = (recipe.dataset_labels()[:, :-1] != -100).flatten() if recipe.masked_samples else None
             return token_data(recipe, "train", recipe.document(), rank, targets)

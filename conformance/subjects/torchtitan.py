@@ -73,11 +73,14 @@ class Torchtitan:
     }
     lacks |= dict.fromkeys(("float32-logits", "logits-opt-out"), "the loss converts the logits, not the model")
     lacks |= dict.fromkeys(("stable-embedding", "finetune", "quantised"), "no converter of models does that")
-    lacks |= dict.fromkeys(("lora-dropout", "tuned-embedding"), "no converter of models adds adapters")
+    lacks |= dict.fromkeys(
+        ("lora-dropout", "lora-everywhere", "tuned-embedding"), "no converter of models adds adapters"
+    )
     lacks |= dict.fromkeys(("second-optimizer", "decay-all"), "build_optimizers makes one group of all tensors")
     lacks["initial-std"] = "models/llama3 has no option for it"
-    lacks |= dict.fromkeys(("grouped-query", "cooldown", "keep-last"), "this adapter does not map it")
-    lacks |= dict.fromkeys(("validation-document", "masked-samples"), "the data set is this adapter's")
+    settings = ("grouped-query", "rotary-base", "norm-eps", "cooldown", "keep-last", "finds-newest")
+    lacks |= dict.fromkeys(settings, "this adapter does not map it")
+    lacks |= dict.fromkeys(("validation-document", "masked-samples", "chats"), "the data set is this adapter's")
     lacks["module-factory"] = "Trainer builds a ModelProtocol from its arguments, on the meta device"
     lacks["final-evaluation"] = "should_validate in validate.py: after update 1, and where freq divides the updates"
     lacks |= dict.fromkeys(("two-ranks", "sharded"), "each process takes a GPU of its own")

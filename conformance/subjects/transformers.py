@@ -13,6 +13,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from conformance import Checkpoint, Constant, Normal, NotApplicable, Recipe, TensorInfo
 
+TUNING = ("finetune", "quantised", "lora-dropout", "lora-everywhere", "tuned-embedding")
 Samples = torch.utils.data.IterableDataset[dict[str, Tensor]]
 
 
@@ -49,22 +50,17 @@ class Transformers:
     name, version, policy = "transformers Trainer", importlib.metadata.version("transformers"), TransformersPolicy()
     lacks = {
         "batch-total": "gradient_accumulation_steps counts the microbatches",
-        "fused": "create_optimizer adds nothing to a class; only the name adamw_torch_fused asks for it",
-        "ndim-policy": "get_decay_parameter_names goes by names and nn.LayerNorm",
         "16-mixed": "on the CPU accelerate leaves fp16 off, and does not say so",
         "logits-opt-out": "accelerate's prepare_model always converts what leaves autocast to float32",
         "stable-embedding": "create_optimizer gives nn.Embedding 32-bit state, and swaps nothing",
         "meta-init": "Trainer moves the model with .to(device), which raises for one on the meta device",
         "sharded": "this adapter trains replicas (DDP); Trainer's option fsdp is accelerate's",
-        "second-optimizer": "create_optimizer builds one optimizer",
-        "decay-all": "get_decay_parameter_names goes by names and nn.LayerNorm",
-        "loader": "Trainer is given a data set, and builds the loader by itself",
-        "evaluate-batches": "evaluate() takes all of eval_dataset",
-        "validation-document": "Trainer is given samples; a document is divided by its user",
         "residual-opt-out": "the residual stream has the dtype of the embedding, as autocast leaves it",
     }
-    tuning = "this adapter trains every weight; the subject transformers-peft does not"
-    lacks |= dict.fromkeys(("finetune", "quantised", "lora-dropout", "tuned-embedding"), tuning)
+    lacks |= dict.fromkeys(("fused", "second-optimizer"), "create_optimizer makes one, and adds nothing to its class")
+    lacks |= dict.fromkeys(("ndim-policy", "decay-all"), "get_decay_parameter_names goes by names and nn.LayerNorm")
+    lacks |= dict.fromkeys(("loader", "chats", "validation-document"), "Trainer is given samples of token ids")
+    lacks |= dict.fromkeys(TUNING, "transformers-peft has it") | {"evaluate-batches": "evaluate() takes all data"}
 
     def train(self, recipe: Recipe) -> None:
         if recipe.n_kv_head is not None and recipe.shape == "gpt":
@@ -87,8 +83,10 @@ class Transformers:
         sizes: dict[str, Any] = {"vocab_size": recipe.vocab_size, "max_position_embeddings": recipe.block_size + 1}
         sizes |= {"num_hidden_layers": recipe.n_layer, "num_attention_heads": recipe.n_head}
         sizes |= {"hidden_size": recipe.n_embd, "intermediate_size": 3 * recipe.n_embd}
-        sizes |= {"num_key_value_heads": recipe.n_kv_head} if recipe.n_kv_head else {}
-        sizes |= {"initializer_range": 0.02 if recipe.initial_std is None else recipe.initial_std}
+        given: dict[str, Any] = {"num_key_value_heads": recipe.n_kv_head, "initializer_range": recipe.initial_std}
+        given |= dict.fromkeys(("layer_norm_epsilon", "rms_norm_eps"), recipe.norm_eps)
+        given |= {"rope_parameters": recipe.rotary_base and {"rope_type": "default", "rope_theta": recipe.rotary_base}}
+        sizes |= {name: value for name, value in given.items() if value is not None}
         sizes |= {"tie_word_embeddings": recipe.tied, "attention_dropout": recipe.dropout}
         sizes |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), recipe.dropout)
         config = AutoConfig.for_model("gpt2" if recipe.shape == "gpt" else "llama", **sizes)
@@ -103,14 +101,16 @@ class Transformers:
         ordered = Stream({key: row, "labels": labels} for row, labels in pairs)
         validation = zip(rows(recipe.validation_batches), rows(recipe.validation_labels))
         samples = zip(recipe.dataset(), recipe.dataset_labels()) if recipe.samples else ()
+        folder: Any = recipe.resume and recipe.resume.find("trainer_state.json").parent
+        options.append(str(folder.parent if recipe.find_newest else recipe.directory))
         Trainer(
             model_init=lambda: foreign() if foreign else self.model(recipe, config, dtype),
-            args=HfArgumentParser(TrainingArguments).parse_args_into_dataclasses([*options, str(recipe.directory)])[0],
+            args=HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(options)[0],
             train_dataset=[{key: row, "labels": labels} for row, labels in samples] or ordered,
             eval_dataset=Stream({key: row, "labels": labels} for row, labels in validation),
             optimizer_cls_and_kwargs=(pydoc.locate(optimizer["class_path"]), optimizer["init_args"]),
             compute_loss_func=foreign and (lambda *args, **count: ForCausalLMLoss(*args, recipe.vocab_size, **count)),
-        ).train(resume_from_checkpoint=recipe.resume and str(recipe.resume.find("trainer_state.json").parent))
+        ).train(resume_from_checkpoint=recipe.find_newest or (folder and str(folder)))
 
     def model(self, recipe: Recipe, config: Any, dtype: torch.dtype) -> Any:
         """Return the model to train; the subject transformers-peft has another."""

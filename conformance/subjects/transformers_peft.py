@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from conformance import Checkpoint, Recipe
-from conformance.subjects.transformers import Transformers
+from conformance.subjects.transformers import TUNING, Transformers
 
 LAYERS = {  # the linear layers of the blocks
     "gpt": ["c_attn", "c_proj", "c_fc"],
@@ -30,9 +30,6 @@ def quantisation(recipe: Recipe, dtype: torch.dtype) -> BitsAndBytesConfig | Non
         return BitsAndBytesConfig(load_in_8bit=True)
     four: dict[str, Any] = {"bnb_4bit_quant_type": kind[:3], "bnb_4bit_use_double_quant": kind.endswith("-dq")}
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **four)
-
-
-TUNING = ("finetune", "quantised", "lora-dropout", "tuned-embedding")
 
 
 class TransformersPeft(Transformers):
@@ -54,6 +51,8 @@ class TransformersPeft(Transformers):
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         options = {"target_modules": LAYERS[recipe.shape], "fan_in_fan_out": recipe.shape == "gpt"}
         options |= {"modules_to_save": ["wte", "embed_tokens"]} if recipe.tuned_embedding else {}
+        if recipe.tied and recipe.tuned_embedding and hasattr(LoraConfig, "ensure_weight_tying"):
+            options["ensure_weight_tying"] = True  # without it, peft trains a copy for the embedding alone
         lora = LoraConfig(r=recipe.lora_rank, lora_dropout=recipe.lora_dropout, task_type="CAUSAL_LM", **options)
         return get_peft_model(model, lora)
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from trl import SFTConfig, SFTTrainer
 
 from conformance import Checkpoint, Recipe
-from conformance.subjects.transformers import TransformersPolicy
+from conformance.subjects.transformers import TUNING, TransformersPolicy
 
 
 def build_model(recipe: Recipe) -> nn.Module:
@@ -58,22 +58,22 @@ class Trl:
     lacks = {
         "batch-total": "gradient_accumulation_steps counts the microbatches",
         "fused": "create_optimizer adds nothing to a class; only the name adamw_torch_fused asks for it",
-        "ndim-policy": "get_decay_parameter_names goes by names and nn.LayerNorm",
         "16-mixed": "on the CPU accelerate leaves fp16 off, and does not say so",
         "logits-opt-out": "accelerate's prepare_model always converts what leaves autocast to float32",
         "stable-embedding": "create_optimizer gives nn.Embedding 32-bit state, and swaps nothing",
         "meta-init": "Trainer moves the model with .to(device), which raises for one on the meta device",
         "sharded": "this adapter trains replicas (DDP); Trainer's option fsdp is accelerate's",
         "second-optimizer": "create_optimizer builds one optimizer",
-        "decay-all": "get_decay_parameter_names goes by names and nn.LayerNorm",
-        "loader": "Trainer is given a data set, and builds the loader by itself",
+        "chats": "SFTTrainer computes the loss in chunks, where no targets are seen",
         "evaluate-batches": "evaluate() takes all of eval_dataset",
-        "validation-document": "this adapter gives samples; SFTTrainer's packing is not mapped",
         "residual-opt-out": "the residual stream has the dtype of the embedding, as autocast leaves it",
     }
     lacks |= dict.fromkeys(("foreign-module", "module-factory"), "SFTTrainer takes models of transformers")
-    lacks |= dict.fromkeys(("grouped-query", "cooldown"), "this adapter does not map it; the subject transformers does")
-    lacks |= dict.fromkeys(("finetune", "quantised", "lora-dropout", "tuned-embedding"), "peft_config is not mapped")
+    lacks |= dict.fromkeys(("ndim-policy", "decay-all"), "get_decay_parameter_names goes by names and nn.LayerNorm")
+    lacks |= dict.fromkeys(("loader", "validation-document"), "SFTTrainer is given samples of token ids")
+    elsewhere = "this adapter does not map it; the subject transformers does"
+    lacks |= dict.fromkeys(("grouped-query", "rotary-base", "norm-eps", "cooldown", "finds-newest"), elsewhere)
+    lacks |= dict.fromkeys(TUNING, "peft_config is not mapped")
 
     def train(self, recipe: Recipe) -> None:
         optimizer = recipe.optimizer.config()

@@ -21,10 +21,11 @@ from conformance.subjects.reference import ReferencePolicy
 Part = Literal["train", "validation"]
 # Capabilities that are up to the user, where the stack has no part in it.
 OPTIMIZER = ("builds-optimizer", "fused", "ndim-policy", "decay-all", "second-optimizer")
-TUNING = ("stable-embedding", "finetune", "quantised", "lora-dropout", "tuned-embedding")
-MODEL = ("grouped-query", "initial-std", "residual-opt-out", "module-factory", *TUNING)
+TUNING = ("stable-embedding", "finetune", "quantised", "lora-dropout", "lora-everywhere", "tuned-embedding")
+SETTINGS = ("grouped-query", "initial-std", "rotary-base", "norm-eps", "residual-opt-out")
+MODEL = (*SETTINGS, "module-factory", *TUNING)
 EVALUATION = ("evaluate-batches", "final-evaluation", "ignored-validation", "validation-document")
-LOOP = (*EVALUATION, "keep-last", "loader")
+LOOP = (*EVALUATION, "keep-last", "finds-newest", "loader", "chats")
 LEFTOVERS: dict[Place, Leftovers] = {"epoch": "short", "window": "short", "ranks": "repeated", "validation": "weighed"}
 
 

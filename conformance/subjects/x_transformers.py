@@ -23,6 +23,7 @@ from reference.model.embedding import restore_embeddings, swap_embeddings
 # The matrices that multiply activations. ff.0.0 is the first one of a GELU MLP, ff.0.proj of a SwiGLU MLP.
 MATRICES = ("to_q", "to_k", "to_v", "to_out", "ff.0.0", "ff.0.proj", "ff.2", "to_logits")
 OF_GPT = "activation-checkpointing finetune quantised lora-dropout tuned-embedding initial-std residual-opt-out"
+OF_GPT += " rotary-base norm-eps"
 
 
 class XTransformersPolicy(ReferencePolicy):
@@ -46,12 +47,11 @@ class XTransformersPolicy(ReferencePolicy):
 
 def build(recipe: Recipe) -> nn.Module:
     """gpt: learned positions, a LayerNorm behind the embedding, ScaleNorms inside. llama: without biases, but one."""
-    gpt = {"use_scalenorm": True}
     llama = {"use_rmsnorm": True, "rotary_pos_emb": True, "ff_swish": True, "ff_glu": True, "ff_no_bias": True}
     size: dict[str, Any] = {"dim": recipe.n_embd, "depth": recipe.n_layer, "heads": recipe.n_head, "verbose": False}
     size |= {"attn_dim_head": recipe.n_embd // recipe.n_head, "attn_num_mem_kv": 2, "attn_kv_heads": recipe.n_kv_head}
     size |= {"attn_dropout": recipe.dropout, "ff_dropout": recipe.dropout}
-    layers = Decoder(**size, **(gpt if recipe.shape == "gpt" else llama))
+    layers = Decoder(**size, **({"use_scalenorm": True} if recipe.shape == "gpt" else llama))
     sizes = {"num_tokens": recipe.vocab_size, "max_seq_len": recipe.block_size, "num_memory_tokens": 2}
     options = {"post_emb_norm": recipe.shape == "gpt", "tie_embedding": recipe.tied}
     return TransformerWrapper(attn_layers=layers, **sizes, **options)
@@ -63,7 +63,7 @@ class XTransformers(Reference):
     name, policy = "x-transformers", XTransformersPolicy()
     version = importlib.metadata.version("x-transformers")
     lacks = Reference.lacks | {"meta-init": "TransformerWrapper, Attention and the norms have no reset_parameters()"}
-    lacks |= dict.fromkeys(OF_GPT.split(), "Trainer has this option for its own GPT only")
+    lacks |= dict.fromkeys((*OF_GPT.split(), "lora-everywhere"), "Trainer has this option for its own GPT only")
     recipes: dict[Path, Recipe] = {}  # by directory: a checkpoint cannot say how to build a module of somebody else's
 
     def model_config(self, recipe: Recipe) -> Any:  # a function, which Trainer takes as well as a GPTConfig

@@ -23,9 +23,9 @@ EIGHT_BIT = OptimizerChoice.of(ADAMW_8BIT, lr=1e-2)
 DECAYING = OptimizerChoice.of(ADAMW, lr=1e-2, weight_decay=0.1)
 OTHERS = (
     OptimizerChoice.of(SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
-    OptimizerChoice.of(RMSPROP, lr=1e-3, alpha=0.9, momentum=0.9, eps=1e-5),
-    OptimizerChoice.of("torch.optim.Adam", lr=1e-3, betas=(0.8, 0.95), weight_decay=0.1),
-    OptimizerChoice.of("torch.optim.NAdam", lr=1e-3, weight_decay=0.1),
+    OptimizerChoice.of(RMSPROP, lr=1e-3, alpha=0.9, momentum=0.9, eps=1e-5, centered=True),
+    OptimizerChoice.of("torch.optim.Adam", lr=1e-3, betas=(0.8, 0.95), weight_decay=0.1, amsgrad=True),
+    OptimizerChoice.of("torch.optim.NAdam", lr=1e-3, weight_decay=0.1, momentum_decay=0.02),
 )
 """Optimizers beside AdamW, each with settings that are not its defaults."""
 MUON = OptimizerChoice.of("torch.optim.Muon", lr=0.02)
@@ -34,6 +34,8 @@ REST = OptimizerChoice.of(ADAMW, lr=3e-3, betas=(0.8, 0.95), eps=1e-7, weight_de
 """That other one, where the user may choose it."""
 SHARED = Recipe(n_head=4, n_kv_head=2)
 """Two heads of keys and values, each for two query heads."""
+DRIFT = 1e-3
+"""Of the gradient, relative, over six updates whose sums are taken in another order: see DIST-2."""
 STILL = 1e-30
 """A learning rate that moves no weight by one bit. Not zero: a schedule may divide by it."""
 

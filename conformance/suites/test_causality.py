@@ -10,9 +10,10 @@ from conformance.checks.causality import earlier_unchanged
 from conformance.checks.comparison import largest_difference, same
 from conformance.clause import clause
 from conformance.errors import NotApplicable, Violation, quoted
-from conformance.recipe import Alteration, Recipe
+from conformance.recipe import Recipe
 from conformance.runs import Runs
 from conformance.suites import SHARED, in_shapes, shapes
+from conformance.tokens import Alteration
 
 Pair = tuple[Tensor, Tensor, Tensor, Tensor]
 """Token ids (B, T) and logits (B, T, V) of a forward, and those of the same forward of the altered run."""

@@ -14,6 +14,7 @@ from conformance.recipe import Recipe
 from conformance.runs import Runs
 from conformance.suites import (
     DECAYING,
+    DRIFT,
     by_update,
     everyday,
     interrupted,
@@ -27,9 +28,6 @@ from conformance.suites import (
 from conformance.suites.test_data import require_in_epoch
 from conformance.suites.test_dropout import repeated
 from conformance.suites.test_resume import resumed
-
-DRIFT = 1e-3
-"""Of the gradient, over six updates whose sums are taken in another order: see DIST-2."""
 
 
 @clause(

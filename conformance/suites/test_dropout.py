@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointError
 
 from conformance.checks.comparison import same
 from conformance.checks.dropout import masks_differ, same_function
@@ -100,7 +101,9 @@ def test_another_mask_each_sequence(runs: Runs) -> None:
     for recipe in shapes(runs, one):
         try:
             each = [update[0].scores for update in forwards(runs, recipe)]
-        except RunFailed:
+        except RunFailed as error:
+            if not isinstance(error.__cause__, CheckpointError):
+                raise
             continue  # where activations are recomputed, torch sees that dropout acts in another place than before
         whole = each[-1]  # a layer has fewer places: the last updates drop nothing
         if len(whole) < 2 or not all(same(row, whole[0]) for row in (*whole, *each[-2])):

@@ -9,11 +9,12 @@ from conformance.checks import decay, embedding
 from conformance.checks.comparison import tensors_equal
 from conformance.clause import clause
 from conformance.errors import Violation, describe_error
-from conformance.recipe import Recipe
+from conformance.recipe import OptimizerChoice, Recipe
 from conformance.recording.snapshot import find_logits
 from conformance.recording.trace import Trace
 from conformance.runs import Runs
-from conformance.suites import EIGHT_BIT, saved, shapes
+from conformance.suites import ADAMW_8BIT, EIGHT_BIT, saved, shapes
+from conformance.suites.test_decay import check_factors
 
 STABLE = Recipe(optimizer=EIGHT_BIT, stable_embedding=True)
 OPTIONS = "conformance.probes:EmbeddingOptions"
@@ -233,3 +234,25 @@ def test_export_is_plain_and_equal(runs: Runs) -> None:
         except Violation as error:
             unlike = embedding.unlike_trained(module, run.update(-1).after)
             raise Violation(error.expected, "; ".join([*unlike, error.seen])) from None
+
+
+@clause(
+    "EMB-22",
+    packages=("bitsandbytes",),
+    since="0.2",
+    needs=("stable-embedding", "keywords"),
+    why="The norm of a StableEmbedding is new to rules that sort tensors by the names or the roles in the model: if "
+    "its gain decays, every embedding shrinks.",
+    mend="Sort tensors by the type of the module that owns them, after the swap.",
+    source="huggingface/transformers#16908 (a norm that the rule for weight decay does not know)",
+    bound="as DECAY-4 (healthy: 7.1e-8)",
+)
+def test_decay_after_the_swap(runs: Runs) -> None:
+    """With StableEmbedding and zero gradients, one step multiplies each tensor that the policy declares to decay by
+    1 - lr * weight_decay and leaves every other tensor alone, the norm of the embedding included.
+    """
+    strong = OptimizerChoice.of(ADAMW_8BIT, lr=1e-2, weight_decay=0.1)
+    for recipe in shapes(runs, replace(STABLE, updates=1, optimizer=strong, zero_gradients=True)):
+        run = runs.trace(recipe)
+        require_swap(run)
+        check_factors(runs, recipe, run)

@@ -433,3 +433,22 @@ def test_embedding_is_tuned_if_asked(runs: Runs) -> None:
                 f"{recipe.shape}: an embedding that the optimizer owns, with a gradient",
                 "the optimizer owns no embedding" if not owned else f"no gradient for {quoted(sorted(owned))}",
             )
+
+
+@clause(
+    "EMB-23",
+    since="0.2",
+    needs=("finetune", "lora-everywhere"),
+    why="Adapters on a part of the layers learn less, and a pattern of names that fits no layer of a new model is an "
+    "error that nobody sees.",
+    mend="Find the layers by their type, and raise an error for a pattern that fits none. If your stack adds adapters "
+    "to some layers only, name lora-everywhere in lacks.",
+    source="unslothai/unsloth-zoo#1150 (only some linear layers get adapters, without a word)",
+    bound="membership",
+)
+def test_adapters_everywhere(runs: Runs) -> None:
+    """Fine-tuning adds adapters beside every linear layer of the blocks, in attention and in the MLP."""
+    for start in starts(runs):
+        base = runs.trace(replace(BASE, shape=start.shape)).tensors
+        for _, run in variants(runs, start):
+            finetuning.adapted_everywhere(base, run.tensors)

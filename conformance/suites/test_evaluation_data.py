@@ -6,20 +6,15 @@ from statistics import fmean
 
 import torch
 
-from conformance.checks.data import IGNORED, mean_entropy, next_tokens, places_in_document, sample_numbers
+from conformance.checks.data import mean_entropy, places_in_document, sample_numbers
 from conformance.checks.evaluation import reported_losses, reports
 from conformance.clause import clause
 from conformance.errors import AdapterFailed, NotApplicable, Violation, quoted
 from conformance.recipe import Recipe
 from conformance.recording.trace import Trace
 from conformance.runs import Runs
-from conformance.suites import everyday, on_two_ranks
-from conformance.suites.test_evaluation import evaluations, reports_mean, validation
-
-
-def short(runs: Runs) -> Recipe:
-    """Return two updates in batches of two, after the last of which the stack evaluates."""
-    return Recipe(optimizer=everyday(runs).optimizer, evaluate=True)
+from conformance.suites import on_two_ranks
+from conformance.suites.test_evaluation import evaluations, reports_mean, reports_mean_of_targets, short, validation
 
 
 @clause(
@@ -42,22 +37,7 @@ def test_ignored_validation_targets(runs: Runs) -> None:
     except Violation:
         raise NotApplicable("what is reported of whole sequences is not the mean either: see EVAL-5") from None
     recipe = replace(short(runs), ignored_validation=True)
-    run, rows, labels = (
-        runs.trace(recipe),
-        torch.cat(recipe.validation_batches()),
-        torch.cat(recipe.validation_labels()),
-    )
-    if not reported_losses(run.messages):
-        raise NotApplicable("no message of the run gives a validation loss")
-    runs.require_read(recipe, "validation_labels", "ignored-validation")
-    total, targets = 0.0, 0
-    for forward in evaluations(recipe, run):
-        for logits, number in zip(forward.scores, sample_numbers(forward.ids, rows), strict=True):
-            if number is not None and forward.update == recipe.updates:
-                scores, wanted = next_tokens(logits[None], labels[number][None])
-                count = int((wanted != IGNORED).sum())
-                total, targets = total + mean_entropy(scores, wanted) * count, targets + count
-    reports(run.messages, total / targets, "targets that are not ignored")
+    reports_mean_of_targets(runs, recipe, [runs.trace(recipe)])
 
 
 @clause(
@@ -199,34 +179,3 @@ def test_windows_on_two_ranks(runs: Runs) -> None:
             f"{len(lost)} on neither rank: {quoted(lost, limit=6)}",
         )
     means_once(recipe, found, traces[0])
-
-
-@clause(
-    "EVAL-17",
-    since="0.2",
-    needs=("evaluate-every", "final-evaluation"),
-    why="The loss that is reported last is that of an earlier model than the one that is saved, and a run that is "
-    "shorter than the interval has none.",
-    mend="Evaluate after the last update, too, unless the interval has just led to an evaluation. If your stack "
-    "evaluates at the interval only, name final-evaluation in lacks.",
-    source="huggingface/transformers#44146, PrimeIntellect-ai/prime-rl#835 (no evaluation at the end)",
-    bound="the sequences themselves; of the loss, all digits of the number reported",
-)
-def test_evaluation_after_the_last_update(runs: Runs) -> None:
-    """If the interval between evaluations does not divide the number of updates, the stack also evaluates after the
-    last update, and reports that loss.
-    """
-    for updates, every in ((3, 2), (2, 3)):
-        recipe = replace(short(runs), updates=updates, evaluate=False, evaluate_every=every)
-        try:
-            evaluations(recipe, runs.trace(recipe))
-        except Violation as violation:
-            wanted = f"{updates} updates, evaluated every {every}: {violation.expected}"
-            raise Violation(wanted, violation.seen) from None
-    if not reported_losses(runs.trace(recipe).messages):
-        return
-    try:
-        reports_mean(everyday(runs), [runs.trace(everyday(runs))])
-    except Violation:
-        return  # what is reported where the interval divides the updates is not the mean either: see EVAL-5
-    reports_mean(recipe, [runs.trace(recipe)])

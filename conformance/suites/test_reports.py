@@ -14,6 +14,7 @@ from conformance.checks.evaluation import validation_losses_by_step
 from conformance.checks.reports import (
     finest,
     gradient_norms,
+    in_order,
     is_rounded,
     last_numbers,
     learning_rates,
@@ -41,7 +42,7 @@ from conformance.suites import (
     tied,
 )
 from conformance.suites.test_accumulation import in_one_batch
-from conformance.suites.test_evaluation import evaluations, validation
+from conformance.suites.test_evaluation import evaluations, mean_over_targets, validation
 from conformance.suites.test_resume import resumed
 
 
@@ -62,6 +63,12 @@ def update_losses(recipe: Recipe, traces: Sequence[Trace]) -> list[float]:
     if stays_inside(forwards, entropies):
         updates = [[entropy for entropy in entropies if entropy.update == n] for n in range(len(run.updates))]
         return [mean_of(found) for found in updates if found]
+    if recipe.ignored_targets:
+        labels = torch.cat([batch for rank in range(recipe.world_size) for batch in recipe.labels(rank)])
+        parts = [[forward for forward in forwards if forward.update == number] for number in range(len(run.updates))]
+        if not all(any(n is not None for f in part for n in sample_numbers(f.ids, rows)) for part in parts):
+            raise NotApplicable("no forward on the sequences asked for led to an update: see ACC-6")
+        return [mean_over_targets(part, rows, labels) for part in parts]
     losses: list[list[float]] = [[] for _ in run.updates]
     for forward in forwards:
         if forward.update < len(losses):
@@ -101,10 +108,33 @@ def whole_losses(traces: Sequence[Trace]) -> list[float]:
     bound="all digits of the number reported",
 )
 def test_reported_loss(runs: Runs) -> None:
-    """The reported training loss is the mean cross entropy of one update, or of several in a row, in 32 and in 16
-    bits.
+    """The reported training loss is the mean cross entropy over the targets of one update, or of several in a row, in
+    32 and in 16 bits, however many targets each microbatch has.
     """
-    each_unless_refused(every_day(runs), lambda recipe: reports_updates(runs, recipe, [runs.trace(recipe)]))
+    each_unless_refused(
+        [*every_day(runs), *ragged(runs)], lambda recipe: reports_updates(runs, recipe, [runs.trace(recipe)])
+    )
+
+
+def ragged(runs: Runs) -> list[Recipe]:
+    """Return the everyday run with other numbers of targets in each microbatch, for adapters of 0.2, if they can."""
+    wanted = runs.has("ignored-targets") and runs.asks("0.2")
+    return [replace(everyday(runs), ignored_targets=True)] if wanted else []
+
+
+def reported_updates(runs: Runs, recipe: Recipe, traces: Sequence[Trace]) -> list[str]:
+    """Return the training losses that rank 0 reports, without those that were measured beside the training.
+
+    Raises:
+        NotApplicable: if there are none.
+    """
+    measured, told = measured_losses(recipe, traces), training_losses(traces[0].messages)
+    if runs.asks("0.2"):
+        told = finest(told)  # the fewer digits, the more numbers are right by chance
+    found = [text for text in told if not any(is_rounded(text, loss) for loss in measured)]
+    if not found:
+        raise NotApplicable("no message of the run gives the training loss of an update")
+    return found
 
 
 def reports_updates(runs: Runs, recipe: Recipe, traces: Sequence[Trace]) -> None:
@@ -113,14 +143,10 @@ def reports_updates(runs: Runs, recipe: Recipe, traces: Sequence[Trace]) -> None
     Raises:
         NotApplicable: if it reports none, or one cannot tell.
     """
-    measured, told = measured_losses(recipe, traces), training_losses(traces[0].messages)
-    if runs.asks("0.2"):
-        told = finest(told)  # the fewer digits, the more numbers are right by chance
-    found = [text for text in told if not any(is_rounded(text, loss) for loss in measured)]
-    if not found:
-        raise NotApplicable("no message of the run gives the training loss of an update")
-    losses = update_losses(recipe, traces)
-    if runs.policy.auxiliary_loss(recipe):  # the run may report the sum of all terms instead
+    found, losses = reported_updates(runs, recipe, traces), update_losses(recipe, traces)
+    # The run may report the sum of all terms instead. Where it weighs microbatches alike in the gradient, too, its
+    # report is right, and the gradient is for ACC-2.
+    if runs.policy.auxiliary_loss(recipe) or recipe.ignored_targets:
         losses += whole_losses(traces)
     windows = [losses[first:last] for last in range(1, len(losses) + 1) for first in range(last)]
     means = [fmean(window) for window in windows]
@@ -146,7 +172,9 @@ def reports_updates(runs: Runs, recipe: Recipe, traces: Sequence[Trace]) -> None
     bound="all digits of the number reported",
 )
 def test_reported_rate(runs: Runs) -> None:
-    """The last learning rate that the run reports is one that an update had."""
+    """The last learning rate that the run reports is one that an update had; if it reports one for every update, each
+    is that of its update.
+    """
     # Three rates, and the next is another one; with digits enough to tell them apart.
     step = replace(everyday(runs).optimizer, arguments=(("lr", 0.0987),))
     run = runs.trace(replace(everyday(runs, step), updates=3, warmup=3, minimum_lr=None))
@@ -155,6 +183,8 @@ def test_reported_rate(runs: Runs) -> None:
         raise NotApplicable("no message of the run gives a learning rate")
     rates = [float(group.settings["lr"]) for update in run.updates for group in update.groups if "lr" in group.settings]
     one_is_among(found[-1:], rates, f"one of the rates {', '.join(dict.fromkeys(f'{rate:.4g}' for rate in rates))}")
+    if runs.asks("0.2"):
+        in_order(found, list(dict.fromkeys(rates)), "the learning rates")
 
 
 @clause(
@@ -169,7 +199,7 @@ def test_reported_rate(runs: Runs) -> None:
 )
 def test_reported_norm(runs: Runs) -> None:
     """The last gradient norm that the run reports is that of a whole gradient, before clipping, with one microbatch and
-    with several, and with tied weights.
+    with several, and with tied weights; if it reports one for every update, each is that of its update.
     """
     # So that the gradients are those of a run that clips none.
     still = replace(everyday(runs).optimizer, arguments=(("lr", STILL),))
@@ -188,6 +218,8 @@ def reports_a_norm(runs: Runs, recipe: Recipe) -> None:
     listed = ", ".join(f"{norm:.4g}" for norm in norms)
     where = f"{setting(recipe)}with {recipe.microbatches} microbatches"
     one_is_among(found[-1:], norms, f"{where}, one of the norms {listed}")
+    if runs.asks("0.2"):
+        in_order(found, norms, f"{where}, the norms")
 
 
 @clause(
@@ -201,8 +233,8 @@ def reports_a_norm(runs: Runs, recipe: Recipe) -> None:
     bound="equality",
 )
 def test_reported_targets(runs: Runs) -> None:
-    """If the run reports how many targets an update has, those that are ignored are not among them, and those of all
-    ranks are.
+    """If the run reports how many targets an update has, those that are ignored are not among them, those of all ranks
+    are, and the number is that of its own update.
     """
     recipe = Recipe(updates=4, ignored_targets=True)
     found = numbers_of_targets(runs.trace(recipe).messages)
@@ -226,6 +258,13 @@ def are_numbers_of_targets(recipe: Recipe, found: Sequence[str]) -> None:
         raise Violation(
             f"numbers of targets {quoted(counts)}, of the {len(counts)} updates{where}, or their sums",
             f"reported: {quoted(wrong)}",
+        )
+    numbers, orders = [float(text) for text in found], (counts, [*itertools.accumulate(counts)])
+    if len(numbers) == len(counts) and numbers not in orders and set(numbers) != {fmean(counts)}:
+        raise Violation(
+            f"numbers of targets {', '.join(map(str, counts))}, of the {len(counts)} updates in their order, or their "
+            "sums",
+            f"reported: {', '.join(found)}",
         )
 
 
@@ -299,8 +338,8 @@ def test_numbers_go_on_after_a_resume(runs: Runs) -> None:
     bound="all digits of the number reported",
 )
 def test_reported_loss_on_two_ranks(runs: Runs) -> None:
-    """On two ranks, the reported training loss is the mean cross entropy over both ranks of one update, or of several
-    in a row.
+    """On two ranks, the reported training loss is the mean cross entropy over the targets of both ranks, of one update
+    or of several in a row.
     """
     alone, recipe = everyday(runs), on_two_ranks(everyday(runs))
     traces = runs.ranks(recipe)
@@ -309,3 +348,10 @@ def test_reported_loss_on_two_ranks(runs: Runs) -> None:
     except Violation:
         raise NotApplicable("what one process reports is not the mean either: see REPORT-1") from None
     reports_updates(runs, recipe, traces)
+    for uneven in ragged(runs):
+        whole = in_one_batch(uneven)  # as ACC-4
+        try:
+            reports_updates(runs, whole, [runs.trace(whole)])
+        except (NotApplicable, Violation):
+            continue
+        reports_updates(runs, on_two_ranks(whole), runs.ranks(on_two_ranks(whole)))

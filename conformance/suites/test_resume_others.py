@@ -2,11 +2,15 @@
 
 from dataclasses import replace
 
+from torch import Tensor
+
 from conformance.checks.comparison import tensors_equal
 from conformance.checks.schedule import rates_are
 from conformance.clause import clause
 from conformance.errors import NotApplicable, Violation, describe_error, quoted
 from conformance.recipe import OptimizerChoice, Recipe
+from conformance.recording.snapshot import equal_values
+from conformance.recording.trace import Named
 from conformance.runs import Runs
 from conformance.suites import (
     ADAMW,
@@ -174,6 +178,15 @@ def test_resumed_twice(runs: Runs) -> None:
         same_after(one, other, f"parameters after update {number + 4} of the run resumed twice")
 
 
+def several() -> Recipe:
+    """Return a run that writes four checkpoints, of which the last has the first two-digit number, and keeps two."""
+    return Recipe(updates=WRITTEN[-1], save_every=WRITTEN[0], keep_last=2)
+
+
+WRITTEN = [3, 6, 9, 12]
+"""The updates after which several() saves."""
+
+
 @clause(
     "RESUME-14",
     since="0.2",
@@ -185,20 +198,61 @@ def test_resumed_twice(runs: Runs) -> None:
     bound="the files themselves",
 )
 def test_newest_checkpoints_stay(runs: Runs) -> None:
-    """If the stack keeps only the newest checkpoints, those stay, and it removes the oldest."""
-    run = runs.trace(Recipe(updates=4, save_every=1, keep_last=2))
+    """If the stack keeps only the newest checkpoints, those stay, and it removes the oldest, whatever the numbers of
+    digits.
+    """
+    recipe = several()
+    run = runs.trace(recipe)
     left = []
-    for update in range(1, 5):
+    for update in WRITTEN:
         checkpoint = run.checkpoint(update)
         if checkpoint is not None:
             _, largest = max(
                 (size, path) for path, (_, _, size) in zip(checkpoint.files, checkpoint.copies, strict=True)
             )
             left += [update] if largest.exists() else []
-    if left == [1, 2, 3, 4]:
+    if left == WRITTEN:
         raise NotApplicable("the run keeps all of its checkpoints, or the adapter does not read Recipe.keep_last")
-    if 1 in left or not {3, 4} <= set(left):
+    if WRITTEN[0] in left or not set(WRITTEN[-2:]) <= set(left):
         raise Violation(
-            "after four updates, the checkpoints of updates 3 and 4 and not that of update 1",
+            f"of the checkpoints of updates {quoted(WRITTEN)}, the newest two and not the first",
             f"the checkpoints of updates {quoted(left)}" if left else "no checkpoint",
         )
+
+
+@clause(
+    "RESUME-15",
+    since="0.2",
+    needs=("resume", "finds-newest"),
+    why="A run that is started again goes on from an old checkpoint, and does days of work a second time.",
+    mend="Compare numbers of updates as numbers: as text, 9 is later than 10.",
+    source="allenai/open-instruct#541, Lightning-AI/litgpt#661 (9 is taken for later than 10)",
+)
+def test_newest_checkpoint_is_found(runs: Runs) -> None:
+    """If the stack is to find the newest checkpoint of a directory by itself, it goes on from the one after the most
+    updates, with the parameters of that one, bit for bit.
+    """
+    recipe = several() if runs.has("keep-last") else replace(several(), keep_last=None)
+    whole = runs.trace(recipe)
+    newest = whole.checkpoint(recipe.updates)
+    if newest is None or not all(path.exists() for path in newest.files):
+        raise NotApplicable("the checkpoint of the last update is not there: see RESUME-3 and RESUME-14")
+    more = replace(recipe, updates=recipe.updates + 2, save_every=None, keep_last=None, resume=newest, find_newest=True)
+    tried = runs.attempt(more)
+    runs.require_read(more, "find_newest", "finds-newest")
+    if tried.error is not None:
+        raise Violation(f"a run that goes on after update {recipe.updates}", describe_error(tried.error))
+    for update in WRITTEN[:-1]:
+        if same_tensors(whole.update(update - 1).after, tried.trace.initial):
+            raise Violation(
+                f"of the checkpoints of updates {quoted(WRITTEN)}, the run goes on from the newest",
+                f"it goes on from that of update {update}",
+            )
+    tensors_equal(
+        whole.update(-1).after, tried.trace.initial, "parameters of a run that goes on from the newest checkpoint"
+    )
+
+
+def same_tensors(one: Named[Tensor], other: Named[Tensor]) -> bool:
+    """Return whether two runs have the same parameters, bit for bit."""
+    return equal_values(tuple(one.items()), tuple(other.items()))

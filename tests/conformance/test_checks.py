@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from conformance import Constant, Normal, Uniform, checks
+from conformance import Constant, Normal, Uniform, chats, checks
 from conformance.checks import clipping, data, decay, evaluation, initialization, precision, reports, schedule
 from conformance.checks.accumulation import gradient_is_of
+from conformance.checks.chats import answers_are_targets
 from conformance.checks.optimizer import keywords_arrive
 from conformance.clause import Violation
+from conformance.errors import NotApplicable
 from conformance.recording.trace import Group, Step
 from reference.config import GPTConfig
 from reference.model.gpt import GPT
@@ -457,3 +459,61 @@ def test_validation_losses_are_those_that_loggers_got() -> None:
 )
 def test_a_window_is_found_in_its_document(ids: list[int], found: tuple[int, int]) -> None:
     assert data.places_in_document(torch.tensor(ids), torch.arange(3, 10)) == found
+
+
+def test_what_is_reported_beside_a_number_is_found() -> None:
+    lines = [
+        "Epoch 1 | iter 8 step 2 | loss train: 4.812, val: 4.9 |",
+        "update 3/6: loss 4.8348",
+        "step 99: the checkpoint is written",
+    ]
+    assert reports.by_number(lines, reports.training_losses) == {"step": [(2, ["4.812"])], "update": [(3, ["4.8348"])]}
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_numbers_of_updates_may_begin_at_0_or_1(first: int) -> None:
+    values = {1: [4.8], 2: [4.7, 4.75], 3: [4.6]}
+    reports.numbered_alike([(first, ["4.8"]), (first + 1, ["9.9", "4.75"])], values, "losses")
+    with pytest.raises(Violation, match=r"4\.7 with number 3") as raised:
+        reports.numbered_alike([(1, ["4.8"]), (3, ["4.7"])], values, "losses")
+    assert (
+        raised.value.expected
+        == "losses with the numbers of their own updates, which are 1, 2, 3, counted from 1 or from 0"
+    )
+
+
+def test_one_number_for_each_update_is_in_their_order() -> None:
+    reports.in_order(["0.51", "0.5104", "0.62"], [0.5104, 0.62], "the norms")
+    reports.in_order(["0.62"], [0.5104, 0.62], "the norms")  # not one for each
+    with pytest.raises(Violation, match=r"reported: 0\.62, 0\.51"):
+        reports.in_order(["0.62", "0.51"], [0.51, 0.62], "the norms")
+
+
+CHAT = [chats.USER_ID, 5, chats.END_ID, chats.ASSISTANT_ID, 70, 71, chats.END_ID, chats.USER_ID, 6, chats.END_ID]
+
+
+@pytest.mark.parametrize(
+    ("places", "seen"),
+    [
+        ((4, 5, 6), None),
+        ((4, 5), "not targets: 1 ends of turns and 0 of the assistant's words; 0 other targets"),
+        ((5, 6), "not targets: 0 ends of turns and 1 of the assistant's words; 0 other targets"),
+        ((2, 4, 5, 6), "not targets: 0 ends of turns and 0 of the assistant's words; 1 other targets"),
+    ],
+)
+def test_targets_of_a_chat_are_what_the_assistant_says(places: tuple[int, ...], seen: str | None) -> None:
+    """Targets stand at the position before their own place, where they are predicted."""
+    ids = torch.tensor([CHAT])
+    targets = torch.tensor([[CHAT[n] if n in places else -100 for n in range(1, len(CHAT))] + [-100]])
+    if seen is None:
+        answers_are_targets([(ids, targets)])
+        return
+    with pytest.raises(Violation) as raised:
+        answers_are_targets([(ids, targets)])
+    assert raised.value.seen == seen
+
+
+def test_a_chat_in_which_no_turn_ends_is_not_judged() -> None:
+    ids = torch.tensor([CHAT[:6]])
+    with pytest.raises(NotApplicable):
+        answers_are_targets([(ids, torch.full_like(ids, -100))])

@@ -64,6 +64,19 @@ def test_a_run_without_adapters_is_not_judged() -> None:
         finetuning.has_adapters(["a", "b"], ["a", "b"])
 
 
+def test_a_linear_layer_without_an_adapter_is_named() -> None:
+    names = ("blocks.0.qkv.weight", "blocks.0.fc.weight", "head.weight")
+    base = {name: info(name) for name in names}
+    adapted = {
+        name: info(name) for name in ("m.blocks.0.qkv.base_layer.weight", "m.blocks.0.fc.weight", "m.head.weight")
+    }
+    adapted["m.blocks.0.qkv.lora_A.weight"] = info("m.blocks.0.qkv.lora_A.weight", trainable=True)
+    with pytest.raises(Violation, match=r"none beside 1 of them: blocks\.0\.fc"):
+        finetuning.adapted_everywhere(base, adapted)
+    adapted["m.blocks.0.fc.lora_A"] = info("m.blocks.0.fc.lora_A", trainable=True)
+    finetuning.adapted_everywhere(base, adapted)
+
+
 def test_a_swap_thaws_the_embedding_only() -> None:
     plain = ["x.lora_A"]
     finetuning.frozen_alike(plain, [*plain, "wte.weight", "wte.norm.bias"], ["wte"])

@@ -69,8 +69,11 @@ def test_the_plain_loop_learns(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_the_plain_loop_is_judged() -> None:
     # It declares no forward and no leftovers, and what reaches its weights is CLIP-3's matter. It does not
-    # train with Muon, which takes matrices only.
-    silent = frozenset({"MODEL-1", "CLIP-6", "EVAL-12", "OPT-19"})
+    # train with Muon, which takes matrices only, nor in 16 bits. The losses that it prints have too few digits to tell
+    # them apart.
+    silent = frozenset(
+        {"MODEL-1", "MODEL-6", "CLIP-6", "EVAL-12", "OPT-19", "OPT-22", "PREC-14", "REPORT-8", "REPORT-9"}
+    )
     found = failures(load_subject("examples.plain_loop_adapter:PlainLoop"), silent)
     assert found == {"OPT-11": "fail", "CLIP-3": "fail"}
 
@@ -94,11 +97,14 @@ def test_the_script_of_globals_is_judged() -> None:
     assert "lacks any-optimizer: globals_script.py makes an AdamW itself" in results["OPT-1"].reason
 
 
+UNDECLARED = frozenset({"PREC-7", "MODEL-1", "MODEL-2", "MODEL-3", "MODEL-6", "DROP-5"})
+"""PREC-7 may say that it sees no table: x-transformers computes positions anew in each forward. The others that its
+policy declares no forward."""
+
+
 @pytest.mark.slow  # ten seconds
 def test_x_transformers_is_judged() -> None:
-    # PREC-7 may say that it sees no table: x-transformers computes positions anew in each forward. The others that its
-    # policy declares no forward.
-    assert failures(x_transformers(), frozenset({"PREC-7", "MODEL-1", "MODEL-2", "MODEL-3", "DROP-5"})) == {}
+    assert failures(x_transformers(), UNDECLARED) == {}
 
 
 @pytest.mark.parametrize("tied", [False, True])

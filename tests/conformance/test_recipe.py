@@ -1,10 +1,13 @@
 """The data of a recipe: the same sequences however an update is split, and samples that a stack can shuffle."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
+from conformance import chats
 from conformance.recipe import Recipe
 from conformance.runs import Runs
 from conformance.subjects.reference import Reference
@@ -42,6 +45,17 @@ def test_the_same_batches_in_every_update(ignored: bool) -> None:
     for tensors in (recipe.batches(), recipe.labels()):
         assert all(torch.equal(tensor, tensors[0]) for tensor in tensors)
     assert torch.equal(recipe.batches()[0], Recipe().batches()[0])
+
+
+def test_the_same_batches_in_every_update_but_the_first() -> None:
+    recipe = Recipe(updates=4, same_batches="but the first", ignored_targets=True)
+    for tensors, plain in ((recipe.batches(), Recipe().batches()), (recipe.labels(), None)):
+        first, second, *others = tensors
+        assert not torch.equal(first, second)
+        assert all(torch.equal(tensor, second) for tensor in others)
+        assert plain is None or torch.equal(torch.cat((first, second)), torch.cat(plain))
+    counts = [int((rows[:, 1:] != -100).sum()) for rows in recipe.labels()]
+    assert counts[0] != counts[1], "the number of targets of the update before must be another one"
 
 
 def test_validation_data_is_shared_out_and_other_than_training_data() -> None:
@@ -113,6 +127,22 @@ def test_half_of_the_validation_sequences_keep_one_target() -> None:
     assert torch.equal(labels[kept], ids[kept])
     assert kept[:, 1:].sum(dim=1).tolist() == [1, 1, 16, 16]
     assert torch.equal(torch.cat(Recipe().validation_labels()), torch.cat(Recipe().validation_batches()))
+    two = replace(recipe, world_size=2)
+    assert torch.equal(torch.cat(two.validation_labels(1)), torch.cat(two.validation_batches(1))), "rank 1 has all"
+
+
+def test_who_speaks_in_a_chat_shows_in_the_ids(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(Recipe(chats=True).write_tokenizer(tmp_path)))
+    assert tokenizer.get_vocab_size() == Recipe().vocab_size
+    longest = 0
+    for conversation in Recipe(chats=True).conversations():
+        assert [message["role"] for message in conversation] == ["user", "assistant"] * (len(conversation) // 2)
+        for message in conversation:
+            ids = tokenizer.encode(message["content"]).ids
+            assert ids == [int(word.removeprefix("w")) for word in message["content"].split()]
+            assert set(ids) <= set(chats.ASKING if message["role"] == "user" else chats.ANSWERING)
+        longest = max(longest, sum(len(message["content"].split()) + 2 for message in conversation))
+    assert longest <= 48, "each conversation must fit into the sequences of DATA-14"
 
 
 def test_there_is_one_validation_batch_more_than_are_to_be_evaluated() -> None:

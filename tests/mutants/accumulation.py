@@ -128,4 +128,15 @@ MUTANTS = [
         "transformers#34191, torchtune#1878",
         (UPDATE, LOSS, "loss = batch_loss(self.wrapped, ids, targets) / len(ids) / targets.size(1) / len(pairs)"),
     ),
+    mutant(
+        "count-of-the-update-before",
+        "ACC-5",
+        "huggingface/transformers#35438, #38448: the number of items is that of another batch",
+        (
+            "reference.training.run:Run.update_once",
+            "scale = fabric.world_size / shared[0].clamp(min=1)",
+            'scale = fabric.world_size / self.__dict__.get("counted", shared[0]).clamp(min=1)\n'
+            '    self.__dict__["counted"] = shared[0].clone()',
+        ),
+    ),
 ]

@@ -6,6 +6,7 @@ RANKS = "rank 0 against rank 1"
 AGAIN = "computed again"
 TIED = "one tensor"
 GAP = "another gradient from the same parameters"
+SLOPE = "against the declared forward's"
 
 CAUSES: dict[str, str] = {
     "each-shard-drawn-by-its-rank": "at the start, one process against sharded rank",
@@ -131,6 +132,35 @@ CAUSES: dict[str, str] = {
     "norm-lost-on-loading": "the trained norm is lost",
     "scaled-by-root-of-rank": "merged with a scale",
     "head-starts-random": "head.weight",
+    "rotary-base-of-the-configuration-ignored": "rotary_base",
+    "eps-of-layer-norms-ignored": "epsilon of the norms",
+    "eps-of-all-norms-ignored": "norm_eps",
+    "norm-gives-nothing-to-what-is-before-it": SLOPE,
+    "lookup-counts-double": SLOPE,
+    "last-group-without-gradient-from-update-3-on": "have none after update 2",
+    "moments-rounded-when-mixed": "bf16-mixed: in update 2",
+    "state-cleared-on-two-ranks": "two ranks: in update 2",
+    "moments-cleared-in-fine-tuning": "fine-tuning: in update 2",
+    "amsgrad-and-centered-not-plumbed": "centered=True",
+    "all-weights-shrink-beside-the-optimizer": "as no step moves them",
+    "second-optimizer-never-cleared": "the gradient of update 2 against that of update 1",
+    "eps-of-its-own-in-fine-tuning": r"eps is 0\.0001",
+    "mixed-starts-rounded": "start with bfloat16 numbers alone",
+    "evaluation-halves-the-weights": "bf16-mixed: weights that stay, between update 2",
+    "gradients-rounded": "gradients of .* bfloat16 numbers alone",
+    "microbatches-added-up-in-16-bits": "gradients of .* bfloat16 numbers alone",
+    "forward-with-copies-of-the-first-weights": "computed with other weights",
+    "gradients-doubled-when-mixed": "bf16-mixed: .* 1.999 times as long",
+    "state-rounded-on-load-when-mixed": "under bf16-mixed.*another state of the optimizer",
+    "evaluation-outside-autocast": "in evaluation it is off",
+    "tied-gradients-averaged": "with tied weights",
+    "tied-table-stepped-twice": "tied weights: weights that stay",
+    "tied-lookup-of-the-last-microbatch-only": "tied weights, 4 microbatches",
+    "tied-lookup-gives-no-gradient-in-16-bits": "bf16-mixed, tied weights",
+    "tied-table-not-exchanged": "with tied weights, rank 0 against rank 1",
+    "tied-embedding-has-its-own-copy-in-fine-tuning": "is one of them alone",
+    "tied-table-loses-its-state": "another state of the optimizer",
+    "tied-model-is-served-with-another-head": "computed with other weights",
     "last-checkpoint-whatever-was-chosen": "checkpoint",
 }
 """A regular expression for the requirement, or what is expected or seen."""

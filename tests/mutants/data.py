@@ -214,4 +214,16 @@ MUTANTS = [
         "karpathy/nanochat#582: the mask of the assistant's turns is dropped",
         (BATCHES, "ids[:, 1:].masked_fill(~torch.from_numpy(np.stack(kept)), IGNORE)", "ids[:, 1:]"),
     ),
+    mutant(
+        "end-of-turn-is-no-target",
+        "DATA-14",
+        "meta-pytorch/torchtune#949, mll-lab-nu/RAGEN#59: the model never learns to stop",
+        ("reference.data.encode:write_chats", "bool(targets[end])", "False"),
+    ),
+    mutant(
+        "words-of-the-user-are-targets",
+        "DATA-14",
+        "karpathy/nanochat#582: the mask is dropped",
+        ("reference.data.chat:ChatTemplate.encoded", "np.zeros(len(ids), np.bool_)", "np.ones(len(ids), np.bool_)"),
+    ),
 ]

@@ -1,6 +1,6 @@
 """Faults of StableEmbedding."""
 
-from tests.mutants.planting import BUILD, PREPARE, mutant
+from tests.mutants.planting import BUILD, DECAYED, PREPARE, mutant
 
 STABLE = "reference.model.embedding:stable_embedding"
 
@@ -140,6 +140,17 @@ MUTANTS = [
             "reference.optimizers.build:create_one",
             "for module in stable_embeddings(model)]",
             "for module in stable_embeddings(model) if module.weight.requires_grad]",
+        ),
+    ),
+    mutant(
+        "norm-of-a-swapped-table-decays",
+        "EMB-22",
+        "huggingface/transformers#16908: a norm that the rule for weight decay does not know",
+        (
+            DECAYED,
+            "kind = type(owner).__name__",
+            'if name in ("embedding.norm.weight", "position.norm.weight"):\n        return True\n'
+            "    kind = type(owner).__name__",
         ),
     ),
 ]

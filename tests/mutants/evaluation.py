@@ -207,4 +207,38 @@ MUTANTS = [
         "huggingface/transformers#44146, PrimeIntellect-ai/prime-rl#835",
         (FIT, "is_due(update, config.evaluate_every, last)", "is_due(update, config.evaluate_every, False)"),
     ),
+    mutant(
+        "evaluates-one-update-early",
+        "EVAL-18",
+        "OpenRLHF/OpenRLHF#131: log, evaluation and save steps are counted wrongly",
+        (FIT, "is_due(update, config.evaluate_every, last)", "is_due(update + 1, config.evaluate_every, last)"),
+    ),
+    mutant(
+        "val-mean-of-the-ranks-means",
+        "EVAL-6",
+        "PrimeIntellect-ai/prime-rl#1850, pytorch/torchtitan#2206: means are averaged, whatever they are of",
+        (
+            EVALUATE,
+            'sums = reduce(fabric, sums, "sum")',
+            """\
+mean = reduce(fabric, (sums[0] / sums[1].clamp(min=1)).reshape(1), "mean")
+    sums = torch.cat((mean, reduce(fabric, sums[1:].clone(), "sum").clamp(max=1)))""",
+        ),
+    ),
+    mutant(
+        "evaluates-every-k-since-the-resume",
+        "EVAL-18",
+        "OpenRLHF/OpenRLHF#131: evaluation steps are counted wrongly; here from the start of the resumed run",
+        (FIT, "is_due(update, config.evaluate_every, last)", "is_due(update - done, config.evaluate_every, last)"),
+    ),
+    mutant(
+        "val-first-batch-only-in-16-bits",
+        "EVAL-4",
+        "jzhang38/TinyLlama#77: a part of the data, here in one precision",
+        (
+            RUN,
+            PART,
+            "itertools.islice(batches, run.config.evaluate_batches or (1 if 'bf16' in run.config.precision else None))",
+        ),
+    ),
 ]

@@ -139,4 +139,14 @@ MUTANTS = [
             'module.load_state_dict({n: t for n, t in base.state_dict().items() if n != "head.weight"}, strict=False)',
         ),
     ),
+    mutant(
+        "no-adapters-in-the-mlp",
+        "EMB-23",
+        "unslothai/unsloth-zoo#1150: only some linear layers get adapters, without a word",
+        (
+            "reference.finetuning.prepare:linear_layers",
+            'name.startswith("blocks.")',
+            'name.startswith("blocks.") and ".mlp." not in name',
+        ),
+    ),
 ]

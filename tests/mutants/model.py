@@ -112,4 +112,35 @@ MUTANTS = [
         ),
         ("reference.model.gpt:Attention.forward", "enable_gqa=self.n_kv_head != self.n_head,", "enable_gqa=False,"),
     ),
+    mutant(
+        "rotary-base-of-the-configuration-ignored",
+        "MODEL-4",
+        "sgl-project/SpecForge#265, vllm-project/vllm#9503: 10000 whatever the configuration says",
+        (ROTARY, "self.theta**-exponent", "10000.0**-exponent"),
+    ),
+    mutant(
+        "eps-of-layer-norms-ignored",
+        "MODEL-5",
+        "NVIDIA-NeMo/Megatron-Bridge#5712: 1e-5 whatever the configuration says",
+        ("reference.model.gpt:build_norm", "eps=config.norm_eps, bias", "eps=1e-5, bias"),
+    ),
+    mutant(
+        "eps-of-all-norms-ignored",
+        "MODEL-5",
+        "huggingface/transformers#38025: eps is not passed on",
+        ("reference.model.gpt:build_norm", "eps=config.norm_eps, bias", "eps=1e-5, bias"),
+        ("reference.model.gpt:build_norm", "eps=config.norm_eps)", "eps=1e-5)"),
+    ),
+    mutant(
+        "norm-gives-nothing-to-what-is-before-it",
+        "MODEL-6",
+        "pytorch#148831: a backward that is not that of the forward",
+        (BLOCK, "self.mlp(self.norm_mlp(x))", "self.mlp(self.norm_mlp(x.detach()))"),
+    ),
+    mutant(
+        "lookup-counts-double",
+        "MODEL-6",
+        "scale_grad_by_freq, or a hook on the embedding, that nobody asked for",
+        (FORWARD, "x = self.embedding(ids.long())", "x = self.embedding(ids.long())\n    x = 2 * x - x.detach()"),
+    ),
 ]

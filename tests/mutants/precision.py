@@ -1,6 +1,6 @@
 """Faults of precision."""
 
-from tests.mutants.planting import LAUNCH, UPDATE, mutant
+from tests.mutants.planting import BUILD_MODULE, LAUNCH, RESTORE, UPDATE, mutant
 
 ROUNDED_AFTER = """\
 self.optimizer.step()
@@ -8,6 +8,48 @@ self.optimizer.step()
         for p in self.module.parameters():
             p.data.copy_(p.data.bfloat16())
 """
+LIMIT, BUILT = 'limit = config.clip or float("inf")', "return build(factory, strategy, fabric.device, sharded)"
+SHARE, BACKWARD = "share += loss.detach()", "fabric.backward(loss)"
+LOSS = "loss = batch_loss(self.wrapped, ids, targets) * scale if early is None else early * scale"
+ROUNDED_START = f"""{BUILT.replace("return", "built =")}
+            if config.precision == "bf16-mixed":
+                for parameter in built.parameters():
+                    parameter.data.copy_(parameter.data.bfloat16())
+            return built"""
+ROUNDED_GRADIENTS = f"""\
+if config.precision == "bf16-mixed":
+        for p in self.module.parameters():
+            if p.grad is not None:
+                p.grad.copy_(p.grad.bfloat16())
+    {LIMIT}"""
+HALF_FOR_EVALUATION = """\
+if run.config.precision == "bf16-mixed":
+        run.module.bfloat16().float()
+    with averaged(run.bare):"""
+ADDED_UP_IN_16_BITS = f"""\
+{SHARE}
+        for p in self.module.parameters():
+            if config.precision == "bf16-mixed" and index and p.grad is not None:
+                p.grad.copy_(p.grad.bfloat16())"""
+ROUNDED_STATE = """\
+load_optimizer_state(optimizer, saved)
+            if config.precision == "bf16-mixed":
+                for entries in optimizer.state.values():
+                    for entry in entries.values():
+                        if torch.is_tensor(entry) and entry.ndim:
+                            entry.copy_(entry.bfloat16())"""
+STALE_FORWARD = f"""\
+if config.precision == "bf16-mixed":
+                first = self.__dict__.setdefault("first", [p.data.clone() for p in self.module.parameters()])
+                held = [p.data for p in self.module.parameters()]
+                for p, old in zip(self.module.parameters(), first):
+                    p.data = old
+            {LOSS}"""
+STALE_PUT_BACK = f"""\
+{BACKWARD}
+            if config.precision == "bf16-mixed":
+                for p, now in zip(self.module.parameters(), held):
+                    p.data = now"""
 
 MUTANTS = [
     mutant("logits-left-as-computed", "PREC-1", "litgpt#1508", (LAUNCH, 'if config.logits == "compute":', "if True:")),
@@ -141,5 +183,63 @@ MUTANTS = [
             "q, k, v = (part.bfloat16() for part in (q, k, v))\n    mask = None\n",
         ),
         ("reference.model.gpt:Attention.forward", "y.transpose(1, 2)", "y.to(x.dtype).transpose(1, 2)"),
+    ),
+    mutant(
+        "mixed-starts-rounded",
+        "PREC-10",
+        "NVIDIA/TransformerEngine#1121: float32 weights begin as those of the narrow copy",
+        (BUILD_MODULE, BUILT, ROUNDED_START),
+    ),
+    mutant(
+        "evaluation-halves-the-weights",
+        "PREC-10 OPT-21",
+        "ultralytics/ultralytics#21283: validation switches to half precision, and training goes on from there",
+        ("reference.training.evaluation:validate", "with averaged(run.bare):", HALF_FOR_EVALUATION),
+    ),
+    mutant(
+        "gradients-rounded",
+        "PREC-12",
+        "jax-ml/jax#27496, allenai/OLMo#280: gradients are reduced in bfloat16",
+        (UPDATE, LIMIT, ROUNDED_GRADIENTS),
+    ),
+    mutant(
+        "microbatches-added-up-in-16-bits",
+        "PREC-12",
+        "deepspeedai/DeepSpeed#2768, linkedin/Liger-Kernel#830",
+        (UPDATE, SHARE, ADDED_UP_IN_16_BITS),
+    ),
+    mutant(
+        "forward-with-copies-of-the-first-weights",
+        "PREC-13",
+        "X-GenGroup/Flow-Factory#186: autocast keeps stale copies of the weights",
+        (UPDATE, LOSS, STALE_FORWARD),
+        (UPDATE, BACKWARD, STALE_PUT_BACK),
+    ),
+    mutant(
+        "gradients-doubled-when-mixed",
+        "PREC-14",
+        "ISEEKYAN/Megatron-LM#149: a scale that is not taken back",
+        (
+            UPDATE,
+            LIMIT,
+            'if config.precision == "bf16-mixed":\n        for p in self.module.parameters():\n'
+            f"            p.grad = None if p.grad is None else 2 * p.grad\n    {LIMIT}",
+        ),
+    ),
+    mutant(
+        "state-rounded-on-load-when-mixed",
+        "PREC-15",
+        "open-mmlab/mmcv#580: the state of a resumed 16-bit run",
+        (RESTORE, "load_optimizer_state(optimizer, saved)", ROUNDED_STATE),
+    ),
+    mutant(
+        "evaluation-outside-autocast",
+        "PREC-16",
+        "Lightning-AI/lightning-thunder#725: a forward outside of autocast",
+        (
+            "reference.training.evaluation:validate",
+            "evaluate(run.fabric, run.wrapped,",
+            "evaluate(run.fabric, run.module,",
+        ),
     ),
 ]

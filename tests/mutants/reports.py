@@ -91,4 +91,54 @@ MUTANTS = [
         "Lightning-AI/litgpt#1927: the other nodes are not counted",
         (UPDATE, DONE, DONE.replace("int(tokens)", "int(count_targets(pairs))")),
     ),
+    mutant(
+        "reported-loss-since-the-start",
+        "REPORT-8",
+        "kohya-ss/musubi-tuner#79, allenai/allennlp#1706: an average over all that was trained so far",
+        (
+            FIT,
+            "loss=did.loss,",
+            'loss=run.__dict__.setdefault("losses", []).append(did.loss) or sum(run.losses) / len(run.losses),',
+        ),
+    ),
+    mutant(
+        "reported-update-counts-microbatches",
+        "REPORT-9",
+        "awslabs/slapo#31, deepspeedai/DeepSpeed#2603: what is counted as a step is a microbatch",
+        (FIT, "update=update + 1,", "update=(update + 1) * config.microbatches,"),
+    ),
+    mutant(
+        "reported-loss-is-a-mean-of-means",
+        "REPORT-1",
+        "huggingface/transformers#35204: the loss is right in the gradient, and another one in the report",
+        (
+            UPDATE,
+            "share += loss.detach()",
+            "share += loss.detach() / scale / (targets != -100).sum().clamp(min=1) / len(pairs)",
+        ),
+    ),
+    mutant(
+        "reported-loss-weighs-ranks-alike",
+        "REPORT-7",
+        "PrimeIntellect-ai/prime-rl#1850: means of ranks are averaged, whatever they are of",
+        (
+            UPDATE,
+            'reduce(fabric, share.clone(), "mean")',
+            'reduce(fabric, share * shared[0] / count_targets(pairs).clamp(min=1) / fabric.world_size, "mean")',
+        ),
+    ),
+    *(
+        mutant(
+            f"reported-{what}-of-the-update-before",
+            clause,
+            "mosaicml/composer#3206: a value of another step is logged",
+            (FIT, f"={value},", f'=run.__dict__.setdefault("told", [{value}]).append({value}) or run.told[-2],'),
+        )
+        for what, clause, value in (
+            ("rate", "REPORT-2", 'float(run.bare.param_groups[0]["lr"])'),
+            ("norm", "REPORT-3", "did.gradient_norm"),
+            ("targets", "REPORT-4", "did.tokens"),
+            ("loss", "REPORT-9", "did.loss"),
+        )
+    ),
 ]

@@ -220,4 +220,24 @@ MUTANTS = [
             "folder = Path(resume)\n    folder = [folder, *checkpoints(folder.parent)][-1]\n",
         ),
     ),
+    mutant(
+        "newest-by-its-digits",
+        "RESUME-14",
+        "allenai/open-instruct#541, Lightning-AI/litgpt#661: 9 is taken for later than 10",
+        (
+            "reference.checkpoint.folder:checkpoints",
+            "sorted(found, key=number)",
+            "sorted(found, key=lambda path: str(number(path)))",
+        ),
+    ),
+    mutant(
+        "newest-found-by-its-digits",
+        "RESUME-15",
+        "allenai/open-instruct#541, Lightning-AI/litgpt#661: 9 is taken for later than 10",
+        (
+            "reference.checkpoint.folder:find",
+            "return found[-1]",
+            "return max(found, key=lambda path: path.name.lstrip('step-0'))",
+        ),
+    ),
 ]

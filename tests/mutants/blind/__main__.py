@@ -3,7 +3,8 @@
 ``python -m tests.mutants.blind --write reports/blind-mutants.json``. A file that is there keeps what each fault got at
 first sight; only what it gets now is written anew. ``--only WORD`` judges the faults that have a word in their name.
 ``--matrix reports/kill-matrix.json`` judges nothing, but takes over what the kill matrix says of mutants with the same
-edits: those that mark what was mended. ``--round 2`` or ``3`` takes the faults of that round in place of the first.
+edits: those that mark what was mended. ``--round 2``, ``3`` or ``4`` takes the faults of that round in place of the
+first.
 """
 
 import argparse
@@ -28,14 +29,20 @@ from conformance.report.environment import environment
 from conformance.subjects.reference import Reference
 from tests.mutants import MUTANTS
 from tests.mutants.blind import FAULTS as FIRST
-from tests.mutants.blind import causes, second, third
+from tests.mutants.blind import causes, fourth, second, third
+from tests.mutants.blind.fourth import causes as fourth_causes
 from tests.mutants.blind.second import causes as second_causes
 from tests.mutants.blind.third import causes as third_causes
 from tests.mutants.kill_matrix import diff, outcomes, until_one_fails
 from tests.mutants.planting import Mutant, planted
 
-ROUNDS = {1: FIRST, 2: second.FAULTS, 3: third.FAULTS}
-CAUSES = {"blind": causes.CAUSES, "blind2": second_causes.CAUSES, "blind3": third_causes.CAUSES}
+ROUNDS = {1: FIRST, 2: second.FAULTS, 3: third.FAULTS, 4: fourth.FAULTS}
+CAUSES = {
+    "blind": causes.CAUSES,
+    "blind2": second_causes.CAUSES,
+    "blind3": third_causes.CAUSES,
+    "blind4": fourth_causes.CAUSES,
+}
 
 
 def names_cause(fault: Mutant, letter: str) -> bool:
