@@ -27,9 +27,13 @@ from conformance.report.result import plain, require_writable, write_json
 from conformance.scripts import parsed
 
 NOTHING_SEEN = """\
-The audit saw no update: the script ended before an optimizer stepped, or it trains in a process that it starts itself.
+The audit saw no update: the script ended before an optimizer stepped, it trains in a process that it starts itself, or
+it moves its weights without an optimizer that has param_groups and step().
 Give the script arguments with which it trains. To audit several processes, start them with torchrun:
 torchrun --nproc-per-node 2 -m conformance audit -- train.py"""
+COMPILED = """\
+The audit saw no update: the script calls compiled code, and the audit does not look inside it. If backward or step are
+compiled, set TORCHDYNAMO_DISABLE=1 in the environment: the script then trains as it is written, and is audited so."""
 
 
 def audit_script(options: argparse.Namespace) -> int:
@@ -68,7 +72,7 @@ def audit_script(options: argparse.Namespace) -> int:
     if code:
         return code
     if verdict.facts is None or (not verdict.facts.updates and not verdict.broken):
-        print(NOTHING_SEEN, file=stderr)
+        print(COMPILED if verdict.facts is not None and verdict.facts.compiled else NOTHING_SEEN, file=stderr)
         return USAGE
     if second is not None:
         findings = with_allowances(judge_resumed(verdict.facts, resumed(second, updates)), allowed)

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import hashlib
+import inspect
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,8 @@ PHASES = ("cos", "sin", "rope", "rotary", "freqs")
 """Words in the names of buffers that hold the phases of positions."""
 RESUMING = ("resume", "checkpoint", "ckpt", "load", "init-from", "restore")
 COUNTERS = ("step", "iter", "epoch", "update")
+DECODER = ("dec", "tgt", "trg")
+"""How the names of arguments begin that are the ids of a decoder; labels look alike, and are none."""
 STATE_BYTES = 5056
 """Size of the state of PyTorch's generator on the CPU."""
 
@@ -79,6 +82,8 @@ class Noticed:
     """A schedule-free optimizer was there while the model was evaluated."""
     recomputed: list[bool] = field(default_factory=list)
     """For each activation checkpoint, whether it keeps the generator's state."""
+    second_ids: list[Tensor] = field(default_factory=list)
+    """The ids of a decoder with which the model was called before training began."""
     labels: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """Ids and labels, both (B, T), with which the model was called for training."""
     scheduled: dict[int, int] = field(default_factory=dict)
@@ -157,6 +162,13 @@ def named_but_absent(arguments: list[str]) -> list[str]:
     return found
 
 
+def is_matrix_of_ids(value: Any) -> bool:
+    """Return True for an integer tensor of two dimensions, with content."""
+    if not isinstance(value, Tensor) or value.ndim != 2 or value.is_meta:
+        return False
+    return not value.is_floating_point() and value.dtype != torch.bool
+
+
 def repeated_phases(root: nn.Module) -> dict[str, int]:
     """Return how many positions have the same phases as the one before, by buffer that holds phases."""
     found = {}
@@ -225,9 +237,14 @@ class Noticer:
             if words not in self.noticed.drops:
                 self.noticed.drops.append(words)
 
-    def called(self, args: Any, kwargs: Any, sketch: Sketch) -> None:
+    def called(self, module: nn.Module, args: Any, kwargs: Any, sketch: Sketch) -> None:
         """Note the labels of a training call of the model, if it was given any."""
         ids, labels = find_ids(args, kwargs), kwargs.get("labels")
+        if not self.began:
+            with contextlib.suppress(TypeError, ValueError):  # no signature, or not one of these arguments
+                given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+                found = [t for name, t in given.items() if name.lower().startswith(DECODER) and t is not ids]
+                self.noticed.second_ids = [sketch.keep_small(t) for t in found if is_matrix_of_ids(t)]
         if ids is not None and isinstance(labels, Tensor) and labels.shape == ids.shape and not labels.is_meta:
             self.noticed.labels.append((sketch.keep_small(ids), sketch.keep_small(labels)))
 
@@ -256,10 +273,14 @@ class Noticer:
             if isinstance(tensor, Tensor):
                 self.promises.append((weakref.ref(optimizer), weakref.ref(tensor)))
 
+    def held(self) -> set[int]:
+        """Return the identities of the tensors that an optimizer was made for, if it is still there."""
+        found = [tensor() for optimizer, tensor in self.promises if optimizer() is not None]
+        return {id(tensor) for tensor in found if tensor is not None}
+
     def keep_promises(self, tensors: dict[str, Tensor]) -> None:
         """Note which of the model's tensors an optimizer was made for, if it is still there."""
-        held = [tensor() for optimizer, tensor in self.promises if optimizer() is not None]
-        kept = {id(tensor) for tensor in held if tensor is not None}
+        kept = self.held()
         self.noticed.promised = [name for name, tensor in tensors.items() if id(tensor) in kept]
         self.promises = []
 

@@ -4,6 +4,7 @@ import contextlib
 import os
 import runpy
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -68,12 +69,30 @@ def audited(
         auditor.loggers = loggers
         auditor.gates.enter()
         try:
-            yield verdict
+            with threads_stopped_quietly():
+                yield verdict
         except Stopped:
             pass
         finally:
             auditor.finish(ran=sys.exc_info()[0] in (None, Stopped))
             auditor.gates.close()
+
+
+@contextlib.contextmanager
+def threads_stopped_quietly() -> Iterator[None]:
+    """Let the audit end a thread that trains without a traceback: that it ended there is no error of the script."""
+    original = threading.excepthook
+
+    def hook(given: threading.ExceptHookArgs, /) -> None:
+        if not issubclass(given.exc_type, Stopped):
+            original(given)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        if threading.excepthook is hook:  # otherwise the script has set one of its own
+            threading.excepthook = original
 
 
 def run_script(

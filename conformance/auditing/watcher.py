@@ -18,6 +18,7 @@ from conformance.auditing.facts import Backward, Call, Clip, Facts, fetch
 from conformance.auditing.gates import Gates
 from conformance.auditing.noticed import Noticer, digest_of, noticing
 from conformance.auditing.probe import probe
+from conformance.recording.calls import likeliness
 from conformance.recording.files import Files
 from conformance.recording.loggers import Loggers
 from conformance.recording.recorder import Recorder
@@ -40,6 +41,8 @@ def careful(gate: Callable[..., Any]) -> Callable[..., Any]:
     def guarded(self: "Auditor", *args: Any, **kwargs: Any) -> Any:
         if self.over or self.gates.inside:  # torch.compile itself calls autograd, on tensors without content
             return None
+        if transforming():
+            return None
         try:
             with torch._C.DisableTorchFunction():  # the audit's own mode would be asked for each attribute of a tensor
                 return gate(self, *args, **kwargs)
@@ -48,6 +51,11 @@ def careful(gate: Callable[..., Any]) -> Callable[..., Any]:
             return None
 
     return guarded
+
+
+def transforming() -> bool:
+    """Return True inside a transform of torch.func, such as grad or vmap: tensors have no content to look at there."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 class Auditor:
@@ -114,6 +122,7 @@ class Auditor:
         facts.model = f"{type(root).__module__}.{type(root).__qualname__}".removeprefix("__main__.")
         facts.tied_at_end = {name: info.names for name, info in describe_tensors(root).items()}
         tensors = named_tensors(root)
+        held = self.noticer.held()  # also by an optimizer that steps in other updates, as those of a GAN do
         if facts.trace.measured_initial is not None:
             self.noticer.compare_with_loads(tensors, facts.trace.measured_initial.bits)
         self.noticer.keep_promises(tensors)
@@ -124,6 +133,7 @@ class Auditor:
         facts.device = next((tensor.device.type for tensor in tensors.values()), "cpu")
         known = {id(tensor) for tensor in tensors.values()}
         owned = {id(t) for optimizer in self.optimizers for group in optimizer.param_groups for t in group["params"]}
+        owned |= held
         facts.foreign_leaves = [tuple(leaf.shape) for leaf in self.leaves if id(leaf) not in known | owned]
 
     @property
@@ -136,7 +146,7 @@ class Auditor:
     def forward_begins(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():  # code that was compiled before the audit began is traced with its hooks
             return
-        if self.enough(module):
+        if not transforming() and self.enough(module):
             self.finish()
             if self.stops:
                 raise Stopped
@@ -192,7 +202,7 @@ class Auditor:
         self.recorder.forward_ends(module, args, kwargs, output)
         last = self.recorder.calls.last
         if last is not None and last is not before:
-            self.noticer.called(last[1], last[2], self.sketch)
+            self.noticer.called(last[0], last[1], last[2], self.sketch)
 
     @careful
     def entropy_computed(self, name: str, arguments: dict[str, Any], value: Tensor) -> None:
@@ -249,8 +259,8 @@ class Auditor:
     def look_at_model(self, losses: list[Tensor]) -> None:
         """Look, once, at what the first loss depends on and how the model stands."""
         calls, facts = self.recorder.calls, self.facts
-        found = [c.call.module for c in calls.candidates if not isinstance(c.module, nn.Embedding)]
-        module = calls.root or max(found, key=lambda m: len(list(m.parameters())), default=None)
+        found = [candidate for candidate in calls.candidates if not isinstance(candidate.module, nn.Embedding)]
+        module = calls.root or (max(found, key=likeliness).call.module if found else None)
         tensors = calls.tensors()
         leaves = leaves_of(losses)
         if leaves is not None and tensors:
@@ -302,7 +312,8 @@ class Auditor:
     @careful
     def step_begins(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         self.look_at_device()
-        self.sketch.states = self.done in (0, self.facts.asked - 1)
+        new = optimizer not in self.recorder.numbers
+        self.sketch.states = self.done in (0, self.facts.asked - 1) or new
         return self.recorder.step_begins(optimizer, args, kwargs)
 
     @careful

@@ -20,7 +20,9 @@ TARGETS = re.compile(
     r"(?:targets|(?:target|trainable|supervised|label)[ _]tokens)\W{1,5}(\d+(?:\.\d+)?)", re.IGNORECASE
 )
 OTHERS = {"val", "valid", "validation", "eval", "evaluation", "test", "dev", "aux", "auxiliary", "balance", "scale"}
-"""Words beside ``loss`` that make it another one than that of training."""
+OTHERS |= {"policy", "actor", "value", "critic", "entropy", "kl", "router", "d", "g", "disc", "gen"}
+OTHERS |= {"discriminator", "generator"}
+"""Words beside ``loss`` that make it another one than that of training: of other data, or a part of it."""
 
 
 def training_losses(messages: Iterable[str]) -> list[str]:

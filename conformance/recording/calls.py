@@ -95,6 +95,12 @@ class Candidate:
     forward: Forward
 
 
+def likeliness(candidate: Candidate) -> tuple[bool, int, int]:
+    """Return how much speaks for a candidate: a frozen teacher is larger than the model, and is not trained."""
+    parameters = list(candidate.module.parameters())
+    return candidate.forward.grad_enabled, sum(p.requires_grad for p in parameters), len(parameters)
+
+
 class Calls:
     """The calls of one recording."""
 
@@ -113,8 +119,8 @@ class Calls:
         """Return the parameters of the model by name, or of the likeliest candidate as long as it is not known."""
         if self.root is not None:
             return named_tensors(self.root)
-        found = [candidate.module for candidate in self.candidates if not isinstance(candidate.module, nn.Embedding)]
-        return named_tensors(max(found, key=lambda module: len(list(module.parameters())))) if found else {}
+        found = [candidate for candidate in self.candidates if not isinstance(candidate.module, nn.Embedding)]
+        return named_tensors(max(found, key=likeliness).module) if found else {}
 
     def begins(self, module: nn.Module, update: int, evaluation: int = 0) -> None:
         """Note that a module is called, in this evaluation of a closure."""

@@ -6,6 +6,7 @@ forwards), and uninitialised memory is filled with NaN, so that a skipped initia
 
 import contextlib
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,8 @@ class Recorder:
         self.backwards = 0  # since an optimizer stepped
         self.open: Open | None = None
         self.stepping: list[Optimizer] = []  # optimizers whose step is running
+        self.numbers: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()  # in order of first steps
+        self.numbered = 0
         self.again = False  # the optimizer that steps has stepped in the last update already
         self.evaluations = 0  # of the closure of the step that is running
         self.begun: tuple[Worker, dict[str, Tensor]] | None = None  # the step that is running, and the tensors by name
@@ -200,8 +203,10 @@ class Recorder:
             self.shadow = shadow if not self.step_seen else None
             return
         tensors = self.calls.tensors()
-        self.calls.choose_root({id(tensor) for tensor in tensors.values() if tensor.requires_grad})
         found = find_unseen(tensors.values())
+        if self.made and not found:  # SAM moves the weights between two backward passes, before the optimizer steps
+            return
+        self.calls.choose_root({id(tensor) for tensor in tensors.values() if tensor.requires_grad})
         names = {id(tensor): name for name, tensor in tensors.items()}
         self.open = Open(
             before=shadow.values,
@@ -328,8 +333,17 @@ class Recorder:
             groups=tuple(describe_group(group, names) for group in seen.param_groups),
             autocast=torch.is_autocast_enabled(device),
             in_backward=self.in_backward,
+            number=self.number_of(optimizer),
         )
         return Worker(optimizer, step, self.weights.keep_state(seen, names))
+
+    def number_of(self, optimizer: Optimizer) -> int:
+        """Return which optimizer of the run it is; 0 for one that cannot be told apart by identity."""
+        with contextlib.suppress(TypeError):  # another family's: it need not be hashable
+            if optimizer not in self.numbers:
+                self.numbers[optimizer], self.numbered = self.numbered, self.numbered + 1
+            return self.numbers[optimizer]
+        return 0
 
     def step_ends(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if optimizer not in self.stepping:

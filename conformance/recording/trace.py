@@ -154,6 +154,8 @@ class Step:
     """It ran inside a backward pass."""
     skipped: bool = False
     """A gradient scaler saw a gradient that is not finite, and did not call it."""
+    number: int = 0
+    """Which optimizer of the run it is, in the order of their first steps: a run may make a new one on its way."""
 
     @property
     def tensors(self) -> list[str]:

@@ -3,6 +3,7 @@
 import math
 
 from conformance.auditing.facts import Clip, Facts
+from conformance.auditing.passes import special
 from conformance.auditing.rule import Doubt, Seen, rule
 from conformance.auditing.rules.gradients import CLOSE, total_norm
 from conformance.errors import NotApplicable, Violation, quoted
@@ -36,6 +37,8 @@ def clipped_rightly(seen: Seen) -> None:
                 f"{where}: gradients are clipped after the backward passes and before the step",
                 "they are clipped when there is no gradient of this update: before its first backward",
             )
+        if reason := special(facts, number):
+            raise NotApplicable(reason)
         if len({clip.backwards for clip in own if clip.backwards}) > 1:
             raise Violation(
                 f"{where}: the sum of all microbatches' gradients is clipped once",

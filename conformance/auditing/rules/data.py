@@ -78,13 +78,20 @@ def pair_up(own: list[Tensor], entropies: list[CrossEntropy]) -> list[tuple[Tens
     """Return ids and targets that belong together, from both in their order."""
     if len(entropies) < len(own):
         raise NotApplicable("there are fewer cross entropies than forwards")
+    # A model with several heads computes as many losses of each forward.
+    each, rest = divmod(len(entropies), max(len(own), 1))
+    each = 1 if rest else each
     pairs = []
-    for ids, entropy in zip(own, entropies, strict=False):
-        if entropy.targets.numel() % len(ids):
-            continue
-        targets = entropy.labels.reshape(len(ids), -1)
-        if targets.size(1) in (ids.size(1), ids.size(1) - 1):
-            pairs.append((ids, targets))
+    for number, ids in enumerate(own):
+        fitting = []
+        for entropy in entropies[number * each : (number + 1) * each]:
+            if entropy.targets.numel() % len(ids):
+                continue
+            targets = entropy.labels.reshape(len(ids), -1)
+            if targets.size(1) in (ids.size(1), ids.size(1) - 1):
+                fitting.append(targets)
+        if fitting:  # of several heads, the one that predicts the next token
+            pairs.append((ids, max(fitting, key=lambda targets: agreement(ids, targets, 1) or 0.0)))
     return pairs
 
 
@@ -110,11 +117,21 @@ def refuse_full_batch(facts: Facts) -> None:
         raise NotApplicable("Rprop compares gradients of the same batch")
 
 
+def repeats_on_purpose(facts: Facts) -> bool:
+    """Return True if the run may repeat its batches by design, as PPO does: it trains by no cross entropy."""
+    try:
+        return not of_training(facts)
+    except NotApplicable:
+        # In compiled code, or of a model that is given labels, there may be one that the audit does not see.
+        return not facts.compiled and not facts.noticed.labels
+
+
 @rule(
     "same-batch",
     "data",
     why="A loop that draws its batch once, or whose generator is seeded in the loop, trains on one batch for ever.",
-    mend="Draw a batch in every update. If you overfit one batch to test the model, allow this rule.",
+    mend="Draw a batch in every update. If you overfit one batch to test the model, or take several updates from each "
+    "batch, as PPO does, say so: --allow 'same-batch=REASON'.",
     source="Karpathy, A Recipe for Training Neural Networks: overfit one batch",
 )
 def new_batches(seen: Seen) -> None:
@@ -129,7 +146,8 @@ def new_batches(seen: Seen) -> None:
     same = [torch.equal(batches[0], other) for other in batches[1:]]
     if all(same):
         words = f"all {len(batches)} updates begin with the same batch"
-        raise (Violation if len(batches) > 2 else Doubt)("another batch in each update", words)
+        doubtful = len(batches) <= 2 or repeats_on_purpose(seen.facts)
+        raise (Doubt if doubtful else Violation)("another batch in each update", words)
 
 
 @rule(
@@ -137,21 +155,27 @@ def new_batches(seen: Seen) -> None:
     "data",
     why="Sequences that come twice within a few updates are a small data set, or a sampler that draws with "
     "replacement, or workers that all begin at the same place.",
-    mend="Give each worker and each process its own part of the data, and draw without replacement.",
+    mend="Give each worker and each process its own part of the data, and draw without replacement. If you take "
+    "several updates from each batch on purpose, as PPO does, say so: --allow 'repeats=REASON'.",
     source="pytorch: IterableDataset and workers",
 )
 def few_repeats(seen: Seen) -> None:
     """No sequence is seen twice within the recorded updates."""
     refuse_full_batch(seen.facts)
     rows: Counter[tuple[int, ...]] = Counter()
+    again, looked = {update for update, _ in seen.facts.noticed.cleared}, dict[int, list[tuple[int, ...]]]()
     for forward in training(seen.facts):
         if forward.ids.size(1) >= 8:
-            rows.update(tuple(row) for row in forward.ids.tolist())
+            own = [tuple(row) for row in forward.ids.tolist()]
+            # SAM runs each batch twice, and takes the gradient of the second run only.
+            twice = forward.update in again and looked.get(forward.update) == own
+            looked[forward.update] = own
+            rows.update([] if twice else own)
     if not rows:
         raise NotApplicable("the sequences are too short to be told apart")
     total = sum(rows.values())
-    again = total - len(rows)
-    if again > max(1, 0.02 * total):
-        few = total >= 16 and total >= 4 * len(rows)
-        words = f"{again} of {total} sequences were seen before"
+    repeated = total - len(rows)
+    if repeated > max(1, 0.02 * total):
+        few = total >= 16 and total >= 4 * len(rows) and not repeats_on_purpose(seen.facts)
+        words = f"{repeated} of {total} sequences were seen before"
         raise (Violation if few else Doubt)("each sequence once", f"{words}: there are {len(rows)}" if few else words)

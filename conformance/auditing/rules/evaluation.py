@@ -86,7 +86,11 @@ def evaluates_averages(seen: Seen) -> None:
 def held_out(seen: Seen) -> None:
     """No sequence of an evaluation is trained on."""
     facts = seen.facts
-    held = [forward for forward in evaluations(facts) if forward.ids.size(1) >= 8]
+    found = evaluations(facts)
+    if not facts.compiled and all(entropy.grad_enabled for entropy in facts.trace.entropies):
+        # Forwards of the batch that is then trained on: the policy before an update of PPO, or a frozen reference.
+        raise NotApplicable("no cross entropy was computed without gradients, so nothing seen is an evaluation")
+    held = [forward for forward in found if forward.ids.size(1) >= 8]
     trained = {tuple(row) for forward in training(facts) for row in forward.ids.tolist()}
     rows = [tuple(row) for forward in held for row in forward.ids.tolist()]
     if not rows:

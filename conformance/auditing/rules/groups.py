@@ -48,8 +48,12 @@ def held(seen: Seen) -> None:
 )
 def held_once(seen: Seen) -> None:
     """No tensor is in two groups."""
-    found = Counter(name for step in first_steps(seen.facts) for name in step.tensors)
-    twice = [name for name, count in found.items() if count > 1]
+    steps(seen.facts)
+    twice: dict[str, None] = {}  # in order
+    for update in seen.facts.updates:  # a run may make another optimizer on its way, as it unfreezes layers
+        held = {step.number: step for step in update.steps}  # ZeRO steps one optimizer several times
+        found = Counter(name for step in held.values() for name in step.tensors)
+        twice |= dict.fromkeys(name for name, count in found.items() if count > 1)
     if twice:
         raise Violation("each tensor in one group", f"in two or more: {quoted(twice)}")
 
@@ -90,7 +94,9 @@ def held_of_the_model(seen: Seen) -> None:
 def frozen_left_out(seen: Seen) -> None:
     """No frozen tensor is in a group."""
     owned = groups_of(seen.facts)
-    frozen = [name for name, info in seen.facts.trace.tensors.items() if not info.trainable and name in owned]
+    pushed = {name for backward in seen.facts.backwards for name in backward.norms}  # a tensor may thaw on the way
+    infos = seen.facts.trace.tensors.items()
+    frozen = [name for name, info in infos if not info.trainable and name in owned and name not in pushed]
     if frozen:
         raise Violation("groups of trainable tensors only", f"frozen, and in a group: {quoted(frozen)}")
 

@@ -188,6 +188,13 @@ def ratio_to(number: float, means: list[float]) -> float:
     return 0.0
 
 
+def is_multiple(value: float, mean: float) -> bool:
+    """Return True if a value is a mean times or divided by a small number, or by a scaler's power of 2."""
+    factor = max(abs(value / mean), abs(mean / value)) if value and mean else 0.0
+    near = max(round(factor), 1)
+    return abs(factor - near) < 1e-3 * near and (near <= 128 or near.bit_count() == 1)
+
+
 def told(facts: Facts) -> list[str]:
     """Return the training losses that were said from the first recorded update on, as they were written."""
     texts: Iterable[str] = (said.text for said in facts.said if said.update >= 1)
@@ -205,9 +212,16 @@ def values(facts: Facts) -> tuple[list[float], list[float]]:
             means.append(sum(e.total for e in own) / sum(e.counted for e in own))
             means.append(sum(e.total / e.counted for e in own) / len(own))
             parts += [e.total / e.counted for e in own]
-            trained = sum(loss.item() for b in facts.backwards if b.update == number for loss in b.losses)
+            passes = [loss.item() for b in facts.backwards if b.update == number for loss in b.losses]
+            trained = sum(passes)
             if abs(trained - means[-1]) < 0.2 * abs(means[-1]):  # with what else is in the loss, such as a z-loss
                 means += [trained, trained]
+            elif trained and not is_multiple(trained, means[-1]):  # a sum of several losses, as in distillation
+                means += [trained, trained, trained / len(passes), trained / len(passes)]
+            if len(passes) == 1 and len(own) > 1:  # one of several heads
+                means += [e.total / e.counted for e in own for _ in range(2)]
+            if any(update == number for update, _ in facts.noticed.cleared):  # SAM: only one of them is trained on
+                means += [part for part in passes for _ in range(2)]
         else:
             losses = [loss.item() for b in facts.backwards if b.update == number for loss in b.losses]
             means += [sum(losses), sum(losses) / max(len(losses), 1)]

@@ -1,7 +1,8 @@
 """The model: the modes of its parts, and what a logit depends on."""
 
+from conformance.auditing.facts import Facts
 from conformance.auditing.rule import Doubt, Seen, rule
-from conformance.auditing.rules.data import training
+from conformance.auditing.rules.data import ALIEN, agreement, paired, training
 from conformance.errors import NotApplicable, Violation, quoted
 
 
@@ -60,11 +61,30 @@ def causal(seen: Seen) -> None:
     """No logit depends on a later token."""
     place = seen.facts.probed.looks_ahead
     probed(seen, place)
-    if place is not None and place >= 0:
-        raise Violation(
-            "logits of the first half stay as they are if only the second half of the tokens changes",
-            f"they change from position {place} on",
+    if place is None or place < 0:
+        return
+    following = predicts_next(seen.facts)
+    if following is False:
+        raise NotApplicable(
+            "logits depend on later tokens, and the targets are not the next tokens of the ids that the model gets: "
+            "it fills gaps, translates or removes noise, and may look ahead"
         )
+    raise (Violation if following else Doubt)(
+        "logits of the first half stay as they are if only the second half of the tokens changes",
+        f"they change from position {place} on"
+        + ("" if following else "; it was not seen whether the targets are the next tokens"),
+    )
+
+
+def predicts_next(facts: Facts) -> bool | None:
+    """Return True if targets of training are the next tokens of their ids, False if they are not, None if unseen."""
+    try:
+        found = [share for ids, targets in paired(facts) if (share := agreement(ids, targets, 1)) is not None]
+    except NotApplicable:
+        found = []
+    if not found:
+        return None
+    return max(found) > ALIEN
 
 
 @rule(

@@ -4,9 +4,11 @@ from collections.abc import Mapping
 
 from conformance.auditing.facts import Facts
 from conformance.auditing.held import first_steps, steps
+from conformance.auditing.passes import SPREAD
 from conformance.auditing.rule import Doubt, Seen, rule
 from conformance.checks.reports import is_rounded, learning_rates
 from conformance.errors import NotApplicable, Violation, quoted
+from conformance.recording.trace import Update
 
 
 @rule(
@@ -19,14 +21,28 @@ from conformance.errors import NotApplicable, Violation, quoted
 def one_step_each(seen: Seen) -> None:
     """No optimizer steps twice with the same gradients."""
     steps(seen.facts)
+    earlier: list[Update | None] = [None, *seen.facts.updates]
     for number, update in enumerate(seen.facts.updates, start=1):
-        if update.unfounded:
+        if update.unfounded and not other_gradients(earlier[number - 1], update):
             name = update.optimizer[0].rpartition(".")[2] if update.optimizer else "an optimizer"
             raise Violation("one step for each gradient", f"{name} stepped again with no backward in between: {number}")
         held = [name for step in update.steps if step.in_backward for name in step.tensors]
         twice = sorted({name for name in held if held.count(name) > 1})
         if twice:
             raise Violation("one step for each gradient", f"stepped twice in one backward: {quoted(twice)}")
+
+
+def other_gradients(earlier: Update | None, later: Update) -> bool:
+    """Return True if a step finds another gradient than the one before it, and not only scaled.
+
+    Gradients may come without a backward that the audit sees, as those of torch.func do.
+    """
+    before, after = None if earlier is None else earlier.measured_gradients, later.measured_gradients
+    if before is None or after is None:
+        return False
+    pairs = [(before.norms[name].item(), norm.item()) for name, norm in after.norms.items() if name in before.norms]
+    factors = [now / then for then, now in pairs if then > 0]
+    return bool(factors) and max(factors) > (1 + SPREAD) * min(factors)
 
 
 @rule(

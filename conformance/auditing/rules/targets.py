@@ -8,7 +8,7 @@ from torch import Tensor
 
 from conformance.auditing.entropies import of_training
 from conformance.auditing.rule import Doubt, Seen, rule
-from conformance.auditing.rules.data import SHIFTS, agreement, paired
+from conformance.auditing.rules.data import FITS, SHIFTS, agreement, paired
 from conformance.errors import NotApplicable, Violation
 
 ROWS = 6
@@ -58,6 +58,10 @@ def targets_of_the_sequence(seen: Seen) -> None:
         judged += 1
         chance = max(Counter(targets[counted].tolist()).values()) / int(counted.sum())
         if max(found) < min(0.2, 0.1 + chance):
+            if any(follows(other, targets) for other in seen.facts.noticed.second_ids):
+                raise NotApplicable("the targets are the next tokens of another argument: those of a decoder")
+            if fills_gaps(ids, targets):
+                raise NotApplicable("most targets lie where the model is given one and the same token: it fills gaps")
             # Few targets, or few kinds of them, may be another task: masked tokens, tags of words.
             whole = bool(counted.float().mean() > 0.9) and len(targets[counted].unique()) > 20 and max(found) < 0.1
             raise (Violation if whole else Doubt)(
@@ -65,6 +69,20 @@ def targets_of_the_sequence(seen: Seen) -> None:
             )
     if not judged:
         raise NotApplicable("no batch of ids with as many targets was seen")
+
+
+def fills_gaps(ids: Tensor, targets: Tensor) -> bool:
+    """Return True if the ids at the places of the targets are mostly one token, which elsewhere is rare: a mask."""
+    wanted = targets >= 0
+    if targets.shape != ids.shape or not wanted.any() or wanted.all():
+        return False
+    mask = ids[wanted].mode().values
+    return bool((ids[wanted] == mask).float().mean() > 0.5 and (ids[~wanted] == mask).float().mean() < 0.1)
+
+
+def follows(ids: Tensor, targets: Tensor) -> bool:
+    """Return True if targets are the next tokens of these ids."""
+    return ids.size(0) == targets.size(0) and (agreement(ids.cpu(), targets, 1) or 0.0) > FITS
 
 
 @rule(
