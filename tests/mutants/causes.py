@@ -136,7 +136,7 @@ CAUSES: dict[str, str] = {
     "eps-of-layer-norms-ignored": "epsilon of the norms",
     "eps-of-all-norms-ignored": "norm_eps",
     "norm-gives-nothing-to-what-is-before-it": SLOPE,
-    "lookup-counts-double": SLOPE,
+    "lookup-counts-double": SLOPE + r"|the gradient is [\d.]+ times",
     "last-group-without-gradient-from-update-3-on": "have none after update 2",
     "moments-rounded-when-mixed": "bf16-mixed: in update 2",
     "state-cleared-on-two-ranks": "two ranks: in update 2",

@@ -144,6 +144,6 @@ HARMLESS = [
         "logging_steps=1,",
         "logging_steps=1, eval_strategy='steps', eval_steps=2, optim='adafactor', gradient_checkpointing=True,",
         "",
-        "first-rate-0",
+        "first-rate-0|first-counted",  # both are true of transformers: reports/findings/transformers.md
     ),
 ]
