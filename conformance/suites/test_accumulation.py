@@ -51,7 +51,8 @@ def every_update_agrees(runs: Runs, one: Trace, other: Trace, what: str) -> None
     gradients_agree(one.update(0).gradients, other.update(0).gradients, what)
     later = zip(one.updates[1:], other.updates[1:]) if runs.asks("0.2") else ()  # how many there are is for ACC-6
     for number, (first, second) in enumerate(later, start=2):
-        gradients_agree(first.gradients, second.gradients, f"{what}, in update {number}", DRIFT)
+        # Ten times DRIFT: Muon's orthogonal steps make more of rounding. A wrong count is off by a tenth and more.
+        gradients_agree(first.gradients, second.gradients, f"{what}, in update {number}", 10 * DRIFT)
 
 
 @clause(

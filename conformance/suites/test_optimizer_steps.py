@@ -217,7 +217,7 @@ def later_updates_act(run: Trace, where: str = "") -> None:
     for number, update in enumerate(run.updates[1:], start=2):
         given = [n for n in start if (gradient := update.gradients.get(n)) is not None and bool(gradient.any())]
         # Where all moves shrink, as LBFGS's do, the smallest are lost to rounding.
-        share = largest_move(update, list(run.trainable)) / max(largest, 1e-30)
+        share = (largest_move(update, list(run.trainable)) or largest) / max(largest, 1e-30)
         given = [n for n in given if largest_move(first, [n]) * share > rounding(update.before[n])]
         rate = max((float(group.settings.get("lr", 1.0)) for group in update.groups), default=1.0)
         if rate > 0:

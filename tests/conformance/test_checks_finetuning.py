@@ -71,7 +71,7 @@ def test_a_linear_layer_without_an_adapter_is_named() -> None:
         name: info(name) for name in ("m.blocks.0.qkv.base_layer.weight", "m.blocks.0.fc.weight", "m.head.weight")
     }
     adapted["m.blocks.0.qkv.lora_A.weight"] = info("m.blocks.0.qkv.lora_A.weight", trainable=True)
-    with pytest.raises(Violation, match=r"none beside 1 of them: blocks\.0\.fc"):
+    with pytest.raises(Violation, match=r"none on 1 of them: blocks\.0\.fc"):
         finetuning.adapted_everywhere(base, adapted)
     adapted["m.blocks.0.fc.lora_A"] = info("m.blocks.0.fc.lora_A", trainable=True)
     finetuning.adapted_everywhere(base, adapted)
