@@ -72,7 +72,7 @@ def works_in_a_fork() -> bool:
 
     if sys.platform != "linux" or torch.cuda.is_available():
         return False
-    if not torch.backends.cuda.is_built():
+    if torch.accelerator.current_accelerator() is None:  # PyTorch was built for none
         return True
     child = os.fork()
     if child == 0:

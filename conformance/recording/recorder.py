@@ -339,7 +339,7 @@ class Recorder:
 
     def number_of(self, optimizer: Optimizer) -> int:
         """Return which optimizer of the run it is; 0 for one that cannot be told apart by identity."""
-        with contextlib.suppress(TypeError):  # another family's: it need not be hashable
+        with contextlib.suppress(TypeError):  # an optimizer of another family need not allow weak references
             if optimizer not in self.numbers:
                 self.numbers[optimizer], self.numbered = self.numbered, self.numbered + 1
             return self.numbers[optimizer]

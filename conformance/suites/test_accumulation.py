@@ -15,7 +15,6 @@ from conformance.recording.trace import Named, Trace
 from conformance.runs import Runs
 from conformance.suites import (
     ADAMW,
-    DRIFT,
     SGD,
     dropping,
     everyday,
@@ -25,6 +24,9 @@ from conformance.suites import (
     paired,
     stays_inside,
 )
+
+LATER = 1e-2
+"""Of the gradient of a later update: an optimizer's steps make more of rounding, those of Muon most."""
 
 
 def in_one_batch(recipe: Recipe) -> Recipe:
@@ -51,8 +53,7 @@ def every_update_agrees(runs: Runs, one: Trace, other: Trace, what: str) -> None
     gradients_agree(one.update(0).gradients, other.update(0).gradients, what)
     later = zip(one.updates[1:], other.updates[1:]) if runs.asks("0.2") else ()  # how many there are is for ACC-6
     for number, (first, second) in enumerate(later, start=2):
-        # Ten times DRIFT: Muon's orthogonal steps make more of rounding. A wrong count is off by a tenth and more.
-        gradients_agree(first.gradients, second.gradients, f"{what}, in update {number}", 10 * DRIFT)
+        gradients_agree(first.gradients, second.gradients, f"{what}, in update {number}", LATER)
 
 
 @clause(
@@ -64,7 +65,7 @@ def every_update_agrees(runs: Runs, one: Trace, other: Trace, what: str) -> None
     "tokens.",
     source="karpathy/nanoGPT#168, #206; huggingface/transformers#37766, #35438",
     bound="1e-5 of the gradient vector (healthy: 1.4e-7; the last microbatch only: 0.87; not divided: 3); in later "
-    "updates 1e-3 (healthy: 2.1e-7, under AdamW 2.8e-7)",
+    "updates 1e-2 (healthy: 2.1e-7, under AdamW 2.8e-7, under Muon 1.4e-3)",
 )
 def test_split_into_microbatches(runs: Runs) -> None:
     """In every update, accumulating k microbatches gives the same gradient as one batch of the same sequences."""

@@ -23,7 +23,6 @@ from conformance.suites import (
     saved,
     seen,
 )
-from conformance.suites.test_embedding_finetuning import starts as starts_tuning
 
 SENTINELS = {"lr": 0.00123, "betas": (0.83, 0.967), "eps": 3.1e-7, "weight_decay": 0.0617}
 """Values that nobody has as a default."""
@@ -167,9 +166,7 @@ def test_fused_where_possible(runs: Runs) -> None:
     bound="equality of floats; for lr, equality with the rate of the stack's own schedule",
 )
 def test_keywords_arrive(runs: Runs) -> None:
-    """The optimizer receives lr, betas, eps and weight_decay exactly as the user gave them, even if they are zero; in
-    fine-tuning, this is asked of betas and eps.
-    """
+    """The optimizer receives lr, betas, eps and weight_decay exactly as the user gave them, even if they are zero."""
     for given in [SENTINELS, ZEROS] if runs.asks("0.2") else [SENTINELS]:
         run = starts(runs, ADAMW, **given)
         recipe = Recipe(optimizer=OptimizerChoice.of(ADAMW, **given))
@@ -178,12 +175,6 @@ def test_keywords_arrive(runs: Runs) -> None:
         varying = ("weight_decay",) if given["weight_decay"] else ()  # 0 is that of tensors which do not decay, too
         for update in run.updates:
             optimizer.keywords_arrive(update.groups, expected, varying)
-    if runs.asks("0.2") and runs.has("finetune"):
-        tuning = replace(starts_tuning(runs)[0], updates=2, optimizer=OptimizerChoice.of(ADAMW, **SENTINELS))
-        # The clauses of chapter EMB judge whether a fine-tuning runs at all.
-        for update in runs.attempt(tuning).trace.updates:
-            expected = {name: value for name, value in SENTINELS.items() if name not in ("lr", "weight_decay")}
-            optimizer.keywords_arrive(update.groups, expected)
 
 
 @clause(

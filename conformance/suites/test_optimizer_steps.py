@@ -201,7 +201,7 @@ def test_later_updates_act(runs: Runs) -> None:
 
 def largest_move(update: Update, names: list[str]) -> float:
     """Return how far an update moves one of the elements of these tensors at most."""
-    return max(float((update.after[n] - update.before[n]).abs().max()) for n in names)
+    return max((float((update.after[n] - update.before[n]).abs().max()) for n in names), default=0.0)
 
 
 def rounding(tensor: Tensor) -> float:
@@ -354,3 +354,20 @@ def test_both_optimizers_start_from_no_gradient(runs: Runs) -> None:
     gradients_agree(
         run.update(0).gradients, run.update(1).gradients, "the gradient of update 2 against that of update 1"
     )
+
+
+@clause(
+    "OPT-23",
+    since="0.2",
+    needs=("keywords", "builds-optimizer", "finetune"),
+    why="Fine-tuning with other settings than those in its configuration cannot be repeated, and nothing shows it.",
+    mend="Build the optimizer of a fine-tuning from the user's keywords, as that of any other run.",
+    source="NVIDIA-NeMo/Speech#775: an eps that is not the configured one",
+    bound="equality",
+)
+def test_keywords_arrive_in_fine_tuning(runs: Runs) -> None:
+    """In fine-tuning, the optimizer receives betas and eps exactly as the user gave them."""
+    given = {"betas": (0.85, 0.99), "eps": 1e-6}
+    recipe = replace(tunings(runs)[0], updates=2, optimizer=OptimizerChoice.of(ADAMW, lr=1e-3, **given))
+    for update in tuned(runs, recipe).updates:
+        optimizer.keywords_arrive(update.groups, given)

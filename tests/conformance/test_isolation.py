@@ -120,3 +120,26 @@ def test_a_process_that_the_run_forks_may_end_as_it_likes() -> None:
 
     with Runs(Fake(fork)) as runs:
         assert runs.attempt(Recipe()).error is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a run may compile with inductor here")
+def test_torch_compile_does_not_ask_inductor_for_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To tell them, it would be imported, which takes two seconds."""
+    asked: list[object] = []
+
+    def settings(wrapper: object) -> dict[str, object]:
+        asked.append(wrapper)
+        return {}
+
+    monkeypatch.setattr(torch._TorchCompileInductorWrapper, "get_compiler_config", settings)
+
+    def compile_a_function() -> None:
+        torch.compile(lambda value: value)
+
+    compile_a_function()
+    assert len(asked) == 1, "this is what is spared"
+    with Runs(Fake(compile_a_function)) as runs:
+        assert runs.attempt(Recipe()).error is None
+    assert len(asked) == 1
+    compile_a_function()
+    assert len(asked) == 2, "put back"

@@ -362,7 +362,7 @@ def test_ranks_are_spawned_where_autograd_refuses_a_fork(monkeypatch: pytest.Mon
         backward(tensor, *arguments)
 
     monkeypatch.setattr(Tensor, "backward", refuse)
-    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     assert not works_in_a_fork()
     with Session(NoBaseClass()) as session:  # a spawned rank has its own, unharmed method, and imports this stack anew
         assert [len(trace.updates) for trace in session.runs.ranks(Recipe(world_size=1))] == [2]

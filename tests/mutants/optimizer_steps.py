@@ -86,7 +86,7 @@ MUTANTS = [
     ),
     mutant(
         "eps-of-its-own-in-fine-tuning",
-        "OPT-7",
+        "OPT-23",
         "NVIDIA-NeMo/Speech#775: an eps that is not the configured one",
         (
             SETUP,

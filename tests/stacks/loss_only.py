@@ -45,7 +45,7 @@ def train(config: Config, fault: str) -> None:
         print(f"step {update + 1:05d}/{config.updates:05d} | loss: {torch.stack(losses).mean():.6f}")
         if config.evaluates(update + 1):
             model.eval()
-            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
+            with torch.inference_mode():
                 mean = sum(model(rows[:, :-1], rows[:, 1:]) for rows in config.validation) / len(config.validation)
             model.train()
             print(f"Step {update + 1:05d} | Validation loss: {mean:.6f}")

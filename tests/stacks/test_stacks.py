@@ -111,7 +111,7 @@ STACKS = {
     ),
     "loss only": Case(
         LossOnly,
-        true=USUAL,
+        true=USUAL | {"PREC-16": "it evaluates in float32, outside of autocast"},
         faults={
             "the target is the token itself": ("DATA-6", ["it is the token itself"]),
             "losses are summed": ("ACC-1", ["4 times as long"]),
