@@ -188,7 +188,7 @@ def docs(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["environment"], default=False)
 def mutants(session: nox.Session) -> None:
-    """Print the kill matrix, every planted fault against every clause; this takes a quarter of an hour."""
+    """Print the kill matrix, every planted fault against every clause; this takes more than half an hour."""
     run(session, "-m", "tests.mutants.kill_matrix", *session.posargs, **NO_GPU)
 
 
