@@ -41,7 +41,6 @@ FOLLOWS: Mapping[str, tuple[str, ...]] = {
     "RESUME-2": ("DATA-3",),
     "DIST-12": ("RESUME-1", "RESUME-2"),
     "DATA-6": ("LOSS-1",),
-    "TIE-2": ("RESUME-1",),
     "TIE-5": ("ACC-1",),
     "TIE-6": ("ACC-3",),
     "TIE-8": ("PREC-13",),

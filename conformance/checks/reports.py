@@ -61,19 +61,33 @@ def by_number(
 ) -> dict[str, list[tuple[int, list[str]]]]:
     """Return what lines report beside the number of an update, with that number, by the word before it.
 
-    The words are "step" and "update": what an "iteration" is, a microbatch or an update, stacks do not agree on.
+    The words are "step" and "update": what an "iteration" is, a microbatch or an update, stacks do not agree on. If the
+    step of a logger's row is the number of the iteration beside it, its rows count iterations, and say so: LitGPT's do.
 
     Args:
-        messages: of a run.
+        messages: of a run; a logger's row begins with its step.
         numbers: finds what is wanted in a line, such as :func:`training_losses`.
     """
+    counted = [(line, [(w.lower(), int(n)) for w, n in COUNTED.findall(line)]) for line in messages]
+    counts_iterations = any(is_row(line) and is_iteration(pairs) for line, pairs in counted)
     found: dict[str, list[tuple[int, list[str]]]] = {}
-    for line in messages:
-        told = numbers([line])
-        for word, number in COUNTED.findall(line) if told else ():
-            if word.lower() in ("step", "update"):
-                found.setdefault(word.lower(), []).append((int(number), told))
+    for line, pairs in counted:
+        told = [] if counts_iterations and is_row(line) else numbers([line])
+        for word, number in pairs if told else ():
+            if word in ("step", "update"):
+                found.setdefault(word, []).append((number, told))
     return found
+
+
+def is_row(line: str) -> bool:
+    """Return whether a message is a row of a logger."""
+    return line.startswith("step ")
+
+
+def is_iteration(pairs: Sequence[tuple[str, int]]) -> bool:
+    """Return whether the step of a row is the number of its iteration, counted from 0 or from 1."""
+    iterations = [number for word, number in pairs if word.startswith("iter")]
+    return bool(iterations) and pairs[0][1] in (iterations[0], iterations[0] - 1)
 
 
 def numbered_alike(pairs: Sequence[tuple[int, list[str]]], values: Mapping[int, Sequence[float]], what: str) -> None:

@@ -470,6 +470,12 @@ def test_what_is_reported_beside_a_number_is_found() -> None:
     assert reports.by_number(lines, reports.training_losses) == {"step": [(2, ["4.812"])], "update": [(3, ["4.8348"])]}
 
 
+def test_rows_of_a_logger_that_count_iterations_say_so() -> None:
+    rows = ["step 7: iter 8.0, loss 4.812", "step 7: loss 4.9", "iter 8 step 2 | loss 4.812"]
+    assert reports.by_number(rows, reports.training_losses) == {"step": [(2, ["4.812"])]}
+    assert reports.by_number(rows[1:], reports.training_losses) == {"step": [(7, ["4.9"]), (2, ["4.812"])]}
+
+
 @pytest.mark.parametrize("first", [0, 1])
 def test_numbers_of_updates_may_begin_at_0_or_1(first: int) -> None:
     values = {1: [4.8], 2: [4.7, 4.75], 3: [4.6]}
